@@ -1,0 +1,62 @@
+# Each verb sets up all it needs: a virtual environment in .venv with the versions of constraints.txt.
+# On a machine with an NVIDIA GPU: see "On your own GPU" in README.md.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SHELL := /bin/bash
+STAMP := .venv/.installed
+# PyPI's torch for Linux brings several GB of CUDA libraries. Without a GPU a CPU build does:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help quickstart test setup lint types slow gpu bench format clean
+
+help:  ## list these verbs
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+quickstart: $(STAMP)  ## train, score, export and look at a QLoRA adapter: no GPU, no downloads but the packages
+	@$(BIN)/qlora-kit train quickstart --overwrite
+	@rm -rf runs/quickstart/merged
+	@echo
+	@echo 'merging the adapter into plain weights, and comparing them with the model as trained ...'
+	@$(BIN)/qlora-kit export runs/quickstart --to merged --out runs/quickstart/merged
+	@echo
+	@echo 'Next, a 7B model on a GPU of 8 GB or more, with your own chats:'
+	@echo '  $(BIN)/qlora-kit plan  qlora-7b-8gb data.train=chats.jsonl'
+	@echo '  $(BIN)/qlora-kit train qlora-7b-8gb data.train=chats.jsonl'
+
+test: $(STAMP)  ## the default tests, at most 5 minutes on two cores
+	@$(BIN)/python -m pytest
+
+setup: $(STAMP)  ## the virtual environment alone
+
+lint: $(STAMP)  ## ruff: lint and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy on the package
+	@$(BIN)/mypy
+
+slow: $(STAMP)  ## the tests that are too long for the default run
+	@$(BIN)/python -m pytest -m 'slow and not gpu'
+
+gpu: $(STAMP)  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu -rs
+
+bench: $(STAMP)  ## the benchmarks; rows go to benchmarks/results/
+	@$(BIN)/python benchmarks/quickstart.py
+
+format: $(STAMP)  ## put the code in shape
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:  ## remove the virtual environment and the runs
+	rm -rf .venv runs
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing the pinned packages into .venv (once; 1 to 3 minutes) ...'
+	@$(BIN)/python -m pip install --quiet torch==2.13.0 --constraint constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@

@@ -1,0 +1,35 @@
+"""qlora_kit: QLoRA fine-tuning that plans its memory, keeps to it, and ships what was trained.
+
+The names below are imported when they are first used, so that `import qlora_kit` costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Ledger": "qlora_kit.memory",
+    "adapters_off": "qlora_kit.lora",
+    "add_lora": "qlora_kit.lora",
+    "load_adapter": "qlora_kit.lora",
+    "load_base": "qlora_kit.base",
+    "merge": "qlora_kit.export",
+    "plan_memory": "qlora_kit.run",
+    "read_recipe": "qlora_kit.recipe",
+    "save_adapter": "qlora_kit.lora",
+    "train": "qlora_kit.run",
+    "use_adapter": "qlora_kit.lora",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qlora_kit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,126 @@
+"""The only place that knows the kinds of linear layer: how each stores its weight, and how that weight is read.
+
+A linear layer of a base is one of
+- `QuantizedLinear` (ours): codes and constants as buffers, never changed after they are made;
+- `torch.nn.Linear`, weight (out, in);
+- transformers' `Conv1D` (GPT-2), weight (in, out).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.base.formats import Quantization, decode_4bit, decode_int8, quantize
+from qlora_kit.errors import ModelError
+from qlora_kit.ops import lora_linear
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer whose weight is stored quantised; its forward pass is differentiable in x.
+
+    Args:
+        weight_OI: the dense weight, (out, in); it is not kept.
+        bias: (out,) or None; kept as it is, frozen.
+        quantization: the format, not `none`.
+        is_transposed: whether the layer came from a `Conv1D`, so that an export gives the weight back as (in, out).
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, weight_OI: Tensor, bias: Tensor | None, quantization: Quantization, *, is_transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.quantization = quantization
+        self.is_transposed = is_transposed
+        tensors = quantize(weight_OI.contiguous(), quantization)
+        for name in ("codes", "absmax", "absmax_scale", "absmax_offset"):
+            self.register_buffer(name, tensors.get(name))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The stored weight, (out, in), in `dtype`; a new tensor at every call."""
+        if self.quantization.kind == "int8":
+            return decode_int8(self.codes, self.absmax, dtype)
+        shape = (self.out_features, self.in_features)
+        return decode_4bit(
+            self.codes, self.absmax, self.absmax_scale, self.absmax_offset, self.quantization, shape, dtype
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        return lora_linear(x, self.dense, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Follow `.to(device)`, but not a change of dtype: constants cut to bf16 would change every weight."""
+        constants = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in constants.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """The format, as bytes: it travels in the state dict beside the codes that mean nothing without it."""
+        return torch.tensor(list(repr(self.quantization).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the codes of another format.
+
+        Raises:
+            ModelError: the state dict was made by a layer of another format; its numbers are in this layer by then.
+        """
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            found = bytes(state.tolist()).decode(errors="replace")
+            raise ModelError(f"the state dict holds a layer in {found}, this one is in {self.quantization}")
+
+    def extra_repr(self) -> str:
+        """What printing the model shows of the layer."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantization.kind}"
+
+
+Linear = QuantizedLinear | nn.Linear | Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that can be quantised or carry an adapter."""
+    return isinstance(module, QuantizedLinear | nn.Linear | Conv1D)
+
+
+def linear_shape(module: Linear) -> tuple[int, int]:
+    """(out, in) of a linear layer, whatever way it stores its weight."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of a model by their true shapes: a packed weight as the matrix it stands for, a tied one once."""
+    quantized = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    return quantized + sum(parameter.numel() for parameter in model.parameters())
+
+
+def decode(module: Linear, dtype: torch.dtype) -> Tensor:
+    """The frozen weight of a linear layer, (out, in), in `dtype`; not always a copy, so not to be written to."""
+    if isinstance(module, QuantizedLinear):
+        return module.dense(dtype)
+    weight = module.weight.detach().to(dtype)
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def quantize_linear(
+    module: nn.Linear | Conv1D, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> QuantizedLinear:
+    """The quantised twin of a dense linear layer, made and kept on `device`, its bias in the compute dtype `dtype`."""
+    bias = None if module.bias is None else module.bias.detach().to(device, dtype, copy=True)
+    is_transposed = isinstance(module, Conv1D)
+    weight = module.weight.detach().to(device)
+    return QuantizedLinear(weight.t() if is_transposed else weight, bias, quantization, is_transposed=is_transposed)

@@ -1,0 +1,174 @@
+"""nf4, fp4 and int8 as numbers: how a matrix becomes codes and constants, and how it is read back.
+
+    4-bit:  w = table[code] * absmax[block]          blocks of `block_size` run over the flattened matrix
+    double quantisation:  absmax = table8[code8] * scale[block of 256] + offset
+    int8:   w = code * absmax[row] / 127             vector-wise, as LLM.int8() stores it
+
+The codes are made by bitsandbytes' own operators, so they are bit-identical to its layers on the same device. What is
+not used is the layers themselves: `Linear4bit.forward` repacks the stored weight in evaluation mode on some processors.
+
+Sources: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; bitsandbytes 0.50.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from qlora_kit.errors import ModelError
+
+Kind = Literal["nf4", "fp4", "int8", "none"]
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes that bitsandbytes has for the 4-bit formats."""
+
+ABSMAX_BLOCK = 256
+"""Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the linear layers of a base are stored.
+
+    Args:
+        kind: the format of the codes; `none` leaves the weight as it is.
+        double_quant: quantise the 4-bit block constants to 8 bits as well.
+        block_size: weights that share one constant (4-bit only).
+
+    Raises:
+        ModelError: there is no such format, or bitsandbytes has no such block.
+    """
+
+    kind: Kind = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ModelError(f"quantization {self.kind!r} is not known; choose one of {', '.join(get_args(Kind))}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ModelError(f"block_size {self.block_size!r} is not possible; choose one of {BLOCK_SIZES}")
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether the codes are 4 bits wide."""
+        return self.kind in ("nf4", "fp4")
+
+    def bits_per_parameter(self, in_features: int, dense_bits: int = 16) -> float:
+        """Bits that one weight takes, block constants included and per-tensor constants left out.
+
+        Args:
+            in_features: width of the matrix; int8 keeps one fp32 constant a row.
+            dense_bits: width of a weight that is not quantised.
+
+        >>> Quantization("nf4", double_quant=True, block_size=64).bits_per_parameter(4096)
+        4.126953125
+        """
+        if self.kind == "none":
+            return float(dense_bits)
+        if self.kind == "int8":
+            return 8 + 32 / in_features
+        constant = 8 + 32 / ABSMAX_BLOCK if self.double_quant else 32
+        return 4 + constant / self.block_size
+
+
+def quantize(w_OI: Tensor, quantization: Quantization) -> dict[str, Tensor]:
+    """Codes and constants of a matrix, by the names under which a layer stores them.
+
+    Args:
+        w_OI: the weight, (out, in), fp32, bf16 or fp16, contiguous.
+        quantization: the format; not `none`.
+
+    Returns:
+        4-bit: `codes` uint8 (ceil(out * in / 2),) with the even element in the high half, and `absmax` fp32 (blocks,)
+        or, with double quantisation, `absmax` uint8 (blocks,), `absmax_scale` fp32 and `absmax_offset` fp32 ().
+        int8: `codes` int8 (out, in) and `absmax` fp32 (out,).
+    """
+    if quantization.kind == "int8":
+        # fp16 first, because that is what bitsandbytes' Int8Params does to every weight.
+        codes, absmax, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(w_OI.to(torch.float16), 0.0)
+        return {"codes": codes, "absmax": absmax}
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+        w_OI, quantization.block_size, quantization.kind, torch.uint8
+    )
+    if not quantization.double_quant:
+        return {"codes": packed.view(-1), "absmax": absmax}
+    offset = absmax.mean()
+    codes8, scale = torch.ops.bitsandbytes.quantize_blockwise.default(
+        absmax - offset, _absmax_table(absmax.device), ABSMAX_BLOCK
+    )
+    return {"codes": packed.view(-1), "absmax": codes8, "absmax_scale": scale, "absmax_offset": offset}
+
+
+def decode_int8(codes_OI: Tensor, absmax_O: Tensor, dtype: torch.dtype) -> Tensor:
+    """Read an int8 matrix back: (out, in) in `dtype`, rounded once from fp32."""
+    return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes_OI, absmax_O).to(dtype)
+
+
+def decode_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+    quantization: Quantization,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Read a 4-bit matrix back.
+
+    Args:
+        codes: as `quantize` returns them, like the three constants; the last two are None without double quantisation.
+        absmax: block constants, or their 8-bit codes.
+        absmax_scale: fp32, one for 256 constants.
+        absmax_offset: fp32 scalar.
+        quantization: the format that made the codes.
+        shape: (out, in).
+        dtype: fp32, bf16 or fp16.
+
+    Returns:
+        (out, in) in `dtype`, each value rounded once from the fp32 product of table entry and constant.
+    """
+    if absmax_scale is not None and absmax_offset is not None:
+        table = _absmax_table(absmax.device)
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            absmax, absmax_scale, table, ABSMAX_BLOCK, torch.float32
+        )
+        absmax = absmax.add_(absmax_offset)
+    rows, columns = shape
+    if columns % 64 != 0 and codes.device.type == "cpu":
+        # bitsandbytes 0.50.2 decodes rows that are a multiple of 16 but not of 64 wrongly on AVX-512 processors.
+        if (rows * columns) % 64 != 0:
+            return _decode_4bit_plain(codes, absmax, quantization, shape, dtype)
+        rows, columns = 1, rows * columns
+    w = torch.ops.bitsandbytes.dequantize_4bit.default(
+        codes, absmax, quantization.block_size, quantization.kind, (rows, columns), dtype
+    )
+    return w.view(shape)
+
+
+def _decode_4bit_plain(
+    codes: Tensor, absmax: Tensor, quantization: Quantization, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The formula in plain torch, for the shapes that the library's decoder does not get right."""
+    count = shape[0] * shape[1]
+    halves = torch.stack((codes >> 4, codes & 0xF), dim=1).view(-1)[:count].int()
+    constants = absmax.repeat_interleave(quantization.block_size)[:count]
+    return (_table_4bit(quantization.kind, codes.device)[halves] * constants).to(dtype).view(shape)
+
+
+@functools.cache
+def _table_4bit(kind: str, device: torch.device) -> Tensor:
+    """The 16 values of a 4-bit format, fp32, one real copy a device."""
+    with unset_fake_temporarily():
+        return bnb.get_4bit_type(kind, device=device)
+
+
+@functools.cache
+def _absmax_table(device: torch.device) -> Tensor:
+    """The 256 values in which bitsandbytes stores block constants, fp32, one real copy a device."""
+    with unset_fake_temporarily():
+        return bnb.create_dynamic_map().to(device)

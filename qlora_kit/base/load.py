@@ -1,0 +1,236 @@
+"""From a model folder to a frozen model on a device: dense weights come in one by one and leave quantised.
+
+On CPU transformers maps the checkpoint's own pages, so the dense model never stands in memory: each linear layer is
+read, quantised and let go before the next, and what stays dense is copied off the file, so that nothing on disk is held
+open.
+
+Everything linear inside the model's body is quantised and nothing else: heads (the output embedding, a classifier) lie
+outside the body (`base_model_prefix`), embeddings and norms are no linear layers.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.base.dense import QuantizedLinear, quantize_linear
+from qlora_kit.base.files import locate_model
+from qlora_kit.base.formats import Kind, Quantization
+from qlora_kit.errors import DeviceError, ModelError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_base(
+    model: str | Path,
+    *,
+    quantization: Kind = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    compute_dtype: str = "auto",
+    device: str = "auto",
+    skip: Sequence[str] = (),
+    attention: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model, quantise its linear layers and freeze it.
+
+    Args:
+        model: a folder, or a hub id.
+        quantization: nf4, fp4, int8 or none.
+        double_quant: quantise the 4-bit block constants too.
+        block_size: weights that share one 4-bit constant, a power of two from 32 to 4096.
+        compute_dtype: bfloat16, float16, float32, or auto (see `default_compute_dtype`).
+        device: cpu, cuda, cuda:N, or auto.
+        skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
+        attention: sdpa or eager.
+        revision: of the hub repository.
+        trust_remote_code: run code that the model folder brings.
+
+    Returns:
+        A plain transformers model in evaluation mode. No parameter asks for a gradient.
+
+    Raises:
+        ModelError: the folder is no model, is damaged, misses a tensor, or `skip` names no linear layer.
+        DeviceError: the device is not there.
+    """
+    target = resolve_device(device)
+    dtype = resolve_dtype(compute_dtype, target)
+    folder = locate_model(str(model), revision)
+    loaded = _load_dense(folder, dtype, attention, trust_remote_code)
+    return freeze_and_quantize(loaded, Quantization(quantization, double_quant, block_size), dtype, target, skip)
+
+
+def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The same model with no weights read: what the dry run uses under fake tensors."""
+    config = type(config).from_dict(config.to_dict())
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
+    return model
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The model's configuration, from its folder alone."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+
+
+def freeze_and_quantize(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    skip: Sequence[str] = (),
+) -> PreTrainedModel:
+    """Quantise the linear layers of a dense model in place, move it to `device`, and freeze it.
+
+    Args:
+        model: dense, on the CPU or on fake tensors.
+        quantization: the format.
+        dtype: of everything that stays dense.
+        device: where the model ends.
+        skip: linear layers to leave dense.
+
+    Raises:
+        ModelError: an entry of `skip` names nothing.
+    """
+    skipped = _resolve_skip(model, skip)
+    if quantization.kind != "none":
+        for name in [name for name, _ in body_linears(model) if name not in skipped]:
+            module: Any = model.get_submodule(name)
+            quantized = quantize_linear(module, quantization, dtype, device)
+            model.set_submodule(name, quantized)
+    _settle_dense(model, dtype, device)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers inside the model's body, with their dotted names; heads are not among them.
+
+    Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly.
+    """
+    body = model.base_model
+    prefix = "" if body is model else f"{model.base_model_prefix}."
+    for name, module in body.named_modules():
+        if type(module) in (nn.Linear, Conv1D, QuantizedLinear):
+            yield prefix + name, module
+
+
+def default_compute_dtype(device: torch.device) -> torch.dtype:
+    """What `compute_dtype: auto` means on `device`.
+
+    bf16 where the hardware multiplies it; otherwise fp16 on a GPU, and fp32 on a CPU, where emulated bf16 was measured
+    ten times slower than fp32 (AVX2, two threads).
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def resolve_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """The compute dtype by its name in the recipe.
+
+    Raises:
+        ModelError: there is no such dtype.
+    """
+    if compute_dtype == "auto":
+        return default_compute_dtype(device)
+    if compute_dtype not in DTYPES:
+        raise ModelError(f"compute_dtype {compute_dtype!r} is not known; choose auto or one of {', '.join(DTYPES)}")
+    return DTYPES[compute_dtype]
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device by its name in the recipe.
+
+    Raises:
+        DeviceError: it is no device's name, CUDA is asked for and not there, or there is no card of that number.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
+        raise DeviceError(f"device {device!r} is not known; choose auto, cpu, cuda or cuda:N")
+    asked = torch.device(device)
+    if asked.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch is a CPU build" if built is None else f"torch {torch.__version__} (CUDA {built}) finds no GPU"
+        raise DeviceError(f"device {device} was asked for, but {why}; use base.device=cpu, or see `qlora-kit doctor`")
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise DeviceError(f"device {device} was asked for, but there are {count} GPUs, numbered from 0")
+    return asked
+
+
+def _load_dense(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> PreTrainedModel:
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=_checkpoint_dtype(config, dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ModelError(
+            f"{folder} has no tensor for {shown}: its weights are incomplete, and a base is never filled up at random"
+        )
+    return model
+
+
+def _checkpoint_dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the checkpoint is stored in, where a conversion would copy the whole model off its mapped file."""
+    stored = config.dtype
+    return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else dtype
+
+
+def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Bring what is left dense to `dtype` and `device`, as copies that no longer point into the checkpoint's file.
+
+    Buffers keep their dtype (rotary frequencies are fp32 for a reason), and tied parameters stay tied.
+    """
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in moved:
+                data = parameter.detach().to(device=device, dtype=dtype, copy=True)
+                moved[parameter] = nn.Parameter(data, requires_grad=False)
+            setattr(module, name, moved[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def _resolve_skip(model: PreTrainedModel, skip: Sequence[str]) -> set[str]:
+    names = [name for name, _ in body_linears(model)]
+    found: set[str] = set()
+    for entry in skip:
+        matches = {name for name in names if name == entry or name.rpartition(".")[2] == entry}
+        if not matches:
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise ModelError(f"base.skip names {entry!r}, which is no linear layer of this model; there are: {leaves}")
+        found |= matches
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

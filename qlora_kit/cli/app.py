@@ -1,0 +1,219 @@
+"""The verbs. Each one reads its arguments, calls the room that does the work, and shows what came out.
+
+Exit codes: 0 done; 2 the user can mend it, one line `error: ...` on standard error; 3 does not fit the budget; 130 and
+143 stopped by a signal, state saved. `--debug` anywhere shows the traceback instead of the line.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlora_kit import __version__
+from qlora_kit.cli.recipes import recipes_app
+from qlora_kit.errors import FitError, QloraKitError, RecipeError
+
+app = typer.Typer(
+    name="qlora-kit",
+    help="QLoRA fine-tuning that plans its memory, keeps to it, and ships what was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Start with: qlora-kit train quickstart. Add --debug to any command to see the traceback of an error.",
+)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as lora.rank=32.", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder (the output of `qlora-kit train`).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+UseBase = Annotated[bool, typer.Option("--base", help="Leave the adapter away: the bare base.")]
+Force = Annotated[bool, typer.Option("--force", help="Take the adapter although it was trained on another base.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings.")
+]
+_DEBUG = {"on": False}
+
+
+def main() -> None:
+    """Entry point of `qlora-kit`."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _DEBUG["on"] = len(arguments) < len(sys.argv) - 1
+    app(args=arguments, prog_name="qlora-kit")
+
+
+def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
+    """An error that the user can mend becomes one line and its exit code."""
+
+    @functools.wraps(verb)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except QloraKitError as error:
+            if _DEBUG["on"]:
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+
+    return guarded
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qlora-kit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """QLoRA fine-tuning that plans its memory, keeps to it, and ships what was trained."""
+
+
+@app.command()
+@reports_errors
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="Memory that the run may take, such as 24GiB.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run will take, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
+    from qlora_kit.cli.show import Screen, quiet_libraries
+    from qlora_kit.recipe import read_recipe
+
+    changes = [*(overrides or []), *([f"memory.budget={budget}"] if budget else [])]
+    checked = read_recipe(recipe, changes)
+    quiet_libraries()
+    from qlora_kit.run import check_budget, plan_memory
+
+    screen = Screen(to_stderr=as_json)
+    planned = plan_memory(checked, screen)
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, **planned}, indent=2))
+    else:
+        screen.planned(planned)
+    try:
+        check_budget(planned)
+    except FitError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+@app.command()
+@reports_errors
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that stands in the folder.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """The main job: plan, load, train, score, report. Fills the run folder."""
+    from qlora_kit.cli.show import Screen, quiet_libraries
+    from qlora_kit.recipe import read_recipe
+
+    if resume and overwrite:
+        raise RecipeError("--resume goes on with a run and --overwrite removes it; give one of them")
+    checked = read_recipe(recipe, overrides or [])
+    quiet_libraries()
+    screen = Screen()
+    with screen.catching_signals(), screen.starting():
+        from qlora_kit.run import train as run_train
+
+        result = run_train(
+            checked, resume=resume, overwrite=overwrite, watch=screen, trust_remote_code=trust_remote_code
+        )
+    screen.ended(result, recipe)
+    if screen.signal is not None and not result.finished:
+        raise typer.Exit(128 + screen.signal)
+
+
+@app.command("eval")
+@reports_errors
+def evaluate(
+    run: RunFolder,
+    data: Annotated[Path | None, typer.Option(help="Rows to evaluate on; default: the run's held-out rows.")] = None,
+    base: UseBase = False,
+    as_json: AsJson = False,
+    force: Force = False,
+) -> None:
+    """Loss, perplexity and exact match of a run's adapter, its base, or an exported model."""
+    from qlora_kit.cli.show import quiet_libraries, score_lines
+
+    quiet_libraries()
+    from qlora_kit.run import evaluate as run_evaluate
+
+    score = run_evaluate(run, data=data, bare_base=base, force=force)
+    typer.echo(json.dumps({"schema": 1, **score.as_json()}, indent=2) if as_json else score_lines(score))
+
+
+@app.command()
+@reports_errors
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="What to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    base: UseBase = False,
+    force: Force = False,
+) -> None:
+    """Answer a prompt with a run's adapter."""
+    from qlora_kit.cli.show import quiet_libraries
+
+    quiet_libraries()
+    from qlora_kit.run import answer
+
+    typer.echo(
+        answer(
+            run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, raw=raw, bare_base=base, force=force
+        )
+    )
+
+
+@app.command()
+@reports_errors
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
+    onto: Annotated[str, typer.Option(help="What the adapter is merged into: dequantized.")] = "dequantized",
+    dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
+    force: Force = False,
+) -> None:
+    """Weights for other programs, compared with the model as it was trained."""
+    from qlora_kit.cli.show import audit_lines, quiet_libraries
+
+    quiet_libraries()
+    from qlora_kit.run import export_run
+
+    exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force)
+    typer.echo(audit_lines(exported, out))
+
+
+@app.command()
+@reports_errors
+def report(run: RunFolder) -> None:
+    """Write report.html again from the run folder alone."""
+    from qlora_kit.report import write_report
+
+    typer.echo(str(write_report(run)))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check what is really there by trying it: torch, bitsandbytes, the GPU, the disk, the hub."""
+    from qlora_kit.cli.doctor import run_doctor
+    from qlora_kit.cli.show import quiet_libraries
+
+    quiet_libraries()
+    raise typer.Exit(run_doctor(as_json))

@@ -1,0 +1,216 @@
+"""What a person sees: the plan, the progress bar, the samples, the scores, and where everything lies."""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qlora_kit.report.text import memory_check_text, plan_text
+from qlora_kit.units import format_bytes, format_count, format_seconds
+from qlora_kit.watch import Watch
+
+if TYPE_CHECKING:
+    from qlora_kit.lora import LoraReport
+    from qlora_kit.run import Prepared, Result
+    from qlora_kit.train.evaluate import Score
+
+PLAIN_LINES = 10
+"""Progress lines of a run whose output is no terminal."""
+
+
+def quiet_libraries() -> None:
+    """Silence what other libraries print about themselves; their errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Offline, bitsandbytes warns of an inference kernel that the kit never calls.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+class Screen(Watch):
+    """Shows a run on a terminal, or as plain lines where there is none.
+
+    Args:
+        to_stderr: leave standard output alone.
+    """
+
+    def __init__(self, to_stderr: bool = False) -> None:
+        self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self.signal: int | None = None
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._steps = 0
+        self._eval_loss: float | None = None
+
+    def note(self, text: str) -> None:
+        """One line that a person should know."""
+        self.console.print(f"[yellow]note:[/] {escape(text)}")
+
+    def prepared(self, prepared: "Prepared") -> None:
+        """Rows and steps."""
+        train, pace = prepared.train.counts, prepared.pace
+        left_out = train.dropped + train.no_trained
+        more = f", {left_out} left out" if left_out else ""
+        more += f", {train.truncated} cut short" if train.truncated else ""
+        self.console.print(
+            f"[bold]data[/]   {train.rows:,} rows, {format_count(train.trained_tokens)} trained tokens, longest "
+            f"{train.longest} tokens{more}; {prepared.eval.counts.rows:,} rows held out"
+        )
+        self.console.print(
+            f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} at a time), "
+            f"{format_count(pace.trained_tokens)} trained tokens in all, learning rate {pace.lr:g} ({pace.lr_reason})"
+        )
+        self._steps = pace.steps
+
+    def planned(self, plan: Mapping[str, Any]) -> None:
+        """The memory table."""
+        self.console.print(f"\n{escape(plan_text({'schema': 1, **plan}))}\n")
+
+    def adapted(self, report: "LoraReport") -> None:
+        """What the adapter covers, and the start of the bar."""
+        share = report.trainable / report.total
+        self.console.print(
+            f"[bold]lora[/]   {len(report.matched)} layers, {format_count(report.trainable)} of "
+            f"{format_count(report.total)} parameters train ({share:.2%})"
+        )
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]train[/] "),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("train", total=self._steps, status="")
+            self._progress.start()
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """One row of metrics on the bar."""
+        if row.get("eval_loss") is not None:
+            self._eval_loss = row["eval_loss"]
+        if row.get("loss") is None:
+            return
+        held_out = "" if self._eval_loss is None else f"  held-out {self._eval_loss:.3f}"
+        status = (
+            f"loss {row['loss']:.3f}{held_out}  {row['tokens_per_s']:,.0f} tok/s  {format_bytes(row['peak_bytes'])}"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], status=status)
+        elif row["step"] % max(1, self._steps // PLAIN_LINES) == 0 or row["step"] == self._steps:
+            self.console.print(f"[bold]train[/]  step {row['step']}/{self._steps}  {status}")
+
+    def scored(self, scores: Mapping[str, Any]) -> None:
+        """Answers before and after, then the scores."""
+        self._end_bar()
+        if scores["samples"]:
+            table = Table(title="Held-out rows, before and after", title_justify="left", show_lines=True)
+            for heading in ("prompt", "wanted", "base", "base + adapter"):
+                table.add_column(heading, overflow="fold")
+            for sample in scores["samples"]:
+                texts = (sample[key] for key in ("prompt", "reference", "base", "adapter"))
+                table.add_row(*(escape(_clip(text)) for text in texts))
+            self.console.print()
+            self.console.print(table)
+        self.console.print(f"\n[bold]score on {scores['rows']} held-out rows[/]")
+        for name, label in (("base", "base"), ("adapter", "base + adapter")):
+            fields = scores[name]
+            exact = f"  exact match {fields['exact_match']:.1%}" if "exact_match" in fields else ""
+            self.console.print(f"  {label:15} loss {fields['loss']:.3f}  perplexity {fields['perplexity']:,.2f}{exact}")
+
+    def ended(self, result: "Result", recipe_name: str) -> None:
+        """Where everything lies, and what to type next."""
+        self._end_bar()
+        folder = result.folder
+        shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        if not result.finished:
+            self.console.print(
+                f"\nstopped after step {result.step}; the state is saved. Go on with:\n"
+                f"  qlora-kit train {escape(recipe_name)} output={escape(str(shown))} --resume"
+            )
+            return
+        self.console.print(f"\n[bold]memory[/] planned beside measured\n{escape(_memory_text(folder))}")
+        self.console.print(f"\n[green]done[/] in {format_seconds(result.seconds)}")
+        self.console.print(f"  adapter  {shown / 'adapter'}  (PEFT's format)")
+        self.console.print(f"  report   {shown / 'report.html'}")
+        self.console.print(f"  merge    qlora-kit export {shown} --to merged --out {shown / 'merged'}")
+
+    def stop_requested(self) -> bool:
+        """Whether a signal came."""
+        return self.signal is not None
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Close the bar however the block ends."""
+        try:
+            yield
+        finally:
+            self._end_bar()
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step at hand; a second one ends the process at once."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        self.console.print("\nstopping after this step; once more quits at once")
+
+    def _end_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def score_lines(score: "Score") -> str:
+    """A score as text."""
+    exact = "" if score.exact_match is None else f"\nexact match  {score.exact_match:.1%}"
+    return (
+        f"loss         {score.loss:.4f} nats a token\nperplexity   {score.perplexity:,.2f}\n"
+        f"tokens       {score.tokens:,} in {score.rows:,} rows{exact}"
+    )
+
+
+def audit_lines(exported: Mapping[str, Any], out: Path) -> str:
+    """What an export holds and how it compares with the model as trained."""
+    lines = [f"{len(exported['files'])} files in {out}"]
+    for name, numbers in exported.get("comparisons", {}).items():
+        lines.append(
+            f"{name} against the model as trained: "
+            f"mean KL {numbers['mean_kl']:.2e}, largest {numbers['max_kl']:.2e} nats; "
+            f"same top token {numbers['top1_agreement']:.2%}; loss {numbers['loss_as_trained']:.4f} -> "
+            f"{numbers['loss_export']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _memory_text(folder: Path) -> str:
+    from qlora_kit.storage import read_json
+
+    return memory_check_text(read_json(folder / "memory.json"))
+
+
+def _clip(text: str, limit: int = 160) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,34 @@
+"""Data: from files to batches, and every row on the way accounted for.
+
+load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, collate
+(files)        (held out)      (token ids)      (batches)
+"""
+
+from qlora_kit.data.collate import Batch, Sampler, collate
+from qlora_kit.data.encode import Counts, EncodedSet, encode_rows
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
+from qlora_kit.data.load import Source, load_rows, split_eval
+from qlora_kit.data.template import Encoded, encode, find_template
+
+__all__ = [
+    "FORMATS",
+    "Batch",
+    "Chat",
+    "Completion",
+    "Counts",
+    "Encoded",
+    "EncodedSet",
+    "Example",
+    "Faults",
+    "Sampler",
+    "Source",
+    "Text",
+    "collate",
+    "encode",
+    "encode_rows",
+    "find_template",
+    "load_rows",
+    "read_row",
+    "split_eval",
+]

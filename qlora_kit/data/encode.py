@@ -1,0 +1,164 @@
+"""Encode: all rows of a data set as token ids, each one accounted for.
+
+Rows that are too long, cannot be trained on, or do not fit the model are dropped, cut or refused by choice, and always
+counted: rows given = rows + dropped + no_trained + faults, and one more for each further piece of a row that was split.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.formats import Chat, Example
+from qlora_kit.data.template import Encoded, LossOn, check_template, encode
+from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OverLength: TypeAlias = Literal["drop", "truncate", "split", "error"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    """Kept."""
+    tokens: int = 0
+    """In kept rows."""
+    trained_tokens: int = 0
+    """In kept rows, that the loss counts."""
+    dropped: int = 0
+    """Longer than max_tokens, and left out."""
+    truncated: int = 0
+    """Longer than max_tokens, and cut; counted whether or not a trained token was left."""
+    split: int = 0
+    """Longer than max_tokens, and cut into several."""
+    no_trained: int = 0
+    """Rows or pieces without a trained token, and left out."""
+    longest: int = 0
+    """Tokens of the longest row before anything was cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSet:
+    """The rows to train on, in order, and what became of the others."""
+
+    rows: list[Encoded] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+    def add(self, row: Encoded) -> None:
+        """Keep a row, or count it among those in which nothing is trained."""
+        if row.trained_tokens == 0:
+            self.counts.no_trained += 1
+            return
+        self.rows.append(row)
+        self.counts.rows += 1
+        self.counts.tokens += len(row.input_ids)
+        self.counts.trained_tokens += row.trained_tokens
+
+
+def encode_rows(
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    loss_on: LossOn = "assistant",
+    max_tokens: int = 2048,
+    over_length: OverLength = "drop",
+    template: str | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    faults: Faults | None = None,
+) -> EncodedSet:
+    """Encode a data set.
+
+    Args:
+        examples: from `load_rows`.
+        tokenizer: as for `encode`.
+        loss_on: as for `encode`.
+        max_tokens: length above which `over_length` applies.
+        over_length: drop; truncate: keep the first max_tokens; split: into pieces of max_tokens, each beginning with
+            the last token of the one before, so that every token is still predicted once; error.
+        template: as for `encode`.
+        vocab_size: rows of the model's embedding; None if it is not known.
+        max_positions: positions of the model; None if it has no such limit.
+        faults: rows that cannot be encoded are left in here; without it they are an error.
+
+    Raises:
+        DataError: if max_tokens is above max_positions, a row cannot be encoded or has a token that the model has not,
+            a row is too long and `over_length` is error, or no row is left.
+    """
+    _check_lengths(max_tokens, max_positions)
+    if any(isinstance(example, Chat) for example in examples):
+        check_template(tokenizer, template)
+    gathered = Faults() if faults is None else faults
+    encoded = EncodedSet()
+    counts = encoded.counts
+    for example in examples:
+        try:
+            row = encode(example, tokenizer, loss_on=loss_on, template=template)
+            _check_row(row, vocab_size, max_tokens if over_length == "error" else None)
+        except DataError as error:
+            gathered.add(f"{example.where}: {error}")
+            continue
+        counts.longest = max(counts.longest, len(row.input_ids))
+        for piece in _fit(row, max_tokens, over_length, counts):
+            encoded.add(piece)
+    if faults is None:
+        gathered.stop()
+    if not encoded.rows:
+        raise DataError(_nothing_left(len(examples), counts, gathered, max_tokens))
+    return encoded
+
+
+def _check_lengths(max_tokens: int, max_positions: int | None) -> None:
+    if max_tokens < 2:
+        raise DataError(f"data.max_tokens={max_tokens}: a row needs two tokens for one to be predicted")
+    if max_positions is not None and max_tokens > max_positions:
+        raise DataError(
+            f"data.max_tokens={max_tokens} is more than the {max_positions} positions of the model: "
+            f"set data.max_tokens={max_positions} or less"
+        )
+
+
+def _check_row(row: Encoded, vocab_size: int | None, most_tokens: int | None) -> None:
+    highest = max(row.input_ids, default=0)
+    if vocab_size is not None and highest >= vocab_size:
+        raise DataError(
+            f"token {highest} is beyond the model's vocabulary of {vocab_size}: the tokenizer is another model's, "
+            "or has tokens that were added later (lora.added_tokens)"
+        )
+    if most_tokens is not None and len(row.input_ids) > most_tokens:
+        raise DataError(
+            f"{len(row.input_ids)} tokens, more than data.max_tokens={most_tokens} (data.over_length=error)"
+        )
+
+
+def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts) -> Iterator[Encoded]:
+    """The row, or what `over_length` leaves of it."""
+    tokens = len(row.input_ids)
+    if tokens <= max_tokens:
+        yield row
+    elif over_length == "truncate":
+        counts.truncated += 1
+        yield _piece(row, 0, max_tokens)
+    elif over_length == "split":
+        counts.split += 1
+        for start in range(0, tokens - 1, max_tokens - 1):
+            yield _piece(row, start, start + max_tokens)
+    else:
+        counts.dropped += 1
+
+
+def _piece(row: Encoded, start: int, end: int) -> Encoded:
+    """A part of a row; it has no prompt and answer, since neither is whole."""
+    return Encoded(row.input_ids[start:end], row.trained[start:end], where=row.where)
+
+
+def _nothing_left(given: int, counts: Counts, faults: Faults, max_tokens: int) -> str:
+    return (
+        f"no row is left to train on: of {given}, {counts.dropped} have more than data.max_tokens={max_tokens} tokens "
+        f"(the longest {counts.longest}; see data.over_length), {counts.no_trained} have no trained token (see "
+        f"data.loss_on), {faults.count} cannot be encoded"
+    )

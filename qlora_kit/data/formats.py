@@ -1,0 +1,275 @@
+"""Formats: from the columns of a row to what it means.
+
+    messages     messages: [{role, content}, ...], tools                 -> Chat
+    sharegpt     conversations: [{from, value}, ...], system, tools      -> Chat
+    alpaca       instruction, input, output, system                      -> Chat
+    completion   prompt, completion                                      -> Completion
+    text         text                                                    -> Text
+
+A format is one line in `FORMATS` and one function that builds its example. This file reads no files and knows no
+tokenizer. Keys of a message beside role and content (tool_calls, name, reasoning_content) are kept for the template.
+"""
+
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher, get_close_matches
+from typing import Any, TypeAlias
+
+from qlora_kit.errors import DataError
+
+Columns: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Turns of a conversation, in the form that chat templates take."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    where: str = field(default="", compare=False)
+    """`file:line` or `source row N`; two rows with equal contents are equal wherever they stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt that is given and the text that should follow it, joined by nothing."""
+
+    prompt: str
+    completion: str
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A document, all of which is to be learnt."""
+
+    text: str
+    where: str = field(default="", compare=False)
+
+
+Example: TypeAlias = Chat | Completion | Text
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """Which columns a format has, and how a row of it becomes an example."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    build: Callable[[Columns], Example]
+
+
+def read_row(row: object, where: str, format: str = "auto", columns: Mapping[str, str] | None = None) -> Example:
+    """Turn the columns of one row into an example.
+
+    Args:
+        row: column name -> value, as the file has it.
+        where: `file:line` or `source row N`; every message begins with it.
+        format: a name in `FORMATS`, or `auto`: the first format whose required columns are all there.
+        columns: expected name -> name in the file.
+
+    Raises:
+        DataError: if a column is missing or has the wrong type, a role is unknown, or nothing could be learnt from it.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            raise DataError(f"found {_kind(row)}, wanted an object with named columns")
+        check_format(format, columns)
+        chosen, renamed = _match(row, format, columns or {})
+        return replace(chosen.build(renamed), where=where)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def check_format(format: str, columns: Mapping[str, str] | None = None) -> None:
+    """Refuse a format or an expected column that does not exist.
+
+    Raises:
+        DataError: names the known formats or columns and the nearest one.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise DataError(
+            f"data.format={format} is not known{_nearest(format, FORMATS)}; known: auto, {', '.join(FORMATS)}"
+        )
+    mapped = set(columns or ())
+    if any(mapped <= _columns_of(known) for known in _candidates(format)):
+        return
+    expected = sorted(set().union(*map(_columns_of, _candidates(format))))
+    for name in sorted(mapped - set(expected)):
+        raise DataError(
+            f"data.columns: {name} is not an expected column{_nearest(name, expected)}; expected: "
+            f"{', '.join(expected)} (written as expected name: name in the file)"
+        )
+    raise DataError(f"data.columns: no single format has the columns {', '.join(sorted(mapped))}")
+
+
+# ---- which format a row has ----------------------------------------------------------------------------------------
+
+
+def _match(row: Columns, format: str, columns: Mapping[str, str]) -> tuple[Format, Columns]:
+    """The format of the row, and the row under the names that the format expects."""
+    for expected, name in columns.items():
+        if name not in row:
+            raise DataError(
+                f"column {name!r} (data.columns maps it to {expected}) is missing{_nearest(name, row)}; "
+                f"found: {_listed(row)}"
+            )
+    renamed = {**row, **{expected: row[name] for expected, name in columns.items()}}
+    # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
+    candidates = [known for known in _candidates(format) if columns.keys() <= _columns_of(known)]
+    for known in candidates:
+        if all(name in renamed for name in known.required):
+            return known, renamed
+    wanted = max(candidates, key=lambda known: _likeness(known, renamed))
+    missing = [name for name in wanted.required if name not in renamed]
+    near = "".join(_nearest(name, set(renamed) - set(wanted.required)) for name in missing)
+    raise DataError(
+        f"missing {', '.join(map(repr, missing))}{near}; found columns: {_listed(renamed)}; expected: "
+        f"{', '.join(wanted.required)} (data.columns maps other names)"
+    )
+
+
+def _candidates(format: str) -> list[Format]:
+    return list(FORMATS.values()) if format == "auto" else [FORMATS[format]]
+
+
+def _columns_of(known: Format) -> set[str]:
+    return {*known.required, *known.optional}
+
+
+def _likeness(known: Format, row: Columns) -> float:
+    """How near the columns of a row are to those a format requires, 0 to 1."""
+    best = [max((SequenceMatcher(None, name, found).ratio() for found in row), default=0.0) for name in known.required]
+    return sum(best) / len(best)
+
+
+# ---- one builder a format ------------------------------------------------------------------------------------------
+
+
+def _messages(row: Columns) -> Chat:
+    return _chat(_turns(row["messages"], "messages"), row)
+
+
+def _sharegpt(row: Columns) -> Chat:
+    turns = _turns(row["conversations"], "conversations")
+    return _chat([*_system(row), *turns], row)
+
+
+def _alpaca(row: Columns) -> Chat:
+    question = _string(row["instruction"], "instruction")
+    if row.get("input"):
+        question = f"{question}\n\n{_string(row['input'], 'input')}"
+    answer = {"role": "assistant", "content": _filled(row["output"], "output")}
+    return _chat([*_system(row), {"role": "user", "content": question}, answer], row)
+
+
+def _completion(row: Columns) -> Completion:
+    return Completion(_string(row["prompt"], "prompt"), _filled(row["completion"], "completion"))
+
+
+def _text(row: Columns) -> Text:
+    return Text(_filled(row["text"], "text"))
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(("messages",), ("tools",), _messages),
+    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
+    "alpaca": Format(("instruction", "output"), ("input", "system"), _alpaca),
+    "completion": Format(("prompt", "completion"), (), _completion),
+    "text": Format(("text",), (), _text),
+}
+"""In the order in which `auto` tries them: the more a format says about a row, the earlier."""
+
+
+# ---- turns ---------------------------------------------------------------------------------------------------------
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant"}
+
+
+def _chat(messages: list[dict[str, Any]], row: Columns) -> Chat:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise DataError("no assistant turn: nothing to learn from")
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
+        raise DataError("every assistant turn is empty: nothing to learn from")
+    tools = row.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(f"column 'tools' is {_kind(tools)}, wanted a list of objects")
+    return Chat(messages, tools)
+
+
+def _turns(value: object, column: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise DataError(f"column {column!r} is {_kind(value)}, wanted a list of turns")
+    if not value:
+        raise DataError(f"column {column!r} holds no turns")
+    return [_turn(turn, f"turn {number}") for number, turn in enumerate(value, 1)]
+
+
+def _turn(raw: object, name: str) -> dict[str, Any]:
+    """One message; both namings of its keys are taken, since data sets mix them freely with both column names."""
+    if not isinstance(raw, Mapping):
+        raise DataError(f"{name} is {_kind(raw)}, wanted an object with role and content")
+    # Tables fill keys that other rows have with null; templates ask whether a key is there.
+    turn = {key: value for key, value in raw.items() if value is not None}
+    if "role" not in turn and "from" in turn:
+        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+    if "role" not in turn:
+        raise DataError(f"{name} has no role; found: {_listed(turn)}; expected: role, content (or from, value)")
+    role = turn["role"]
+    if not isinstance(role, str) or role not in _ROLE_OF:
+        near = _nearest(role, _ROLE_OF) if isinstance(role, str) else ""
+        raise DataError(f"{name} has the unknown role {_short(role)}{near}; known: {', '.join(ROLES)}")
+    turn["role"] = _ROLE_OF[role]
+    if turn.get("content") is not None or not turn.get("tool_calls"):
+        turn["content"] = _string(turn.get("content"), f"content of {name}")
+    return turn
+
+
+def _system(row: Columns) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": _string(row["system"], "system")}] if row.get("system") else []
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def _string(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is {_kind(value)}, wanted text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it as an escape, and tokenizers refuse it much later
+        raise DataError(
+            f"{name} holds half of a surrogate pair ({value[error.start]!a}), which is no character"
+        ) from None
+    return value
+
+
+def _filled(value: object, name: str) -> str:
+    if not _string(value, name).strip():
+        raise DataError(f"{name} is empty: nothing to learn from")
+    return str(value)
+
+
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    return f"{_KINDS.get(type(value), type(value).__name__)} ({_short(value)})"
+
+
+def _short(value: object) -> str:
+    return reprlib.repr(value)
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def _nearest(name: str, known: Mapping[str, Any] | list[str] | set[str]) -> str:
+    close = get_close_matches(name, sorted(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,322 @@
+"""Load: rows from files, folders and the Hugging Face hub, and which of them are held out.
+
+What is text (.jsonl, .json, .csv, .txt, .md) is read here, so that a fault has a file and a line. `datasets`, which
+takes a second to import, reads .parquet and the hub, and is imported only then.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.formats import Example, check_format, read_row
+from qlora_kit.errors import DataError
+
+RawRow: TypeAlias = tuple[str, Any]
+"""Where a row stands, and what was found there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One place that rows come from."""
+
+    path: str
+    """A file, a folder, or a hub id."""
+    split: str = "train"
+    """Only hub data sets have splits."""
+    weight: float = 1.0
+    """How often each row is seen in an epoch; the part after the point is a share of the rows, chosen by content."""
+    format: str = "auto"
+    """A name in `formats.FORMATS`, or auto."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Expected name -> name in the file."""
+
+
+Sources: TypeAlias = str | Path | Source | Mapping[str, Any] | Sequence["str | Path | Source | Mapping[str, Any]"]
+
+
+def load_rows(
+    source: Sources,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    faults: Faults | None = None,
+) -> list[Example]:
+    """Read every row of one or several sources.
+
+    Args:
+        source: a path, a hub id, a `Source`, a mapping with the fields of `Source`, or a list of these. A folder
+            stands for its .jsonl, .json, .csv and .parquet files, or for its .txt and .md files, by name.
+        format: for sources that do not name their own.
+        columns: expected name -> name in the file; for sources that do not name their own.
+        faults: bad rows are left in here and the others returned; without it, bad rows are an error.
+
+    Returns:
+        rows in the order of the sources. A .txt or .md file is one row.
+
+    Raises:
+        DataError: if rows are bad (the first 20, and their number), or a source is missing, unreadable or empty.
+    """
+    gathered = Faults() if faults is None else faults
+    rows: list[Example] = []
+    for part in _sources(source, format, columns or {}):
+        rows += _weigh(_read_source(part, gathered), part.weight)
+    if faults is None:
+        gathered.stop()
+    if not rows:
+        raise DataError(f"no usable row is left; {'; '.join(gathered.shown) or 'the weights leave none'}")
+    return rows
+
+
+def split_eval(rows: Sequence[Example], share: float = 0.02, most: int = 200) -> tuple[list[Example], list[Example]]:
+    """Hold out some rows for evaluation, chosen by what they say.
+
+    A hash of its contents ranks each row, so neither the order of the file nor a seed moves the split, and equal rows
+    are on the same side of it.
+
+    Args:
+        rows: what there is.
+        share: of the rows, 0 < share < 1; at least one row is held out if two rows differ.
+        most: rows held out, unless every row occurs more often than that.
+
+    Returns:
+        (train, eval), each in the order of `rows`.
+    """
+    digests = [_digest(row) for row in rows]
+    copies = Counter(digests)
+    if len(copies) < 2:
+        return list(rows), []
+    room = min(most, max(1, round(share * len(rows))), len(rows) - 1)
+    held: set[str] = set()
+    for digest in sorted(copies):
+        if copies[digest] <= room:
+            held.add(digest)
+            room -= copies[digest]
+    held = held or {min(sorted(copies), key=copies.__getitem__)}
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for row, digest in zip(rows, digests, strict=True):
+        sides[digest in held].append(row)
+    return sides
+
+
+def _digest(row: Example, salt: str = "") -> str:
+    """A hash of what a row says, whatever file and line it stands in."""
+    contents = {**asdict(row), "where": type(row).__name__}
+    return hashlib.sha256((salt + json.dumps(contents, sort_keys=True, default=repr)).encode()).hexdigest()
+
+
+def _weigh(rows: list[Example], weight: float) -> list[Example]:
+    whole, part = divmod(weight, 1)
+    # Another salt than that of the split: the rows that are seen once more should not be those held out first.
+    once_more = [row for row in rows if int(_digest(row, "weight")[:8], 16) < part * 2**32] if part else []
+    return rows * int(whole) + once_more
+
+
+# ---- sources -------------------------------------------------------------------------------------------------------
+
+
+def _sources(source: Sources, format: str, columns: Mapping[str, str]) -> list[Source]:
+    """Every source as a `Source`, checked."""
+    listed = [source] if isinstance(source, str | Path | Source | Mapping) else list(source)
+    found = [_source(each, format, columns) for each in listed]
+    for each in found:
+        check_format(each.format, each.columns)
+        if not 0 < each.weight < float("inf"):
+            raise DataError(f"{each.path}: weight is {each.weight}, wanted a number above 0")
+    return found
+
+
+def _source(given: "str | Path | Source | Mapping[str, Any]", format: str, columns: Mapping[str, str]) -> Source:
+    if isinstance(given, Source):
+        return given
+    fields = given if isinstance(given, Mapping) else {"path": str(given)}
+    unknown = set(fields) - set(Source.__slots__)
+    if unknown or "path" not in fields:
+        raise DataError(f"a source has the keys {', '.join(Source.__slots__)}; found: {', '.join(map(str, fields))}")
+    # A recipe writes null for what is not said.
+    said: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
+    return Source(**{"format": format, "columns": columns} | said)
+
+
+def _read_source(source: Source, faults: Faults) -> list[Example]:
+    rows: list[Example] = []
+    for name, raw_rows in _open(source, faults):
+        try:
+            rows += _read_rows(name, raw_rows, source, faults)
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+    return rows
+
+
+def _read_rows(name: str, raw_rows: Iterator[RawRow], source: Source, faults: Faults) -> list[Example]:
+    rows: list[Example] = []
+    faults_before, is_empty = faults.count, True
+    for where, raw in raw_rows:
+        is_empty = False
+        try:
+            rows.append(read_row(raw, where, source.format, source.columns))
+        except DataError as error:
+            faults.add(error)
+    if is_empty and faults.count == faults_before:
+        raise DataError(f"{name} is empty: it holds no rows")
+    return rows
+
+
+def _open(source: Source, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
+    """Each file or data set of a source: its name and its rows."""
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        for file in _files(path):
+            yield str(file), _READERS[file.suffix.lower()](file, faults)
+    elif path.is_file():
+        if path.suffix.lower() not in _READERS:
+            raise DataError(f"{path}: files that can be read end in {', '.join(_READERS)}")
+        yield str(path), _READERS[path.suffix.lower()](path, faults)
+    elif _is_hub_id(source.path):
+        yield source.path, _hub(source)
+    else:
+        raise DataError(f"{path}: there is no such file or folder")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder that hold rows, or the documents, sorted; not both, since a README is seldom meant."""
+    visible = (
+        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.parts[len(folder.parts) :])
+    )
+    files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in _READERS)
+    documents = [file for file in files if _READERS[file.suffix.lower()] is _document]
+    if not files:
+        raise DataError(f"{folder} is empty: no file in it ends in {', '.join(_READERS)}")
+    if documents and len(documents) < len(files):
+        rows = next(file for file in files if file not in documents)
+        raise DataError(
+            f"{folder} holds rows ({rows.name}) and documents ({documents[0].name}): "
+            "list the files that are meant under data.train"
+        )
+    return files
+
+
+def _is_hub_id(path: str) -> bool:
+    """`owner/name` or `name`, as long as it does not look like a file that is missing."""
+    looks_local = path.startswith((".", "/", "~")) or Path(path).suffix.lower() in _READERS
+    return not looks_local and path.count("/") <= 1 and "\\" not in path and path != ""
+
+
+# ---- readers -------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(path: Path, faults: Faults) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        # By bytes and "\n" alone: other line ends (U+2028, a lone "\r") may stand inside JSON text.
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                text = _decode(line, where).strip()
+                if text:
+                    yield where, _parse(text, where)
+            except DataError as error:
+                faults.add(error)
+
+
+def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """One list of objects, or one object a line as in .jsonl."""
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from _json_lines(path, faults)
+        return
+    try:
+        rows = _parse(_decode(path.read_bytes(), path), path)
+    except DataError as error:
+        faults.add(error)
+        return
+    for number, row in enumerate(rows, 1):
+        yield f"{path} row {number}", row
+
+
+def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
+    try:
+        reader = csv.DictReader(io.StringIO(_decode(path.read_bytes(), path), newline=""), strict=True)
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                faults.add(
+                    f"{where}: the number of values differs from that of the columns ({len(reader.fieldnames or ())})"
+                )
+            else:
+                yield where, row
+    except DataError as error:
+        faults.add(error)
+    except csv.Error as error:
+        faults.add(f"{path}:{reader.line_num}: not CSV: {error}")
+
+
+def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
+    try:
+        text = _decode(path.read_bytes(), path)
+    except DataError as error:
+        faults.add(error)
+        return
+    if text.strip():
+        yield str(path), {"text": text}
+
+
+def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
+    return _table(str(path), "parquet", "train", data_files=str(path))
+
+
+def _hub(source: Source) -> Iterator[RawRow]:
+    return _table(source.path, source.path, source.split)
+
+
+def _table(name: str, loader: str, split: str, **options: str) -> Iterator[RawRow]:
+    """Rows through `datasets`, counted from 1."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        table = datasets.load_dataset(loader, split=split, **options)
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise DataError(f"{name} (split {split}) cannot be read: {' '.join(str(cause).split())}") from error
+    for number, row in enumerate(table, 1):
+        yield f"{name} row {number}", row
+
+
+_READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_file,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _document,
+    ".md": _document,
+}
+
+
+def _decode(data: bytes, where: object) -> str:
+    """UTF-8, strictly; a byte order mark is dropped. `where` is a file, or a file and line."""
+    try:
+        return data.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        place = where if isinstance(where, str) else f"{where}:{line}"
+        raise DataError(
+            f"{place}: not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8"
+        ) from None
+
+
+def _parse(text: str, where: object) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = where if isinstance(where, str) else f"{where}:{error.lineno}"
+        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets
+        raise DataError(f"{where}: not JSON that can be read: {error}") from None

@@ -1,0 +1,46 @@
+"""The one hierarchy of errors: each says what was found, what was wanted and what to do, on one line.
+
+Every error that a user can cause is a `QloraKitError`; the command line prints it as `error: ...` on standard error and
+exits with `exit_code`. Each class is also the nearest class of the standard library, so that callers of the Python
+interface can catch what they already know.
+"""
+
+
+class QloraKitError(Exception):
+    """Something that the user can mend. `exit_code` is what the command line exits with."""
+
+    exit_code = 2
+
+
+class RecipeError(QloraKitError, ValueError):
+    """The recipe, or an override of it, is wrong."""
+
+
+class ModelError(QloraKitError, ValueError):
+    """The base model cannot be read or used."""
+
+
+class AdapterError(QloraKitError, ValueError):
+    """An adapter does not fit the model, or its files are damaged."""
+
+
+class DataError(QloraKitError, ValueError):
+    """The training or evaluation data cannot be used."""
+
+
+class DeviceError(QloraKitError, RuntimeError):
+    """The device asked for is not there, or cannot do what was asked."""
+
+
+class RunError(QloraKitError, OSError):
+    """A run folder, checkpoint or export cannot be read or written."""
+
+
+class TrainingError(QloraKitError, ArithmeticError):
+    """Training cannot go on: a loss or gradient is not finite."""
+
+
+class FitError(QloraKitError, MemoryError):
+    """The plan does not fit the memory budget."""
+
+    exit_code = 3

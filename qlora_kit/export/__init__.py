@@ -1,0 +1,17 @@
+"""Export: what was trained, as files that other programs read, each audited against the model as trained."""
+
+from qlora_kit.export.audit import compare
+from qlora_kit.export.kinds import export_adapter, export_merged, merge
+from qlora_kit.export.merge import merged_tensors
+from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
+
+__all__ = [
+    "StreamedTensor",
+    "compare",
+    "export_adapter",
+    "export_merged",
+    "merge",
+    "merged_tensors",
+    "write_safetensors",
+    "write_weights",
+]

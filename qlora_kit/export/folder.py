@@ -1,0 +1,108 @@
+"""The files around the weights, so that another program needs nothing but the folder: config, tokenizer, model card.
+
+The card holds what somebody who finds the folder in a year wants to know: which base, which adapter, trained against
+what, merged how, how far from what was trained, made with which versions.
+"""
+
+import copy
+import re
+from collections.abc import Container, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qlora_kit.lora.inject import head_name
+from qlora_kit.storage import write_text
+
+LIBRARIES = ("qlora-kit", "torch", "transformers", "bitsandbytes", "safetensors")
+"""Whose versions an export records."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def write_model_files(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    tensor_names: Container[str],
+) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files, its chat template among them.
+
+    Args:
+        model: whose configuration is written; it is not changed.
+        tokenizer: or None where the base has none.
+        folder: of the export.
+        dtype: of the exported weights.
+        tensor_names: of the exported weights; a head among them stands on its own.
+    """
+    write_text(folder / "config.json", dense_config(model, dtype, tensor_names).to_json_string())
+    if model.generation_config is not None:
+        # Written as it is: `save_pretrained` refuses the contradictory settings that some published models carry.
+        text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
+        write_text(folder / "generation_config.json", text)
+    if tokenizer is not None:
+        _unused(tokenizer).save_pretrained(folder)
+
+
+def dense_config(model: PreTrainedModel, dtype: torch.dtype, tensor_names: Container[str]) -> PretrainedConfig:
+    """The model's configuration as that of a plain dense checkpoint.
+
+    A head that is written out although the configuration ties it has changed in training: the tie is cut, because a
+    program that ties it again would put the embedding in its place.
+    """
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    head = head_name(model)
+    if head is not None and f"{head}.weight" in tensor_names:
+        config.tie_word_embeddings = False
+    return config
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what made the export."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def model_card(
+    title: str, base: str, library: str, tags: list[str], sections: Mapping[str, Mapping[str, object]]
+) -> str:
+    """README.md: a front matter that hubs read, and one list of facts a section.
+
+    Args:
+        title: first heading.
+        base: hub id or folder of the base model. Only an id goes into the front matter: hubs refuse a card that names a
+            folder of somebody's disk.
+        library: that loads the folder.
+        tags: for the front matter.
+        sections: heading -> name -> value. Every value is shown as code, on one line, so none can act as markup.
+    """
+    front: dict[str, object] = {"library_name": library, "tags": tags}
+    if _HUB_ID.fullmatch(base) and not Path(base).exists():
+        front = {"base_model": base, **front}
+    lines = ["---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "", f"# {title}"]
+    for heading, facts in sections.items():
+        lines += ["", f"## {heading}", "", *(f"- {name}: {_code(value)}" for name, value in facts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _unused(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer without the padding and truncation of its last call, which its file would impose on everybody."""
+    tokenizer = copy.deepcopy(tokenizer)
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _code(value: object) -> str:
+    """A value as inline code: whitespace and control characters become single spaces, backticks become apostrophes."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    plain = "".join(character if character.isprintable() else " " for character in text.replace("`", "'"))
+    return f"`{' '.join(plain.split()) or '-'}`"

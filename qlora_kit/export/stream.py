@@ -1,0 +1,170 @@
+"""Tensors that are made while they are written: safetensors files whose contents never stand in memory together.
+
+    8 bytes      n, the length of the header, little-endian
+    n bytes      the header: JSON from name to dtype, shape and byte range; spaces at its end bring the data to 8 bytes
+    the rest     the tensors' bytes, one after another, without holes
+
+The header needs shapes and dtypes only, so it is written first, and each tensor then goes to the file in slices of
+rows. The bytes depend on the tensors' names, values and order alone: the same export gives the same files.
+
+Source: the format's description, github.com/huggingface/safetensors, README, section "Format".
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from qlora_kit.storage import write_text
+from qlora_kit.units import GIB
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+SHARD_BYTES = 4 * GIB
+"""Bytes of tensors in one file, unless a single tensor is larger."""
+
+SLICE_ELEMENTS = 2**22
+"""Elements in one slice of rows: 16 MiB in fp32, of which the making of a slice holds about three."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedTensor:
+    """A tensor of which the name, shape and dtype are known, and the values are made when they are asked for."""
+
+    name: str
+    """Under which another program finds it."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    slices: Callable[[], Iterator[Tensor]]
+    """Its values in order, in slices along the first axis, in `dtype`."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that it takes in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """All of it at once."""
+        return torch.cat([part.reshape(-1) for part in self.slices()]).view(self.shape)
+
+
+def row_slices(shape: Sequence[int], elements: int = SLICE_ELEMENTS) -> Iterator[slice]:
+    """Cut the first axis so that no slice has more than `elements` elements, unless a single row has.
+
+    >>> list(row_slices((5, 4), elements=9))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    step = max(1, elements // max(1, math.prod(shape[1:])))
+    for begin in range(0, shape[0], step):
+        yield slice(begin, min(begin + step, shape[0]))
+
+
+def streamed(name: str, values: Tensor, dtype: torch.dtype | None = None) -> StreamedTensor:
+    """A tensor that is there already, each slice brought to `dtype` (by default its own) when it is asked for."""
+    dtype = dtype or values.dtype
+    return StreamedTensor(name, tuple(values.shape), dtype, partial(tensor_slices, values.detach(), dtype))
+
+
+def tensor_slices(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Slices of a tensor along its first axis, each in `dtype`."""
+    values = values if values.ndim else values.view(1)
+    for rows in row_slices(values.shape):
+        yield values[rows].to(dtype)
+
+
+def write_weights(tensors: Iterable[StreamedTensor], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+    """Write a model's tensors as one safetensors file, or as several with an index.
+
+    Args:
+        tensors: in the order of the model's state dict.
+        folder: gets `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`.
+        shard_bytes: of tensors in one file.
+
+    Returns:
+        the files of weights.
+    """
+    shards = _shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, shards[0], {"format": "pt"})
+        return [folder / WEIGHTS]
+    paths = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for path, shard in zip(paths, shards, strict=True):
+        write_safetensors(path, shard, {"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(tensor.stored_bytes for shard in shards for tensor in shard)},
+        "weight_map": {t.name: path.name for path, shard in zip(paths, shards, strict=True) for t in shard},
+    }
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return paths
+
+
+def write_safetensors(path: Path, tensors: Sequence[StreamedTensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, a slice of one tensor at a time.
+
+    Args:
+        path: of the file, which is not there yet.
+        tensors: what goes into it; where dtypes differ, the widest come first.
+        metadata: of the file, written in this order.
+    """
+    # Widest first, so that every tensor begins at a multiple of its own width; a stable sort keeps the order otherwise.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    with open(path, "xb") as file:
+        file.write(_header(ordered, metadata))
+        for tensor in ordered:
+            _write_tensor(file, tensor)
+
+
+def _shards(tensors: Iterable[StreamedTensor], shard_bytes: int) -> list[list[StreamedTensor]]:
+    shards: list[list[StreamedTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.stored_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.stored_bytes
+    return shards
+
+
+def _header(tensors: Sequence[StreamedTensor], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for tensor in tensors:
+        end = begin + tensor.stored_bytes
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: BinaryIO, tensor: StreamedTensor) -> None:
+    begin = file.tell()
+    for part in tensor.slices():
+        assert part.dtype == tensor.dtype, f"{tensor.name}: {part.dtype} came, {tensor.dtype} was announced"
+        file.write(part.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    written = file.tell() - begin
+    assert written == tensor.stored_bytes, f"{tensor.name}: {written} bytes came, {tensor.stored_bytes} were announced"

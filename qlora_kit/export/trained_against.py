@@ -1,0 +1,73 @@
+"""What an adapter was trained against: how its base was stored, as words in the metadata of the adapter's file.
+
+An adapter corrects one particular set of weights. The same checkpoint in another format is another set, so whoever
+merges must quantise as training did; that is why the settings travel with the adapter.
+"""
+
+from pathlib import Path
+from typing import Any, get_args
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.formats import Kind, Quantization
+from qlora_kit.base.load import DTYPES
+from qlora_kit.errors import AdapterError
+from qlora_kit.lora.adapters import WEIGHTS
+from qlora_kit.lora.inject import adaptable_linears, head_name
+
+PREFIX = "qlora_kit."
+
+
+def trained_against(model: PreTrainedModel) -> dict[str, str]:
+    """How the base of this model is stored, as metadata: `qlora_kit.quantization` and its settings."""
+    linears = {name: module for name, module in adaptable_linears(model).items() if name != head_name(model)}
+    quantized = [module.quantization for module in linears.values() if isinstance(module, QuantizedLinear)]
+    how = quantized[0] if quantized else Quantization("none")
+    compute_dtype = next(model.get_input_embeddings().parameters()).dtype
+    facts = {"quantization": how.kind, "compute_dtype": str(compute_dtype).removeprefix("torch.")}
+    if how.is_4bit:
+        facts |= {"double_quant": str(how.double_quant).lower(), "block_size": str(how.block_size)}
+    if quantized:
+        facts["skip"] = ",".join(name for name, module in linears.items() if not isinstance(module, QuantizedLinear))
+    return {f"{PREFIX}{key}": value for key, value in facts.items() if value}
+
+
+def read_trained_against(adapter: Path, defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings with which `load_base` makes the base that an adapter was trained against.
+
+    Args:
+        adapter: folder with the adapter's two files.
+        defaults: settings for what the file does not say; adapters saved by other programs say nothing.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or one of its settings is none that the kit knows.
+    """
+    said = {key.removeprefix(PREFIX): value for key, value in _metadata(adapter / WEIGHTS).items()}
+    settings = dict(defaults)
+    for key, known in {
+        "quantization": {kind: kind for kind in get_args(Kind)},
+        "double_quant": {"true": True, "false": False},
+        "block_size": {str(2**power): 2**power for power in range(5, 13)},
+        "compute_dtype": {name: name for name in DTYPES},
+    }.items():
+        if key in said:
+            if said[key].lower() not in known:
+                raise AdapterError(
+                    f"{adapter / WEIGHTS} says {PREFIX}{key}={said[key]!r}; known are {', '.join(known)}"
+                )
+            settings[key] = known[said[key].lower()]
+    if "skip" in said:
+        settings["skip"] = said["skip"].split(",")
+    return settings
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise AdapterError(f"{path} is missing: {path.parent} is no adapter")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}") from error

@@ -1,0 +1,59 @@
+"""What the schema knows and this version does not do: a row a key, and nothing else to change when a feature lands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """One key of which only some values are built. `instead` says what to write today."""
+
+    key: str
+    is_built: Callable[[Any], bool]
+    instead: str
+
+
+def _only(*built: str | bool | int | None) -> Callable[[Any], bool]:
+    return lambda value: value in built
+
+
+def _all_but(*missing: str | bool) -> Callable[[Any], bool]:
+    return lambda value: value not in missing
+
+
+def _empty(value: Any) -> bool:
+    return not value
+
+
+_PLAIN_FORMATS = _all_but("preference", "labelled", "classification")
+_FORMATS = "built: auto, messages, sharegpt, alpaca, completion, text"
+
+ROWS = (
+    NotYet("base.quantize_head", _only(False), "built: false, which keeps the head dense"),
+    NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
+    NotYet("lora.from", _only(None), "built: null, which starts new adapters"),
+    NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
+    NotYet("lora.targets", _all_but("experts"), 'built: all-linear, attention, mlp, head, names, "re:..."'),
+    NotYet("lora.targets[]", _all_but("experts"), 'built: attention, mlp, head, names, "re:..."'),
+    NotYet("lora.init", _only("default", "gaussian"), "built: default, gaussian"),
+    NotYet("lora.dora", _only(False), "built: false"),
+    NotYet("lora.also_train", _empty, "built: [], which trains adapters only"),
+    NotYet("lora.added_tokens", _empty, "built: [], which keeps the embedding as it is"),
+    NotYet("lora.untie_head", _only(False), "built: false"),
+    NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
+    NotYet("data.train[].format", _PLAIN_FORMATS, _FORMATS),
+    NotYet("data.format", _PLAIN_FORMATS, _FORMATS),
+    NotYet("data.over_length", _all_but("split"), "built: drop, truncate, error"),
+    NotYet("data.packing", _all_but(True), "built: false, and auto, which is false for now"),
+    NotYet("data.thinking", _only("keep"), "built: keep"),
+    NotYet("data.on_error", _only("stop"), "built: stop"),
+    NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),
+    NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
+    NotYet("train.early_stopping", _only(None), "built: null; the newest checkpoints are kept"),
+    NotYet("train.full_finetune", _only(False), "built: false; the plan shows what true would take"),
+    NotYet("memory.activations", _all_but("offload"), "built: auto, keep, recompute"),
+    NotYet("memory.loss_chunk", _only("auto"), "built: auto"),
+)
+
+BY_KEY = {row.key: row for row in ROWS}

@@ -1,0 +1,272 @@
+"""What a recipe may say: one frozen model a section, each key with its type, its default, its unit and its reason.
+
+This file is the only place where a key or a default is written down. The check of a value and the words for it stand in
+the same type (`Says`), so that an error message cannot promise what the check refuses; `words.py` reads both off.
+
+Sources of defaults: QLoRA, Dettmers et al. 2023, arXiv 2305.14314, and its released scripts; LoRA, Hu et al. 2021,
+arXiv 2106.09685; LoRA Without Regret, Schulman et al. 2025, doi 10.64434/tml.20250929.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from qlora_kit import units
+
+
+class Says:
+    """Stands in a type beside its check and says in words what passes: one phrase for each alternative."""
+
+    def __init__(self, *alternatives: str) -> None:
+        self.alternatives = alternatives
+
+
+def _is_line(text: str) -> str:
+    if not text.strip() or text.splitlines() != [text] or "\0" in text:
+        raise ValueError("it must be one line and not empty")
+    return text
+
+
+def _is_block_size(size: int) -> int:
+    if not 32 <= size <= 4096 or size & (size - 1):
+        raise ValueError
+    return size
+
+
+def _is_size(text: str) -> str:
+    try:
+        units.parse_bytes(text)
+    except (ValueError, OverflowError):
+        raise ValueError from None
+    return text
+
+
+def _is_pattern(text: str) -> str:
+    if text.startswith("re:"):
+        try:
+            re.compile(text.removeprefix("re:"))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"the regular expression does not compile: {error}") from None
+    return text
+
+
+Auto = Literal["auto"]
+Text = Annotated[str, AfterValidator(_is_line), Says("text")]
+Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
+Above0 = Annotated[float, Field(gt=0), Says("a number above 0")]
+Number = Annotated[int | float, Field(gt=0), Says("a number above 0")]
+BlockSize = Annotated[int, AfterValidator(_is_block_size), Says("a power of two from 32 to 4096")]
+Size = Annotated[str, AfterValidator(_is_size), Says("a size above 0 with its unit (24GiB)")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})$"), Says("auto", "cpu", "cuda", "cuda:N")]
+ModelName = Annotated[Text, Says("a folder", "a hub id")]
+AdapterName = Annotated[Text, Says("the folder of an adapter", "the folder of a run")]
+DataName = Annotated[Text, Says("a file", "a folder", "a hub id")]
+EvalName = Annotated[Text, Says("auto", "a file")]
+TemplateName = Annotated[Text, Says("auto", "the name of a shipped template", "a file")]
+Layers = Literal["all-linear", "attention", "mlp", "experts", "head"]
+Expression = Annotated[
+    str, Field(pattern=r"^re:."), AfterValidator(_is_pattern), Says('"re:" and a regular expression')
+]
+LayerName = Annotated[Text, AfterValidator(_is_pattern), Says("the name of a linear layer")]
+LayerNames = Annotated[list[LayerName], Field(min_length=1), Says("a list of names ([q_proj, v_proj])")]
+Columns = Annotated[dict[Text, Text], Says("a mapping of the expected column to the file's column")]
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "completion", "text", "preference", "labelled", "classification"
+]
+Optimizer = Literal[
+    "adamw", "sgd", "adamw_8bit", "adamw_32bit", "lion_8bit", "ademamix_8bit",
+    "paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit", "paged_ademamix_8bit",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    """Values are taken as they are written, never converted; a key that is not listed is refused."""
+
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Base(Section):
+    """The frozen model, and how its weights are held."""
+
+    model: ModelName
+    """The model to fine-tune: a folder if it begins with . or / or exists, otherwise a hub id."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub model; null takes the newest."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the linear layers are stored; QLoRA, table 2: of the 4-bit types nf4 has the lowest perplexity."""
+    double_quant: bool = True
+    """Quantise the block constants as well: 4.127 bits per parameter in place of 4.5 (QLoRA, section 3)."""
+    block_size: BlockSize = 64
+    """Weights that share one constant; 64 as in QLoRA, section 3."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What weights are decoded to; auto: bfloat16 where the device has it and on the CPU, else float16."""
+    skip: list[Text] = []
+    """Names of linear layers that stay dense, beside heads and classifiers."""
+    quantize_head: bool = False
+    """Quantise the output head too; it stays dense otherwise."""
+    attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
+    """Implementation of attention."""
+    device: Device = "auto"
+    """Where the model lives; auto: the first CUDA device if there is one."""
+
+
+class Lora(Section):
+    """The adapters: where they sit, how large they are and how they start."""
+
+    from_: AdapterName | None = Field(default=None, alias="from")
+    """An adapter or run to continue from; the optimizer starts new."""
+    rank: Count | Auto = 16
+    """Rank of the update B A; on all linear layers the rank hardly changes the result (QLoRA, section 4)."""
+    alpha: Number = 32
+    """The update is multiplied by alpha / rank; 32 as in LoRA Without Regret."""
+    targets: Layers | Expression | LayerNames = "all-linear"
+    """Layers that get an adapter; all linear layers are needed to match 16-bit tuning (QLoRA, section 4)."""
+    dropout: Annotated[float, Field(ge=0, lt=1), Says("a number from 0 to below 1")] = 0.0
+    """Share of the adapter's inputs set to zero in training; 0 is fastest, QLoRA's scripts use 0.05 to 0.1."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """standard: alpha / rank, as in LoRA, section 4.1; rslora: alpha / sqrt(rank), for high ranks."""
+    init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
+    """How A starts, B being 0; default: uniform within 1 / sqrt(inputs), as in LoRA Without Regret."""
+    dora: bool = False
+    """Train a magnitude for each output beside the direction."""
+    lr_ratio: Above0 = 1.0
+    """Learning rate of B over that of A (LoRA+); LoRA Without Regret keeps them equal."""
+    rank_pattern: Annotated[
+        dict[LayerName, Count], Says('a mapping of layer names or "re:..." to whole numbers of at least 1')
+    ] = {}
+    """Other ranks for some layers: leaf name or "re:..." to rank."""
+    alpha_pattern: Annotated[
+        dict[LayerName, Number], Says('a mapping of layer names or "re:..." to numbers above 0')
+    ] = {}
+    """Other alphas for some layers: leaf name or "re:..." to alpha."""
+    also_train: list[Text] = []
+    """Whole modules that are trained and saved beside the adapters, such as a new head."""
+    added_tokens: list[Text] = []
+    """Tokens whose embedding rows are trained and saved."""
+    untie_head: bool = False
+    """Give the output head weights of its own where it shares the embedding's."""
+
+
+class Source(Section):
+    """One of several sources of training rows."""
+
+    path: DataName
+    """Where its rows are."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    weight: Number = 1
+    """How often its rows are drawn, relative to the other sources."""
+    format: Format | None = None
+    """Format of its rows; null takes data.format."""
+    columns: Columns | None = None
+    """Expected column to column in the file; null takes data.columns."""
+
+
+Sources = Annotated[
+    list[DataName | Source], Field(min_length=1), Says("a list of these or of {path, split, weight, format, columns}")
+]
+
+
+class Data(Section):
+    """The rows: where they come from and what of them is trained on."""
+
+    train: DataName | Sources
+    """The training rows: one source or several."""
+    eval: EvalName | None = "auto"
+    """Held-out rows; auto: 2 % of the rows, at most 200, split by content; null: none."""
+    format: Format = "auto"
+    """Format of the rows; auto looks at the column names."""
+    columns: Columns = {}
+    """Column that the format expects to the column in the file."""
+    max_tokens: Count = 2048
+    """Longest row, in tokens."""
+    over_length: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What happens to a longer row; every one is counted."""
+    packing: bool | Auto = "auto"
+    """Put several rows into one sequence; auto: where task and attention allow it and it is faster."""
+    loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
+    """The tokens that are learnt: those of the assistant, its last turn, the completion, or all."""
+    template: TemplateName = "auto"
+    """Chat template; auto takes the tokenizer's."""
+    thinking: Literal["keep", "strip", "empty"] = "keep"
+    """What happens to reasoning in assistant turns: kept, left out, or replaced by an empty block."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens at a row that cannot be read."""
+
+
+class Train(Section):
+    """The run: objective, length, optimizer and what is written on the way."""
+
+    task: Literal["sft", "pretrain", "classify", "dpo", "orpo", "kto"] = "sft"
+    """The objective."""
+    epochs: Number = 1
+    """Passes over the rows; may be a fraction."""
+    steps: Count | None = None
+    """Optimizer steps; overrides epochs."""
+    micro_batch: Count | Auto = "auto"
+    """Sequences in one forward pass; auto: as many of the longest as make 2,048 tokens, at most 16."""
+    accumulation: Count | Auto = "auto"
+    """Micro-batches a step; auto: about 16 rows (not packs) a step, as in QLoRA's scripts."""
+    lr: Above0 | Auto = "auto"
+    """Peak learning rate; auto: 2e-4, and 1e-4 above 20 B parameters, as in QLoRA's scripts."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Course of the learning rate after the warm-up; constant as in QLoRA and LoRA Without Regret."""
+    warmup: Annotated[float, Field(ge=0, le=1), Says("a number from 0 to 1")] = 0.03
+    """Share of the steps in which the learning rate rises; 0.03 as in QLoRA's scripts."""
+    optimizer: Optimizer = "paged_adamw_8bit"
+    """The optimizer; paged: its state may move to the CPU's memory at a peak (QLoRA, section 3)."""
+    master_weights: Literal["auto", "fp32", "stochastic", "none"] = "auto"
+    """How small updates reach bfloat16 adapters: a float32 copy, stochastic rounding, or not at all."""
+    weight_decay: Annotated[float, Field(ge=0), Says("a number of at least 0")] = 0.0
+    """Decoupled weight decay, per step and unit of learning rate."""
+    max_grad_norm: Above0 = 0.3
+    """Longest gradient before it is scaled down; 0.3 as in QLoRA's scripts."""
+    beta: Above0 = 0.1
+    """How strongly preference objectives hold to the reference model."""
+    seed: Annotated[int, Field(ge=0, lt=2**32), Says("a whole number from 0 to 4294967295")] = 0
+    """Seed of every random choice; 32 bits, because NumPy takes no more."""
+    eval_every: Count | Auto = "auto"
+    """Steps between evaluations; auto: 10 evaluations a run."""
+    save_every: Count | Auto = "auto"
+    """Steps between checkpoints; auto: about every 15 minutes and at the end."""
+    sample_every: Count | None = None
+    """Steps between sample generations; null: none."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that are kept, the newest."""
+    early_stopping: Count | None = None
+    """Evaluations without improvement after which the run stops; null: never."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    """Where metrics go beside metrics.jsonl."""
+    full_finetune: bool = False
+    """Train every weight of the base in place of adapters."""
+
+
+class Memory(Section):
+    """The memory the run may take, and what it trades for it."""
+
+    budget: Size | None = None
+    """Most memory of the device; null on CUDA: what is free at the start, less a stated reserve."""
+    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
+    """What happens to a block's activations until the backward pass; auto: the fastest that fits."""
+    loss_chunk: Count | Auto = "auto"
+    """Tokens whose logits exist at one time; auto: chosen by the plan."""
+
+
+class Recipe(Section):
+    """All that a run depends on."""
+
+    base: Base
+    """Settings of the frozen model."""
+    lora: Lora = Lora()
+    """Settings of the adapters."""
+    data: Data
+    """Settings of the rows."""
+    train: Train = Train()
+    """Settings of the run."""
+    memory: Memory = Memory()
+    """Settings of the memory."""
+    output: Text = "runs/NAME"
+    """The run folder, relative to the working directory; NAME: the recipe's own name, also for null."""

@@ -1,0 +1,97 @@
+"""One sentence on a loss curve: improving, flat, or overfitting since step N.
+
+Evaluation losses are judged where there are at least three, since the training loss of a model that overfits goes on
+falling. Without them the training losses are, averaged over ten stretches of the run. A difference counts if it is
+above 1 % of the loss and, between averages, above four standard errors of the noisiest one: of ten averages around one
+value the lowest lies one and a half below it already.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from qlora_kit.report.curve import curve, finite
+
+TOLERANCE = 0.01
+STRETCHES = 10
+
+
+class _Trend(NamedTuple):
+    """What is judged: the points, and by how much two must differ."""
+
+    name: str
+    points: list[tuple[float, float]]
+    margin: float
+
+
+def judge_curve(rows: Sequence[dict[str, Any]]) -> str:
+    """One sentence that judges the losses in `rows` (rows of metrics.jsonl, in order of steps).
+
+    >>> judge_curve([{"step": s, "eval_loss": v} for s, v in ((10, 2.0), (20, 1.5), (30, 1.9))])
+    'Overfitting since step 20: the evaluation loss has risen from 1.500 to 1.900.'
+    """
+    trend = _trend(rows)
+    if not trend.points:
+        verdict = "No loss has been recorded"
+    elif len(trend.points) < 3:
+        step, loss = trend.points[-1]
+        verdict = f"Too few points to judge: the {trend.name} loss at step {step:,.0f} is {_said(loss)}"
+    else:
+        verdict = _verdict(trend, rows)
+    lost = [row["step"] for row in rows if row.get("nonfinite")]
+    if lost:
+        steps = "1 step" if len(lost) == 1 else f"{len(lost):,} steps"
+        verdict += f"; the loss was not finite at {steps}, first at step {lost[0]:,.0f}"
+    return verdict + "."
+
+
+def _trend(rows: Sequence[dict[str, Any]]) -> _Trend:
+    evaluated = finite(curve(rows, "eval_loss"))
+    trained = finite(curve(rows, "loss"))
+    if len(evaluated) >= 3 or not trained:
+        lowest = min((abs(loss) for _, loss in evaluated), default=0.0)
+        return _Trend("evaluation", evaluated, TOLERANCE * lowest)
+    count = min(STRETCHES, len(trained) // 2) if len(trained) > 5 else len(trained)
+    stretches = [trained[index * len(trained) // count : (index + 1) * len(trained) // count] for index in range(count)]
+    losses = [[loss for _, loss in stretch] for stretch in stretches]
+    noise = max((stdev(part) / math.sqrt(len(part)) for part in losses if len(part) > 1), default=0.0)
+    points = [(stretch[-1][0], fmean(part)) for stretch, part in zip(stretches, losses, strict=True)]
+    return _Trend("training", points, max(TOLERANCE * min(abs(loss) for _, loss in points), 4 * noise))
+
+
+def _verdict(trend: _Trend, rows: Sequence[dict[str, Any]]) -> str:
+    first, last = trend.points[0][1], trend.points[-1][1]
+    best_step, best = min(trend.points, key=lambda point: point[1])
+    fell = f"the {trend.name} loss fell from {_said(first)} to {_said(last)}"
+    rose = f"the {trend.name} loss has risen from {_said(best)} to {_said(last)}"
+    if last - best > trend.margin:
+        overfits = trend.name == "evaluation" and not _training_rose(rows, best_step)
+        return f"{'Overfitting' if overfits else 'Getting worse'} since step {best_step:,.0f}: {rose}"
+    if first - last <= trend.margin:
+        return f"Flat: the {trend.name} loss went from {_said(first)} to {_said(last)}"
+    settled = _settled_since(trend)
+    if settled is not None:
+        return f"Improving, then flat since step {settled:,.0f}: {fell}"
+    return f"Improving: {fell} and was still falling at the end"
+
+
+def _training_rose(rows: Sequence[dict[str, Any]], since_step: float) -> bool:
+    """Whether training got worse too after `since_step`: then the model diverges, and does not overfit."""
+    trained = finite(curve(rows, "loss"))
+    before = [loss for step, loss in trained if step <= since_step][-20:]
+    after = [loss for step, loss in trained if step > since_step][-20:]
+    return bool(before and after) and fmean(after) > fmean(before) * (1 + TOLERANCE)
+
+
+def _settled_since(trend: _Trend) -> float | None:
+    """The step since which every loss is within the margin of the last; None if those are below half of all."""
+    last = trend.points[-1][1]
+    near = 0
+    while near < len(trend.points) and abs(trend.points[-1 - near][1] - last) <= trend.margin:
+        near += 1
+    return trend.points[-near][0] if near >= max(2, len(trend.points) / 2) else None
+
+
+def _said(loss: float) -> str:
+    return f"{loss:.3f}" if abs(loss) < 1e4 else f"{loss:.2e}"

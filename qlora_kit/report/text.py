@@ -1,0 +1,208 @@
+"""Memory and scores as tables of text and as sentences, for a terminal of 80 columns and for the page.
+
+Functions that end in `_table` give rows of cells, the header first; those that end in `_text` give lines for a
+terminal. `plan`, `memory` and `scores` are the documents plan.json, memory.json and scores.json of a run folder.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from qlora_kit.units import format_bytes, format_count, format_seconds
+
+CATEGORIES = (
+    "base_weights",
+    "quantization_state",
+    "adapters",
+    "gradients",
+    "optimizer_state",
+    "activations",
+    "workspace",
+    "other",
+)
+METHODS = {"qlora": "QLoRA (this recipe)", "lora_16bit": "LoRA 16-bit", "full_finetune": "full fine-tuning"}
+_SHARES = ("exact_match", "accuracy", "f1")
+
+Table = list[list[str]]
+
+
+def memory_table(plan: dict[str, Any]) -> Table:
+    """Bytes at the peak, category by method; then the peak, and what each method saves against full fine-tuning."""
+    methods = {name: plan["methods"][name] for name in METHODS if name in plan["methods"]}
+    savings = [saving(plan, name, "full_finetune") for name in methods]
+    return [
+        ["", *(METHODS[name] for name in methods)],
+        *(
+            [in_words(category), *(format_bytes(method["by_category"].get(category, 0)) for method in methods.values())]
+            for category in categories(methods.values())
+        ),
+        ["peak", *(format_bytes(method["peak_bytes"]) for method in methods.values())],
+        ["saving vs full", *("-" if saved is None else f"{saved:.0%}".replace("%", " %") for saved in savings)],
+    ]
+
+
+def phase_table(plan: dict[str, Any]) -> Table:
+    """The peak of each phase by method; only a header if the plan has none."""
+    phases = {name: plan["methods"][name].get("peak_by_phase", {}) for name in METHODS if name in plan["methods"]}
+    names = dict.fromkeys(name for peaks in phases.values() for name in peaks)
+    return [
+        ["", *(METHODS[name] for name in phases)],
+        *(
+            [in_words(name), *(format_bytes(peaks[name]) if name in peaks else "-" for peaks in phases.values())]
+            for name in names
+        ),
+    ]
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """The plan as an aligned table with its sentences; the last line says what QLoRA saves."""
+    table = aligned(memory_table(plan), rules_before=("peak",))
+    saved = saving(plan, "qlora", "full_finetune")
+    last = [] if saved is None else [_needs(1 - saved)]
+    return "\n".join([*plan_sentences(plan), "", table, "", *last]).strip("\n")
+
+
+def plan_sentences(plan: dict[str, Any]) -> list[str]:
+    """What the plan says besides its bytes: parameters, budget, duration, and what full fine-tuning assumes."""
+    said = []
+    if counts := plan.get("parameters"):
+        trained = counts["trainable"] / counts["total"] if counts["total"] else 0
+        said.append(f"{format_count(counts['total'])} parameters, {format_count(counts['trainable'])} trained")
+        said[-1] += f" ({100 * trained:.2g} %)"
+        if counts["quantized"] and (bits := plan.get("bits_per_quantized_parameter")):
+            said[-1] += f", {format_count(counts['quantized'])} quantised to {bits:.4g} bits"
+        said[-1] += "."
+    if budget := plan.get("budget"):
+        spare = budget - plan["methods"]["qlora"]["peak_bytes"]
+        verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
+        said.append(f"Budget {format_bytes(budget)}: {verdict}.")
+    if plan.get("steps") and plan.get("hours") and plan.get("tokens_per_s"):
+        duration = format_seconds(3600 * plan["hours"])
+        said.append(f"Estimate: {plan['steps']:,} steps at {plan['tokens_per_s']:,.0f} tokens/s, {duration}.")
+    if assumed := plan["methods"].get("full_finetune", {}).get("assumes"):
+        said.append(f"Full fine-tuning assumes {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}.")
+    return said
+
+
+def saving(plan: dict[str, Any], method: str, against: str) -> float | None:
+    """The share of `against`'s peak that `method` does without; None if that is `method` itself or is not planned.
+
+    It is negative if `method` needs more.
+    """
+    methods = plan["methods"]
+    if method == against or against not in methods or not methods[against]["peak_bytes"]:
+        return None
+    recorded = plan.get("savings_vs_full")
+    if recorded is not None and (method, against) == ("qlora", "full_finetune"):
+        return recorded
+    return 1 - methods[method]["peak_bytes"] / methods[against]["peak_bytes"]
+
+
+def memory_check_table(memory: dict[str, Any]) -> Table:
+    """Planned beside measured bytes with the relative error (planned less measured, over measured)."""
+    planned, measured = memory["planned"], memory["measured"]
+    rows = [
+        (category, planned["by_category"].get(category, 0), measured["by_category"].get(category, 0))
+        for category in categories((planned, measured))
+    ]
+    rows.append(("peak", planned["peak_bytes"], measured["peak_bytes"]))
+    errors = memory.get("error", {})
+    return [
+        ["", "planned", "measured", "error"],
+        *(
+            [in_words(name), format_bytes(plan), format_bytes(real), _error(errors.get(name), plan, real)]
+            for name, plan, real in rows
+        ),
+    ]
+
+
+def memory_check_sentences(memory: dict[str, Any]) -> list[str]:
+    """How the planned peak compares, what the device itself counted, and what files back."""
+    said = []
+    planned, measured = (memory[kind]["peak_bytes"] for kind in ("planned", "measured"))
+    error = memory.get("error", {}).get("peak")
+    if error is None and measured:
+        error = planned / measured - 1
+    if error is not None:
+        side = f"{abs(error):.1%}".replace("%", " %") + (" above" if error > 0 else " below")
+        said.append(f"The planned peak is {side if round(error, 3) else 'equal to'} the measured one.")
+    if counter := memory.get("device_counter"):
+        said.append(f"The device's own counter ({counter['name']}) peaked at {format_bytes(counter['peak_bytes'])}.")
+    if backed := memory.get("file_backed_bytes"):
+        said.append(f"Besides, {format_bytes(backed)} are backed by files, and can be dropped when memory is short.")
+    return said
+
+
+def memory_check_text(memory: dict[str, Any]) -> str:
+    """Planned beside measured as an aligned table, with what the device counted."""
+    table = aligned(memory_check_table(memory), rules_before=("peak",))
+    return "\n".join([table, "", *memory_check_sentences(memory)]).strip("\n")
+
+
+def scores_table(scores: dict[str, Any]) -> Table:
+    """Each score of the base beside the adapter's, and the change."""
+    base, adapter = scores["base"], scores["adapter"]
+    names = [name for name in (base | adapter) if name != "schema"]
+    return [
+        ["", "base", "adapter", "change"],
+        *([in_words(name), *_score_cells(name, base.get(name), adapter.get(name))] for name in names),
+    ]
+
+
+def scores_text(scores: dict[str, Any]) -> str:
+    """Scores before and after as an aligned table, under a line that says on how many rows."""
+    rows = scores.get("rows")
+    heading = ["Scores" if rows is None else f"Scores on {rows:,.0f} held-out rows"]
+    return "\n".join([*heading, "", aligned(scores_table(scores))])
+
+
+def categories(methods: Iterable[dict[str, Any]]) -> list[str]:
+    """The categories of `methods`: the known ones in their order, then any others."""
+    extra = {name for method in methods for name in method["by_category"]} - set(CATEGORIES) - {"schema"}
+    return [*CATEGORIES, *sorted(extra)]
+
+
+def in_words(name: str) -> str:
+    """A key of a JSON file as words: `exact_match` is `exact match`."""
+    return name.replace("_", " ")
+
+
+def aligned(table: Table, rules_before: tuple[str, ...] = ()) -> str:
+    """`table` as lines: the first column to the left, the others to the right, a rule under the header.
+
+    A rule stands also above each row whose first cell is in `rules_before`.
+    """
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rule = "  ".join("-" * width for width in widths)
+    lines = []
+    for index, (name, *cells) in enumerate(table):
+        if index == 1 or name in rules_before:
+            lines.append(rule)
+        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        lines.append("  ".join([name.ljust(widths[0]), *numbers]))
+    return "\n".join(lines)
+
+
+def _needs(share: float) -> str:
+    difference = f"{abs(1 - share):.0%}".replace("%", " %")
+    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference} {'less' if share <= 1 else 'more'}."
+
+
+def _error(recorded: float | None, planned: float, measured: float) -> str:
+    if recorded is None and planned and not measured:
+        return "-"
+    error = recorded if recorded is not None else planned / measured - 1 if measured else 0.0
+    return f"{100 * error:+.1f} %" if round(error, 3) else "0.0 %"
+
+
+def _score_cells(name: str, base: float | None, adapter: float | None) -> list[str]:
+    scale, digits, unit = (100, 1, " %") if name in _SHARES else (1, 3, "")
+    cells = ["-" if value is None else _number(scale * value, digits) + unit for value in (base, adapter)]
+    if base is None or adapter is None:
+        return [*cells, "-"]
+    points = " points" if name in _SHARES else ""
+    return [*cells, _number(scale * (adapter - base), digits, sign="+") + points]
+
+
+def _number(value: float, digits: int, sign: str = "") -> str:
+    # A model that has come apart has perplexities of thirty digits.
+    return f"{value:{sign},.{digits}f}" if abs(value) < 1e6 else f"{value:{sign}.3g}"

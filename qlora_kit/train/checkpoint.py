@@ -1,0 +1,169 @@
+"""Checkpoints: all that a run needs to go on, in safetensors and JSON, complete or absent.
+
+    checkpoints/step-000050/  adapter/  optimizer.safetensors  random.safetensors  state.json  manifest.json
+
+A folder takes its name when everything in it is on disk, manifest with checksums included. No pickle is written or
+read.
+"""
+
+import random
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qlora_kit.errors import RunError
+from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json
+from qlora_kit.train.optim import AdapterOptimizer
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        rows: training rows consumed.
+        tokens: tokens trained.
+        best_eval_loss: lowest so far.
+        numbers: step counts of the optimizer.
+    """
+
+    step: int = 0
+    rows: int = 0
+    tokens: int = 0
+    best_eval_loss: float | None = None
+    numbers: dict[str, int | float] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdapterOptimizer, progress: Progress, keep: int
+) -> Path:
+    """Write `step-NNNNNN` below `folder`; older ones beyond `keep` go when it stands.
+
+    Args:
+        folder: of all checkpoints.
+        parameters: the trained ones by name.
+        optimizer: that steps them.
+        progress: where the run stands.
+        keep: checkpoints to keep, this one included.
+    """
+    final = folder / f"step-{progress.step:06d}"
+    progress.numbers = optimizer.state_numbers()
+    with staged_folder(final) as staged:
+        save_file(_on_cpu(parameters), staged / "parameters.safetensors")
+        save_file(_on_cpu(dict(optimizer.state_tensors())), staged / "optimizer.safetensors")
+        save_file(_random_states(), staged / "random.safetensors")
+        write_json(staged / "state.json", asdict(progress))
+        checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
+        write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})
+    for old in checkpoints(folder)[:-keep]:
+        remove_folder(old)
+    return final
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints below `folder`, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def verify_checkpoint(folder: Path) -> list[str]:
+    """What is wrong with a folder that has a manifest: files missing or changed since it was written."""
+    try:
+        expected: dict[str, str] = read_json(folder / MANIFEST)["files"]
+    except (RunError, KeyError) as error:
+        return [f"{folder / MANIFEST} cannot be used: {error}"]
+    missing = [f"{folder / name} is missing" for name in expected if not (folder / name).is_file()]
+    changed = [
+        f"{folder / name} does not have the bytes that were written"
+        for name, checksum in expected.items()
+        if (folder / name).is_file() and sha256_file(folder / name) != checksum
+    ]
+    return missing + changed
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that verifies, and what is wrong with newer ones.
+
+    Raises:
+        RunError: there is none.
+    """
+    faults: list[str] = []
+    for candidate in reversed(checkpoints(folder)):
+        found = verify_checkpoint(candidate)
+        if not found:
+            return candidate, faults
+        faults += found
+    detail = f" ({'; '.join(faults)})" if faults else ""
+    raise RunError(f"{folder} holds no complete checkpoint to resume from{detail}; start again with --overwrite")
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdapterOptimizer) -> Progress:
+    """Put the run back where the checkpoint was written, bit for bit.
+
+    Raises:
+        RunError: the files do not fit this run.
+    """
+    try:
+        saved = load_file(folder / "parameters.safetensors")
+        state = load_file(folder / "optimizer.safetensors")
+        states = load_file(folder / "random.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} cannot be read: {error}") from error
+    content: dict[str, Any] = read_json(folder / "state.json")
+    content.pop("schema")
+    progress = Progress(**content)
+    if saved.keys() != parameters.keys():
+        raise RunError(f"{folder} holds other parameters than this run trains; resume with the recipe it was made with")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+    try:
+        optimizer.restore(state, progress.numbers)
+    except (KeyError, RuntimeError) as error:
+        raise RunError(
+            f"{folder} holds the state of another optimizer ({error}); resume with the recipe it was made with"
+        ) from error
+    _set_random_states(states)
+    return progress
+
+
+def _on_cpu(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _random_states() -> dict[str, Tensor]:
+    """torch's, Python's and NumPy's random states as tensors."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy_state
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+    }
+    for index in range(torch.cuda.device_count()):
+        states[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    return states
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss, cached = states["numpy_rest"].tolist()
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    for index in range(torch.cuda.device_count()):
+        if f"cuda:{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)

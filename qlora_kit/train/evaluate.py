@@ -1,0 +1,136 @@
+"""How good a model is on held-out rows: loss and perplexity, and exact match where the answers are short.
+
+Evaluation changes nothing: no gradient, no random state, and the training mode is put back.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.train.step import Phase, Rows, loss_sum, no_phase
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Loss of a model on a set of rows.
+
+    Attributes:
+        loss: mean over trained tokens, in nats.
+        perplexity: exp(loss).
+        tokens: trained tokens that counted.
+        rows: rows that they came from.
+        exact_match: share of the rows answered exactly, or None where nothing was generated.
+    """
+
+    loss: float
+    perplexity: float
+    tokens: int
+    rows: int
+    exact_match: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside the block, whatever mode was before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def evaluate_loss(model: nn.Module, batches: Sequence[Rows], phase: Phase = no_phase) -> Score:
+    """Mean loss over the trained tokens of all batches.
+
+    Args:
+        model: any causal language model.
+        batches: with at least one trained token in all.
+        phase: marker for a ledger.
+    """
+    total, tokens, rows = 0.0, 0, 0
+    with evaluation_mode(model), phase("evaluate"):
+        for batch in batches:
+            total += loss_sum(model, batch).item()
+            tokens += int((batch.labels[:, 1:] != -100).sum())
+            rows += len(batch.labels)
+    loss = total / tokens
+    return Score(loss, math.exp(min(loss, 700.0)), tokens, rows)
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_rows: int = 32,
+    temperature: float = 0.0,
+) -> list[str]:
+    """Continue prompts until an end token; greedy at temperature 0.
+
+    Args:
+        model: a causal language model that `generate` works on.
+        tokenizer: of the model.
+        prompts: token ids, one sequence a row.
+        max_new_tokens: most tokens to add to each.
+        batch_rows: rows that are generated together; shorter prompts are padded on the left.
+        temperature: above 0 samples.
+
+    Returns:
+        The new text of each row, without special tokens.
+    """
+    config = _generation_config(model, tokenizer, max_new_tokens, temperature)
+    texts: list[str] = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    with evaluation_mode(model):
+        for start in range(0, len(prompts), batch_rows):
+            rows = by_length[start : start + batch_rows]
+            ids, mask = _pad_left([prompts[row] for row in rows], config.pad_token_id, model.device)
+            output = model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=mask, generation_config=config
+            )
+            new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, new, strict=True):
+                texts[row] = text
+    return texts
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Share of the answers that equal their reference, white space around them aside."""
+    equal = [answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True)]
+    return sum(equal) / len(equal)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
+    known = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = known if isinstance(known, list) else [known]
+    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float
+) -> GenerationConfig:
+    ends = end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

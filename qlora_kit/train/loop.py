@@ -1,0 +1,212 @@
+"""The training loop, on accelerate: rows to micro-batches to steps, with evaluation, metrics and checkpoints between.
+
+The rows of a step are a function of the seed and of how many rows were consumed, so a resumed run sees what it would
+have seen. Within a step rows of like length share a micro-batch; since a step's loss is weighted by tokens, that
+changes nothing but the padding.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from qlora_kit.data import Batch, Encoded, Sampler, collate
+from qlora_kit.errors import TrainingError
+from qlora_kit.memory import Ledger, PeakCounter
+from qlora_kit.recipe import Train
+from qlora_kit.train.checkpoint import Progress, save_checkpoint
+from qlora_kit.train.evaluate import Score, evaluate_loss
+from qlora_kit.train.metrics import MetricsLog
+from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.train.pace import Pace
+from qlora_kit.train.schedule import learning_rate
+from qlora_kit.train.step import accumulate_gradients, no_phase
+
+SAVE_INTERVAL_S = 15 * 60
+"""Seconds between checkpoints under `save_every: auto`."""
+
+
+@dataclass(slots=True)
+class Job:
+    """All that a loop works on.
+
+    Attributes:
+        model: with its adapter; its trained parameters ask for gradients.
+        parameters: the trained ones by name.
+        optimizer: of these.
+        rows: to train on.
+        eval_batches: held out; may be empty.
+        pad_id: fills rows on the right.
+        pace: steps and batch sizes.
+        train: section of the recipe.
+        folder: of the run.
+        progress: where to start.
+        watch: is given every row of metrics.
+        stop_requested: asked after every step; a true answer saves and ends the run.
+        tracker: is given every row of metrics beside the file (accelerate's trackers).
+    """
+
+    model: PreTrainedModel
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: AdapterOptimizer
+    rows: Sequence[Encoded]
+    eval_batches: Sequence[Batch]
+    pad_id: int
+    pace: Pace
+    train: Train
+    folder: Path
+    progress: Progress = field(default_factory=Progress)
+    watch: Callable[[dict[str, Any]], None] = lambda row: None
+    stop_requested: Callable[[], bool] = lambda: False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches go."""
+        return self.model.device
+
+
+def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accelerator:
+    """Accelerate with its own precision, accumulation and loaders switched off: these are the kit's.
+
+    Its `backward` divides by the accumulation count, its mixed precision casts outputs up, its loader reads ahead.
+    """
+    accelerator = Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        cpu=device.type == "cpu",
+        log_with=list(train.trackers) or None,
+        project_dir=str(folder),
+    )
+    if train.trackers:
+        accelerator.init_trackers(folder.name)
+    return accelerator
+
+
+def rehearse_longest(job: Job, ledger: Ledger) -> None:
+    """Run forward and backward once on the longest rows and forget it: what does not fit fails here, in the first
+    minute.
+
+    Parameters, optimizer and random states stay as they were.
+    """
+    longest = sorted(job.rows, key=lambda row: len(row.input_ids), reverse=True)[: job.pace.micro_batch]
+    batch = collate(longest, job.pad_id).to(job.device)
+    devices = [job.device] if job.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        job.model.train()
+        accumulate_gradients(job.model, [batch], batch.trained_tokens, phase=ledger.phase)
+    for parameter in job.parameters.values():
+        parameter.grad = None
+
+
+def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:
+    """Train until the last step, or until a stop is requested.
+
+    Args:
+        job: what to train, from `job.progress` on.
+        metrics: gets a row a step and one an evaluation.
+        counter: of the device's memory.
+        ledger: watches the first step taken, with the accounts of that step's phases.
+
+    Returns:
+        Whether the run reached its last step.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
+    """
+    accelerator = make_accelerator(job.train, job.folder, job.device)
+    model = accelerator.prepare_model(job.model, device_placement=False)
+    sampler = Sampler(len(job.rows), job.train.seed)
+    sampler.position = job.progress.rows
+    saved_at, first = time.monotonic(), job.progress.step + 1
+    model.train()
+    for step in range(first, job.pace.steps + 1):
+        if ledger is not None and step == first:
+            with ledger:
+                row = _take_step(job, accelerator, model, sampler, step, ledger)
+        else:
+            row = _take_step(job, accelerator, model, sampler, step, None)
+        row["peak_bytes"] = counter.peak_bytes
+        _record(job, metrics, accelerator, row)
+        is_last = step == job.pace.steps
+        if job.eval_batches and (step % job.pace.eval_every == 0 or is_last):
+            _record(job, metrics, accelerator, {"step": step, **_evaluate(job)})
+        is_stopping = job.stop_requested()
+        if is_last or is_stopping or _is_due(job.pace, step, saved_at):
+            save_checkpoint(
+                job.folder / "checkpoints", job.parameters, job.optimizer, job.progress, job.train.keep_checkpoints
+            )
+            saved_at = time.monotonic()
+        if is_stopping and not is_last:
+            return False
+    accelerator.end_training()
+    return True
+
+
+def _take_step(
+    job: Job, accelerator: Accelerator, model: torch.nn.Module, sampler: Sampler, step: int, ledger: Ledger | None
+) -> dict[str, Any]:
+    """One optimizer step; the row of metrics that tells of it."""
+    started = time.perf_counter()
+    phase = no_phase if ledger is None else ledger.phase
+    epoch = sampler.position / len(job.rows)
+    batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
+    trained = sum(batch.trained_tokens for batch in batches)
+    mean = accumulate_gradients(model, batches, trained, accelerator.backward, phase)
+    with phase("optimizer"):
+        norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
+    loss, grad_norm = mean.item(), float(norm)
+    lr = learning_rate(step, job.pace.steps, job.pace.lr, job.train.schedule, job.train.warmup)
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        with phase("optimizer"):
+            job.optimizer.step(lr)
+        job.progress.step, job.progress.rows = step, sampler.position
+        job.progress.tokens += trained
+    return {
+        "step": step,
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "tokens": job.progress.tokens,
+        "tokens_per_s": sum(sum(batch.lengths) for batch in batches) / (time.perf_counter() - started),
+        "epoch": epoch,
+    }
+
+
+def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
+    """The rows of a step, longest first, cut into micro-batches."""
+    rows = sorted((job.rows[index] for index in indices), key=lambda row: len(row.input_ids), reverse=True)
+    for start in range(0, len(rows), job.pace.micro_batch):
+        yield collate(rows[start : start + job.pace.micro_batch], job.pad_id).to(job.device)
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    score: Score = evaluate_loss(job.model, job.eval_batches)
+    best = job.progress.best_eval_loss
+    job.progress.best_eval_loss = score.loss if best is None else min(best, score.loss)
+    return {"eval_loss": score.loss}
+
+
+def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:
+    """Put a row on disk, show it, and stop the run at the first number that is not finite."""
+    metrics.add(row)
+    job.watch(metrics.rows[-1])
+    if job.train.trackers:
+        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+    broken = [key for key, value in metrics.rows[-1].items() if value is None]
+    if broken:
+        raise TrainingError(
+            f"{broken[0]} is not finite at step {row['step']}: the step was not taken and left no checkpoint; "
+            "lower train.lr, or use base.compute_dtype=bfloat16 or float32 where it was float16"
+        )
+
+
+def _is_due(pace: Pace, step: int, saved_at: float) -> bool:
+    if pace.save_every is not None:
+        return step % pace.save_every == 0
+    return time.monotonic() - saved_at > SAVE_INTERVAL_S

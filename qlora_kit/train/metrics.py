@@ -1,0 +1,54 @@
+"""metrics.jsonl: one row a step, on disk as soon as it is known; a value that is not finite is null and says so."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Appends rows to a file and keeps them.
+
+    Args:
+        path: of the file; made anew unless `resume_from` is given.
+        resume_from: the last step that counts; rows after it are dropped, since they will come again.
+    """
+
+    def __init__(self, path: Path, resume_from: int | None = None) -> None:
+        kept = []
+        if resume_from is not None and path.exists():
+            kept = [row for row in _read_rows(path) if row["step"] <= resume_from]
+        self.rows: list[dict[str, Any]] = []
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - `close` ends it
+        for row in kept:
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one row, flushed at once."""
+        finite = {key: _finite(value) for key, value in row.items()}
+        if any(value is None and row[key] is not None for key, value in finite.items()):
+            finite["nonfinite"] = True
+        self.rows.append(finite)
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run; a last line that was cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise
+    return rows

@@ -1,0 +1,24 @@
+"""What is minimised: the negative log-likelihood of the trained tokens, summed in nats.
+
+Sums, not means: an optimizer step divides once, by the number of tokens trained in all its micro-batches, so that the
+split into micro-batches changes nothing (transformers issue 34191 tells what happens otherwise).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a position that is not trained."""
+
+
+def causal_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Summed cross entropy of the next token, fp32 scalar, in nats.
+
+    loss = -sum over b, t with labels[b, t + 1] != IGNORED of log softmax(logits[b, t])[labels[b, t + 1]]
+
+    Args:
+        logits_BTV: (batch, tokens, vocabulary), any floating dtype; the softmax is taken in fp32.
+        labels_BT: (batch, tokens), the token at each place or IGNORED.
+    """
+    predicted = logits_BTV[:, :-1].flatten(0, 1).float()
+    return F.cross_entropy(predicted, labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")

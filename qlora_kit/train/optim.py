@@ -1,0 +1,194 @@
+"""The optimizer of the trained parameters: bitsandbytes' 8-bit, 32-bit and paged kinds, or torch's own.
+
+bf16 has 8 bits of precision, so an update of 1e-5 to a weight of 1/64 is rounded away: computed, 94 % of the elements
+of A do not move at a rate of 1e-5. So the step is taken on fp32 copies, which are
+- kept from step to step (`fp32`: master weights), 4 bytes a parameter; or
+- made for each step and rounded back up or down at random, in proportion (`stochastic`), which is right on average.
+
+Sources: 8-bit optimizers, arXiv 2110.02861; paged ones, QLoRA section 3; stochastic rounding, Gupta et al., arXiv
+1502.02551.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import bitsandbytes.optim as bnb
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+MasterWeights = Literal["fp32", "stochastic", "none"]
+
+_BETAS = (0.9, 0.999)  # QLoRA's released scripts
+
+
+class AdapterOptimizer:
+    """Steps a list of parameters and holds all the state that a resumed run needs.
+
+    Args:
+        parameters: (name, parameter) pairs; those whose name ends in `b_OR` get `lr_ratio` times the rate (LoRA+).
+        kind: a name of `train.optimizer`. Paged state needs CUDA; elsewhere it is plain (see `effective_kind`).
+        master_weights: how bf16 and fp16 parameters are stepped; fp32 ones are stepped directly.
+        lr_ratio: rate of B over that of A, arXiv 2402.12354.
+        weight_decay: decoupled.
+        seed: of the stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        kind: str,
+        *,
+        master_weights: MasterWeights = "fp32",
+        lr_ratio: float = 1.0,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.names = [name for name, _ in parameters]
+        self.parameters = [parameter for _, parameter in parameters]
+        device = self.parameters[0].device
+        self.effective_kind = kind if device.type == "cuda" else kind.removeprefix("paged_")
+        self.master_weights = master_weights
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._stepped = [self._stepped_form(parameter) for parameter in self.parameters]
+        self._ratios = [lr_ratio if name.endswith("b_OR") else 1.0 for name in self.names]
+        groups = [
+            {"params": [p for p, r in zip(self._stepped, self._ratios, strict=True) if r == ratio], "ratio": ratio}
+            for ratio in dict.fromkeys(self._ratios)
+        ]
+        with unset_fake_temporarily():  # bitsandbytes builds its code tables here, from real numbers
+            self.inner = _build(self.effective_kind, groups, weight_decay)
+        self._allocate()
+
+    def step(self, lr: float) -> None:
+        """Move the parameters by one step at the rate `lr` and let their gradients go."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group["ratio"]
+        self._lift()
+        self.inner.step()
+        self._lower()
+
+    def rehearse(self) -> None:
+        """Everything that a step allocates, without its arithmetic: for the dry run, where there are no values.
+
+        bitsandbytes' `step` reads a number off a tensor, which fake tensors do not have.
+        """
+        self._lift()
+        self._lower()
+
+    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that outlives a step, named by parameter and role; not the tables that bitsandbytes shares."""
+        for name, parameter, stepped in zip(self.names, self.parameters, self._stepped, strict=True):
+            if stepped is not parameter and self.master_weights == "fp32":
+                yield f"{name}/master", stepped
+            for key, value in self.inner.state[stepped].items():
+                if isinstance(value, Tensor) and not key.startswith("qmap"):
+                    yield f"{name}/{key}", value
+        yield "rounding", self._generator.get_state()
+
+    def state_numbers(self) -> dict[str, int | float]:
+        """What is kept beside the tensors: each parameter's step count, named like them."""
+        return {
+            f"{name}/{key}": value
+            for name, stepped in zip(self.names, self._stepped, strict=True)
+            for key, value in self.inner.state[stepped].items()
+            if isinstance(value, int | float)
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float]) -> None:
+        """Take over a saved state, bit for bit.
+
+        Raises:
+            KeyError: a tensor is missing; nothing guarantees the state after that.
+        """
+        for name, parameter, stepped in zip(self.names, self.parameters, self._stepped, strict=True):
+            if stepped is not parameter and self.master_weights == "fp32":
+                stepped.copy_(tensors[f"{name}/master"])
+            state = self.inner.state[stepped]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and not key.startswith("qmap"):
+                    value.copy_(tensors[f"{name}/{key}"])
+                elif isinstance(value, int | float):
+                    state[key] = numbers[f"{name}/{key}"]
+        self._generator.set_state(tensors["rounding"])
+
+    def _stepped_form(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The tensor that the inner optimizer moves: the parameter itself, or its fp32 copy."""
+        if parameter.dtype == torch.float32 or self.master_weights == "none":
+            return parameter
+        if self.master_weights == "fp32":
+            return nn.Parameter(parameter.detach().float())
+        return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device))
+
+    @torch.no_grad()
+    def _lift(self) -> None:
+        for parameter, stepped in zip(self.parameters, self._stepped, strict=True):
+            if stepped is not parameter and parameter.grad is not None:
+                if self.master_weights == "stochastic":
+                    stepped.data = parameter.float()
+                stepped.grad = parameter.grad.float()
+                parameter.grad = None  # one by one, so that both precisions never stand in full
+
+    @torch.no_grad()
+    def _lower(self) -> None:
+        for parameter, stepped in zip(self.parameters, self._stepped, strict=True):
+            if stepped is not parameter and stepped.grad is not None:
+                if self.master_weights == "stochastic":
+                    round_stochastically(stepped.data, parameter.data, self._generator)
+                    stepped.data = stepped.new_empty(0)
+                else:
+                    parameter.copy_(stepped)
+            stepped.grad = parameter.grad = None
+
+    def _allocate(self) -> None:
+        """Make the optimizer's state now instead of in the first step, so that memory shows it from the start."""
+        for index, group in enumerate(self.inner.param_groups):
+            for position, stepped in enumerate(group["params"]):
+                if self.effective_kind == "adamw":
+                    zeros = {key: torch.zeros_like(stepped) for key in ("exp_avg", "exp_avg_sq")}
+                    self.inner.state[stepped] = {"step": torch.zeros(()), **zeros}
+                elif self.effective_kind != "sgd":
+                    self.inner.init_state(group, stepped, index, position)
+        if self.master_weights == "stochastic":
+            for parameter, stepped in zip(self.parameters, self._stepped, strict=True):
+                if stepped is not parameter:
+                    stepped.data = stepped.new_empty(0)  # it stands only while a step is taken
+
+
+def definite_masters(setting: Literal["auto", "fp32", "stochastic", "none"]) -> MasterWeights:
+    """What `train.master_weights` means: auto is fp32, the most accurate, for 4 bytes an adapter parameter."""
+    return "fp32" if setting == "auto" else setting
+
+
+def round_stochastically(source: Tensor, target: Tensor, generator: torch.Generator) -> None:
+    """Write fp32 `source` into bf16 `target`, rounding up with the probability of the part that is cut off.
+
+    The expectation of the result is the source. fp16 targets are rounded to nearest: their step is finer.
+    """
+    if target.dtype != torch.bfloat16:
+        target.copy_(source)
+        return
+    bits = source.view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
+    target.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))
+
+
+def _build(kind: str, groups: Any, weight_decay: float) -> Any:
+    paged, name = kind.startswith("paged_"), kind.removeprefix("paged_")
+    # The rate is set before every step; the constructors only want some number.
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=weight_decay)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, weight_decay=weight_decay)
+    family, _, bits = name.partition("_")
+    options: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "optim_bits": int(bits.removesuffix("bit")),
+        "is_paged": paged,
+    }
+    if family == "adamw":
+        return bnb.AdamW(groups, lr=0.0, betas=_BETAS, **options)
+    if family == "lion":
+        return bnb.Lion(groups, lr=0.0, **options)
+    return bnb.AdEMAMix(groups, lr=0.0, **options)

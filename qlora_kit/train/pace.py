@@ -1,0 +1,85 @@
+"""How a run is cut into steps: the recipe's `auto` numbers made definite, with the reasons that the plan states."""
+
+import math
+from dataclasses import dataclass
+
+from qlora_kit.recipe import Train
+from qlora_kit.train.schedule import automatic_rate
+
+ROWS_A_STEP = 16
+"""Rows that `accumulation: auto` aims at, as in QLoRA's scripts; LoRA pays for larger batches (LoRA Without Regret)."""
+TOKENS_A_MICRO_BATCH = 2048
+"""Tokens that `micro_batch: auto` aims at: enough to keep matrix products busy, few enough for the smallest cards."""
+FEW_STEPS = 100
+"""Below this the optimizer hardly gets anywhere (LoRA Without Regret's short runs)."""
+EVALUATIONS_A_RUN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The numbers of a run.
+
+    Attributes:
+        steps: optimizer steps.
+        micro_batch: rows in one forward pass.
+        accumulation: micro-batches in one step.
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints; None means by the clock.
+        lr: peak learning rate.
+        lr_reason: where it comes from.
+        trained_tokens: that the run will see, by the mean of the rows.
+    """
+
+    steps: int
+    micro_batch: int
+    accumulation: int
+    eval_every: int
+    save_every: int | None
+    lr: float
+    lr_reason: str
+    trained_tokens: int
+
+    @property
+    def rows_a_step(self) -> int:
+        """Rows that one optimizer step consumes."""
+        return self.micro_batch * self.accumulation
+
+    @property
+    def warning(self) -> str | None:
+        """What a person should know about a run this short."""
+        if self.steps >= FEW_STEPS:
+            return None
+        return (
+            f"only {self.steps} optimizer steps: below {FEW_STEPS} a run hardly learns; "
+            f"raise train.epochs, or lower train.accumulation (now {self.accumulation})"
+        )
+
+
+def set_pace(train: Train, rows: int, longest: int, trained_tokens: int, parameters: int) -> Pace:
+    """Make the recipe's `auto` numbers definite.
+
+    Args:
+        train: that section of the recipe.
+        rows: of the training set.
+        longest: tokens of the longest row.
+        trained_tokens: in all rows together.
+        parameters: of the base.
+    """
+    fitting = max(1, min(ROWS_A_STEP, TOKENS_A_MICRO_BATCH // longest, rows))
+    micro_batch = fitting if train.micro_batch == "auto" else train.micro_batch
+    enough = math.ceil(min(ROWS_A_STEP, rows) / micro_batch)
+    accumulation = enough if train.accumulation == "auto" else train.accumulation
+    per_step = micro_batch * accumulation
+    steps = train.steps or max(1, math.ceil(train.epochs * rows / per_step))
+    automatic = automatic_rate(parameters, train.full_finetune)
+    lr, reason = automatic if train.lr == "auto" else (train.lr, "the recipe")
+    return Pace(
+        steps=steps,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        eval_every=max(1, steps // EVALUATIONS_A_RUN) if train.eval_every == "auto" else train.eval_every,
+        save_every=None if train.save_every == "auto" else train.save_every,
+        lr=lr,
+        lr_reason=reason,
+        trained_tokens=round(trained_tokens / rows * per_step * steps),
+    )

@@ -1,0 +1,71 @@
+"""One optimizer step: the same code on real tensors and, in the dry run, on fake ones.
+
+So nothing here reads a value off a tensor: counts come from the host, and whether a loss is finite is asked elsewhere.
+A causal model gets no attention mask: rows are padded on the right, and no real token looks to its right.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qlora_kit.train.objectives import causal_loss_sum
+
+Phase = Callable[[str], AbstractContextManager[None]]
+"""Marks a block as one phase of the step, for a ledger."""
+
+
+class Rows(Protocol):
+    """What a step reads of a micro-batch."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(batch, tokens), int64, padded on the right."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(batch, tokens), int64, -100 where not trained."""
+
+
+def no_phase(name: str) -> AbstractContextManager[None]:
+    """The phase marker of a step that nobody watches."""
+    return nullcontext()
+
+
+def loss_sum(model: nn.Module, rows: Rows, phase: Phase = no_phase) -> Tensor:
+    """Forward pass and loss of one micro-batch: fp32 scalar, summed over its trained tokens, in nats."""
+    with phase("forward"):
+        logits = model(input_ids=rows.input_ids, use_cache=False).logits
+    with phase("loss"):
+        return causal_loss_sum(logits, rows.labels)
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    micro_batches: Sequence[Rows],
+    trained_tokens: int,
+    backward: Callable[[Tensor], None] = Tensor.backward,
+    phase: Phase = no_phase,
+) -> Tensor:
+    """Add up the gradients of one optimizer step, weighted by tokens.
+
+    Args:
+        model: in training mode.
+        micro_batches: that make the step.
+        trained_tokens: in all of them together.
+        backward: how a loss goes backward (accelerate has its own).
+        phase: marker for a ledger.
+
+    Returns:
+        Mean loss in nats per trained token, fp32 scalar, without a graph.
+    """
+    losses = []
+    for rows in micro_batches:
+        loss = loss_sum(model, rows, phase) / trained_tokens
+        with phase("backward"):
+            backward(loss)
+        losses.append(loss.detach())
+        del loss  # or the graph would live on beside the next forward pass
+    return torch.stack(losses).sum()

@@ -1,0 +1,30 @@
+"""What a run tells while it goes: hooks that do nothing, for the command line and for notebooks to fill in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Watch:
+    """Override what you want to see."""
+
+    def note(self, text: str) -> None:
+        """Something that a person should know: one line."""
+
+    def prepared(self, prepared: Any) -> None:
+        """Rows are read and counted: a `run.Prepared`."""
+
+    def planned(self, plan: Mapping[str, Any]) -> None:
+        """plan.json is known."""
+
+    def adapted(self, report: Any) -> None:
+        """The base is loaded and carries its adapter: a `lora.LoraReport`."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl."""
+
+    def scored(self, scores: Mapping[str, Any]) -> None:
+        """scores.json is known."""
+
+    def stop_requested(self) -> bool:
+        """Whether to save and end after this step."""
+        return False

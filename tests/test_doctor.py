@@ -1,0 +1,141 @@
+"""Claims about the doctor: it tries things for real, tells what failed, never crashes and never shows a secret."""
+
+import json
+import math
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from qlora_kit.base import formats
+from qlora_kit.base.load import default_compute_dtype
+from qlora_kit.cli import doctor
+from qlora_kit.cli.doctor import Check, checks, run_doctor
+
+
+@pytest.fixture(scope="module")
+def results():
+    """One true round of all checks, by name."""
+    return {check.name: check for check in checks()}
+
+
+def only(name, found):
+    """The check of that name among `found`."""
+    return next(check for check in found if check.name == name)
+
+
+def test_nothing_fails_on_a_machine_that_runs_these_tests(results):
+    assert [check for check in results.values() if check.ok is False] == []
+    assert {"Python", "torch", "bitsandbytes", "processor", "CUDA", "nf4 decode, cpu", "hub cache"} <= set(results)
+    assert results["nf4 decode, cpu"].ok
+    assert results["8-bit step, cpu"].ok
+    assert all(check.advice == "" for check in results.values())
+
+
+def test_the_processors_line_names_the_dtype_that_auto_takes(results):
+    dtype = str(default_compute_dtype(torch.device("cpu"))).removeprefix("torch.")
+    assert results["processor"].found.endswith(f"compute_dtype auto is {dtype}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_gpu_is_tried(results):
+    for index in range(torch.cuda.device_count()):
+        for name in (f"cuda:{index}", f"nf4 decode, cuda:{index}", f"paged 8-bit step, cuda:{index}"):
+            assert results[name].ok
+
+
+def test_json_is_one_object_with_the_checks(results, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "checks", lambda: list(results.values()))
+    assert run_doctor(as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["schema"], told["ok"]) == (1, True)
+    assert [check["name"] for check in told["checks"]] == list(results)
+    assert set(told["checks"][0]) == {"name", "ok", "found", "advice"}
+
+
+def test_only_a_failure_makes_the_exit_code_2_and_the_table_shows_its_advice(monkeypatch, capsys):
+    absent, failed = Check("CUDA", None, "no driver", ""), Check("disk", False, "full [5]", "make room")
+    monkeypatch.setattr(doctor, "checks", lambda: [absent])
+    assert run_doctor(as_json=False) == 0
+    monkeypatch.setattr(doctor, "checks", lambda: [absent, failed])
+    capsys.readouterr()
+    assert run_doctor(as_json=True) == 2
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    assert run_doctor(as_json=False) == 2
+    table = capsys.readouterr().out
+    assert "full [5]" in table
+    assert "make room" in table
+    assert "1 check failed" in table
+
+
+@pytest.mark.parametrize("wrong", [1e-3, math.nan])
+def test_a_decoder_that_is_wrong_in_one_weight_is_noticed(monkeypatch, wrong):
+    decode = formats.decode_4bit
+
+    def decode_wrongly(*arguments):
+        weight = decode(*arguments)
+        weight[3, 5] += wrong
+        return weight
+
+    monkeypatch.setattr(formats, "decode_4bit", decode_wrongly)
+    check = only("nf4 decode, cpu", doctor._device_checks("cpu"))
+    assert check.ok is False
+    assert "off by" in check.found
+    assert check.advice
+
+
+def test_an_optimizer_that_does_nothing_is_noticed(monkeypatch):
+    monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", lambda self: None)
+    check = only("8-bit step, cpu", doctor._device_checks("cpu"))
+    assert check.ok is False
+    assert "off by 0.001" in check.found
+
+
+def test_a_version_outside_the_range_of_the_metadata_fails(monkeypatch):
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["torch>=2.11", "safetensors>=99", "peft; extra == 'x'"])
+    assert "(>=2.11)" in doctor._package("torch")
+    with pytest.raises(RuntimeError, match="wanted >=99"):
+        doctor._package("safetensors")
+
+
+def test_a_package_that_is_not_there_is_a_finding(monkeypatch):
+    monkeypatch.setattr(doctor, "_PACKAGES", ("qlora_kit_has_no_such_package",))
+    monkeypatch.setattr(doctor, "_devices", list)
+    check = only("qlora_kit_has_no_such_package", checks())
+    assert check.ok is False
+    assert "No module named" in check.found
+    assert check.advice.startswith("pip install")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+def test_a_driver_beside_a_cpu_build_of_torch_is_a_failure_that_names_both(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '| NVIDIA-SMI 570.1  Driver Version: 570.124.06  CUDA Version: 12.8 |'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(RuntimeError, match=r"driver 570\.124\.06 for CUDA up to 12\.8, but torch .* is a CPU build"):
+        doctor._cuda()
+
+
+def test_a_cache_that_cannot_be_written_fails_and_one_to_be_made_does_not(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(OSError, match="file"):
+        doctor._hub_cache()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "new" / "hub"))
+    assert "free in" in doctor._hub_cache()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_token_is_found_but_never_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    check = doctor._attempt("hub token", doctor._hub_token, "")
+    assert check == Check("hub token", True, "there is one", "")
+
+
+def test_offline_is_told_and_is_no_failure(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    check = doctor._attempt("hub access", doctor._hub_access, "")
+    assert check.ok is None
+    assert "HF_HUB_OFFLINE is set" in check.found

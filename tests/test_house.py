@@ -1,0 +1,205 @@
+"""The house stands as it was drawn: imports go down only, heavy libraries have named doors, files stay readable."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import qlora_kit
+
+ROOT = Path(qlora_kit.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")  # the public face is lazy: exempt
+FLOORS = {
+    "cli": 6,
+    "run": 5,
+    "watch": 4.5,
+    "plan": 4, "export": 4, "report": 4,
+    "train": 3,
+    "lora": 2, "data": 2,
+    "base": 1.5,
+    "ops": 1, "memory": 1,
+    "recipe": 0.5, "storage": 0.5,
+    "errors": 0, "units": 0,
+}  # fmt: skip
+HIGHEST_IMPORT = {"report": 1.5}
+"""Rooms that are kept further from the rest than their floor does: a report is made from files alone."""
+
+DOORS = {
+    "bitsandbytes": ("base/", "train/optim", "cli/doctor"),
+    "datasets": ("data/load",),
+    "accelerate": ("train/",),
+    "peft": (),
+    "trl": (),
+}
+CLOSED = {
+    "transformers": ("recipe/", "report/", "ops/", "memory/", "errors", "units", "storage"),
+    "torch": ("recipe/", "report/", "errors", "units", "storage"),
+}
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room(path: Path) -> str:
+    return where(path).split("/")[0].removesuffix(".py")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> list[tuple[int, str]]:
+    """Line and dotted name of every import, those inside functions and behind TYPE_CHECKING too."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where(path)}:{node.lineno} imports relatively"
+            if node.module == "qlora_kit":
+                found += [(node.lineno, f"qlora_kit.{a.name}") for a in node.names if a.name != "__version__"]
+            else:
+                found.append((node.lineno, node.module))
+    return found
+
+
+def is_allowed(importer: str, imported: str) -> bool:
+    if importer == imported:
+        return True
+    if imported not in FLOORS or FLOORS[imported] > HIGHEST_IMPORT.get(importer, 9):
+        return False
+    return FLOORS[imported] < FLOORS[importer]
+
+
+def functions(node: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Public classes, functions and methods that can be reached from outside, with their dotted names."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            yield inside + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from functions(child, f"{inside}{child.name}.")
+
+
+def test_there_is_a_house_to_walk_through():
+    assert {"base", "ops", "lora", "data", "recipe", "errors"} <= {room(path) for path in FILES}
+    assert sum(1 for path in FILES for _, name in imports(path) if name.startswith("qlora_kit.")) > 30
+
+
+def test_the_rule_itself_refuses_what_it_should():
+    for importer, imported in [
+        ("lora", "train"),
+        ("lora", "data"),
+        ("ops", "base"),
+        ("report", "train"),
+        ("errors", "units"),
+        ("plan", "export"),
+        ("recipe", "base"),
+        ("lora", "nowhere"),
+    ]:
+        assert not is_allowed(importer, imported), (importer, imported)
+    assert is_allowed("base", "ops")
+    assert is_allowed("cli", "run")
+
+
+def test_every_file_belongs_to_a_room_of_the_plan():
+    assert [where(path) for path in FILES if room(path) not in FLOORS] == []
+
+
+def test_imports_go_down_only():
+    wrong = [
+        f"{where(path)}:{line} imports {name}"
+        for path in FILES
+        for line, name in imports(path)
+        if name.startswith("qlora_kit.") and not is_allowed(room(path), name.split(".")[1])
+    ]
+    assert wrong == []
+
+
+def test_no_room_imports_the_public_face():
+    """The lazy face imports every room; a room that imported it back would import its own roof."""
+    wrong = [f"{where(path)}:{line}" for path in FILES for line, name in imports(path) if name == "qlora_kit"]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_heavy_libraries_come_in_by_their_doors(library):
+    wrong = [
+        f"{where(path)}:{line} imports {name}"
+        for path in FILES
+        for line, name in imports(path)
+        if name.split(".")[0] == library and not where(path).startswith(DOORS[library])
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", CLOSED)
+def test_light_rooms_stay_light(library):
+    wrong = [
+        f"{where(path)}:{line} imports {name}"
+        for path in FILES
+        for line, name in imports(path)
+        if name.split(".")[0] == library and where(path).startswith(CLOSED[library])
+    ]
+    assert wrong == []
+
+
+def test_only_the_command_line_prints():
+    wrong = [
+        f"{where(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        and room(path) != "cli"
+    ]  # fmt: skip
+    assert wrong == []
+
+
+def test_no_handler_catches_everything():
+    """`suppress` counts as a handler: what it is given is what it swallows."""
+    too_broad = {"Exception", "BaseException"}
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(tree(path)):
+            caught: list[ast.AST] = []
+            if isinstance(node, ast.ExceptHandler):
+                if node.type is None:
+                    wrong.append(f"{where(path)}:{node.lineno}")
+                    continue
+                caught = [node.type]
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+                caught = node.args
+            if any(isinstance(n, ast.Name) and n.id in too_broad for c in caught for n in ast.walk(c)):
+                wrong.append(f"{where(path)}:{node.lineno}")
+    assert wrong == []
+
+
+def test_no_file_is_longer_than_500_lines():
+    lengths = {where(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_everything_public_says_what_it_is():
+    wrong = [where(path) for path in FILES if ast.get_docstring(tree(path)) is None and path.read_text().strip()]
+    wrong += [
+        f"{where(path)}:{node.lineno} {name}"
+        for path in FILES
+        for name, node in functions(tree(path))
+        if ast.get_docstring(node) is None
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("module", ["qlora_kit", "qlora_kit.recipe"])
+def test_asking_for_a_recipe_costs_no_torch(module):
+    heavy = {"torch", "transformers", "bitsandbytes", "datasets", "accelerate"}
+    code = f"import {module}, sys; print(*sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""

@@ -1,0 +1,685 @@
+"""Adapters: with B at zero they are the base to the bit, each setting does what it says, and PEFT agrees both ways."""
+
+import copy
+import itertools
+import json
+import re
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from qlora_kit.errors import AdapterError
+from qlora_kit.lora import (
+    adapter_parameters,
+    adapters_off,
+    add_lora,
+    fingerprint,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+    use_adapter,
+)
+from qlora_kit.lora import adapters as adapters_module
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAN, INFINITY = float("nan"), float("inf")
+MAKERS = [tiny.llama, tiny.gpt2]
+PEFT_RTOL = 1e-5  # relative norm, fp32: the two add the same terms in another order
+
+
+def tuned(make=tiny.llama, kind="nf4", *, dtype=torch.float32, **lora):
+    """A quantised model with an fp32 adapter that changes its logits, in evaluation mode."""
+    model = tiny.quantized(make(), kind, dtype=dtype)
+    add_lora(model, **{"rank": 4, "alpha": 8, "dtype": torch.float32, **lora})
+    tiny.wake(model)
+    return model.eval()
+
+
+def matrices(model, name="default"):
+    return {key: parameter.detach().clone() for key, parameter in adapter_parameters(model, name)}
+
+
+# --- the base shines through ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
+def test_b_of_zero_leaves_the_logits_of_the_base_bit_for_bit(kind, make, dtype):
+    model = tiny.quantized(make(), kind, dtype=dtype)
+    base = tiny.logits(model)
+    add_lora(model, rank=4, alpha=8)
+    assert all(layer.active == "default" for _, layer in lora_layers(model))
+    assert torch.equal(tiny.logits(model), base)
+    tiny.wake(model)
+    assert tiny.relative(tiny.logits(model), base) > 0.01, "B is what was zero"
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_switched_off_after_training_the_base_is_back_bit_for_bit(kind, make):
+    model = tiny.quantized(make(), kind, dtype=torch.bfloat16)
+    base = tiny.logits(model)
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32)
+    for step in range(3):
+        tiny.train_step(model.train(), lr=1.0, seed=step)
+    model.eval()
+    trained = tiny.logits(model)
+    assert not torch.equal(trained, base)
+    with adapters_off(model):
+        assert torch.equal(tiny.logits(model), base)
+        with adapters_off(model):
+            assert torch.equal(tiny.logits(model), base)
+        assert torch.equal(tiny.logits(model), base), "the inner block must not switch the adapter on"
+    assert torch.equal(tiny.logits(model), trained)
+
+
+def test_adapters_come_back_on_after_an_error_in_the_block():
+    model = tuned()
+    wanted = tiny.logits(model)
+    with pytest.raises(KeyError), adapters_off(model):
+        raise KeyError
+    assert torch.equal(tiny.logits(model), wanted)
+
+
+def test_only_the_adapter_trains_and_all_of_it():
+    model = tuned().train()
+    tiny.train_step(model)
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if ".adapters." in name}
+    assert len(trained) == 2 * 14
+    assert all(p.grad.norm() > 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_with_b_at_zero_only_b_gets_a_gradient_that_is_not_zero():
+    model = tiny.quantized(tiny.llama())
+    add_lora(model, rank=4, dtype=torch.float32)
+    tiny.train_step(model.train())
+    norms = {key: parameter.grad.norm().item() for key, parameter in adapter_parameters(model)}
+    assert all((norm > 0) == key.endswith("b_OR") for key, norm in norms.items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_a_whole_model_changes_no_gradient(reentrant):
+    plain = tuned(dtype=torch.bfloat16).train()
+    kept = copy.deepcopy(plain)
+    kept.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    kept.enable_input_require_grads()  # the reentrant kind needs an input that asks for a gradient
+    assert tiny.train_step(plain) == tiny.train_step(kept)
+    for (key, one), (_, two) in zip(adapter_parameters(plain), adapter_parameters(kept), strict=True):
+        assert torch.equal(one.grad, two.grad), key
+
+
+# --- what the settings do ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scaling", "rank", "alpha", "wanted"), [
+    ("standard", 8, 16, 2.0), ("standard", 64, 16, 0.25), ("rslora", 64, 16, 2.0), ("rslora", 16, 8, 2.0),
+])  # fmt: skip
+def test_the_scale_is_alpha_over_rank_or_over_its_root(scaling, rank, alpha, wanted):
+    model = tuned(rank=rank, alpha=alpha, scaling=scaling)
+    for _, layer in lora_layers(model):
+        adapter = layer.adapters["default"]
+        assert adapter.scale == wanted
+        update = wanted * adapter.b_OR.double() @ adapter.a_RI.double()
+        assert tiny.relative(adapter.delta(), update) < 1e-6
+        x = torch.randn(5, layer.shape[1], generator=torch.Generator().manual_seed(0))
+        assert tiny.relative(layer(x) - layer.base(x), x.double() @ update.T) < 1e-5  # a difference of fp32 sums
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation():
+    plain, dropping = tuned(), tuned(dropout=0.5)
+    assert torch.equal(tiny.logits(plain), tiny.logits(dropping))
+    torch.manual_seed(0)
+    one = tiny.logits(dropping.train())
+    two = tiny.logits(dropping)
+    torch.manual_seed(0)
+    assert torch.equal(tiny.logits(dropping), one)
+    assert not torch.equal(one, two)
+    with adapters_off(dropping):
+        assert torch.equal(tiny.logits(dropping), tiny.logits(dropping))
+
+
+def test_a_model_in_evaluation_mode_stays_in_it_when_an_adapter_is_added():
+    model = tiny.quantized(tiny.llama())
+    assert not model.training
+    add_lora(model, rank=4, dropout=0.5, dtype=torch.float32)
+    tiny.wake(model)
+    assert torch.equal(tiny.logits(model), tiny.logits(model))
+    assert not any(module.training for module in model.modules())
+
+
+def test_dropout_keeps_the_mean():
+    layer = next(iter(dict(lora_layers(tuned(targets="re:.*0.mlp.up_proj", dropout=0.25))).values()))
+    x = torch.randn(1, 48, generator=torch.Generator().manual_seed(0))
+    wanted = layer(x) - layer.base(x)
+    torch.manual_seed(0)
+    found = (layer.train()(x.expand(20_000, -1)) - layer.base(x)).mean(0, keepdim=True)
+    # The mean of 20,000 draws is within 1/141 of a single draw's spread, which is about the effect itself.
+    assert tiny.relative(found, wanted) < 0.03
+
+
+def test_rank_and_alpha_patterns_reach_the_layers_that_they_name():
+    model = tuned(rank_pattern={"q_proj": 2, "re:.*layers.1.mlp.*": 8}, alpha_pattern={"q_proj": 32})
+    adapters = {name: layer.adapters["default"] for name, layer in lora_layers(model)}
+    settings = {name: (adapter.rank, adapter.alpha) for name, adapter in adapters.items()}
+    for name, found in settings.items():
+        rank = 2 if name.endswith("q_proj") else 8 if "1.mlp" in name else 4
+        assert found == (rank, 32 if name.endswith("q_proj") else 8), name
+    assert len(set(settings.values())) == 3
+
+
+@pytest.mark.parametrize(("init", "spread"), [("default", lambda width, rank: (3 * width) ** -0.5),
+                                              ("gaussian", lambda width, rank: 1 / rank)])  # fmt: skip
+def test_a_starts_with_the_spread_that_its_init_says(init, spread):
+    model = tiny.quantized(tiny.llama())
+    add_lora(model, rank=32, init=init, dtype=torch.float32)
+    for _, layer in lora_layers(model):
+        a = layer.adapters["default"].a_RI.detach()
+        wanted = spread(a.shape[1], 32)
+        assert abs(a.std().item() / wanted - 1) < 0.1  # at least 1,536 draws: 4 standard deviations are 0.07
+        assert init != "default" or a.abs().max() <= a.shape[1] ** -0.5
+
+
+def test_a_layer_starts_the_same_whatever_else_is_adapted():
+    alone, among = tiny.quantized(tiny.llama()), tiny.quantized(tiny.llama())
+    add_lora(alone, targets="down_proj", rank=4)
+    add_lora(among, targets="all-linear", rank=4)
+    found = matrices(among)
+    assert len(found) > len(matrices(alone))
+    for key, value in matrices(alone).items():
+        assert torch.equal(value, found[key])
+
+
+def test_the_start_depends_on_the_seed_and_not_on_the_global_random_state():
+    starts = []
+    for seed, noise in [(0, 1), (0, 2), (1, 1)]:
+        model = tiny.quantized(tiny.llama())
+        torch.manual_seed(noise)
+        before = torch.get_rng_state()
+        add_lora(model, rank=4, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        starts.append(matrices(model))
+    assert all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0])
+    assert not any(torch.equal(starts[0][key], starts[2][key]) for key in starts[0] if key.endswith("a_RI"))
+
+
+def test_no_two_layers_start_alike():
+    a = [value for key, value in matrices(tuned()).items() if key.endswith("a_RI")]
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations(a, 2) if one.shape == two.shape)
+
+
+def test_adapters_are_bf16_unless_asked_otherwise():
+    model = tiny.quantized(tiny.llama(), dtype=torch.float32)
+    add_lora(model, rank=4)
+    add_lora(model, rank=4, name="wide", dtype=torch.float32)
+    assert {p.dtype for _, p in adapter_parameters(model)} == {torch.bfloat16}
+    assert {p.dtype for _, p in adapter_parameters(model, "wide")} == {torch.float32}
+    use_adapter(model, "default")
+    assert tiny.logits(model).dtype == torch.float32
+    tiny.train_step(model.train())
+    assert {p.grad.dtype for _, p in adapter_parameters(model)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_report_counts_by_formula(make):
+    dense = make()
+    total = dense.num_parameters()
+    model = tiny.quantized(dense)
+    add_lora(model, rank=2, name="other")
+    report = add_lora(model, rank=4)
+    assert report.total == total
+    assert report.trainable == sum(4 * sum(layer.shape) for _, layer in lora_layers(model))
+    assert report.trainable == sum(p.numel() for key, p in model.named_parameters() if ".adapters.default." in key)
+    assert report.unmatched == ("lm_head",)
+
+
+# --- where they go ----------------------------------------------------------------------------------------------------
+
+ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(("targets", "leaves", "count"), [
+    ("all-linear", ATTENTION | MLP, 14), ("attention", ATTENTION, 8), ("mlp", MLP, 6), ("head", {"lm_head"}, 1),
+    ("lm_head", {"lm_head"}, 1), (["all-linear", "head"], ATTENTION | MLP | {"lm_head"}, 15),
+    (["q_proj", "down_proj"], {"q_proj", "down_proj"}, 4), ("model.layers.1.mlp.up_proj", {"up_proj"}, 1),
+    (r"re:.*\.1\..*_proj", ATTENTION | MLP, 7), (["attention", "re:.*gate.*"], ATTENTION | {"gate_proj"}, 10),
+])  # fmt: skip
+def test_targets_of_a_llama(targets, leaves, count):
+    report = add_lora(tiny.quantized(tiny.llama()), rank=2, targets=targets)
+    assert {name.rpartition(".")[2] for name in report.matched} == leaves
+    assert len(report.matched) == count
+    assert len(report.matched) + len(report.unmatched) == 15
+    assert not set(report.matched) & set(report.unmatched)
+
+
+@pytest.mark.parametrize(("targets", "count"), [("all-linear", 8), ("attention", 4), ("mlp", 4), ("c_proj", 4)])
+def test_targets_of_a_gpt2(targets, count):
+    report = add_lora(tiny.quantized(tiny.gpt2()), rank=2, targets=targets)
+    assert len(report.matched) == count
+    assert targets != "attention" or all(".attn." in name for name in report.matched)
+
+
+@pytest.mark.parametrize("targets", ["head", "lm_head"])
+def test_a_tied_head_is_refused_and_says_why(targets):
+    for model in (tiny.gpt2(), tiny.llama(tie_word_embeddings=True)):
+        with pytest.raises(AdapterError, match="tied to the input embedding"):
+            add_lora(tiny.quantized(model), targets=targets)
+
+
+def test_an_adapter_on_the_head_changes_only_the_logits():
+    model = tiny.quantized(tiny.llama())
+    ids = tiny.tokens()
+    hidden, base = model.model(ids).last_hidden_state, tiny.logits(model)
+    add_lora(model, rank=4, targets="head", dtype=torch.float32)
+    tiny.wake(model)
+    assert not torch.equal(tiny.logits(model), base)
+    assert torch.equal(model.model(ids).last_hidden_state, hidden)
+
+
+@pytest.mark.parametrize(("targets", "message"), [
+    ("q_porj", "'q_porj'.*did you mean q_proj"),
+    (["q_proj", "up_prj"], "'up_prj'.*did you mean up_proj"),
+    ("all_linear", "did you mean all-linear"),
+    ("re:.*nothing.*", r"'re:\.\*nothing\.\*'.*there are: down_proj"),
+    ("zzz", "there are: down_proj, gate_proj"),
+    ("embed_tokens", "no linear layer"),
+    ("norm", "no linear layer"),
+    ([], "targets is empty"),
+    ("re:(", "regular expression"),
+])  # fmt: skip
+def test_a_pattern_that_matches_nothing_is_one_error_that_names_the_nearest(targets, message):
+    model = tiny.quantized(tiny.llama())
+    with pytest.raises(AdapterError, match=message) as caught:
+        add_lora(model, targets=targets)
+    assert "\n" not in str(caught.value)
+    assert not list(lora_layers(model)), "a refusal leaves the model as it was"
+
+
+def test_all_wrong_targets_are_told_at_once():
+    with pytest.raises(AdapterError, match=r"q_porj.*up_prj"):
+        add_lora(tiny.quantized(tiny.llama()), targets=["q_porj", "down_proj", "up_prj"])
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"rank": 0}, "rank"), ({"rank": -1}, "rank"), ({"rank": 8.0}, "rank.*8.0"), ({"rank": True}, "rank"),
+    ({"alpha": 0}, "alpha"), ({"alpha": -1}, "alpha"), ({"alpha": NAN}, "alpha"), ({"alpha": INFINITY}, "alpha"),
+    ({"dropout": -0.1}, "dropout"), ({"dropout": 1.0}, "dropout"), ({"dropout": NAN}, "dropout"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"), ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": -1}}, "alpha_pattern"), ({"alpha_pattern": {"q_proj": NAN}}, "alpha_pattern"),
+    ({"rank_pattern": {"q_porj": 4}}, "rank_pattern names 'q_porj'.*did you mean q_proj"),
+    ({"dora": True}, "dora"), ({"name": "a.b"}, "name"), ({"name": ""}, "name"), ({"name": "keys"}, "name"),
+    ({"scaling": "rs"}, "scaling"), ({"init": "zeros"}, "init"),
+])  # fmt: skip
+def test_an_impossible_setting_is_refused_and_leaves_the_model_as_it_was(settings, message):
+    model = tiny.quantized(tiny.llama())
+    with pytest.raises(AdapterError, match=message):
+        add_lora(model, **settings)
+    assert not list(lora_layers(model))
+
+
+# --- several on one base ----------------------------------------------------------------------------------------------
+
+
+def test_two_adapters_live_on_one_base_and_are_switched_between():
+    model = tiny.quantized(tiny.llama())
+    base = tiny.logits(model)
+    add_lora(model, name="french", targets="attention", rank=4, dtype=torch.float32)
+    tiny.wake(model, name="french", seed=1)
+    french = tiny.logits(model)
+    add_lora(model, name="german", targets=["mlp", "q_proj"], rank=2, alpha=16, dtype=torch.float32)
+    assert torch.equal(tiny.logits(model), base), "the new one starts at zero, and alone"
+    tiny.wake(model, name="german", seed=2)
+    german = tiny.logits(model)
+    assert not torch.equal(french, german)
+    for _ in range(2):
+        use_adapter(model, "french")
+        assert torch.equal(tiny.logits(model), french)
+        use_adapter(model, "german")
+        assert torch.equal(tiny.logits(model), german)
+    with adapters_off(model):
+        assert torch.equal(tiny.logits(model), base)
+
+
+def test_training_one_adapter_leaves_the_other_alone():
+    model = tuned(name="first")
+    add_lora(model, name="second", rank=4, dtype=torch.float32)
+    before = matrices(model, "first")
+    tiny.train_step(model.train(), lr=1.0)
+    assert any(p.grad.norm() > 0 for _, p in adapter_parameters(model, "second"))
+    assert all(torch.equal(value, before[key]) for key, value in matrices(model, "first").items())
+    assert all(p.grad is None for _, p in adapter_parameters(model, "first"))
+
+
+def test_a_name_that_is_taken_or_not_there_is_refused(tmp_path):
+    model = tuned()
+    with pytest.raises(AdapterError, match="already"):
+        add_lora(model)
+    with pytest.raises(AdapterError, match=r"no adapter 'french'.*default"):
+        use_adapter(model, "french")
+    with pytest.raises(AdapterError, match=r"no adapter 'french'.*default"):
+        save_adapter(model, tmp_path / "x", name="french")
+    save_adapter(model, tmp_path / "a")
+    with pytest.raises(AdapterError, match="already"):
+        load_adapter(model, tmp_path / "a")
+    with pytest.raises(AdapterError, match="name"):
+        load_adapter(model, tmp_path / "a", name="a.b")
+    with pytest.raises(AdapterError, match="there are: none"):
+        use_adapter(tiny.quantized(tiny.llama()), "default")
+
+
+# --- PEFT, both ways --------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    {},
+    {"scaling": "rslora", "rank": 9, "alpha": 6},
+    {"rank_pattern": {"q_proj": 2, "re:.*1.*down_proj": 8}, "alpha_pattern": {"re:.*0.*": 3}, "targets": "all-linear"},
+    {"targets": ["re:.*1.self_attn.*", "model.layers.0.mlp.up_proj"], "scaling": "rslora"},
+    {"targets": ["head", "v_proj"]},
+]
+GPT2_VARIANTS = [{}, {"rank_pattern": {"c_attn": 2}, "alpha_pattern": {"re:.*0.mlp.*": 3}, "scaling": "rslora"},
+                 {"targets": "attention"}]  # fmt: skip
+PAIRS = [(tiny.llama, v) for v in VARIANTS] + [(tiny.gpt2, v) for v in GPT2_VARIANTS]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(("make", "lora"), PAIRS)
+def test_what_we_save_peft_loads_with_the_same_logits(make, lora, kind, tmp_path):
+    model = tuned(make, kind, **lora)
+    save_adapter(model, tmp_path / "adapter")
+    dense = tiny.read_out(make(), model)
+    base = tiny.logits(dense)
+    theirs = PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    assert tiny.relative(tiny.logits(theirs), base) > 0.01
+    assert tiny.relative(tiny.logits(model), tiny.logits(theirs)) < PEFT_RTOL
+    adapted = [name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    covered = {name.removeprefix("base_model.model.") for name in adapted}
+    assert covered == {name for name, _ in lora_layers(model)}
+
+
+PEFT_CONFIGS = [
+    (tiny.llama, {"target_modules": "all-linear"}),
+    (tiny.llama, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "r": 9}),
+    (tiny.llama, {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+                  "alpha_pattern": {"^model.layers.0.self_attn.v_proj": 3}}),
+    (tiny.llama, {"target_modules": r".*\.1\..*proj"}),
+    (tiny.llama, {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
+    (tiny.llama, {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}),
+    (tiny.llama, {"target_modules": ["lm_head", "q_proj"]}),
+    (tiny.gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+    (tiny.gpt2, {"target_modules": "all-linear", "fan_in_fan_out": True, "use_rslora": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "settings"), PEFT_CONFIGS)
+def test_what_peft_saves_we_load_with_the_same_logits(make, settings, tmp_path):
+    base = tiny.quantized(make())
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "init_lora_weights": False, **settings})
+    theirs = get_peft_model(tiny.read_out(make(), base), config).eval()
+    with torch.no_grad():  # PEFT's own start of B depends on the width; this one changes the logits for certain
+        for key, parameter in theirs.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path)
+    plain = tiny.logits(base)
+    report = load_adapter(base, tmp_path)
+    ours = tiny.logits(base)
+    assert report.trainable == sum(p.numel() for key, p in theirs.named_parameters() if ".lora_" in key)
+    assert tiny.relative(ours, plain) > 0.003
+    assert tiny.relative(ours, tiny.logits(theirs)) < PEFT_RTOL
+
+
+@pytest.mark.parametrize(("make", "lora"), PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_we_save_we_load_bit_for_bit(make, lora, dtype, tmp_path):
+    model = tuned(make, **{"dropout": 0.1, **lora, "dtype": torch.float32})
+    for _, parameter in adapter_parameters(model):
+        parameter.data = parameter.data.to(dtype)
+    save_adapter(model, tmp_path / "adapter")
+    again = tiny.quantized(make())
+    load_adapter(again, tmp_path / "adapter", name="other")
+    assert {p.dtype for _, p in adapter_parameters(again, "other")} == {dtype}
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    first = {name: layer.adapters["default"] for name, layer in lora_layers(model)}
+    for name, layer in lora_layers(again):
+        found, wanted = layer.adapters["other"], first[name]
+        assert (found.rank, found.alpha, found.scale, found.dropout) == (wanted.rank, wanted.alpha, wanted.scale, 0.1)
+
+
+def test_one_of_two_adapters_is_saved_and_not_the_other(tmp_path):
+    model = tuned(name="french", targets="attention")
+    french = tiny.logits(model)
+    add_lora(model, name="german", rank=2)
+    save_adapter(model, tmp_path / "french", name="french")
+    again = tiny.quantized(tiny.llama())
+    report = load_adapter(again, tmp_path / "french")
+    assert len(report.matched) == 8
+    assert torch.equal(tiny.logits(again), french)
+
+
+# --- which base -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_fingerprint_is_of_the_checkpoint_and_not_of_how_it_is_held(make):
+    prints = {fingerprint(make())}
+    for kind in ("nf4", "fp4", "int8", "none"):
+        for dtype in (torch.float32, torch.bfloat16):
+            prints.add(fingerprint(tiny.quantized(make(), kind, dtype=dtype)))
+    prints.add(fingerprint(tuned(make, dtype=torch.bfloat16)))
+    assert len(prints) == 1
+    assert fingerprint(make(seed=1)) not in prints
+
+
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused_unless_forced(tmp_path):
+    save_adapter(tuned(), tmp_path / "adapter")
+    stranger = tiny.quantized(tiny.llama(seed=1))
+    with pytest.raises(AdapterError, match=r"another base.*force"):
+        load_adapter(stranger, tmp_path / "adapter")
+    assert not list(lora_layers(stranger))
+    assert len(load_adapter(stranger, tmp_path / "adapter", force=True).matched) == 14
+
+
+def test_the_same_base_in_another_quantization_is_accepted(tmp_path):
+    save_adapter(tuned(), tmp_path / "adapter")
+    for kind in ("fp4", "int8", "none"):
+        assert load_adapter(tiny.quantized(tiny.llama(), kind, dtype=torch.bfloat16), tmp_path / "adapter").matched
+
+
+def test_the_file_says_what_it_was_trained_on_and_what_else_it_was_told(tmp_path):
+    model = tuned()
+    save_adapter(model, tmp_path / "adapter", provenance={"note": "of the tests"})
+    with safetensors.safe_open(tmp_path / "adapter" / FILE, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["qlora_kit.base_fingerprint"] == fingerprint(model)
+    assert metadata["note"] == "of the tests"
+
+
+# --- files that are wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    return save_adapter(tuned(), tmp_path / "adapter")
+
+
+def change_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+
+
+LAYER = "base_model.model.model.layers.1.mlp.up_proj.lora_"
+A, B = LAYER + "A.weight", LAYER + "B.weight"
+STRANGE = LAYER.replace("1", "7")
+
+
+def put(**tensors):
+    """Replace or add tensors, named by the variables above."""
+    names = {
+        "a": A,
+        "b": B,
+        "strange_a": STRANGE + "A.weight",
+        "strange_b": STRANGE + "B.weight",
+        "other": "base_model.model.x",
+    }
+    return lambda folder: change_tensors(
+        folder, lambda t: t.update({names[key]: value for key, value in tensors.items()})
+    )
+
+
+def poison(value):
+    def change(tensors):
+        tensors[A][1, 2] = value
+
+    return change
+
+
+SPOILED = {
+    "missing layer": (lambda f: change_tensors(f, lambda t: [t.pop(A), t.pop(B)]),
+                      "no matrices for model.layers.1.mlp.up_proj"),
+    "half a layer": (lambda f: change_tensors(f, lambda t: t.pop(B)), "A and B.*layers.1.mlp.up_proj"),
+    "extra layer": (put(strange_a=torch.ones(4, 48), strange_b=torch.ones(176, 4)),
+                    "no linear layer model.layers.7.mlp.up_proj"),
+    "no layer at all": (lambda f: change_tensors(f, lambda t: t.clear()), "no matrices for"),
+    "wrong width": (put(a=torch.ones(4, 49)), r"\(4, 49\).*wanted \(4, 48\)"),
+    "wrong rank": (lambda f: change_config(f, r=8), r"wanted \(8, 48\)"),
+    "a vector": (put(a=torch.ones(48)), "no LoRA matrix"),
+    "whole numbers": (put(a=torch.ones(4, 48, dtype=torch.int64)), "no LoRA matrix"),
+    "another tensor": (put(other=torch.ones(4, 48)), "no LoRA matrix"),
+    "nan": (lambda f: change_tensors(f, poison(NAN)), "NaN"),
+    "infinity": (lambda f: change_tensors(f, poison(INFINITY)), "infinity"),
+    "dora": (lambda f: change_config(f, use_dora=True), "use_dora=True"),
+    "trained biases": (lambda f: change_config(f, bias="all"), "bias='all'"),
+    "whole modules": (lambda f: change_config(f, modules_to_save=["lm_head"]), "modules_to_save"),
+    "a field of the future": (lambda f: change_config(f, turbo=3), "turbo=3"),
+    "another method": (lambda f: change_config(f, peft_type="IA3"), "peft_type"),
+    "alpha of a wrong type": (lambda f: change_config(f, lora_alpha="8"), "lora_alpha"),
+    "rank of zero": (lambda f: change_config(f, r=0), "r"),
+    "rank pattern of zero": (lambda f: change_config(f, rank_pattern={"up_proj": 0}), "rank_pattern"),
+    "alpha pattern of a wrong type": (lambda f: change_config(f, alpha_pattern={"up_proj": "x"}), "alpha_pattern"),
+    "a pattern that is none": (lambda f: change_config(f, alpha_pattern={"(": 1}), "alpha_pattern"),
+    "dropout of a wrong type": (lambda f: change_config(f, lora_dropout="x"), "lora_dropout"),
+    "dropout above one": (lambda f: change_config(f, lora_dropout=1.5), "lora_dropout"),
+    "cut short": (lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-7]), "damaged"),
+    "empty file": (lambda f: (f / FILE).write_bytes(b""), "damaged"),
+    "no file": (lambda f: (f / FILE).unlink(), "missing"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "missing"),
+    "invalid json": (lambda f: (f / CONFIG).write_text('{"r": 4,'), f"{CONFIG} cannot be read as JSON"),
+    "a list": (lambda f: (f / CONFIG).write_text("[]"), "LoRA"),
+    "not utf-8": (lambda f: (f / CONFIG).write_bytes(b'{"r": "\xff"}'), f"{CONFIG} cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_adapter_is_one_error_and_leaves_the_model_as_it_was(adapter, case):
+    model = tiny.quantized(tiny.llama())
+    load_adapter(copy.deepcopy(model), adapter)
+    spoil, message = SPOILED[case]
+    spoil(adapter)
+    with pytest.raises(AdapterError, match=message) as caught:
+        load_adapter(model, adapter)
+    assert str(adapter) in str(caught.value)
+    assert not list(lora_layers(model))
+
+
+def test_all_faults_of_a_file_are_told_at_once(adapter):
+    change_tensors(adapter, poison(NAN))
+    for case in ("extra layer", "wrong rank"):
+        SPOILED[case][0](adapter)
+    with pytest.raises(AdapterError, match=r"NaN.*no linear layer.*wanted \(8"):
+        load_adapter(tiny.quantized(tiny.llama()), adapter)
+
+
+def test_a_pickled_adapter_is_not_read(adapter):
+    torch.save(load_file(adapter / FILE), adapter / "adapter_model.bin")
+    (adapter / FILE).unlink()
+    with pytest.raises(AdapterError, match="pickled"):
+        load_adapter(tiny.quantized(tiny.llama()), adapter)
+
+
+def test_an_adapter_for_a_tied_head_is_refused(tmp_path):
+    save_adapter(tuned(targets=["head", "q_proj"]), tmp_path / "adapter")
+    tied = tiny.quantized(tiny.llama(tie_word_embeddings=True))
+    with pytest.raises(AdapterError, match="tied"):
+        load_adapter(tied, tmp_path / "adapter", force=True)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tmp_path):
+    model = tuned()
+    with torch.no_grad():
+        next(adapter_parameters(model))[1][0, 0] = float("nan")
+    with pytest.raises(AdapterError, match=r"NaN.*layers\.0"):
+        save_adapter(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- complete or absent -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", ["save_file", "_peft_config"])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_save_that_fails_leaves_the_old_folder_or_none(failing, is_there, tmp_path, monkeypatch):
+    folder, model = tmp_path / "adapter", tuned()
+    if is_there:
+        save_adapter(model, folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fail(*arguments, **keywords):
+        raise OSError("no space left")
+
+    smaller = tuned(rank=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters_module, failing, fail)
+        with pytest.raises(OSError, match="no space left"):
+            save_adapter(smaller, folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if is_there else [])
+    save_adapter(model, folder)
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG, FILE]
+
+
+def test_saving_again_replaces_the_adapter(tmp_path):
+    save_adapter(tuned(rank=4), tmp_path / "adapter")
+    save_adapter(tuned(rank=2), tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["r"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "adapter").iterdir()} <= {
+        "0o644",
+        "0o664",
+        "0o600",
+    }
+
+
+def test_saving_deletes_no_file_that_is_not_an_adapters(tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years")
+    with pytest.raises(AdapterError, match=r"thesis\.tex.*folder of its own"):
+        save_adapter(tuned(), folder)
+    with pytest.raises(AdapterError, match="is a file"):
+        save_adapter(tuned(), folder / "thesis.tex")
+    assert (folder / "thesis.tex").read_text() == "years"
+
+
+def test_peft_knows_every_field_that_we_write(adapter):
+    known = set(LoraConfig.__dataclass_fields__)
+    assert set(json.loads((adapter / CONFIG).read_text())) - known == set()
+    assert re.match(r"0\.\d+", peft.__version__)
+
+
+def test_every_field_of_peft_has_been_judged():
+    """A field that this PEFT has and we do not know would be let through when off and refused when on."""
+    judged = set(adapters_module._NEUTRAL) | set(adapters_module._READ_OR_INERT)
+    assert set(LoraConfig.__dataclass_fields__) - judged == set()

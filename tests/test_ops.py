@@ -1,0 +1,372 @@
+"""The op under every layer: it equals its plain twin and float64, and keeps nothing dense until backward."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.formats import Quantization
+from qlora_kit.ops import lora_linear, lora_linear_plain
+
+# Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (three
+# roundings: h, the base's product, the sum). Norms of the factors, so that a draw that cancels does not decide.
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
+
+
+@dataclass
+class Case:
+    """A quantised layer, an adapter and an input, with the float64 truth about them."""
+
+    layer: QuantizedLinear
+    x: Tensor
+    bias: Tensor | None
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+    g: Tensor
+
+    @property
+    def parts(self) -> tuple:
+        return self.layer.dense, self.bias, self.a_RI, self.b_OR, self.scale
+
+    def run(self, op=lora_linear) -> dict[str, Tensor]:
+        """Output and gradients of `op` at this case."""
+        x, a, b = (t.detach().requires_grad_() for t in (self.x, self.a_RI, self.b_OR))
+        y = op(x, self.layer.dense, self.bias, a, b, self.scale)
+        y.backward(self.g)
+        return {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}
+
+    def truth(self) -> dict[str, Tensor]:
+        """The formulas of the docstring in float64, written out."""
+        x = self.x.double().reshape(-1, self.x.shape[-1])
+        g = self.g.double().reshape(-1, self.g.shape[-1])
+        w, a, b = self.layer.dense(self.x.dtype).double(), self.a_RI.double(), self.b_OR.double()
+        y = x @ w.T + self.scale * x @ a.T @ b.T + (0 if self.bias is None else self.bias.double())
+        dx = g @ w + self.scale * g @ b @ a
+        truth = {"y": y.view(self.g.shape), "dx": dx.view(self.x.shape)}
+        return truth | {"dA": self.scale * (g @ b).T @ x, "dB": self.scale * g.T @ (x @ a.T)}
+
+    def bounds(self) -> dict[str, float]:
+        """Norms of the products' factors, by result."""
+        factors = {"x": self.x, "g": self.g, "a": self.a_RI, "b": self.b_OR}
+        norm = {key: factor.double().norm().item() for key, factor in factors.items()}
+        w, s = self.layer.dense(torch.float32).double().norm().item(), self.scale
+        bias = 0 if self.bias is None else self.bias.double().norm().item() * self.x[..., 0].numel() ** 0.5
+        update = s * norm["a"] * norm["b"]
+        return {
+            "y": norm["x"] * (w + update) + bias,
+            "dx": norm["g"] * (w + update),
+            "dA": s * norm["x"] * norm["g"] * norm["b"],
+            "dB": s * norm["x"] * norm["g"] * norm["a"],
+        }
+
+
+def make(
+    shape=(33, 127), rank=7, scale=1.5, dtype=torch.float32, kind="nf4", leading=(3, 5), seed=0, with_bias=True,
+    size=1.0,
+) -> Case:  # fmt: skip
+    out, width = shape
+    gen = torch.Generator().manual_seed(seed)
+    draw = partial(torch.randn, generator=gen)
+    layer = QuantizedLinear(draw(out, width) * size, None, Quantization(kind))
+    x, g = draw(*leading, width).to(dtype), draw(*leading, out).to(dtype)
+    bias = draw(out).to(dtype) if with_bias else None
+    a, b = (draw(rank, width) / width**0.5).to(dtype), (draw(out, rank) * 0.3).to(dtype)
+    return Case(layer, x, bias, a, b, scale, g)
+
+
+def assert_accurate(case: Case) -> None:
+    found, truth, bounds = case.run(), case.truth(), case.bounds()
+    for key, bound in bounds.items():
+        error = (found[key].double() - truth[key]).norm().item()
+        assert error <= BOUND[case.x.dtype] * bound, f"{key}: {error:.3g} of {bound:.3g}"
+
+
+# --- equal to the twin and to float64 ---
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_output_and_gradients_are_within_rounding_of_float64(kind, dtype):
+    case = make(kind=kind, dtype=dtype)
+    base = case.x.double() @ case.layer.dense(dtype).double().T + case.bias.double()
+    assert (case.truth()["y"] - base).norm() > 0.05 * base.norm(), "the adapter must matter"
+    assert_accurate(case)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    rank=st.integers(1, 64),
+    scale=st.sampled_from([0.25, 1.0, 2.0, 16.0]),
+    size=st.sampled_from([1e-6, 1e-2, 1.0, 1e4]),
+    dtype=st.sampled_from(list(BOUND)),
+    kind=st.sampled_from(["nf4", "fp4", "int8"]),
+    seed=st.integers(0, 99),
+)
+def test_accuracy_holds_for_any_shape_rank_and_size(shape, rank, scale, size, dtype, kind, seed):
+    size = max(size, 1e-2) if kind == "int8" else size  # int8 goes through fp16, as in bitsandbytes
+    assert_accurate(make(shape, rank, scale, dtype, kind, leading=(4,), seed=seed, with_bias=seed % 2 == 0, size=size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_it_equals_its_plain_twin(dtype):
+    case = make(dtype=dtype)
+    dense = case.layer.dense(torch.float32).to(dtype)
+    case.layer.dense = lambda asked: dense.to(asked)
+    found, wanted = case.run(), case.run(lora_linear_plain)
+    # Both add the same terms in another order: a few ulp of the largest, not of each sum.
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6}[dtype]
+    for key, bound in case.bounds().items():
+        assert (found[key] - wanted[key]).norm().item() <= tolerance * bound, key
+
+
+def test_bf16_is_never_much_worse_than_the_plain_path():
+    errors = {lora_linear: [], lora_linear_plain: []}
+    for seed in range(4):
+        case = make((256, 192), 8, dtype=torch.bfloat16, leading=(16,), seed=seed)
+        truth = case.truth()
+        for op, found in errors.items():
+            found.append({key: (value.double() - truth[key]).norm().item() for key, value in case.run(op).items()})
+    for key in ("y", "dx", "dA", "dB"):
+        ours, plain = (sorted(draw[key] for draw in errors[op])[1:3] for op in errors)
+        assert sum(ours) <= 1.1 * sum(plain), key
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradcheck_in_float64(with_bias):
+    gen = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 5), (7, 5), (2, 5), (7, 2), (7,)]
+    x, w, a, b, bias = (torch.randn(shape, generator=gen, dtype=torch.float64) for shape in shapes)
+    x, a, b = (t.requires_grad_() for t in (x, a, b))
+    bias = bias if with_bias else None
+    assert torch.autograd.gradcheck(lambda x, a, b: lora_linear(x, lambda _: w, bias, a, b, 0.7), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x: lora_linear(x, lambda _: w, bias), (x,))
+
+
+def test_output_is_linear_in_the_scale():
+    case = make(scale=1.0)
+    base, one = lora_linear(case.x, case.layer.dense, case.bias), case.run()["y"]
+    case.scale = 1024.0  # a power of two: multiplying by it rounds nothing
+    many = case.run()["y"]
+    assert torch.allclose((many - base) / 1024, one - base, rtol=1e-4, atol=1e-5)  # differences of rounded sums
+
+
+def test_b_of_zero_gives_the_base_bit_for_bit():
+    case = make()
+    base = lora_linear(case.x, case.layer.dense, case.bias)
+    assert not torch.equal(case.run()["y"], base)
+    case.b_OR = torch.zeros_like(case.b_OR)
+    assert torch.equal(case.run()["y"], base)
+
+
+# --- what is kept ---
+
+
+def saved_by(fn) -> list[Tensor]:
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fn()
+    return saved
+
+
+def test_nothing_dense_is_saved_for_backward():
+    case = make((96, 128), leading=(2, 3))
+    a, b, x = (t.detach().requires_grad_() for t in (case.a_RI, case.b_OR, case.x))
+    arguments = (x, case.layer.dense, case.bias, a, b, case.scale)
+    dense = case.layer.out_features * case.layer.in_features
+    assert any(t.numel() == dense for t in saved_by(lambda: lora_linear_plain(*arguments))), "the twin does keep it"
+    saved = saved_by(lambda: lora_linear(*arguments))
+    assert saved
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    allowed = sum(t.numel() * t.element_size() for t in (x, a, b)) + x[..., 0].numel() * a.shape[0] * 4
+    assert sum(storages.values()) <= allowed
+
+
+def test_a_frozen_layer_keeps_nothing_at_all():
+    case = make()
+    x = case.x.requires_grad_()
+    assert saved_by(lambda: lora_linear(x, case.layer.dense, case.bias)) == []
+
+
+def test_x_is_kept_only_if_a_is_trained():
+    case = make()
+    x, b = case.x.requires_grad_(), case.b_OR.requires_grad_()
+    for a, is_kept in ((case.a_RI, False), (case.a_RI.clone().requires_grad_(), True)):
+        sizes = [t.numel() for t in saved_by(partial(lora_linear, x, case.layer.dense, case.bias, a, b, 1.0))]
+        assert (x.numel() in sizes) == is_kept
+
+
+def test_the_weight_is_decoded_once_forward_and_once_backward():
+    case = make()
+    calls = []
+    decode = case.layer.dense
+    case.layer.dense = lambda dtype: calls.append(dtype) or decode(dtype)
+    case.run()
+    assert calls == [torch.float32, torch.float32]
+
+
+# --- the ways in which a model calls it ---
+
+
+def test_under_no_grad_the_output_is_the_same_and_no_graph_is_made():
+    case = make()
+    case.a_RI.requires_grad_()
+    with torch.no_grad():
+        y = lora_linear(case.x, *case.parts)
+    assert not y.requires_grad
+    with torch.inference_mode():
+        z = lora_linear(case.x, *case.parts)
+    assert torch.equal(y, z)
+    assert torch.equal(y, case.run()["y"])
+
+
+@pytest.mark.parametrize("trained", ["x", "a", "b", "xa", "xb", "ab"])
+def test_each_gradient_is_the_same_whatever_else_needs_one(trained):
+    case = make()
+    all_of_them = dict(zip("xab", list(case.run().values())[1:], strict=True))
+    leaves = {"x": case.x.clone(), "a": case.a_RI.clone(), "b": case.b_OR.clone()}
+    for key in trained:
+        leaves[key].requires_grad_()
+    y = lora_linear(leaves["x"], case.layer.dense, case.bias, leaves["a"], leaves["b"], case.scale)
+    y.backward(case.g)
+    for key, leaf in leaves.items():
+        assert (leaf.grad is not None) == (key in trained)
+        assert leaf.grad is None or torch.equal(leaf.grad, all_of_them[key])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_bit(reentrant):
+    case = make()
+    plain = case.run()
+    again = case.run(lambda *arguments: checkpoint(lora_linear, *arguments, use_reentrant=reentrant))
+    assert plain["dA"].norm() > 0
+    for key, value in plain.items():
+        assert torch.equal(value, again[key]), key
+
+
+def test_two_forwards_before_the_backwards_do_not_disturb_each_other():
+    one, two = make(seed=1), make(seed=2)
+    wanted = [one.run()["dx"], two.run()["dx"]]
+    assert not torch.equal(*wanted)
+    xs = [case.x.requires_grad_() for case in (one, two)]
+    ys = [lora_linear(case.x, *case.parts) for case in (one, two)]
+    for case, y, x, dx in reversed(list(zip((one, two), ys, xs, wanted, strict=True))):
+        assert torch.equal(torch.autograd.grad(y, x, case.g)[0], dx)
+
+
+def test_the_same_layer_called_twice_adds_its_gradients():
+    case = make()
+    a = case.a_RI.requires_grad_()
+    xs = [case.x, case.x.flip(0)]
+    apart = [torch.autograd.grad(lora_linear(x, *case.parts), a, case.g)[0] for x in xs]
+    together = torch.autograd.grad(sum(lora_linear(x, *case.parts) for x in xs), a, case.g)[0]
+    assert torch.equal(together, apart[0] + apart[1])
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (1, 5), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_any_number_of_leading_axes(leading):
+    case = make(leading=leading)
+    found, truth = case.run(), case.truth()
+    assert found["y"].shape == (*leading, 33)
+    assert found["dx"].shape == case.x.shape
+    for key, value in truth.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_that_are_not_contiguous():
+    case = make(leading=(4, 6))
+    wanted = case.run()
+    for name in ("x", "g", "a_RI", "b_OR"):
+        tensor = getattr(case, name)
+        setattr(case, name, tensor.transpose(0, -1).contiguous().transpose(0, -1))
+        assert not getattr(case, name).is_contiguous()
+    found = case.run()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)  # another order of summing
+
+
+def test_a_gradient_that_was_expanded_is_taken():
+    case = make()
+    x = case.x.requires_grad_()
+    lora_linear(x, *case.parts).sum().backward()
+    case.g = torch.ones_like(case.g)
+    torch.testing.assert_close(x.grad, case.run()["dx"], rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs():
+    case = make()
+    x, a, b = (t.requires_grad_() for t in (case.x, case.a_RI, case.b_OR))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, *case.parts)
+    assert y.dtype == torch.bfloat16
+    y.backward(case.g.bfloat16())
+    assert {t.grad.dtype for t in (x, a, b)} == {torch.float32}
+    truth, bounds = case.truth(), case.bounds()
+    for key, value in {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}.items():
+        # Weight and operands are cut to bf16 here as well, the truth holds them in fp32: twice the bound.
+        assert (value.double() - truth[key]).norm() <= 2 * BOUND[torch.bfloat16] * bounds[key], key
+
+
+def test_adapters_in_bf16_meet_an_fp32_input_in_fp32():
+    case = make()
+    case.a_RI, case.b_OR = case.a_RI.bfloat16(), case.b_OR.bfloat16()
+    found = case.run()
+    assert found["y"].dtype == found["dx"].dtype == torch.float32
+    assert found["dA"].dtype == found["dB"].dtype == torch.bfloat16
+    error = (found["y"].double() - case.truth()["y"]).norm()
+    assert error <= BOUND[torch.float32] * case.bounds()["y"]
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    case = make()
+    x = case.x.requires_grad_()
+    (dx,) = torch.autograd.grad(lora_linear(x, *case.parts).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_an_input_changed_in_place_after_forward_is_noticed():
+    case = make()
+    x = case.x.clone()
+    y = lora_linear(x, case.layer.dense, None, case.a_RI.requires_grad_(), case.b_OR, 1.0)
+    x.zero_()
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+def test_it_survives_torch_compile():
+    """With the eager backend: what is claimed is that tracing does not break it, not that it is faster."""
+    case = make((16, 32), rank=2, leading=(3,))
+    wanted = case.run()
+    module = nn.ModuleList([case.layer])
+    with torch.no_grad():
+        compiled = torch.compile(module[0], backend="eager")
+        assert torch.equal(compiled(case.x), case.layer(case.x))
+
+    @partial(torch.compile, backend="eager")
+    def op(x, dense, bias, a, b, scale):
+        return lora_linear(x, dense, bias, a, b, scale)
+
+    found = case.run(op)
+    for key, value in wanted.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.slow
+def test_it_survives_torch_compile_to_machine_code():
+    case = make((16, 32), rank=2, leading=(3,))
+    wanted, found = case.run(), case.run(torch.compile(lora_linear))
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,532 @@
+"""The report says what the run folder says, escapes what it quotes, and needs nothing but itself."""
+
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from qlora_kit.errors import RunError
+from qlora_kit.report import (
+    Series,
+    judge_curve,
+    line_chart,
+    memory_check_text,
+    memory_table,
+    plan_text,
+    read_run,
+    render,
+    scores_text,
+    stacked_bars,
+    write_report,
+)
+from qlora_kit.report.curve import smooth, thin
+from qlora_kit.report.text import CATEGORIES, METHODS
+from qlora_kit.units import GIB, MIB
+
+HOSTILE = "</title><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+def method(*gib):
+    by_category = dict.fromkeys(CATEGORIES, 0) | {
+        name: int(GIB * size) for name, size in zip(CATEGORIES, gib, strict=False)
+    }
+    peak = sum(by_category.values())
+    return {
+        "peak_bytes": peak,
+        "resident_bytes": peak // 2,
+        "by_category": by_category,
+        "peak_by_phase": {"load": peak},
+    }
+
+
+def example_plan():
+    full = method(15.25, 0, 0, 15.25, 61, 2.5) | {"assumes": {"optimizer": "adamw", "loss": "chunked"}}
+    methods = {"qlora": method(5, 0.125, 0.1, 0.1, 0.2, 2.5, 0.25), "lora_16bit": method(15.25, 0, 0.1, 0.1, 0.2, 2.5)}
+    return {
+        "schema": 1,
+        "parameters": {"total": 8_190_735_360, "trainable": 43_646_976, "quantized": 6_945_767_424},
+        "bits_per_quantized_parameter": 4.127,
+        "methods": methods | {"full_finetune": full},
+        "savings_vs_full": 1 - methods["qlora"]["peak_bytes"] / full["peak_bytes"],
+        "budget": 24 * GIB,
+        "planned_on": "cpu",
+        "device_profile": "RTX 4090",
+        "steps": 60,
+        "tokens_per_s": 3000.0,
+        "hours": 1.5,
+    }
+
+
+def example_rows(steps=60):
+    rows = []
+    for step in range(1, steps + 1):
+        loss = 1 + math.exp(-step / 20)
+        rows.append({"step": step, "loss": loss, "lr": 1e-4, "tokens": 512 * step, "tokens_per_s": 3000.0})
+        if step % 10 == 0:
+            rows.append({"step": step, "eval_loss": loss + 0.1})
+    return rows
+
+
+def example_documents():
+    plan = example_plan()
+    measured = method(5, 0.125, 0.1, 0.1, 0.2, 2.6, 0.25)
+    return {
+        "plan.json": plan,
+        "memory.json": {
+            "schema": 1,
+            "planned": plan["methods"]["qlora"],
+            "measured": measured,
+            "error": {"peak": -0.012, "activations": -0.038},
+            "device_counter": {"name": "anonymous resident bytes", "peak_bytes": 9 * GIB},
+            "file_backed_bytes": 412 * MIB,
+        },
+        "scores.json": {
+            "schema": 1,
+            "rows": 200,
+            "base": {"loss": 1.914, "perplexity": 6.78, "exact_match": 0.115},
+            "adapter": {"loss": 1.187, "perplexity": 3.277, "exact_match": 0.438},
+            "samples": [{"prompt": "Which queue?", "reference": "billing", "base": "I am sorry", "adapter": "billing"}],
+        },
+        "data.json": {"schema": 1, "train": {"rows": 9412, "tokens": 18_655_100}, "eval": {"rows": 192}},
+        "env.json": {"schema": 1, "torch": "2.11.0", "seed": 0},
+    }
+
+
+def write_run(folder, documents=None, rows=None, recipe="base:\n  model: Qwen/Qwen3-8B\n  quantization: nf4\n"):
+    folder.mkdir(exist_ok=True)
+    for name, document in (example_documents() if documents is None else documents).items():
+        (folder / name).write_text(json.dumps(document))
+    lines = [json.dumps(row) for row in (example_rows() if rows is None else rows)]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    if recipe is not None:
+        (folder / "recipe.yaml").write_text(recipe)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that is not closed where it should be."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+def drawings(page):
+    """The outermost SVG elements of a page, parsed as XML."""
+    found = re.findall(r"<svg class=\"(?:bars|chart)\".*?</svg>(?=<(?:/figure|table|/section))", page, re.DOTALL)
+    return [ElementTree.fromstring(one) for one in found]
+
+
+# The page
+
+
+def test_page_is_well_formed_and_holds_every_section(run):
+    page = render(run)
+    parsed = Page(page)
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == [
+        "Scores",
+        "Samples",
+        "Memory",
+        "Planned and measured",
+        "Training",
+        "Data",
+        "Recipe",
+        "Environment",
+    ]
+    assert [drawing.get("role") for drawing in drawings(page)] == ["img"] * 4
+    assert all(drawing.find("title").text for drawing in drawings(page))
+    assert "Qwen/Qwen3-8B" in parsed.text
+
+
+def test_headline_gives_the_savings_and_the_measured_peak(run):
+    figures = re.findall(r'<div class="figure"><strong>(.*?)</strong><span>(.*?)</span>', render(run))
+    assert figures == [
+        ("91 %", "less memory than full fine-tuning"),
+        ("54 %", "less memory than 16-bit LoRA"),
+        ("8.37 GiB", "peak memory, measured"),
+        ("30.7 k", "tokens trained in 60 steps"),
+    ]
+
+
+def test_page_loads_nothing_and_runs_nothing(run):
+    page = render(run)
+    parsed = Page(page)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(parsed.tags)
+    assert not {"src", "href", "xlink:href", "srcset", "action"} & {name for name, _ in parsed.attributes}
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_whatever_the_run_says_stays_text(tmp_path):
+    documents = example_documents()
+    plan, memory = documents["plan.json"], documents["memory.json"]
+    plan["planned_on"] = plan["methods"]["full_finetune"]["assumes"][HOSTILE] = HOSTILE
+    plan["methods"]["qlora"]["by_category"][HOSTILE] = 1
+    plan["methods"]["qlora"]["peak_by_phase"][HOSTILE] = 1
+    memory["device_counter"]["name"] = HOSTILE
+    documents["scores.json"]["base"][HOSTILE] = 1.0
+    documents["scores.json"]["samples"] = [dict.fromkeys(("prompt", "reference", "base", "adapter"), HOSTILE)]
+    documents["data.json"]["train"][HOSTILE] = HOSTILE
+    documents["env.json"][HOSTILE] = HOSTILE
+    page = render(write_run(tmp_path / "run", documents, recipe=f"base:\n  model: {HOSTILE}\n"))
+    parsed = Page(page)
+    assert parsed.text.count("<script>alert(1)</script>") >= 12
+    assert not {"script", "img"} & set(parsed.tags)
+    assert not any(name.startswith("on") for name, _ in parsed.attributes)
+    assert len(drawings(page)) == 4
+
+
+def test_characters_that_xml_and_utf8_cannot_hold_are_replaced(tmp_path):
+    documents = example_documents()
+    documents["scores.json"]["samples"][0]["prompt"] = "bell \x07, null \0, half \ud800, whole \U0001f600"
+    path = write_report(write_run(tmp_path / "run", documents))
+    assert "bell \ufffd, null \ufffd, half \ufffd, whole \U0001f600" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [
+        ("memory.json", "Planned and measured"),
+        ("scores.json", "Scores"),
+        ("scores.json", "Samples"),
+        ("data.json", "Data"),
+        ("recipe.yaml", "Recipe"),
+        ("env.json", "Environment"),
+    ],
+)
+def test_a_missing_optional_file_leaves_its_section_out(run, name, heading):
+    assert f"<h2>{heading}</h2>" in render(run)
+    (run / name).unlink()
+    page = render(run)
+    Page(page)
+    assert f"<h2>{heading}</h2>" not in page
+    assert "<h2>Memory</h2>" in page
+
+
+def test_without_measurement_the_headline_is_the_planned_peak(run):
+    (run / "memory.json").unlink()
+    assert "<strong>8.27 GiB</strong><span>peak memory, planned</span>" in render(run)
+
+
+def test_the_model_is_named_without_the_folders_above_it(tmp_path):
+    page = render(
+        write_run(tmp_path / "run", recipe="lora:\n  model: no\nbase:\n  model: '/home/anna/my model'  # local\n")
+    )
+    assert "<h1>my model</h1>" in page
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    assert "<h1>run</h1>" in render(tmp_path / "run")
+
+
+# What is wrong with a folder
+
+
+@pytest.mark.parametrize("name", ["plan.json", "metrics.jsonl"])
+def test_a_missing_required_file_is_one_line_that_names_it(run, name):
+    (run / name).unlink()
+    with pytest.raises(RunError, match=re.escape(name)) as caught:
+        render(run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "memory.json", "scores.json", "data.json", "env.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b'{"schema": 1,', b"[]", b"null", b"\xff\xfe", b'{"schema": 9}', b"[" * 100_000])
+def test_a_damaged_file_is_one_line_that_names_it(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(RunError, match=re.escape(name)) as caught:
+        render(run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: plan["methods"].pop("qlora"), "methods.qlora is missing"),
+        (lambda plan: plan["methods"]["qlora"].update(peak_bytes=-1), "methods.qlora.peak_bytes is -1, wanted"),
+        (lambda plan: plan["methods"]["qlora"]["by_category"].update(other="1"), 'by_category.other is "1", wanted'),
+        (lambda plan: plan.update(budget=math.nan), None),
+        (lambda plan: plan["methods"]["qlora"].update(peak_bytes=math.inf), "peak_bytes is null, wanted"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_wanted(run, change, said):
+    plan = example_plan()
+    change(plan)
+    (run / "plan.json").write_text(json.dumps(plan))
+    if said is None:
+        Page(render(run))
+    else:
+        with pytest.raises(RunError, match=re.escape(said)):
+            render(run)
+
+
+def test_a_report_is_there_whole_or_not_at_all(run, monkeypatch):
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert path.read_text(encoding="utf-8") == render(run)
+    path.write_text("older")
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(RunError, match="No space left on device"):
+        write_report(run)
+    assert path.read_text() == "older"
+    assert not list(run.glob(".report*"))
+
+
+# Text
+
+
+def test_memory_table_rows_are_the_categories_and_sum_to_the_peak():
+    header, *rows = memory_table(example_plan())
+    assert header == ["", *METHODS.values()]
+    assert [row[0] for row in rows] == [*(name.replace("_", " ") for name in CATEGORIES), "peak", "saving vs full"]
+    sizes = {"B": 1, "MiB": MIB, "GiB": GIB}
+    for column in (1, 2, 3):
+        read = [float(row[column].split()[0]) * sizes[row[column].split()[1]] for row in rows[:-1]]
+        assert sum(read[:-1]) == pytest.approx(read[-1], rel=0.01)
+    assert rows[-1][1:] == ["91 %", "81 %", "-"]
+
+
+def test_plan_text_fits_a_terminal_and_ends_with_the_saving():
+    lines = plan_text(example_plan()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "QLoRA needs 0.09 of full fine-tuning: 91 % less."
+    assert len({len(line) for line in lines if "  " in line}) == 1
+
+
+def test_a_plan_that_needs_more_says_so():
+    plan = example_plan() | {"savings_vs_full": -0.1, "budget": GIB}
+    assert plan_text(plan).endswith("QLoRA needs 1.10 of full fine-tuning: 10 % more.")
+    assert "Budget 1.00 GiB: the plan is 7.27 GiB above it." in plan_text(plan)
+
+
+def test_memory_check_gives_the_recorded_error_and_works_out_the_others():
+    memory = example_documents()["memory.json"]
+    lines = {line[:18].strip(): line.split()[-2:] for line in memory_check_text(memory).splitlines()[2:12]}
+    assert lines["peak"] == ["-1.2", "%"]
+    assert lines["activations"] == ["-3.8", "%"]
+    assert lines["base weights"] == ["0.0", "%"]
+    assert "The planned peak is 1.2 % below the measured one." in memory_check_text(memory)
+
+
+def test_scores_text_shows_before_after_and_change():
+    scores = example_documents()["scores.json"]
+    scores["base"]["perplexity"] = 1e30
+    text = scores_text(scores | {"adapter": scores["adapter"] | {"f1": 0.5}})
+    assert [line.split() for line in text.splitlines()[4:]] == [
+        ["loss", "1.914", "1.187", "-0.727"],
+        ["perplexity", "1e+30", "3.277", "-1e+30"],
+        ["exact", "match", "11.5", "%", "43.8", "%", "+32.3", "points"],
+        ["f1", "-", "50.0", "%", "-"],
+    ]
+
+
+# Drawings
+
+
+def test_bars_are_as_long_as_their_bytes():
+    bars = {name: example_plan()["methods"][key]["by_category"] for key, name in METHODS.items()}
+    drawing = ElementTree.fromstring(stacked_bars(bars, title="memory", budget=24 * GIB))
+    parts = [rect for rect in drawing.iter("rect") if "part" in rect.get("class")]
+    assert len(parts) == len(METHODS) * len(CATEGORIES)
+    counts = [count for by_category in bars.values() for count in by_category.values()]
+    longest = max(sum(by_category.values()) for by_category in bars.values())
+    for rect, count in zip(parts, counts, strict=True):
+        assert float(rect.get("width").rstrip("%")) == pytest.approx(100 * count / longest, abs=6e-4)
+    ends = [float(rect.get("x").rstrip("%")) + float(rect.get("width").rstrip("%")) for rect in parts]
+    starts = [float(rect.get("x").rstrip("%")) for rect in parts]
+    assert all(ends[i] == pytest.approx(starts[i + 1], abs=2e-3) for i in range(len(parts) - 1) if starts[i + 1])
+    assert float(drawing.find("g/line").get("x1").rstrip("%")) == pytest.approx(100 * 24 * GIB / longest, abs=1e-3)
+
+
+def test_bars_of_nothing_and_of_long_names_stay_drawable():
+    drawing = ElementTree.fromstring(stacked_bars({"<" * 300: {"other": 0}}, title="none", budget=GIB))
+    assert drawing.find("rect").get("width") == "0.000%"
+    assert drawing.find("text").text == "<" * 25 + "…"
+    assert drawing.find("g") is None
+    ElementTree.fromstring(stacked_bars({}, title="no bars"))
+
+
+def test_a_chart_breaks_its_line_at_gaps_and_dots_what_stands_alone():
+    points = [(1, 2.0), (2, 1.5), (3, None), (4, 1.2), (5, None), (6, 1.1), (7, 1.0)]
+    drawing = chart(points)
+    assert drawing.find("svg/path").get("d").count("M") == 2
+    assert [circle.find("title").text for circle in drawing.iter("circle")] == ["training at 4: 1.2"]
+
+
+@pytest.mark.parametrize(
+    "points", [[], [(1, None)], [(1, 2.0)], [(1, 0.0), (2, 0.0)], [(5, 1e-9), (6, 1e30)], [(1, -3.0), (1_000_000, 4e5)]]
+)
+def test_a_chart_of_any_values_stays_inside_its_frame(points):
+    drawing = chart(points)
+    numbers = [
+        float(value.rstrip("%")) for node in drawing.iter("circle") for value in (node.get("cx"), node.get("cy"))
+    ]
+    for path in drawing.iter("path"):
+        numbers += [float(value) / 10 for value in re.findall(r"[-\d.]+", path.get("d"))]
+    assert len(numbers) == 2 * sum(value is not None for _, value in points)
+    assert all(0 <= number <= 100 for number in numbers)
+    labels = [node.text for node in drawing.iter("text")]
+    assert len(labels) == len(set(labels))
+    assert all(label == "no finite value" or len(label) <= 9 for label in labels)
+
+
+def test_one_spike_does_not_flatten_the_curve():
+    points = [(step, 1e6 if step == 500 else 2.0 + step % 2) for step in range(1, 1001)]
+    raw = Series("each step", points, "train-raw", faint=True)
+    drawing = ElementTree.fromstring(line_chart([raw], title="loss", x_label="step", y_label="loss"))
+    ticks = [float(node.text) for node in drawing.iter("text") if node.get("text-anchor") == "end"]
+    assert (min(ticks), max(ticks)) == (2.0, 3.0)
+
+
+def test_ten_thousand_points_are_thinned_and_keep_their_spikes():
+    points = [(step, 9.0 if step == 7777 else 1 + 0.1 * (step % 7)) for step in range(10_000)]
+    points[5000] = (5000, None)
+    kept = thin(points)
+    assert len(kept) <= 900
+    assert (7777, 9.0) in kept
+    assert any(value is None for _, value in kept)
+    assert [step for step, _ in kept] == sorted(step for step, _ in kept)
+    assert len(chart(points).find("svg/path").get("d")) < 20_000
+
+
+def test_smoothing_with_a_window_of_one_changes_nothing_and_gaps_stay():
+    points = [(1, 3.0), (2, None), (3, 1.0), (4, 2.0)]
+    assert smooth(points, 1) == points
+    assert smooth(points, 3) == [(1, 3.0), (2, None), (3, 1.5), (4, 1.5)]
+
+
+def chart(points):
+    drawn = line_chart([Series("training", points, "train")], title="a chart", x_label="x", y_label="y")
+    return ElementTree.fromstring(drawn)
+
+
+# The sentence
+
+
+def evaluated(*losses):
+    return [{"step": 10 * (index + 1), "eval_loss": loss} for index, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        (
+            (2.0, 1.5, 1.2, 1.0),
+            "Improving: the evaluation loss fell from 2.000 to 1.000 and was still falling at the end.",
+        ),
+        (
+            (2.0, 1.2, 1.0, 1.0, 1.0),
+            "Improving, then flat since step 30: the evaluation loss fell from 2.000 to 1.000.",
+        ),
+        ((1.5, 1.501, 1.499, 1.5), "Flat: the evaluation loss went from 1.500 to 1.500."),
+        ((2.0, 1.4, 1.5, 1.6), "Overfitting since step 20: the evaluation loss has risen from 1.400 to 1.600."),
+    ],
+)
+def test_the_evaluation_curve_is_judged(losses, sentence):
+    assert judge_curve(evaluated(*losses)) == sentence
+
+
+def test_a_model_whose_training_loss_rises_too_does_not_overfit():
+    trained = [{"step": step, "loss": 1 + abs(step - 20) / 10} for step in range(1, 41)]
+    assert judge_curve([*evaluated(2.0, 1.4, 1.5, 1.6), *trained]).startswith("Getting worse since step 20")
+
+
+@pytest.mark.parametrize(
+    ("slope", "verdict"),
+    [(-0.01, "Improving: the training loss"), (0.0, "Flat"), (0.01, "Getting worse since step")],
+)
+def test_noise_does_not_hide_the_trend_of_the_training_loss(slope, verdict):
+    for seed in range(50):
+        noise = random.Random(seed)
+        rows = [{"step": step, "loss": 5 + slope * step + noise.gauss(0, 0.3)} for step in range(1, 201)]
+        assert judge_curve(rows).startswith(verdict)
+
+
+def test_losses_that_are_not_finite_are_told():
+    rows = [{"step": 3, "loss": None, "nonfinite": True}, *evaluated(2.0, 1.5, 1.0)]
+    assert judge_curve(rows).endswith("; the loss was not finite at 1 step, first at step 3.")
+
+
+def test_a_curve_of_no_or_one_point_is_not_judged():
+    assert judge_curve([]) == "No loss has been recorded."
+    assert judge_curve([{"step": 1, "loss": 2.3}]) == "Too few points to judge: the training loss at step 1 is 2.300."
+
+
+# Rows
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": 2.0}], [{"step": 1, "loss": None, "nonfinite": True}]])
+def test_a_run_of_hardly_any_steps_has_a_page(tmp_path, rows):
+    Page(render(write_run(tmp_path / "run", rows=rows)))
+
+
+def test_rows_after_a_resume_replace_those_they_repeat(tmp_path):
+    first = [{"step": step, "loss": 2.0} for step in (1, 2, 3, 4)] + [{"step": 4, "eval_loss": 9.0}]
+    again = [{"step": 3, "loss": 1.0}, {"step": 3, "eval_loss": 1.5}]
+    rows = read_run(write_run(tmp_path / "run", rows=first + again)).rows
+    assert [(row["step"], row["loss"], row.get("eval_loss")) for row in rows] == [
+        (1, 2.0, None),
+        (2, 2.0, None),
+        (3, 1.0, 1.5),
+    ]
+
+
+def test_nan_in_a_row_is_a_gap(tmp_path):
+    rows = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 1.0}]
+    assert [row["loss"] for row in read_run(write_run(tmp_path / "run", rows=rows)).rows] == [None, None, 1.0]
+
+
+# In a browser
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_the_page(run, tmp_path):
+    blank = tmp_path / "blank.html"
+    blank.write_text("<!doctype html><title>nothing</title>")
+    drawn, empty = (len(picture(page, tmp_path)) for page in (write_report(run), blank))
+    # A PNG of one colour is nearly nothing; text and drawings do not compress.
+    assert drawn > 5 * empty
+
+
+def picture(page, folder):
+    """A screenshot of `page`, as the bytes of a PNG."""
+    path = folder / f"{page.stem}.png"
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--window-size=900,3200"]
+    subprocess.run([*command, f"--screenshot={path}", page.as_uri()], check=True, capture_output=True, timeout=60)
+    return path.read_bytes()

@@ -1,0 +1,132 @@
+"""Tiny random models and the small things that every test does with them. Nothing here reads the network.
+
+The widths are chosen to hurt: 176 is a multiple of 16 and not of 64, and 48 x 176 elements leave a last half-filled
+block for blocks above 256.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from qlora_kit.base.dense import QuantizedLinear, decode, is_linear
+from qlora_kit.base.formats import Quantization
+from qlora_kit.base.load import freeze_and_quantize
+from qlora_kit.lora import LoraLinear, lora_layers
+
+CPU = torch.device("cpu")
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A dense fp32 Llama whose norms are not all one, so that no two of different seeds look alike."""
+    config = LlamaConfig(**{**LLAMA, **changes})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _spread(LlamaForCausalLM(config)).eval()
+
+
+def gpt2(seed: int = 0, **changes: object) -> GPT2LMHeadModel:
+    """A dense fp32 GPT-2: Conv1D layers with biases, and a head tied to the embedding."""
+    settings = {
+        "vocab_size": 97, "n_positions": 64, "n_embd": 48, "n_layer": 2, "n_head": 4, "bos_token_id": 1,
+        "eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _spread(GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))).eval()
+
+
+def quantized(
+    model: PreTrainedModel, kind: str = "nf4", *, double_quant: bool = True, block_size: int = 64,
+    dtype: torch.dtype = torch.float32, skip: tuple[str, ...] = (),
+) -> PreTrainedModel:  # fmt: skip
+    """The model itself, frozen and quantised in place."""
+    return freeze_and_quantize(model, Quantization(kind, double_quant, block_size), dtype, CPU, skip)
+
+
+def tokens(rows: int = 3, length: int = 11, seed: int = 0, vocab: int = 97) -> Tensor:
+    """Random token ids, (rows, length)."""
+    return torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    """What the model says to `ids`, (rows, length, vocab), with no cache."""
+    return model(tokens() if ids is None else ids, use_cache=False).logits
+
+
+def train_step(model: nn.Module, lr: float = 0.0, seed: int = 0) -> float:
+    """One step of plain gradient descent on random tokens; gradients stay where they are. Returns the loss."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.grad = None
+    ids = tokens(seed=seed)
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in trainable:
+            if parameter.grad is not None:
+                parameter.sub_(lr * parameter.grad)
+    return loss.item()
+
+
+@torch.no_grad()
+def wake(model: nn.Module, spread: float = 0.1, seed: int = 0, name: str = "default") -> None:
+    """Fill every B of an adapter with N(0, spread^2), so that it changes what the model says."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in lora_layers(model):
+        if name in layer.adapters:
+            b_OR = layer.adapters[name].b_OR
+            b_OR.copy_(torch.randn(b_OR.shape, generator=generator) * spread)
+
+
+@torch.no_grad()
+def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
+    """Give the linear layers of `dense` the weights that `base` decodes to: the oracle that knows no quantisation."""
+    for name, module in list(dense.named_modules()):
+        if is_linear(module):
+            source = base.get_submodule(name)
+            weight = decode(source.base if isinstance(source, LoraLinear) else source, torch.float32)
+            module.weight.copy_(weight if isinstance(module, nn.Linear) else weight.t())
+    return dense
+
+
+def stored(model: nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    """Dtype and bytes of everything frozen: codes, constants, norms, embeddings, heads, buffers."""
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    frozen |= dict(model.named_buffers())
+    return {
+        name: (t.dtype, t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for name, t in frozen.items()
+    }
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantised layers of a model by dotted name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of `wanted`, in float64."""
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@torch.no_grad()
+def _spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Move the parameters that start as all ones or all zeros."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
