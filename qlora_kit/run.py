@@ -38,7 +38,7 @@ from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, generate
 from qlora_kit.train.loop import Job, rehearse_longest, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
-from qlora_kit.train.pace import Pace, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, Pace, set_pace
 from qlora_kit.units import format_bytes
 from qlora_kit.watch import Watch
 
@@ -98,13 +98,21 @@ class Result:
 
 
 def plan_memory(recipe: Recipe, watch: Watch | None = None) -> dict[str, Any]:
-    """What plan.json would hold: nothing is loaded but the model's configuration, its tokenizer and the rows.
+    """What plan.json would hold: nothing is loaded but the model's configuration and, where they are, the rows.
+
+    Without the rows every row is taken to be `data.max_tokens` long, and how many steps they make is not known.
 
     Raises:
         QloraKitError: as `train`, as far as it gets.
     """
-    prepared = prepare(recipe, watch or Watch(), weights=False)
-    return _plan(recipe, prepared)
+    watch = watch or Watch()
+    if not _rows_are_missing(recipe):
+        return _plan(recipe, prepare(recipe, watch, weights=False))
+    watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
+    config = read_config(locate_model(recipe.base.model, recipe.base.revision, weights=False, notify=watch.note))
+    tokens = recipe.data.max_tokens
+    pace = set_pace(recipe.train, ROWS_A_STEP, tokens, ROWS_A_STEP * tokens, _parameters(config))
+    return plan_methods(recipe, config, pace, tokens) | {"steps": None, "hours": None}
 
 
 def train(
@@ -394,6 +402,12 @@ def _encode(
         vocab_size=text_config.vocab_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
     )
+
+
+def _rows_are_missing(recipe: Recipe) -> bool:
+    """Whether the rows are a local file that is not there (a hub id is looked for when it is read)."""
+    path = recipe.data.train
+    return isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists()
 
 
 def _plan(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
@@ -135,6 +136,23 @@ def test_every_width_from_1_to_300_is_read_right(kind):
     """bitsandbytes 0.50.2 reads some of these wrongly on AVX-512 processors: rows a multiple of 16 and not of 64."""
     for width in range(1, 301):
         assert_reads_like_numpy(layer_of(matrix(5, width, seed=width), kind, double_quant=width % 2 == 0))
+
+
+def test_bitsandbytes_is_never_asked_for_rows_that_it_reads_wrongly():
+    """Seen on every processor, also on those where its decoder would be right."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.bitsandbytes.dequantize_4bit.default:
+                asked.append(tuple(args[4]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        for width in (32, 48, 64, 80, 96, 128, 176, 544):
+            layer_of(matrix(64, width), "nf4").dense(torch.float32)
+    assert len(asked) == 8
+    assert [shape for shape in asked if shape[-1] % 64] == []
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)

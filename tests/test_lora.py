@@ -594,6 +594,11 @@ def test_a_spoiled_adapter_is_one_error_and_leaves_the_model_as_it_was(adapter, 
     assert not list(lora_layers(model))
 
 
+def test_fields_that_are_off_and_fields_that_change_nothing_are_let_through(adapter):
+    change_config(adapter, turbo=None, trainable_token_indices=None, use_dora=False, revision="main", loftq_config={})
+    assert load_adapter(tiny.quantized(tiny.llama()), adapter).matched
+
+
 def test_all_faults_of_a_file_are_told_at_once(adapter):
     change_tensors(adapter, poison(NAN))
     for case in ("extra layer", "wrong rank"):

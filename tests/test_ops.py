@@ -1,5 +1,6 @@
 """The op under every layer: it equals its plain twin and float64, and keeps nothing dense until backward."""
 
+import weakref
 from dataclasses import dataclass
 from functools import partial
 
@@ -192,6 +193,22 @@ def test_nothing_dense_is_saved_for_backward():
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     allowed = sum(t.numel() * t.element_size() for t in (x, a, b)) + x[..., 0].numel() * a.shape[0] * 4
     assert sum(storages.values()) <= allowed
+
+
+def test_no_decoded_weight_outlives_its_multiplication():
+    case = make()
+    decode, alive = case.layer.dense, []
+
+    def watched(dtype):
+        weight = decode(dtype)
+        alive.append(weakref.ref(weight))
+        return weight
+
+    x = case.x.requires_grad_()
+    y = lora_linear(x, watched, case.bias, case.a_RI.requires_grad_(), case.b_OR, 1.0)
+    assert [ref() for ref in alive] == [None]
+    y.backward(case.g)
+    assert [ref() for ref in alive] == [None, None]
 
 
 def test_a_frozen_layer_keeps_nothing_at_all():

@@ -1,0 +1,793 @@
+"""Training: the loop equals a plain one, nothing on the way disturbs it, and a stopped run goes on to the same bytes."""
+
+import itertools
+import json
+import math
+import random
+import shutil
+from dataclasses import replace
+from typing import get_args
+
+import hypothesis
+import pytest
+import tiny
+import torch
+from hypothesis import strategies as st
+from peft import PeftModel
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from qlora_kit.base import decode
+from qlora_kit.data import Encoded, Sampler, collate
+from qlora_kit.errors import ModelError, RunError, TrainingError
+from qlora_kit.lora import add_lora, adapter_parameters, lora_layers, save_adapter
+from qlora_kit.memory import Ledger, PeakCounter
+from qlora_kit.recipe import Train
+from qlora_kit.recipe.schema import Optimizer
+from qlora_kit.train.activations import set_activation_policy
+from qlora_kit.train.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from qlora_kit.train.evaluate import evaluate_loss, exact_match, generate_texts
+from qlora_kit.train.loop import Job, rehearse_longest, train_loop
+from qlora_kit.train.metrics import MetricsLog
+from qlora_kit.train.optim import AdapterOptimizer, definite_masters, round_stochastically
+from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
+from qlora_kit.train.schedule import LARGE_MODEL, Schedule, automatic_rate, learning_rate
+from qlora_kit.train.step import accumulate_gradients
+
+FP32_RTOL = 1e-6  # a few roundings of 6e-8 each, summed in another order
+LENGTHS = (3, 40, 5, 17, 9, 33, 4, 12)
+EIGHT_BIT_ELEMENTS = 4096  # bitsandbytes keeps 32-bit state for smaller tensors
+
+
+def rows(lengths=LENGTHS, seed=0, vocab=97):
+    """Random rows of which the latter half is trained, at least one token."""
+    draw = random.Random(seed)
+    return [
+        Encoded([draw.randrange(3, vocab) for _ in range(n)], [i >= min(n // 2, n - 1) for i in range(n)])
+        for n in lengths
+    ]
+
+
+def adapted(kind="none", *, rank=4, dropout=0.0, dtype=torch.float32, model=None, awake=False, compute=torch.float32):
+    """A tiny Llama with an adapter of its own seed, in training mode."""
+    model = tiny.quantized(model or tiny.llama(), kind, dtype=compute)
+    add_lora(model, rank=rank, alpha=8, dropout=dropout, dtype=dtype)
+    if awake:
+        tiny.wake(model)
+    return model.train()
+
+
+def job_of(model, folder, *, steps=6, micro_batch=2, accumulation=2, lr=1e-2, data=None, evals=(), optimizer="adamw",
+           masters="fp32", eval_every=1000, save_every=1000, weight_decay=0.0, **train):  # fmt: skip
+    """A loop's job on the model's adapter; the learning rate is constant unless `train` says otherwise."""
+    parameters = dict(adapter_parameters(model))
+    stepper = AdapterOptimizer(
+        list(parameters.items()), optimizer, master_weights=masters, weight_decay=weight_decay
+    )
+    data = rows() if data is None else data
+    return Job(
+        model=model,
+        parameters=parameters,
+        optimizer=stepper,
+        rows=data,
+        eval_batches=[collate(list(evals), 0)] if evals else [],
+        pad_id=0,
+        pace=Pace(steps, micro_batch, accumulation, eval_every, save_every, lr, "the test", 0),
+        train=Train(**{"warmup": 0.0, **train}),
+        folder=folder,
+    )
+
+
+def run(job, resume_from=None):
+    """Train; whether it reached its end, and the rows of metrics with a loss."""
+    job.folder.mkdir(exist_ok=True)
+    metrics = MetricsLog(job.folder / "metrics.jsonl", resume_from)
+    try:
+        finished = train_loop(job, metrics, PeakCounter(torch.device("cpu")))
+    finally:
+        metrics.close()
+    return finished, [row for row in metrics.rows if "loss" in row]
+
+
+def course(steps):
+    """What of the metrics must repeat bit for bit."""
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"], row["epoch"]) for row in steps]
+
+
+def values(job):
+    """The adapter's bytes, as tensors."""
+    return {name: parameter.detach().clone() for name, parameter in job.parameters.items()}
+
+
+def same(found, wanted):
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def gradients(model, micro_batches, count=None):
+    """Mean loss and the gradients of the adapter, by name."""
+    parameters = dict(adapter_parameters(model))
+    for parameter in parameters.values():
+        parameter.grad = None
+    count = count or sum(batch.trained_tokens for batch in micro_batches)
+    loss = accumulate_gradients(model, micro_batches, count).item()
+    return loss, {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+def norm_of(found):
+    return math.sqrt(sum(gradient.double().square().sum().item() for gradient in found.values()))
+
+
+def tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+
+
+# --- the loop against a plain one -------------------------------------------------------------------------------------
+
+
+class PlainLora(nn.Module):
+    """A dense weight and its low-rank update, in the words of the formula."""
+
+    def __init__(self, weight_OI, a_RI, b_OR, scale):
+        super().__init__()
+        self.weight_OI, self.a_RI, self.b_OR, self.scale = weight_OI, a_RI, b_OR, scale
+
+    def forward(self, x):
+        return x @ self.weight_OI.T + self.scale * (x @ self.a_RI.T @ self.b_OR.T)
+
+
+def reference_loop(model, adapted_model, data, *, steps, rows_a_step, lr, clip, decay, seed):
+    """Plain torch and nothing of the kit's: one row at a time without padding, its own clipping, its own AdamW.
+
+    `model` is dense and untouched; `adapted_model` gives the weights and the adapter's start.
+    """
+    names, parameters = [], []
+    for name, layer in lora_layers(adapted_model):
+        adapter = layer.adapters["default"]
+        a, b = (p.detach().clone().requires_grad_() for p in (adapter.a_RI, adapter.b_OR))
+        model.set_submodule(name, PlainLora(decode(layer.base, torch.float32), a, b, adapter.scale))
+        names += [f"{name}.a_RI", f"{name}.b_OR"]
+        parameters += [a, b]
+    first = [torch.zeros_like(p) for p in parameters]
+    second = [torch.zeros_like(p) for p in parameters]
+    sampler, history = Sampler(len(data), seed), []
+    for step in range(1, steps + 1):
+        chosen = [data[index] for index in sampler.next_rows(rows_a_step)]
+        count = sum(sum(row.trained[1:]) for row in chosen)
+        loss = 0.0
+        for row in chosen:
+            logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0]
+            surprise = torch.logsumexp(logits, -1)[:-1] - logits[range(len(logits) - 1), row.input_ids[1:]]
+            loss = loss + (surprise * torch.tensor(row.trained[1:])).sum() / count
+        grads = torch.autograd.grad(loss, parameters)
+        norm = torch.sqrt(sum(grad.square().sum() for grad in grads))
+        rate = lr * (steps - step + 1) / steps
+        history.append((loss.item(), norm.item()))
+        with torch.no_grad():
+            for p, grad, m, v in zip(parameters, grads, first, second, strict=True):
+                clipped = grad * min(1.0, clip / (norm.item() + 1e-6))
+                m.mul_(0.9).add_(0.1 * clipped)
+                v.mul_(0.999).add_(0.001 * clipped * clipped)
+                p.mul_(1 - rate * decay)
+                p.sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+    return history, dict(zip(names, parameters, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_the_loop_equals_a_plain_reference_loop_in_fp32(kind, tmp_path):
+    settings = {"steps": 8, "lr": 2e-3, "seed": 5}
+    model = adapted(kind)
+    start = adapted(kind)
+    job = job_of(
+        model, tmp_path, micro_batch=2, accumulation=2, schedule="linear", max_grad_norm=0.3, weight_decay=0.1, **settings
+    )
+    found = run(job)[1]
+    wanted, final = reference_loop(
+        tiny.llama(), start, rows(), rows_a_step=4, clip=0.3, decay=0.1, **settings
+    )
+    assert wanted[-1][0] < wanted[0][0]
+    assert wanted[0][1] > 0.3, "clipping is at work"
+    for row, (loss, norm) in zip(found, wanted, strict=True):
+        assert row["loss"] == pytest.approx(loss, rel=FP32_RTOL)
+        assert row["grad_norm"] == pytest.approx(norm, rel=FP32_RTOL)
+    before = dict(adapter_parameters(start))
+    for name, value in values(job).items():
+        assert tiny.relative(value, before[name]) > 0.01 if name.endswith("a_RI") else value.any()
+        # Adam divides by a root of tiny gradients, where rounding weighs more than in the gradient's own norm.
+        assert tiny.relative(value, final[name]) < 20 * FP32_RTOL, name
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_split_into_micro_batches_changes_neither_loss_nor_gradient(size):
+    model, data = adapted("nf4", awake=True), rows()
+    loss, wanted = gradients(model, [collate(data, 0)])
+    batches = [collate(data[i : i + size], 0) for i in range(0, len(data), size)]
+    found_loss, found = gradients(model, batches)
+    assert found_loss == pytest.approx(loss, rel=FP32_RTOL)
+    assert norm_of(found) == pytest.approx(norm_of(wanted), rel=FP32_RTOL)
+    for name in wanted:
+        assert tiny.relative(found[name], wanted[name]) < 5 * FP32_RTOL, name
+
+
+def test_a_mean_of_means_would_be_another_loss():
+    model, data = adapted("nf4", awake=True), rows()
+    loss, wanted = gradients(model, [collate(data, 0)])
+    each = [gradients(model, [collate([row], 0)]) for row in data]
+    assert abs(sum(mean for mean, _ in each) / len(each) / loss - 1) > 1e-3
+    averaged = {name: sum(grads[name] for _, grads in each) / len(each) for name in wanted}
+    assert abs(norm_of(averaged) / norm_of(wanted) - 1) > 1e-2
+
+
+def test_the_loop_takes_the_same_first_step_however_it_is_cut(tmp_path):
+    seen = []
+    for micro_batch, accumulation in ((8, 1), (4, 2), (1, 8)):
+        job = job_of(adapted(awake=True), tmp_path, steps=1, micro_batch=micro_batch, accumulation=accumulation)
+        seen.append(run(job)[1][0])
+    assert len({row["tokens"] for row in seen}) == 1
+    for row in seen[1:]:
+        assert row["loss"] == pytest.approx(seen[0]["loss"], rel=FP32_RTOL)
+        assert row["grad_norm"] == pytest.approx(seen[0]["grad_norm"], rel=FP32_RTOL)
+
+
+def test_padding_changes_nothing():
+    model, data = adapted(awake=True), rows((5, 31))
+    batch, other_pad = collate(data, 0), collate(data, 7)
+    assert (batch.input_ids != other_pad.input_ids).sum() == 26
+    loss, wanted = gradients(model, [batch])
+    again, found = gradients(model, [other_pad])
+    assert again == loss
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted), "a pad's own token leaked"
+    alone, found = gradients(model, [collate([row], 0) for row in data])
+    assert alone == pytest.approx(loss, rel=FP32_RTOL)
+    assert norm_of(found) == pytest.approx(norm_of(wanted), rel=FP32_RTOL)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_recomputed_blocks_give_the_gradients_of_kept_ones_bit_for_bit(make):
+    model = adapted("nf4", dropout=0.2, model=make(), awake=True)
+    batch, seen = collate(rows(), 0), []
+    for policy in ("keep", "recompute"):
+        assert set_activation_policy(model, policy) == 2
+        torch.manual_seed(3)
+        seen.append(gradients(model, [batch]))
+    torch.manual_seed(4)
+    assert gradients(model, [batch])[0] != seen[0][0], "dropout is on"
+    assert seen[0][0] == seen[1][0]
+    assert same(seen[1][1], seen[0][1])
+    assert all(gradient.any() for gradient in seen[1][1].values())
+
+
+def test_recomputation_is_refused_where_there_are_no_blocks():
+    with pytest.raises(ModelError, match="memory.activations=keep"):
+        set_activation_policy(nn.Linear(2, 2), "recompute")
+    assert set_activation_policy(nn.Linear(2, 2), "keep") == 0
+
+
+def test_a_rehearsal_leaves_no_trace(tmp_path):
+    model = adapted("nf4", dropout=0.3, awake=True)
+    job = job_of(model, tmp_path)
+    before, base, random_state = values(job), tiny.stored(model), torch.get_rng_state()
+    ledger = Ledger(model)
+    with ledger:
+        rehearse_longest(job, ledger)
+    assert ledger.peak_by_phase()["backward"] > ledger.current() > 0, "it ran"
+    assert same(values(job), before)
+    assert tiny.stored(model) == base
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in job.parameters.values())
+
+
+# --- fine-tunes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
+def test_a_fine_tune_lowers_the_loss_and_peft_loads_it_with_the_same_logits(kind, tmp_path):
+    model = adapted(kind, dtype=torch.bfloat16)
+    base = tiny.stored(model)
+    untuned = tiny.logits(model.eval())
+    job = job_of(model, tmp_path / "run", steps=40, lr=3e-2, micro_batch=4, accumulation=1, optimizer="paged_adamw_8bit",
+                 data=rows((12, 15, 9, 14)))  # fmt: skip
+    losses = [row["loss"] for row in run(job)[1]]
+    assert losses[-1] < 0.6 * losses[0], "memorising four rows takes most of the loss away"
+    assert tiny.stored(model) == base
+    save_adapter(model, tmp_path / "adapter")
+    tuned = tiny.logits(model.eval())
+    assert tiny.relative(tuned, untuned) > 0.1
+    loaded = PeftModel.from_pretrained(tiny.read_out(tiny.llama(), model), tmp_path / "adapter").eval()
+    assert tiny.relative(tiny.logits(loaded), tuned) < 1e-5  # fp32, the same terms added in another order
+
+
+def test_an_evaluation_and_a_generation_in_the_middle_change_nothing(tmp_path):
+    seen = []
+    for is_disturbed in (False, True):
+        model = adapted("nf4", dropout=0.2, rank=4)
+        torch.manual_seed(0)
+        evals = rows((11, 6), seed=9) if is_disturbed else ()
+        job = job_of(model, tmp_path / str(is_disturbed), evals=evals, eval_every=2, optimizer="adamw_8bit")
+        base, texts = tiny.stored(model), []
+        if is_disturbed:
+            job.watch = lambda row, model=model, texts=texts: texts.append(
+                generate_texts(model, tokenizer(), [[5, 6, 7], [8]], max_new_tokens=3)
+            )
+        _, steps = run(job)
+        assert tiny.stored(model) == base
+        assert len(texts) == (9 if is_disturbed else 0), "six steps and three evaluations"
+        assert model.training
+        seen.append((course(steps), values(job)))
+    assert len({loss for _, loss, *_ in seen[0][0]}) == 6
+    assert seen[1][0] == seen[0][0]
+    assert same(seen[1][1], seen[0][1])
+
+
+def test_evaluation_is_the_token_weighted_mean_whatever_the_batches(tmp_path):
+    model, data = adapted(awake=True, dropout=0.5), rows()
+    whole = evaluate_loss(model, [collate(data, 0)])
+    split = evaluate_loss(model, [collate(data[:3], 0), collate(data[3:], 0)])
+    assert model.training, "the mode is put back"
+    assert whole.loss == pytest.approx(split.loss, rel=FP32_RTOL)
+    assert (whole.tokens, whole.rows) == (split.tokens, split.rows) == (sum(r.trained_tokens for r in data), len(data))
+    assert whole.perplexity == pytest.approx(math.exp(whole.loss))
+    trained, _ = gradients(model.eval(), [collate(data, 0)])
+    assert whole.loss == pytest.approx(trained, rel=FP32_RTOL)
+
+
+def test_exact_match_looks_past_white_space_only():
+    assert exact_match([" a\n", "b", "C", "d e"], ["a", "b", "c", "d  e"]) == 0.5
+
+
+# --- small updates count ----------------------------------------------------------------------------------------------
+
+STEPS, RATE, SIDE = 200, 1e-5, 64
+WIDEST_ULP = 2.0**-12  # of bf16 just below 1/16, where the values of these tests end
+
+
+def pushed(masters, dtype=torch.bfloat16):
+    """200 AdamW steps of 1e-5 down a constant gradient: each moves every element by the rate. Start and end in fp32."""
+    torch.manual_seed(0)
+    start = torch.empty(SIDE, SIDE).uniform_(-1 / 16, 1 / 16).to(dtype)
+    parameter = nn.Parameter(start.clone())
+    optimizer = AdapterOptimizer([("w", parameter)], "adamw", master_weights=masters)
+    for _ in range(STEPS):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step(RATE)
+    return start.float(), parameter.detach().float()
+
+
+def test_without_masters_most_bf16_elements_never_move():
+    start, end = pushed("none")
+    assert (start == end).float().mean() > 0.9
+    exact_start, exact_end = pushed("none", torch.float32)
+    assert (exact_start - exact_end).mean().item() == pytest.approx(STEPS * RATE, rel=1e-3)
+
+
+def test_small_updates_accumulate_with_fp32_masters():
+    start, end = pushed("fp32")
+    moved = start - end
+    # Only the last rounding to bf16 stands between: half a ulp an element, its mean over all elements far less.
+    assert (moved - STEPS * RATE).abs().max() <= WIDEST_ULP / 2 + 1e-6
+    assert moved.mean().item() == pytest.approx(STEPS * RATE, rel=0.01)
+
+
+def test_small_updates_accumulate_with_stochastic_rounding():
+    start, end = pushed("stochastic")
+    # A step rounds by a whole ulp with the chance rate / ulp, so its variance is below rate * ulp.
+    sigma = math.sqrt(STEPS * RATE * WIDEST_ULP) / SIDE
+    assert 5 * sigma < 0.03 * STEPS * RATE, "the bound says something"
+    assert (start - end).mean().item() == pytest.approx(STEPS * RATE, abs=5 * sigma)
+
+
+def test_stochastic_rounding_is_unbiased_and_leaves_representable_values_alone():
+    generator = torch.Generator().manual_seed(0)
+    count = 200_000
+    for low, share in ((1.0, 0.3), (-1.0, 0.7), (0.0078125, 0.01)):
+        ulp = abs(low) * 2**-7
+        source = torch.full((count,), math.copysign(abs(low) + share * ulp, low))
+        target = torch.empty(count, dtype=torch.bfloat16)
+        round_stochastically(source, target, generator)
+        away = (target.float().abs() - abs(low)) / ulp
+        assert set(away.unique().tolist()) == {0.0, 1.0}, "only the two neighbours"
+        assert away.mean().item() == pytest.approx(share, abs=5 * math.sqrt(share * (1 - share) / count))
+    exact = torch.randn(1000).bfloat16()
+    extremes = torch.tensor([0.0, -0.0, math.inf, -math.inf, torch.finfo(torch.bfloat16).max]).bfloat16()
+    for representable in (exact, extremes):
+        target = torch.zeros_like(representable)
+        round_stochastically(representable.float(), target, generator)
+        assert torch.equal(target, representable)
+
+
+@pytest.mark.parametrize("masters", ["fp32", "stochastic"])
+def test_bf16_adapters_end_at_the_loss_of_fp32_ones_within_noise(masters, tmp_path):
+    ends = {torch.float32: [], torch.bfloat16: []}
+    for seed, (dtype, losses) in itertools.product((0, 1), ends.items()):
+        model = adapted(dtype=dtype, rank=8)
+        job = job_of(model, tmp_path, steps=40, micro_batch=8, accumulation=1, lr=3e-3, masters=masters, seed=seed,
+                     data=rows((12, 15, 9, 14, 20, 6, 11, 8), seed=seed))  # fmt: skip
+        losses.append(run(job)[1][-1]["loss"])
+    wide, narrow = ends[torch.float32], ends[torch.bfloat16]
+    noise = abs(wide[0] - wide[1])
+    assert max(wide) < 3.9, "the runs learn (a uniform guess is 4.57)"
+    assert noise > 0
+    assert narrow != wide
+    for found, wanted in zip(narrow, wide, strict=True):
+        assert abs(found - wanted) < BF16_LOSS_BOUND
+
+
+BF16_LOSS_BOUND = 0.02
+
+
+def test_auto_masters_are_fp32_ones():
+    assert definite_masters("auto") == "fp32"
+    assert [definite_masters(name) for name in ("fp32", "stochastic", "none")] == ["fp32", "stochastic", "none"]
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def pair(dtype=torch.bfloat16, seed=0):
+    """Two parameters large enough for 8-bit state, named like an adapter's."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: nn.Parameter((torch.randn(shape, generator=generator) / 8).to(dtype))  # noqa: E731
+    return [("layer.a_RI", draw(64, 128)), ("layer.b_OR", draw(128, 64))]
+
+
+def push(optimizer, parameters, steps, seed=1, lr=1e-3):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for _, parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step(lr)
+
+
+@pytest.mark.parametrize("masters", ["fp32", "stochastic"])
+@pytest.mark.parametrize("kind", get_args(Optimizer))
+def test_every_optimizer_steps_and_goes_on_from_its_saved_state_bit_for_bit(kind, masters):
+    parameters = pair()
+    start = [parameter.detach().clone() for _, parameter in parameters]
+    optimizer = AdapterOptimizer(parameters, kind, master_weights=masters, lr_ratio=4.0, seed=3)
+    assert optimizer.effective_kind == kind.removeprefix("paged_"), "no pages without CUDA, and it says so"
+    push(optimizer, parameters, 3)
+    for (name, parameter), before in zip(parameters, start, strict=True):
+        assert not torch.equal(parameter, before), name
+        assert parameter.grad is None
+        assert parameter.isfinite().all()
+    saved = {name: tensor.clone() for name, tensor in optimizer.state_tensors()}
+    numbers = dict(optimizer.state_numbers())
+    if kind.endswith("8bit"):
+        wide = [t for name, t in saved.items() if "/state" in name]
+        assert wide
+        assert all(t.dtype == torch.uint8 for t in wide)
+        assert all(t.numel() >= EIGHT_BIT_ELEMENTS for t in wide)
+
+    others = [(name, nn.Parameter(parameter.detach().clone())) for name, parameter in parameters]
+    other = AdapterOptimizer(others, kind, master_weights=masters, lr_ratio=4.0, seed=77)
+    other.restore(saved, numbers)
+    push(optimizer, parameters, 2, seed=2)
+    push(other, others, 2, seed=2)
+    for (name, found), (_, wanted) in zip(others, parameters, strict=True):
+        assert torch.equal(found, wanted), name
+    ends = dict(optimizer.state_tensors())
+    assert all(torch.equal(tensor, ends[name]) for name, tensor in other.state_tensors())
+    assert other.state_numbers() == optimizer.state_numbers()
+
+    fresh = [(name, nn.Parameter(parameter.detach().clone())) for name, parameter in zip(["layer.a_RI"], start, strict=False)]
+    assert fresh, "a state without its tensors is refused"
+    with pytest.raises(KeyError):
+        AdapterOptimizer(fresh, kind, master_weights=masters).restore({}, {})
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "adamw_8bit"])
+def test_b_moves_lr_ratio_times_as_fast_as_a(kind):
+    moved = {}
+    for ratio in (1.0, 16.0):
+        parameters = pair(torch.float32)
+        before = [parameter.detach().clone() for _, parameter in parameters]
+        optimizer = AdapterOptimizer(parameters, kind, lr_ratio=ratio)
+        push(optimizer, parameters, 1)
+        moved[ratio] = [parameter - start for (_, parameter), start in zip(parameters, before, strict=True)]
+    assert moved[1.0][0].abs().min() >= 0
+    assert moved[1.0][1].any()
+    assert torch.equal(moved[16.0][0], moved[1.0][0])
+    # The displacement is a difference of values near 1/8, so it carries their rounding: 1.5e-8 of 1e-3.
+    assert tiny.relative(moved[16.0][1], 16 * moved[1.0][1]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "adamw_32bit", "lion_8bit", "ademamix_8bit", "sgd"])
+def test_weight_decay_shrinks_what_has_no_gradient(kind):
+    parameters = pair(torch.float32)
+    before = [parameter.detach().clone() for _, parameter in parameters]
+    optimizer = AdapterOptimizer(parameters, kind, weight_decay=0.5)
+    for _, parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1)
+    for (_, parameter), start in zip(parameters, before, strict=True):
+        assert tiny.relative(parameter.detach(), start * (1 - 0.1 * 0.5)) < FP32_RTOL
+
+
+def test_masters_are_kept_for_narrow_parameters_only():
+    for dtype, masters, wanted in (
+        (torch.bfloat16, "fp32", 2),
+        (torch.bfloat16, "stochastic", 0),
+        (torch.bfloat16, "none", 0),
+        (torch.float32, "fp32", 0),
+    ):
+        optimizer = AdapterOptimizer(pair(dtype), "adamw", master_weights=masters)
+        assert sum(name.endswith("/master") for name, _ in optimizer.state_tensors()) == wanted
+
+
+# --- schedules and pace -----------------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+    schedule=st.sampled_from(get_args(Schedule)),
+    steps=st.integers(1, 400),
+    warmup=st.floats(0, 1),
+    peak=st.floats(1e-6, 1.0),
+)
+def test_a_rate_rises_in_the_warmup_and_never_again_nor_above_its_peak(schedule, steps, warmup, peak):
+    rates = [learning_rate(step, steps, peak, schedule, warmup) for step in range(1, steps + 1)]
+    rising = math.ceil(warmup * steps)
+    assert all(0 < rate <= peak * (1 + 1e-12) for rate in rates)
+    assert all(b > a for a, b in itertools.pairwise(rates[:rising]))
+    assert all(b <= a for a, b in itertools.pairwise(rates[rising:]))
+
+
+def test_the_schedules_fall_as_they_are_named():
+    at = {name: [learning_rate(s, 100, 1.0, name, 0.1) for s in range(1, 101)] for name in get_args(Schedule)}
+    for rates in at.values():
+        assert rates[:10] == pytest.approx([s / 10 for s in range(1, 11)])
+    assert set(at["constant"][9:]) == {1.0}
+    assert at["linear"][10:] == pytest.approx([(101 - s) / 90 for s in range(11, 101)])
+    assert at["cosine"][55] == pytest.approx(0.5, abs=0.01)
+    assert at["cosine"][-1] == pytest.approx((math.pi / 90) ** 2 / 4, rel=0.01)
+    assert set(at["wsd"][9:80]) == {1.0}
+    assert at["wsd"][80:] == pytest.approx([(101 - s) / 20 for s in range(81, 101)])
+    assert all(rates[-1] > 0 for rates in at.values()), "no step is for nothing"
+
+
+def test_the_automatic_rate_knows_size_and_full_fine_tuning():
+    assert automatic_rate(7_000_000_000, False)[0] == 2e-4
+    assert automatic_rate(LARGE_MODEL + 1, False)[0] == 1e-4
+    assert automatic_rate(7_000_000_000, True)[0] == pytest.approx(2e-5)
+    assert "QLoRA" in automatic_rate(7_000_000_000, True)[1]
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(count=st.integers(1, 5000), longest=st.integers(1, 9000), epochs=st.floats(0.1, 5))
+def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs):
+    pace = set_pace(Train(epochs=epochs), count, longest, count * 10, 10**9)
+    assert 1 <= pace.micro_batch <= min(ROWS_A_STEP, count)
+    assert pace.micro_batch == 1 or pace.micro_batch * longest <= TOKENS_A_MICRO_BATCH
+    assert pace.rows_a_step < 2 * ROWS_A_STEP
+    assert pace.rows_a_step >= min(count, ROWS_A_STEP)
+    assert pace.steps == max(1, math.ceil(epochs * count / pace.rows_a_step))
+    assert 1 <= pace.eval_every <= pace.steps
+    assert pace.save_every is None
+    assert (pace.warning is not None) == (pace.steps < FEW_STEPS)
+
+
+def test_what_the_recipe_says_is_taken_as_it_is():
+    train = Train(steps=7, micro_batch=3, accumulation=5, lr=1e-3, eval_every=2, save_every=4)
+    pace = set_pace(train, 1000, 100, 20_000, 10**9)
+    assert (pace.steps, pace.micro_batch, pace.accumulation, pace.eval_every, pace.save_every) == (7, 3, 5, 2, 4)
+    assert (pace.lr, pace.lr_reason) == (1e-3, "the recipe")
+    assert pace.trained_tokens == 20 * 15 * 7
+    assert pace.warning is not None
+    assert "only 7 optimizer steps" in pace.warning
+    assert "train.accumulation (now 5)" in pace.warning
+    assert replace(pace, steps=FEW_STEPS).warning is None
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def resumable(folder, masters="fp32", **changes):
+    """A job with dropout, accumulation, 8-bit state and evaluations, on a model made anew."""
+    wide = tiny.llama(hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    model = adapted("nf4", rank=64, dropout=0.1, dtype=torch.bfloat16, model=wide)
+    settings = {"steps": 6, "optimizer": "paged_adamw_8bit", "masters": masters, "evals": rows((11, 6), seed=9),
+                "eval_every": 2, "schedule": "cosine", "warmup": 0.2, "lr": 1e-3}  # fmt: skip
+    return job_of(model, folder, **{**settings, **changes})
+
+
+@pytest.mark.parametrize(("masters", "stop"), [("fp32", 3), ("stochastic", 2)])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(masters, stop, tmp_path):
+    torch.manual_seed(0)
+    whole = resumable(tmp_path / "whole", masters)
+    finished, wanted = run(whole)
+    assert finished
+    state = dict(whole.optimizer.state_tensors())
+    assert sum(tensor.dtype == torch.uint8 and name != "rounding" for name, tensor in state.items()) == 56
+
+    torch.manual_seed(0)
+    first = resumable(tmp_path / "cut", masters)
+    first.stop_requested = lambda: first.progress.step == stop
+    finished, steps = run(first)
+    assert not finished
+    assert len(steps) == stop
+    assert [path.name for path in checkpoints(tmp_path / "cut/checkpoints")] == [f"step-{stop:06d}"]
+
+    torch.manual_seed(12345)
+    random.seed(12345)
+    second = resumable(tmp_path / "cut", masters)
+    newest, faults = newest_checkpoint(tmp_path / "cut/checkpoints")
+    assert faults == []
+    second.progress = load_checkpoint(newest, second.parameters, second.optimizer)
+    assert (second.progress.step, second.progress.rows) == (stop, 4 * stop)
+    finished, steps = run(second, resume_from=stop)
+    assert finished
+    assert course(steps) == course(wanted)
+    assert len({loss for _, loss, *_ in course(wanted)}) == 6
+    assert same(values(second), values(whole))
+    assert same(dict(second.optimizer.state_tensors()), state)
+    assert second.optimizer.state_numbers() == whole.optimizer.state_numbers()
+    assert second.progress == whole.progress
+    assert [evaluation(tmp_path / name) for name in ("whole", "cut")] == [evaluation(tmp_path / "whole")] * 2
+
+
+def evaluation(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    assert len(found) == 3
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    """A run that kept its last two checkpoints of three."""
+    folder = tmp_path_factory.mktemp("run")
+    job = job_of(adapted(), folder, steps=3, save_every=1, keep_checkpoints=2)
+    run(job)
+    return folder, job
+
+
+def test_only_the_newest_checkpoints_are_kept(trained_run):
+    folder, _ = trained_run
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-000002", "step-000003"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+@pytest.mark.parametrize("damage", ["changed byte", "cut off", "missing"])
+@pytest.mark.parametrize(
+    "name", ["parameters.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"]
+)
+def test_a_damaged_checkpoint_is_found_and_the_one_before_is_taken(name, damage, trained_run, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(trained_run[0] / "checkpoints", folder)
+    assert newest_checkpoint(folder) == (folder / "step-000003", [])
+    file = folder / "step-000003" / name
+    content = bytearray(file.read_bytes())
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut off":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    newest, faults = newest_checkpoint(folder)
+    assert newest == folder / "step-000002"
+    if (name, damage) != ("manifest.json", "missing"):  # without a manifest it is no checkpoint at all
+        assert faults
+        assert all("step-000003" in fault for fault in faults)
+    job = job_of(adapted(), tmp_path / "again")
+    assert load_checkpoint(newest, job.parameters, job.optimizer).step == 2
+
+
+def test_folders_without_a_manifest_or_under_another_name_do_not_count(trained_run, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(trained_run[0] / "checkpoints", folder)
+    (folder / "step-000009").mkdir()
+    shutil.copytree(folder / "step-000003", folder / ".step-000010.123.tmp")
+    assert newest_checkpoint(folder)[0].name == "step-000003"
+    for path in checkpoints(folder):
+        (path / "state.json").write_text("{}")
+    with pytest.raises(RunError, match=r"holds no complete checkpoint.*step-000003.*step-000002.*--overwrite"):
+        newest_checkpoint(folder)
+    with pytest.raises(RunError, match="holds no complete checkpoint"):
+        newest_checkpoint(tmp_path / "nothing")
+
+
+def test_a_checkpoint_is_refused_by_another_run(trained_run, tmp_path):
+    newest = newest_checkpoint(trained_run[0] / "checkpoints")[0]
+    fewer = job_of(adapted(), tmp_path)
+    fewer.parameters.pop(next(iter(fewer.parameters)))
+    with pytest.raises(RunError, match="other parameters"):
+        load_checkpoint(newest, fewer.parameters, fewer.optimizer)
+    for other in (job_of(adapted(), tmp_path, optimizer="lion_8bit"), job_of(adapted(rank=2), tmp_path)):
+        with pytest.raises(RunError, match="resume with the recipe it was made with"):
+            load_checkpoint(newest, other.parameters, other.optimizer)
+
+
+def test_writing_the_same_step_again_replaces_it_whole(trained_run, tmp_path):
+    _, job = trained_run
+    first = save_checkpoint(tmp_path, job.parameters, job.optimizer, job.progress, keep=1)
+    (first / "state.json").write_text("broken")
+    second = save_checkpoint(tmp_path, job.parameters, job.optimizer, job.progress, keep=1)
+    assert first == second
+    assert verify_checkpoint(second) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_rows_after_a_resume_replace_those_of_the_same_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in (1, 2, 3):
+        log.add({"step": step, "loss": 1.0})
+    log.add({"step": 3, "eval_loss": 1.0})
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "los')  # cut off by a crash
+    log = MetricsLog(path, resume_from=2)
+    log.add({"step": 3, "loss": 2.0})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 2.0},
+    ]
+    assert log.rows[-1] == {"step": 3, "loss": 2.0}
+
+
+def test_every_row_is_on_disk_at_once_and_a_new_log_starts_empty(tmp_path):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.add({"step": 1, "loss": math.nan, "note": None, "lr": 0.1})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {
+        "step": 1, "loss": None, "note": None, "lr": 0.1, "nonfinite": True,
+    }  # fmt: skip
+    log.close()
+    MetricsLog(tmp_path / "m.jsonl").close()
+    assert (tmp_path / "m.jsonl").read_text() == ""
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["loss", "grad_norm"])
+def test_a_number_that_is_not_finite_stops_the_run_before_the_step_is_taken(broken, tmp_path):
+    model = adapted(awake=True)
+    job = job_of(model, tmp_path, save_every=1)
+    kept = {}
+
+    def poison(row):
+        if row["step"] == 2 and "loss" in row and not kept:
+            kept.update(values(job))
+            if broken == "loss":
+                model.model.norm.weight.data[0] = math.nan
+            else:
+                next(iter(job.parameters.values())).register_hook(lambda grad: grad * math.inf)
+
+    job.watch = poison
+    with pytest.raises(TrainingError, match=rf"{broken} is not finite at step 3"):
+        run(job)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 3
+    assert last[broken] is None
+    assert last["nonfinite"] is True
+    assert kept
+    assert same(values(job), kept)
+    assert job.progress.step == 2
+    newest, faults = newest_checkpoint(tmp_path / "checkpoints")
+    assert (newest.name, faults) == ("step-000002", [])
+    fresh = job_of(adapted(), tmp_path)
+    load_checkpoint(newest, fresh.parameters, fresh.optimizer)
+    assert same(values(fresh), kept)
+
+
+def test_a_stop_at_the_last_step_is_a_finish(tmp_path):
+    job = job_of(adapted(), tmp_path, steps=2)
+    job.stop_requested = lambda: job.progress.step == 2
+    finished, steps = run(job)
+    assert finished
+    assert len(steps) == 2
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000002"]
