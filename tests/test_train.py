@@ -1,4 +1,4 @@
-"""Training: the loop equals a plain one, nothing on the way disturbs it, and a stopped run goes on to the same bytes."""
+"""Training: the loop equals a plain one, nothing on the way disturbs it, and a stopped run goes on to the same end."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_kit.base import decode
 from qlora_kit.data import Encoded, Sampler, collate
 from qlora_kit.errors import ModelError, RunError, TrainingError
-from qlora_kit.lora import add_lora, adapter_parameters, lora_layers, save_adapter
+from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.recipe.schema import Optimizer
@@ -41,8 +41,10 @@ from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, P
 from qlora_kit.train.schedule import LARGE_MODEL, Schedule, automatic_rate, learning_rate
 from qlora_kit.train.step import accumulate_gradients
 
+SHARP = {"initializer_range": 0.2}  # with small weights no logit of a tiny model can say much
 FP32_RTOL = 1e-6  # a few roundings of 6e-8 each, summed in another order
 LENGTHS = (3, 40, 5, 17, 9, 33, 4, 12)
+BF16_LOSS_RTOL = 0.004  # over three seeds 0.0017 was the most, and 0.008 without masters
 EIGHT_BIT_ELEMENTS = 4096  # bitsandbytes keeps 32-bit state for smaller tensors
 
 
@@ -68,9 +70,7 @@ def job_of(model, folder, *, steps=6, micro_batch=2, accumulation=2, lr=1e-2, da
            masters="fp32", eval_every=1000, save_every=1000, weight_decay=0.0, **train):  # fmt: skip
     """A loop's job on the model's adapter; the learning rate is constant unless `train` says otherwise."""
     parameters = dict(adapter_parameters(model))
-    stepper = AdapterOptimizer(
-        list(parameters.items()), optimizer, master_weights=masters, weight_decay=weight_decay
-    )
+    stepper = AdapterOptimizer(list(parameters.items()), optimizer, master_weights=masters, weight_decay=weight_decay)
     data = rows() if data is None else data
     return Job(
         model=model,
@@ -187,14 +187,19 @@ def test_the_loop_equals_a_plain_reference_loop_in_fp32(kind, tmp_path):
     model = adapted(kind)
     start = adapted(kind)
     job = job_of(
-        model, tmp_path, micro_batch=2, accumulation=2, schedule="linear", max_grad_norm=0.3, weight_decay=0.1, **settings
+        model,
+        tmp_path,
+        micro_batch=2,
+        accumulation=2,
+        schedule="linear",
+        max_grad_norm=0.3,
+        weight_decay=0.1,
+        **settings,
     )
     found = run(job)[1]
-    wanted, final = reference_loop(
-        tiny.llama(), start, rows(), rows_a_step=4, clip=0.3, decay=0.1, **settings
-    )
+    wanted, final = reference_loop(tiny.llama(), start, rows(), rows_a_step=4, clip=0.3, decay=0.1, **settings)
     assert wanted[-1][0] < wanted[0][0]
-    assert wanted[0][1] > 0.3, "clipping is at work"
+    assert min(norm for _, norm in wanted) < 0.3 < wanted[0][1], "clipping is at work, in some of the steps"
     for row, (loss, norm) in zip(found, wanted, strict=True):
         assert row["loss"] == pytest.approx(loss, rel=FP32_RTOL)
         assert row["grad_norm"] == pytest.approx(norm, rel=FP32_RTOL)
@@ -269,7 +274,7 @@ def test_recomputed_blocks_give_the_gradients_of_kept_ones_bit_for_bit(make):
 
 
 def test_recomputation_is_refused_where_there_are_no_blocks():
-    with pytest.raises(ModelError, match="memory.activations=keep"):
+    with pytest.raises(ModelError, match=r"memory\.activations=keep"):
         set_activation_policy(nn.Linear(2, 2), "recompute")
     assert set_activation_policy(nn.Linear(2, 2), "keep") == 0
 
@@ -293,18 +298,18 @@ def test_a_rehearsal_leaves_no_trace(tmp_path):
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
 def test_a_fine_tune_lowers_the_loss_and_peft_loads_it_with_the_same_logits(kind, tmp_path):
-    model = adapted(kind, dtype=torch.bfloat16)
+    model = adapted(kind, dtype=torch.bfloat16, model=tiny.llama(**SHARP))
     base = tiny.stored(model)
     untuned = tiny.logits(model.eval())
-    job = job_of(model, tmp_path / "run", steps=40, lr=3e-2, micro_batch=4, accumulation=1, optimizer="paged_adamw_8bit",
-                 data=rows((12, 15, 9, 14)))  # fmt: skip
+    data = rows((12, 15, 9, 14))
+    job = job_of(model, tmp_path / "run", steps=30, micro_batch=4, accumulation=1, optimizer="adamw_8bit", data=data)
     losses = [row["loss"] for row in run(job)[1]]
     assert losses[-1] < 0.6 * losses[0], "memorising four rows takes most of the loss away"
     assert tiny.stored(model) == base
     save_adapter(model, tmp_path / "adapter")
     tuned = tiny.logits(model.eval())
     assert tiny.relative(tuned, untuned) > 0.1
-    loaded = PeftModel.from_pretrained(tiny.read_out(tiny.llama(), model), tmp_path / "adapter").eval()
+    loaded = PeftModel.from_pretrained(tiny.read_out(tiny.llama(**SHARP), model), tmp_path / "adapter").eval()
     assert tiny.relative(tiny.logits(loaded), tuned) < 1e-5  # fp32, the same terms added in another order
 
 
@@ -317,6 +322,7 @@ def test_an_evaluation_and_a_generation_in_the_middle_change_nothing(tmp_path):
         job = job_of(model, tmp_path / str(is_disturbed), evals=evals, eval_every=2, optimizer="adamw_8bit")
         base, texts = tiny.stored(model), []
         if is_disturbed:
+            model.eval()
             job.watch = lambda row, model=model, texts=texts: texts.append(
                 generate_texts(model, tokenizer(), [[5, 6, 7], [8]], max_new_tokens=3)
             )
@@ -326,6 +332,9 @@ def test_an_evaluation_and_a_generation_in_the_middle_change_nothing(tmp_path):
         assert model.training
         seen.append((course(steps), values(job)))
     assert len({loss for _, loss, *_ in seen[0][0]}) == 6
+    torch.manual_seed(1)
+    other = run(job_of(adapted("nf4", dropout=0.2), tmp_path, optimizer="adamw_8bit"))[1]
+    assert course(other) != seen[0][0], "dropout is on"
     assert seen[1][0] == seen[0][0]
     assert same(seen[1][1], seen[0][1])
 
@@ -353,34 +362,40 @@ WIDEST_ULP = 2.0**-12  # of bf16 just below 1/16, where the values of these test
 
 
 def pushed(masters, dtype=torch.bfloat16):
-    """200 AdamW steps of 1e-5 down a constant gradient: each moves every element by the rate. Start and end in fp32."""
+    """200 AdamW steps of 1e-5 down a constant gradient: each moves every element by the rate.
+
+    Returns:
+        the values at the start and at the end, and the optimizer.
+    """
     torch.manual_seed(0)
-    start = torch.empty(SIDE, SIDE).uniform_(-1 / 16, 1 / 16).to(dtype)
+    start = torch.empty(SIDE, SIDE).uniform_(-0.06, 0.06).to(dtype)
     parameter = nn.Parameter(start.clone())
     optimizer = AdapterOptimizer([("w", parameter)], "adamw", master_weights=masters)
     for _ in range(STEPS):
         parameter.grad = torch.ones_like(parameter)
         optimizer.step(RATE)
-    return start.float(), parameter.detach().float()
+    return start.float(), parameter.detach().float(), optimizer
 
 
 def test_without_masters_most_bf16_elements_never_move():
-    start, end = pushed("none")
+    start, end, _ = pushed("none")
     assert (start == end).float().mean() > 0.9
-    exact_start, exact_end = pushed("none", torch.float32)
+    exact_start, exact_end, _ = pushed("none", torch.float32)
     assert (exact_start - exact_end).mean().item() == pytest.approx(STEPS * RATE, rel=1e-3)
 
 
 def test_small_updates_accumulate_with_fp32_masters():
-    start, end = pushed("fp32")
-    moved = start - end
-    # Only the last rounding to bf16 stands between: half a ulp an element, its mean over all elements far less.
-    assert (moved - STEPS * RATE).abs().max() <= WIDEST_ULP / 2 + 1e-6
-    assert moved.mean().item() == pytest.approx(STEPS * RATE, rel=0.01)
+    start, end, optimizer = pushed("fp32")
+    master = dict(optimizer.state_tensors())["w/master"]
+    assert (start - master).mean().item() == pytest.approx(STEPS * RATE, rel=1e-3)
+    # One rounding to bf16 stands between: half a ulp at most. Its mean is not zero: all elements start on bf16's own
+    # grid, so those of one binade are rounded alike (8.19 ulps to 8 in the widest), which is 3 % at most here.
+    assert (start - end - STEPS * RATE).abs().max() <= WIDEST_ULP / 2 + 1e-6
+    assert (start - end).mean().item() == pytest.approx(STEPS * RATE, rel=0.03)
 
 
 def test_small_updates_accumulate_with_stochastic_rounding():
-    start, end = pushed("stochastic")
+    start, end, _ = pushed("stochastic")
     # A step rounds by a whole ulp with the chance rate / ulp, so its variance is below rate * ulp.
     sigma = math.sqrt(STEPS * RATE * WIDEST_ULP) / SIDE
     assert 5 * sigma < 0.03 * STEPS * RATE, "the bound says something"
@@ -408,22 +423,17 @@ def test_stochastic_rounding_is_unbiased_and_leaves_representable_values_alone()
 
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
 def test_bf16_adapters_end_at_the_loss_of_fp32_ones_within_noise(masters, tmp_path):
-    ends = {torch.float32: [], torch.bfloat16: []}
-    for seed, (dtype, losses) in itertools.product((0, 1), ends.items()):
-        model = adapted(dtype=dtype, rank=8)
-        job = job_of(model, tmp_path, steps=40, micro_batch=8, accumulation=1, lr=3e-3, masters=masters, seed=seed,
-                     data=rows((12, 15, 9, 14, 20, 6, 11, 8), seed=seed))  # fmt: skip
-        losses.append(run(job)[1][-1]["loss"])
-    wide, narrow = ends[torch.float32], ends[torch.bfloat16]
-    noise = abs(wide[0] - wide[1])
-    assert max(wide) < 3.9, "the runs learn (a uniform guess is 4.57)"
-    assert noise > 0
-    assert narrow != wide
-    for found, wanted in zip(narrow, wide, strict=True):
-        assert abs(found - wanted) < BF16_LOSS_BOUND
-
-
-BF16_LOSS_BOUND = 0.02
+    for seed in (0, 1):
+        losses = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model = adapted(dtype=dtype, model=tiny.llama(**SHARP))
+            job = job_of(model, tmp_path, steps=30, micro_batch=8, accumulation=1, lr=3e-3, masters=masters, seed=seed,
+                         data=rows((12, 15, 9, 14, 20, 6, 11, 8), seed=seed))  # fmt: skip
+            steps = run(job)[1]
+            losses.append(steps[-1]["loss"])
+        assert losses[0] < 0.5 * steps[0]["loss"], "the run learns"
+        assert losses[1] != losses[0]
+        assert losses[1] == pytest.approx(losses[0], rel=BF16_LOSS_RTOL)
 
 
 def test_auto_masters_are_fp32_ones():
@@ -480,7 +490,9 @@ def test_every_optimizer_steps_and_goes_on_from_its_saved_state_bit_for_bit(kind
     assert all(torch.equal(tensor, ends[name]) for name, tensor in other.state_tensors())
     assert other.state_numbers() == optimizer.state_numbers()
 
-    fresh = [(name, nn.Parameter(parameter.detach().clone())) for name, parameter in zip(["layer.a_RI"], start, strict=False)]
+    fresh = [
+        (name, nn.Parameter(parameter.detach().clone())) for name, parameter in zip(["layer.a_RI"], start, strict=False)
+    ]
     assert fresh, "a state without its tensors is refused"
     with pytest.raises(KeyError):
         AdapterOptimizer(fresh, kind, master_weights=masters).restore({}, {})
@@ -684,6 +696,31 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_is_taken(name, damage,
     assert load_checkpoint(newest, job.parameters, job.optimizer).step == 2
 
 
+def test_no_changed_byte_of_a_manifest_is_more_than_a_fault(trained_run, tmp_path):
+    folder = tmp_path / "step-000003"
+    shutil.copytree(trained_run[0] / "checkpoints" / folder.name, folder)
+    content = (folder / "manifest.json").read_bytes()
+    found = 0
+    for index in range(0, len(content), 3):
+        changed = bytearray(content)
+        changed[index] ^= 1
+        (folder / "manifest.json").write_bytes(changed)
+        found += bool(verify_checkpoint(folder))
+    assert found > 0.8 * len(content) / 3, "white space and the schema's number are what may change"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_new_checkpoint_outlives_a_damaged_newer_one(keep, trained_run, tmp_path):
+    folder, (_, job) = tmp_path / "checkpoints", trained_run
+    shutil.copytree(trained_run[0] / "checkpoints", folder)
+    (folder / "step-000003").rename(folder / "step-000009")
+    (folder / "step-000009" / "state.json").write_text("{}")
+    assert newest_checkpoint(folder)[0].name == "step-000002"
+    save_checkpoint(folder, job.parameters, job.optimizer, job.progress, keep)
+    assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000003"][-keep:]
+    assert newest_checkpoint(folder) == (folder / "step-000003", [])
+
+
 def test_folders_without_a_manifest_or_under_another_name_do_not_count(trained_run, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(trained_run[0] / "checkpoints", folder)
@@ -704,9 +741,44 @@ def test_a_checkpoint_is_refused_by_another_run(trained_run, tmp_path):
     fewer.parameters.pop(next(iter(fewer.parameters)))
     with pytest.raises(RunError, match="other parameters"):
         load_checkpoint(newest, fewer.parameters, fewer.optimizer)
-    for other in (job_of(adapted(), tmp_path, optimizer="lion_8bit"), job_of(adapted(rank=2), tmp_path)):
+    for other in (
+        job_of(adapted(), tmp_path, optimizer="lion_8bit"),
+        job_of(adapted(rank=2), tmp_path),
+        job_of(adapted(dtype=torch.bfloat16), tmp_path),
+    ):
+        before = values(other)
         with pytest.raises(RunError, match="resume with the recipe it was made with"):
             load_checkpoint(newest, other.parameters, other.optimizer)
+        assert same(values(other), before)
+
+
+SWAPS = [
+    ("adamw_8bit", "adamw_32bit"),  # the same names, and codes where numbers are wanted
+    ("adamw_32bit", "adamw_8bit"),
+    ("lion_8bit", "ademamix_8bit"),
+    ("adamw", "sgd"),
+    ("sgd", "adamw"),
+]
+
+
+@pytest.mark.parametrize(("saved_kind", "kind"), SWAPS)
+def test_an_optimizer_refuses_the_state_of_another_and_keeps_its_own(saved_kind, kind):
+    parameters = pair()
+    saved = AdapterOptimizer(parameters, saved_kind)
+    push(saved, parameters, 1)
+    other = AdapterOptimizer(parameters, kind)
+    push(other, parameters, 1)
+    before = {name: tensor.clone() for name, tensor in other.state_tensors()}
+    with pytest.raises(KeyError):
+        other.restore(dict(saved.state_tensors()), saved.state_numbers())
+    assert same(dict(other.state_tensors()), before)
+
+
+def test_an_optimizer_refuses_a_state_that_would_only_fit_by_broadcasting():
+    narrow = AdapterOptimizer([("w", nn.Parameter(torch.ones(1, 8)))], "adamw")
+    wide = AdapterOptimizer([("w", nn.Parameter(torch.ones(4, 8)))], "adamw")
+    with pytest.raises(KeyError):
+        wide.restore(dict(narrow.state_tensors()), narrow.state_numbers())
 
 
 def test_writing_the_same_step_again_replaces_it_whole(trained_run, tmp_path):
@@ -782,6 +854,25 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_step_is_taken(brok
     fresh = job_of(adapted(), tmp_path)
     load_checkpoint(newest, fresh.parameters, fresh.optimizer)
     assert same(values(fresh), kept)
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run_too(tmp_path):
+    model = adapted()
+    job = job_of(model, tmp_path, evals=rows((5,)), eval_every=2, save_every=1)
+    job.watch = lambda row: model.model.norm.weight.data.fill_(math.nan) if row["step"] == 2 else None
+    with pytest.raises(TrainingError, match="eval_loss is not finite at step 2, which left no checkpoint"):
+        run(job)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000001"]
+
+
+def test_a_finished_run_that_is_resumed_has_nothing_to_do(tmp_path):
+    job = job_of(adapted(), tmp_path, steps=2)
+    first, before = run(job), values(job)
+    assert first[0]
+    assert len(first[1]) == 2
+    assert run(job, resume_from=2) == first, "the rows of the first time, and none anew"
+    assert same(values(job), before)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_stop_at_the_last_step_is_a_finish(tmp_path):

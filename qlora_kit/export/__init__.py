@@ -4,6 +4,7 @@ from qlora_kit.export.audit import compare
 from qlora_kit.export.kinds import export_adapter, export_merged, merge
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
+from qlora_kit.export.trained_against import trained_against
 
 __all__ = [
     "StreamedTensor",
@@ -12,6 +13,7 @@ __all__ = [
     "export_merged",
     "merge",
     "merged_tensors",
+    "trained_against",
     "write_safetensors",
     "write_weights",
 ]

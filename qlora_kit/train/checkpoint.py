@@ -46,7 +46,7 @@ class Progress:
 def save_checkpoint(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdapterOptimizer, progress: Progress, keep: int
 ) -> Path:
-    """Write `step-NNNNNN` below `folder`; older ones beyond `keep` go when it stands.
+    """Write `step-NNNNNN` below `folder`; when it stands, newer ones go, and older ones beyond `keep`.
 
     Args:
         folder: of all checkpoints.
@@ -64,8 +64,10 @@ def save_checkpoint(
         write_json(staged / "state.json", asdict(progress))
         checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
         write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})
-    for old in checkpoints(folder)[:-keep]:
-        remove_folder(old)
+    standing = checkpoints(folder)
+    newer = standing.index(final) + 1  # from here on: damaged ones that this run was not resumed from
+    for other in standing[: max(0, newer - keep)] + standing[newer:]:
+        remove_folder(other)
     return final
 
 
@@ -121,16 +123,17 @@ def load_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], optimizer
     content: dict[str, Any] = read_json(folder / "state.json")
     content.pop("schema")
     progress = Progress(**content)
-    if saved.keys() != parameters.keys():
+    shapes = {name: tensor.shape for name, tensor in saved.items()}
+    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
         raise RunError(f"{folder} holds other parameters than this run trains; resume with the recipe it was made with")
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
     try:
         optimizer.restore(state, progress.numbers)
-    except (KeyError, RuntimeError) as error:
+    except KeyError as error:
         raise RunError(
             f"{folder} holds the state of another optimizer ({error}); resume with the recipe it was made with"
         ) from error
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
     _set_random_states(states)
     return progress
 

@@ -142,10 +142,10 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
                 job.folder / "checkpoints", job.parameters, job.optimizer, job.progress, job.train.keep_checkpoints
             )
             saved_at = time.monotonic()
-        if is_stopping and not is_last:
-            return False
+        if is_stopping:
+            break
     accelerator.end_training()
-    return True
+    return job.progress.step >= job.pace.steps
 
 
 def _take_step(
@@ -201,7 +201,7 @@ def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[s
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
         raise TrainingError(
-            f"{broken[0]} is not finite at step {row['step']}: the step was not taken and left no checkpoint; "
+            f"{broken[0]} is not finite at step {row['step']}, which left no checkpoint; "
             "lower train.lr, or use base.compute_dtype=bfloat16 or float32 where it was float16"
         )
 

@@ -100,18 +100,17 @@ class AdapterOptimizer:
         """Take over a saved state, bit for bit.
 
         Raises:
-            KeyError: a tensor is missing; nothing guarantees the state after that.
+            KeyError: it is the state of another optimizer, told by names, shapes and dtypes; nothing was taken over.
         """
-        for name, parameter, stepped in zip(self.names, self.parameters, self._stepped, strict=True):
-            if stepped is not parameter and self.master_weights == "fp32":
-                stepped.copy_(tensors[f"{name}/master"])
-            state = self.inner.state[stepped]
-            for key, value in state.items():
-                if isinstance(value, Tensor) and not key.startswith("qmap"):
-                    value.copy_(tensors[f"{name}/{key}"])
-                elif isinstance(value, int | float):
-                    state[key] = numbers[f"{name}/{key}"]
+        own = dict(self.state_tensors())
+        if _forms(own) != _forms(tensors) or self.state_numbers().keys() != numbers.keys():
+            raise KeyError(next((n for n, _ in _forms(own).items() ^ _forms(tensors).items()), "step counts"))
         self._generator.set_state(tensors["rounding"])
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        for name, stepped in zip(self.names, self._stepped, strict=True):
+            state = self.inner.state[stepped]
+            state.update({key: numbers[f"{name}/{key}"] for key in state if f"{name}/{key}" in numbers})
 
     def _stepped_form(self, parameter: nn.Parameter) -> nn.Parameter:
         """The tensor that the inner optimizer moves: the parameter itself, or its fp32 copy."""
@@ -172,6 +171,10 @@ def round_stochastically(source: Tensor, target: Tensor, generator: torch.Genera
     bits = source.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     target.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _build(kind: str, groups: Any, weight_decay: float) -> Any:

@@ -319,7 +319,7 @@ def parse_args() -> argparse.Namespace:
         ("heads", 4, "attention heads"),
         ("context", 256, "tokens in a window"),
         ("batch", 16, "windows in a step"),
-        ("steps", 3400, "optimizer steps"),
+        ("steps", 1700, "optimizer steps"),
         ("warmup", 100, "steps of rising learning rate"),
         ("log-every", 50, "steps between lines of the log"),
         ("save-every", 200, "steps between saved states"),

@@ -1,0 +1,22 @@
+"""One run from end to end, a function an arrow:
+
+    recipe -> prepare (files, tokenizer, rows) -> plan -> load and adapt -> train -> score -> report
+
+and what a finished run is used for. What a person sees goes through `Watch`; what stays goes into the run folder.
+"""
+
+from qlora_kit.run.prepare import Prepared
+from qlora_kit.run.train import Result, check_budget, plan_memory, train
+from qlora_kit.run.use import answer, evaluate, export_run, load_run
+
+__all__ = [
+    "Prepared",
+    "Result",
+    "answer",
+    "check_budget",
+    "evaluate",
+    "export_run",
+    "load_run",
+    "plan_memory",
+    "train",
+]

@@ -1,0 +1,128 @@
+"""The run folder: opened once, locked while a run writes to it, and described so that a report needs nothing else."""
+
+import fcntl
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_kit.base.load import resolve_device
+from qlora_kit.errors import RunError
+from qlora_kit.memory import Ledger, PeakCounter
+from qlora_kit.plan.devices import device_name
+from qlora_kit.recipe import Recipe, dump_recipe
+from qlora_kit.run.prepare import Prepared
+from qlora_kit.storage import write_json, write_text
+
+ADAPTER, RECIPE = "adapter", "recipe.yaml"
+
+
+def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """See that a run may be written to `folder`; nothing is changed yet.
+
+    Raises:
+        RunError: there is a run and neither `resume` nor `overwrite`, there is none to resume, or the place is taken.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file, and a run needs a folder of its own; set output to another name")
+    if resume and not _has_run(folder):
+        raise RunError(f"{folder} holds no run to resume; start it without --resume")
+    if _has_run(folder) and not (resume or overwrite):
+        raise RunError(f"{folder} holds a run already; go on with --resume, replace it with --overwrite, or set output")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
+        raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
+
+
+def open_run_folder(folder: Path, resume: bool) -> None:
+    """Make the run folder; unless the run is resumed, what an earlier one left there goes.
+
+    Raises:
+        RunError: the folder cannot be made, or another run is writing to it.
+    """
+    if folder.is_dir() and not resume:
+        with locked(folder):
+            shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be made: {error.strerror}; set output to a folder that can be written"
+        ) from error
+
+
+def _has_run(folder: Path) -> bool:
+    """Whether there is anything to lose: a run that ended before its first checkpoint leaves none."""
+    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, "checkpoints"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One run a folder: the lock goes with the process that holds it, however it ends."""
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another run is writing to {folder}; wait for it, or set output to another folder"
+            ) from None
+        yield
+
+
+def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], folder: Path) -> None:
+    """Write recipe.yaml, plan.json, env.json and data.json."""
+    write_text(folder / RECIPE, dump_recipe(recipe))
+    write_json(folder / "plan.json", dict(plan))
+    write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
+    counts = {"train": asdict(prepared.train.counts)}
+    if prepared.eval.rows:
+        counts["eval"] = asdict(prepared.eval.counts)
+    write_json(folder / "data.json", counts)
+
+
+def provenance_of(recipe: Recipe) -> dict[str, str]:
+    """Which base the run was trained on, for the metadata of adapters and exports."""
+    revision = {} if recipe.base.revision is None else {"revision": recipe.base.revision}
+    return {"base": recipe.base.model} | revision
+
+
+def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, counter: PeakCounter) -> None:
+    """Write memory.json: the plan of the recipe's own method beside what the ledger and the device counted."""
+    measured = ledger.summary()
+    categories = measured["by_category"]
+    error = {"peak": _relative(planned["peak_bytes"], measured["peak_bytes"])} | {
+        name: _relative(planned["by_category"][name], count) for name, count in categories.items() if count
+    }
+    write_json(
+        folder / "memory.json",
+        {
+            "planned": dict(planned),
+            "measured": measured,
+            "error": error,
+            "device_counter": {"name": counter.name, "peak_bytes": counter.peak_bytes},
+            "file_backed_bytes": counter.file_backed_bytes,
+        },
+    )
+
+
+def _environment(device: torch.device) -> dict[str, Any]:
+    packages = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
+    return {
+        "qlora_kit": importlib.metadata.version("qlora-kit"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device_name(device),
+        "cuda": torch.version.cuda or "none",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _relative(planned: int, measured: int) -> float:
+    return planned / measured - 1

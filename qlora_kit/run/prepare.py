@@ -1,0 +1,143 @@
+"""Before any weight is read: where the model lies, the rows as tokens, and the numbers of the run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from qlora_kit.base import locate_model
+from qlora_kit.base.dense import parameter_count
+from qlora_kit.base.load import build_model, read_config
+from qlora_kit.data import Batch, Encoded, EncodedSet, collate, encode_rows, find_template, load_rows, split_eval
+from qlora_kit.errors import DataError, RunError
+from qlora_kit.recipe import Recipe
+from qlora_kit.train.pace import Pace, set_pace
+from qlora_kit.watch import Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is known before any weight is read.
+
+    Attributes:
+        folder: of the model.
+        config: of the model.
+        tokenizer: with the chat template that the recipe names.
+        train: encoded training rows.
+        eval: encoded held-out rows; empty where the recipe wants none.
+        pace: steps and batch sizes.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train: EncodedSet
+    eval: EncodedSet
+    pace: Pace
+
+
+def prepare(recipe: Recipe, watch: Watch, *, weights: bool) -> Prepared:
+    """Find the model, read and encode the rows, and set the pace.
+
+    Args:
+        recipe: the run.
+        watch: is told of downloads and of what became of the rows.
+        weights: whether the model's weights are needed, or its configuration and tokenizer alone.
+    """
+    folder = locate_model(recipe.base.model, recipe.base.revision, weights=weights, notify=watch.note)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, recipe.data.template)
+    train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
+    trained, rows = train_rows.counts.trained_tokens, train_rows.counts.rows
+    longest = max(len(row.input_ids) for row in train_rows.rows)
+    pace = set_pace(recipe.train, rows, longest, trained, count_parameters(config))
+    prepared = Prepared(folder, config, tokenizer, train_rows, eval_rows, pace)
+    watch.prepared(prepared)
+    if pace.warning is not None:
+        watch.note(pace.warning)
+    return prepared
+
+
+def load_tokenizer(folder: Path, template: str = "auto") -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template that the recipe names, so that every export carries it.
+
+    Raises:
+        DataError: there is no tokenizer in the folder, or no such template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+    source = find_template(template)
+    if source is not None:
+        tokenizer.chat_template = source
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill rows with; labels go by position, so any will do."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+
+
+def held_out_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Path | None
+) -> EncodedSet:
+    """The run's held-out rows, or those of another file encoded as the run's own are."""
+    if data is not None:
+        rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns)
+        return _encode(rows, recipe, tokenizer, config)
+    held_out = _read_rows(recipe, tokenizer, config)[1]
+    if not held_out.rows:
+        raise RunError(f"{recipe.output} held no rows out (data.eval is null); give rows with --data FILE")
+    return held_out
+
+
+def eval_batches(rows: list[Encoded], pad_id: int, device: torch.device, micro_batch: int = 16) -> list[Batch]:
+    """Held-out rows side by side, those of like length together."""
+    ordered = sorted(rows, key=lambda row: len(row.input_ids))
+    return [
+        collate(ordered[start : start + micro_batch], pad_id).to(device)
+        for start in range(0, len(ordered), micro_batch)
+    ]
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model, counted on a model without storage."""
+    with torch.device("meta"):
+        return parameter_count(build_model(config, torch.bfloat16, "sdpa"))
+
+
+def _read_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> tuple[EncodedSet, EncodedSet]:
+    data = recipe.data
+    sources = (
+        data.train
+        if isinstance(data.train, str)
+        else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
+    )
+    examples = load_rows(sources, format=data.format, columns=data.columns)
+    held_out: list[Any] = []
+    if data.eval == "auto":
+        examples, held_out = split_eval(examples)
+    elif data.eval is not None:
+        held_out = load_rows(data.eval, format=data.format, columns=data.columns)
+    encoded = _encode(examples, recipe, tokenizer, config)
+    return encoded, _encode(held_out, recipe, tokenizer, config) if held_out else EncodedSet()
+
+
+def _encode(
+    examples: list[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> EncodedSet:
+    text_config = config.get_text_config()
+    return encode_rows(
+        examples,
+        tokenizer,
+        loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
+        max_tokens=recipe.data.max_tokens,
+        over_length=recipe.data.over_length,
+        vocab_size=text_config.vocab_size,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
+    )

@@ -1,0 +1,67 @@
+"""Scores of a model on held-out rows: losses always, exact match where answers are short, a few answers to look at."""
+
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.data import Batch, Encoded
+from qlora_kit.lora import adapters_off
+from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
+from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, generate_texts
+
+SAMPLES = 4
+"""Held-out rows that are answered before and after."""
+SHORT_ANSWER = 32
+"""Tokens up to which every answer is generated and compared: above that exact match says little and costs much."""
+SAMPLE_TOKENS = 64
+"""Most tokens of a sample where answers are longer."""
+
+
+def score(model: PreTrainedModel, prepared: Prepared) -> dict[str, Any]:
+    """The base and the adapter on the held-out rows: losses, exact match where it says something, and a few answers."""
+    batches = eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device)
+    with adapters_off(model):
+        base, base_texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
+    adapter, texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
+    samples = [
+        {
+            "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
+            "reference": row.answer,
+            "base": before,
+            "adapter": after,
+        }
+        for row, before, after in list(zip(answered_rows(prepared.eval.rows), base_texts, texts, strict=False))[
+            :SAMPLES
+        ]
+    ]
+    return {
+        "rows": len(prepared.eval.rows),
+        "base": base.as_json(),
+        "adapter": adapter.as_json(),
+        "samples": samples,
+    }
+
+
+def score_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded], batches: list[Batch]
+) -> tuple[Score, list[str]]:
+    """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
+    measured = evaluate_loss(model, batches)
+    answered = answered_rows(rows)
+    if not answered:
+        return measured, []
+    lengths = [len(row.input_ids) - len(row.prompt or ()) for row in answered]
+    is_short = max(lengths) <= SHORT_ANSWER
+    asked = answered if is_short else answered[:SAMPLES]
+    room = max(lengths) + 1 if is_short else SAMPLE_TOKENS
+    texts = generate_texts(model, tokenizer, [row.prompt or [] for row in asked], max_new_tokens=room)
+    if not is_short:
+        return measured, texts
+    fields = asdict(measured) | {"exact_match": exact_match(texts, [row.answer or "" for row in asked])}
+    return Score(**fields), texts
+
+
+def answered_rows(rows: list[Encoded]) -> list[Encoded]:
+    """Rows that end in one answer to one prompt, so that a model can be asked for it."""
+    return [row for row in rows if row.prompt is not None and row.answer is not None]

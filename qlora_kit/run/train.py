@@ -1,0 +1,219 @@
+"""The main job: plan, load, adapt, train, score, report; each arrow is one function."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_kit.base import locate_model
+from qlora_kit.base.load import read_config, resolve_device
+from qlora_kit.errors import FitError
+from qlora_kit.export import trained_against
+from qlora_kit.lora import LoraReport, adapter_parameters, add_lora, save_adapter
+from qlora_kit.memory import Ledger, PeakCounter
+from qlora_kit.plan import plan_methods
+from qlora_kit.recipe import Recipe
+from qlora_kit.report import write_report
+from qlora_kit.run.folder import (
+    ADAPTER,
+    check_run_folder,
+    describe_run,
+    locked,
+    open_run_folder,
+    provenance_of,
+    write_memory,
+)
+from qlora_kit.run.prepare import Prepared, count_parameters, eval_batches, pad_id, prepare
+from qlora_kit.run.score import score
+from qlora_kit.run.use import load_recipe_base
+from qlora_kit.storage import write_json
+from qlora_kit.train.activations import set_activation_policy
+from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from qlora_kit.train.loop import Job, rehearse_longest, train_loop
+from qlora_kit.train.metrics import MetricsLog
+from qlora_kit.train.optim import AdapterOptimizer, definite_masters
+from qlora_kit.train.pace import ROWS_A_STEP, set_pace
+from qlora_kit.units import format_bytes
+from qlora_kit.watch import Watch
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        folder: the run folder.
+        finished: False where a stop was requested before the last step.
+        step: optimizer steps done.
+        scores: as in scores.json; None where the run did not finish or has no held-out rows.
+        seconds: wall-clock time of the whole run.
+    """
+
+    folder: Path
+    finished: bool
+    step: int
+    scores: dict[str, Any] | None
+    seconds: float
+
+
+def plan_memory(recipe: Recipe, watch: Watch | None = None) -> dict[str, Any]:
+    """What plan.json would hold: nothing is loaded but the model's configuration and, where they are, the rows.
+
+    Without the rows every row is taken to be `data.max_tokens` long, and how many steps they make is not known.
+
+    Raises:
+        QloraKitError: as `train`, as far as it gets.
+    """
+    watch = watch or Watch()
+    if not _rows_are_missing(recipe):
+        return _plan(recipe, prepare(recipe, watch, weights=False))
+    watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
+    config = read_config(locate_model(recipe.base.model, recipe.base.revision, weights=False, notify=watch.note))
+    tokens = recipe.data.max_tokens
+    pace = set_pace(recipe.train, ROWS_A_STEP, tokens, ROWS_A_STEP * tokens, count_parameters(config))
+    return plan_methods(recipe, config, pace, tokens) | {"steps": None, "hours": None}
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+    trust_remote_code: bool = False,
+) -> Result:
+    """Run a recipe and fill its run folder.
+
+    Args:
+        recipe: from `read_recipe`.
+        resume: go on from the newest checkpoint that verifies.
+        overwrite: remove a run that stands in the folder.
+        watch: is told what happens.
+        trust_remote_code: let the model folder's own code run.
+
+    Raises:
+        QloraKitError: anything that the user can mend, one line each; a `FitError` if the plan is above the budget.
+    """
+    started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
+    resolve_device(recipe.base.device)
+    check_run_folder(folder, resume, overwrite)
+    prepared = prepare(recipe, watch, weights=True)
+    plan = _plan(recipe, prepared)
+    watch.planned(plan)
+    check_budget(plan)
+    open_run_folder(folder, resume)
+    with locked(folder):
+        describe_run(recipe, prepared, plan, folder)
+        model, report = _load_and_adapt(recipe, plan, trust_remote_code)
+        watch.adapted(report)
+        finished, progress = _train(recipe, prepared, plan, model, folder, watch, resume)
+        save_adapter(model, folder / ADAPTER, provenance=trained_against(model) | provenance_of(recipe))
+        scores = None
+        if finished and prepared.eval.rows:
+            scores = score(model, prepared)
+            write_json(folder / "scores.json", scores)
+            watch.scored(scores)
+        write_report(folder)
+    return Result(folder, finished, progress.step, scores, time.monotonic() - started)
+
+
+def check_budget(plan: Mapping[str, Any]) -> None:
+    """Hold a plan against its budget.
+
+    Raises:
+        FitError: the peak is above it.
+    """
+    peak, budget = plan["methods"]["qlora"]["peak_bytes"], plan["budget"]
+    if budget is not None and peak > budget:
+        raise FitError(
+            f"the plan needs {format_bytes(peak)}, memory.budget is {format_bytes(budget)}; "
+            f"lower train.micro_batch (now {plan['micro_batch']}) or data.max_tokens; or memory.activations=recompute"
+        )
+
+
+def _rows_are_missing(recipe: Recipe) -> bool:
+    """Whether the rows are a local file that is not there (a hub id is looked for when it is read)."""
+    path = recipe.data.train
+    return isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists()
+
+
+def _plan(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    longest = max(len(row.input_ids) for row in prepared.train.rows)
+    return plan_methods(recipe, prepared.config, prepared.pace, longest)
+
+
+def _load_and_adapt(
+    recipe: Recipe, plan: Mapping[str, Any], trust_remote_code: bool
+) -> tuple[PreTrainedModel, LoraReport]:
+    model = load_recipe_base(recipe, trust_remote_code=trust_remote_code)
+    lora = recipe.lora
+    report = add_lora(
+        model,
+        rank=int(lora.rank),
+        alpha=lora.alpha,
+        targets=lora.targets,
+        dropout=lora.dropout,
+        scaling=lora.scaling,
+        init=lora.init,  # type: ignore[arg-type]
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        seed=recipe.train.seed,
+    )
+    set_activation_policy(model, plan["activations"])
+    return model, report
+
+
+def _train(
+    recipe: Recipe,
+    prepared: Prepared,
+    plan: Mapping[str, Any],
+    model: PreTrainedModel,
+    folder: Path,
+    watch: Watch,
+    resume: bool,
+) -> tuple[bool, Progress]:
+    torch.manual_seed(recipe.train.seed)
+    parameters = dict(adapter_parameters(model))
+    optimizer = AdapterOptimizer(
+        list(parameters.items()),
+        recipe.train.optimizer,
+        master_weights=definite_masters(recipe.train.master_weights),
+        lr_ratio=recipe.lora.lr_ratio,
+        weight_decay=recipe.train.weight_decay,
+        seed=recipe.train.seed,
+    )
+    job = Job(
+        model=model,
+        parameters=parameters,
+        optimizer=optimizer,
+        rows=prepared.train.rows,
+        eval_batches=eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device),
+        pad_id=pad_id(prepared.tokenizer),
+        pace=prepared.pace,
+        train=recipe.train,
+        folder=folder,
+        watch=watch.row,
+        stop_requested=watch.stop_requested,
+    )
+    if resume:
+        newest, faults = newest_checkpoint(folder / "checkpoints")
+        for fault in faults:
+            watch.note(f"left out a damaged checkpoint: {fault}")
+        job.progress = load_checkpoint(newest, parameters, optimizer)
+        watch.note(f"going on from {newest.name}")
+    metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
+    with PeakCounter(model.device) as counter:
+        ledger = Ledger(model)
+        ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
+        with ledger:
+            rehearse_longest(job, ledger)
+        try:
+            finished = train_loop(job, metrics, counter, ledger)
+        finally:
+            metrics.close()
+            write_memory(folder, plan["methods"]["qlora"], ledger, counter)
+    return finished, job.progress

@@ -1,0 +1,143 @@
+"""What a finished run is good for: evaluate it, ask it, export it."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_kit.base import load_base, locate_model
+from qlora_kit.errors import RunError
+from qlora_kit.export import export_adapter, export_merged
+from qlora_kit.lora import load_adapter
+from qlora_kit.recipe import Base, Data, Recipe, read_recipe
+from qlora_kit.run.folder import ADAPTER, RECIPE, provenance_of
+from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id
+from qlora_kit.run.score import score_rows
+from qlora_kit.train.evaluate import Score, generate_texts
+
+
+def load_run(
+    folder: Path, *, device: str | None = None, bare_base: bool = False, force: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Recipe]:
+    """A finished run as a model to use: its base, with its adapter unless the bare base is asked for.
+
+    Args:
+        folder: the run folder.
+        device: other than the recipe's.
+        bare_base: leave the adapter away.
+        force: take the adapter although its base's fingerprint differs.
+
+    Raises:
+        RunError: the folder is no run, or has no adapter yet.
+    """
+    if not (folder / RECIPE).is_file():
+        raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
+    recipe = read_recipe(folder / RECIPE)
+    model = load_recipe_base(recipe, device=device)
+    if not bare_base:
+        if not (folder / ADAPTER).is_dir():
+            raise RunError(f"{folder} has no adapter yet; let the run finish with `qlora-kit train ... --resume`")
+        load_adapter(model, folder / ADAPTER, force=force)
+    tokenizer = load_tokenizer(locate_model(recipe.base.model, recipe.base.revision), recipe.data.template)
+    return model, tokenizer, recipe
+
+
+def evaluate(folder: Path, *, data: Path | None, bare_base: bool, force: bool) -> Score:
+    """Loss, perplexity and, where answers are short, exact match: of a run, its bare base, or a folder with weights.
+
+    Args:
+        folder: a run folder, or a model folder (then `data` must be given).
+        data: rows in any format that training reads; None takes the run's held-out rows.
+        bare_base: leave the adapter away.
+        force: take the adapter although its base's fingerprint differs.
+    """
+    if (folder / RECIPE).is_file():
+        model, tokenizer, recipe = load_run(folder, bare_base=bare_base, force=force)
+        rows = held_out_rows(recipe, tokenizer, model.config, data)
+    else:
+        if data is None:
+            raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
+        model = load_base(folder, quantization="none")
+        tokenizer = load_tokenizer(folder)
+        recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data)))
+        rows = held_out_rows(recipe, tokenizer, model.config, data)
+    measured, _ = score_rows(model, tokenizer, rows.rows, eval_batches(rows.rows, pad_id(tokenizer), model.device))
+    return measured
+
+
+def answer(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    raw: bool,
+    bare_base: bool,
+    force: bool,
+) -> str:
+    """What a run's model says to a prompt; through its chat template, where it has one and `raw` is not asked for."""
+    model, tokenizer, _ = load_run(folder, bare_base=bare_base, force=force)
+    if tokenizer.chat_template is not None and not raw:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    return generate_texts(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0]
+
+
+def export_run(folder: Path, out: Path, *, to: str, onto: str, dtype: str, force: bool) -> dict[str, Any]:
+    """Write a run's weights for other programs.
+
+    Args:
+        folder: of the run.
+        out: the new folder.
+        to: merged or adapter.
+        onto: what the adapter is merged into; dequantized is built.
+        dtype: of merged weights.
+        force: take the adapter although its base's fingerprint differs.
+
+    Returns:
+        What export.json holds.
+    """
+    if to not in ("merged", "adapter"):
+        raise RunError(f"--to {to} is not built yet in this version; built: merged, adapter")
+    if onto != "dequantized":
+        raise RunError(f"--onto {onto} is not built yet in this version; built: dequantized")
+    model, tokenizer, recipe = load_run(folder, force=force)
+    if to == "adapter":
+        return export_adapter(model, out, provenance=provenance_of(recipe))
+    rows = held_out_rows(recipe, tokenizer, model.config, None).rows
+    return export_merged(
+        model,
+        tokenizer,
+        out,
+        dtype=dtype,
+        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device),
+        provenance=provenance_of(recipe),
+    )
+
+
+def load_recipe_base(recipe: Recipe, *, device: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base that a recipe names, quantised as it says.
+
+    Args:
+        recipe: the run.
+        device: other than the recipe's.
+        trust_remote_code: let the model folder's own code run.
+    """
+    base = recipe.base
+    model = load_base(
+        base.model,
+        quantization=base.quantization,
+        double_quant=base.double_quant,
+        block_size=base.block_size,
+        compute_dtype=base.compute_dtype,
+        device=device or base.device,
+        skip=base.skip,
+        attention=base.attention,
+        revision=base.revision,
+        trust_remote_code=trust_remote_code,
+    )
+    model.config._name_or_path = base.model  # a hub id, where transformers would keep the cache's path
+    return model

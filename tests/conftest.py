@@ -1,0 +1,20 @@
+"""What all tests share: one thread, so that sums are added in one order, and a reason where there is no GPU."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "0")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests say why they do not run."""
+    if torch.cuda.is_available():
+        return
+    why = f"there is no CUDA device (torch {torch.__version__})"
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=why))

@@ -1,0 +1,310 @@
+"""The verbs from outside: a whole run on a tiny model; a mistake is one line, its exit code, and nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from qlora_kit.cli.app import app
+
+PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
+             "device_profile", "steps", "tokens_per_s", "hours", "schema"}  # fmt: skip
+RUN_FILES = {"recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "memory.json", "report.html", "adapter",
+             "checkpoints", "scores.json", "data.json"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A two-layer Llama with random weights and a byte-level tokenizer, saved as a user would have it."""
+    folder = tmp_path_factory.mktemp("model")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["say cat"],
+        trainers.BpeTrainer(
+            vocab_size=260, special_tokens=["</s>"], initial_alphabet=sorted(alphabet), show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    llama(vocab_size=len(tokenizer), eos_token_id=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, model_folder):
+    """A recipe file whose run takes seconds, with its rows beside it."""
+    rows = [
+        {"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk", "hen")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return write_recipe(tmp_path, model_folder)
+
+
+def write_recipe(folder: Path, model_folder: Path, **train) -> Path:
+    content = {
+        "base": {"model": str(model_folder), "compute_dtype": "float32", "device": "cpu"},
+        "lora": {"rank": 4},
+        "data": {"train": "rows.jsonl", "max_tokens": 32, "eval": "rows.jsonl"},
+        "train": {"steps": 4, "micro_batch": 4, "lr": 1e-3, **train},
+        "output": str(folder / "run"),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_mistake(result, *words: str, code: int = 2) -> None:
+    """One line on standard error that says all of `words`, the exit code, and no traceback."""
+    assert result.exit_code == code, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder):
+    """A run that went through, made once."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = call("train", write_recipe(folder, model_folder))
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return folder / "run", result.output
+
+
+def test_a_run_fills_its_folder_as_documented(finished):
+    run, _ = finished
+    assert {path.name for path in run.iterdir()} - {".lock"} == RUN_FILES
+    assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan.keys() >= PLAN_KEYS
+    for method in plan["methods"].values():
+        assert sum(method["by_category"].values()) == method["peak_bytes"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    memory = json.loads((run / "memory.json").read_text())
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert (run / "checkpoints" / "step-000004" / "manifest.json").is_file()
+
+
+def test_a_run_shows_plan_scores_and_where_everything_lies(finished):
+    _, output = finished
+    for words in ("full fine-tuning", "QLoRA needs", "step 4/4", "exact match", "adapter", "report.html", "export"):
+        assert words in output
+    assert "warn" not in output.lower().replace("warning", "warn") or "hardly learns" in output
+
+
+def test_eval_prints_one_json_object_and_the_base_differs_from_the_adapter(finished):
+    run, _ = finished
+    adapter, base = call("eval", run, "--json"), call("eval", run, "--json", "--base")
+    scores = [json.loads(result.stdout) for result in (adapter, base)]
+    assert scores[0].keys() >= {"schema", "loss", "perplexity", "tokens", "rows", "exact_match"}
+    assert scores[0]["loss"] != scores[1]["loss"]
+    assert scores[0]["rows"] == 6
+
+
+def test_generate_answers_the_same_twice(finished):
+    run, _ = finished
+    first, second = (call("generate", run, "--prompt", "say cat ", "--max-new-tokens", 5) for _ in range(2))
+    assert first.exit_code == 0
+    assert first.output == second.output
+
+
+def test_the_merged_export_loads_in_plain_transformers_and_is_audited(finished, tmp_path):
+    run, _ = finished
+    result = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
+    assert result.exit_code == 0, result.output
+    audit = json.loads((tmp_path / "merged" / "export.json").read_text())["comparisons"]["merged"]
+    assert audit["top1_agreement"] == 1.0
+    assert audit["mean_kl"] < 1e-6  # adapters are bf16, sums fp32: 1.5e-8 was seen
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
+    AutoTokenizer.from_pretrained(tmp_path / "merged")
+    exported, trained = (
+        json.loads(call("eval", folder, "--json", *more).stdout)
+        for folder, more in ((tmp_path / "merged", ("--data", run.parent / "rows.jsonl")), (run, ()))
+    )
+    assert exported["loss"] == pytest.approx(trained["loss"], abs=2e-6)  # fp32, another order of additions
+
+
+def test_the_adapter_export_has_a_card(finished, tmp_path):
+    run, _ = finished
+    assert call("export", run, "--to", "adapter", "--out", tmp_path / "adapter").exit_code == 0
+    assert (tmp_path / "adapter" / "README.md").read_text().startswith("---\n")
+
+
+def test_report_can_be_made_again_from_the_folder_alone(finished):
+    run, _ = finished
+    (run / "report.html").unlink()
+    assert call("report", run).exit_code == 0
+    assert (run / "report.html").stat().st_size > 5000
+
+
+def test_plan_prints_json_and_exits_3_above_the_budget(recipe):
+    result = call("plan", recipe, "--json")
+    assert json.loads(result.stdout).keys() >= PLAN_KEYS
+    refused = call("plan", recipe, "--budget", "64KiB")
+    assert refused.exit_code == 3
+    assert "memory.budget" in refused.stderr
+    assert "full fine-tuning" in refused.stdout
+
+
+def test_plan_without_the_rows_takes_every_row_to_be_full(recipe):
+    result = call("plan", recipe, "data.train=/nowhere/rows.jsonl", "--json")
+    assert json.loads(result.stdout)["tokens"] == 32
+    assert json.loads(result.stdout)["steps"] is None
+
+
+def test_a_second_run_needs_a_word_and_overwrite_replaces(recipe):
+    assert call("train", recipe).exit_code == 0
+    assert_mistake(call("train", recipe), "holds a run already", "--resume", "--overwrite")
+    assert call("train", recipe, "train.steps=2", "--overwrite").exit_code == 0
+    assert len((recipe.parent / "run" / "checkpoints" / "step-000002").name) > 0
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(recipe):
+    """Four steps in one go, and two, a stop and two more, through the command line: the same losses, bit for bit."""
+    losses = []
+    for output, commands in {
+        "whole": [["train.save_every=2"]],
+        "parts": [["train.save_every=2"], ["--resume"]],
+    }.items():
+        folder = recipe.parent / output
+        for command in commands:
+            if command == ["--resume"]:
+                newest = folder / "checkpoints" / "step-000004"
+                (newest / "optimizer.safetensors").write_bytes(b"damaged")
+            result = call("train", recipe, f"output={folder}", "train.save_every=2", *command)
+            assert result.exit_code == 0, result.output
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row])
+    assert "left out a damaged checkpoint" in result.output
+    assert losses[0] == losses[1]
+    adapters = [recipe.parent / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
+    from safetensors.torch import load_file
+
+    whole, parts = map(load_file, adapters)
+    assert all((whole[key] == parts[key]).all() for key in whole)
+
+
+BAD = {
+    "no model folder": (["base.model=./nowhere"], ["nowhere"]),
+    "wrong key": (["lora.rnak=32"], ["lora.rnak", "lora.rank"]),
+    "no such file": (["data.train=nothing.jsonl"], ["nothing.jsonl"]),
+    "a rank of 0": (["lora.rank=0"], ["lora.rank", "at least 1"]),
+    "no GPU when asked for": (["base.device=cuda"], ["cuda", "doctor"]),
+    "targets that match nothing": (["lora.targets=[q_prj]"], ["q_prj", "q_proj"]),
+    "longer than the model's positions": (["data.max_tokens=99999"], ["99999", "positions"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(recipe, name):
+    overrides, words = BAD[name]
+    if name == "no GPU when asked for" and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert_mistake(call("train", recipe, *overrides), *words)
+    assert not (recipe.parent / "run" / "adapter").exists()
+    assert not (recipe.parent / "run" / "checkpoints").exists()
+
+
+def test_empty_data_is_one_line(recipe):
+    (recipe.parent / "rows.jsonl").write_text("")
+    assert_mistake(call("train", recipe), "rows.jsonl")
+    assert not (recipe.parent / "run").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_read(recipe):
+    (recipe.parent / "run").write_text("mine")
+    assert_mistake(call("train", recipe), "is a file")
+    assert (recipe.parent / "run").read_text() == "mine"
+
+
+def test_a_folder_of_other_things_is_never_replaced(recipe):
+    (recipe.parent / "run").mkdir()
+    (recipe.parent / "run" / "thesis.tex").write_text("years of work")
+    assert_mistake(call("train", recipe, "--overwrite"), "not empty")
+    assert (recipe.parent / "run" / "thesis.tex").exists()
+
+
+def test_a_run_that_failed_at_its_start_can_be_started_again(recipe):
+    assert call("train", recipe, "lora.targets=[q_prj]").exit_code == 2
+    assert call("train", recipe).exit_code == 0
+
+
+def test_every_mistake_in_a_recipe_is_told_at_once(recipe):
+    result = call("train", recipe, "lora.rnak=1", "train.stepz=2")
+    assert result.exit_code == 2
+    assert "2 mistakes" in result.stderr
+    assert "lora.rank" in result.stderr
+    assert "train.steps" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "export", "report"])
+def test_verbs_on_something_else_than_a_run_say_so(tmp_path, verb):
+    more = {"generate": ["--prompt", "x"], "export": ["--out", tmp_path / "out"]}.get(verb, [])
+    assert_mistake(call(verb, tmp_path, *more), str(tmp_path))
+
+
+def test_unbuilt_exports_are_refused(finished, tmp_path):
+    assert_mistake(call("export", finished[0], "--to", "gguf", "--out", tmp_path / "g"), "gguf", "merged")
+
+
+def test_recipes_can_be_listed_shown_and_copied(tmp_path):
+    assert "quickstart" in call("recipes", "list").stdout
+    assert call("recipes", "show", "default").stdout.startswith("#")
+    assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 0
+    assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 2
+    assert "lora.rank" in call("recipes", "schema").stdout
+
+
+def test_help_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys; sys.argv = ['qlora-kit', '--help']\n"
+        "from qlora_kit.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout
+    assert done.stdout.strip().endswith(("[]", "['pydantic']"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(recipe, number, code):
+    command = [str(Path(sys.executable).with_name("qlora-kit")), "train", str(recipe), "train.steps=100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    metrics = recipe.parent / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == code, output
+    assert "--resume" in output
+    assert "Traceback" not in output
+    assert list((recipe.parent / "run" / "checkpoints").glob("step-*/manifest.json"))

@@ -1,0 +1,67 @@
+"""What only a CUDA device can show: the same codes and values as on the CPU, a step that learns, paged state."""
+
+import pytest
+import torch
+from tiny import llama, tokens, wake
+
+from qlora_kit.base.formats import Quantization, quantize
+from qlora_kit.base.load import freeze_and_quantize
+from qlora_kit.lora import adapter_parameters, add_lora
+from qlora_kit.memory import PeakCounter
+from qlora_kit.train.optim import AdapterOptimizer
+
+pytestmark = pytest.mark.gpu
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_the_gpu_stores_and_reads_what_the_cpu_does(kind):
+    """Decoded values differ at most where a weight lies within rounding of the middle between two codes."""
+    models = [
+        freeze_and_quantize(llama(hidden_size=128, intermediate_size=256), Quantization(kind), torch.float32, device)
+        for device in (CPU, CUDA)
+    ]
+    on_cpu, on_cuda = (model.model.layers[0].mlp.up_proj.dense(torch.float32).cpu() for model in models)
+    assert on_cpu.abs().max() > 0
+    assert ((on_cpu - on_cuda).abs() > 1e-5 * on_cpu.abs().max()).float().mean() < 1e-3
+
+
+def test_codes_made_on_the_gpu_are_the_cpus_but_for_ties():
+    w_OI = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    on_cpu, on_cuda = (quantize(w_OI.to(device), Quantization())["codes"].cpu() for device in (CPU, CUDA))
+    assert (on_cpu != on_cuda).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adamw"])
+def test_steps_on_the_gpu_lower_the_loss_in_bf16(kind):
+    model = freeze_and_quantize(llama(hidden_size=128, intermediate_size=256), Quantization(), torch.bfloat16, CUDA)
+    add_lora(model, rank=32)
+    optimizer = AdapterOptimizer(list(adapter_parameters(model)), kind)
+    ids = tokens(4, 32).to(CUDA)
+    losses = []
+    for _ in range(30):
+        loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step(3e-3)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.effective_kind == kind
+
+
+def test_gradients_on_the_gpu_agree_with_the_cpus_in_fp32():
+    gradients = []
+    for device in (CPU, CUDA):
+        model = freeze_and_quantize(llama(), Quantization("int8"), torch.float32, device)
+        add_lora(model, dtype=torch.float32)
+        wake(model)
+        ids = tokens().to(device)
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten().cpu() for _, p in adapter_parameters(model)]))
+    assert gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()  # TF32 is off; sums in another order
+
+
+def test_the_counter_reads_the_allocators_peak():
+    with PeakCounter(CUDA) as counter:
+        torch.empty(2**26, dtype=torch.uint8, device=CUDA)
+    assert counter.peak_bytes >= 2**26

@@ -1,0 +1,283 @@
+"""The ledger counts every storage once, while it lives, and says whose it is; the counter is the system's own word."""
+
+import gc
+import time
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import LlamaConfig, masking_utils
+
+from qlora_kit.base.load import build_model
+from qlora_kit.lora import adapter_parameters, add_lora
+from qlora_kit.memory import CATEGORIES, PHASES, Ledger, PeakCounter
+from qlora_kit.memory.counter import resident_bytes
+from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.train.step import accumulate_gradients
+
+KIB = 1024
+CPU = torch.device("cpu")
+
+
+class Batch:
+    """Rows for a step, of any kind of tensor."""
+
+    def __init__(self, rows=2, length=16, vocab=97):
+        self.input_ids = torch.zeros(rows, length, dtype=torch.int64).add_(torch.arange(length) % vocab)
+        self.labels = self.input_ids.clone()
+
+
+def training_step(kind="nf4", make=tiny.llama):
+    """Two steps of a tiny model, watched from the start of the first; the ledger and what it watched."""
+    model = tiny.quantized(make(), kind)
+    add_lora(model, rank=4, alpha=8)
+    model.train()
+    parameters = list(adapter_parameters(model))
+    optimizer = AdapterOptimizer(parameters, "adamw")
+    ledger = Ledger(model)
+    ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
+    with ledger:
+        for _ in range(2):
+            accumulate_gradients(model, [Batch(), Batch()], 60, phase=ledger.phase)
+            with ledger.phase("optimizer"):
+                optimizer.rehearse()
+    return ledger, model, optimizer
+
+
+# --- storages ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_storage_counts_once_however_many_views_it_has():
+    with Ledger() as ledger:
+        x = torch.zeros(KIB)
+        views = [x.view(32, 32), x[::2], x.t(), x.detach(), x.expand(7, KIB), x.as_strided((3,), (1,))]
+        x.add_(1)
+        x.mul_(2).clamp_(0, 1)
+        torch.add(x, 1, out=x)
+        assert len(views) == 6
+        assert ledger.current() == 4 * KIB
+        y = x + 1
+        assert ledger.current() == 8 * KIB
+    assert ledger.peak() == 8 * KIB
+    assert y.numel() == KIB
+
+
+def test_a_view_keeps_its_whole_storage_alive():
+    with Ledger() as ledger:
+        x = torch.zeros(KIB)
+        head = x[:1]
+        del x
+        assert ledger.current() == 4 * KIB
+        del head
+        assert ledger.current() == 0
+    assert ledger.peak() == 4 * KIB
+
+
+def test_freed_storages_leave_and_the_peak_stays():
+    with Ledger() as ledger:
+        for _ in range(5):
+            x = torch.zeros(KIB)
+            del x
+        assert ledger.current() == 0
+        a, b = torch.zeros(KIB), torch.zeros(KIB, dtype=torch.uint8)
+        del a
+        assert ledger.current() == KIB
+        del b
+    assert ledger.peak() == 5 * KIB
+    assert sum(ledger.by_category().values()) == ledger.peak()
+
+
+def test_what_was_there_before_counts_from_its_first_appearance_in_a_result():
+    x = torch.zeros(KIB)
+    with Ledger() as ledger:
+        y = x + 1
+        assert ledger.current() == 4 * KIB
+        x.add_(1)
+        assert ledger.current() == 8 * KIB
+        assert y.any()
+
+
+def test_nothing_is_counted_outside_the_block_and_the_block_can_be_entered_again():
+    ledger = Ledger()
+    with ledger:
+        x = torch.zeros(KIB)
+    y = torch.zeros(KIB)
+    assert ledger.current() == 4 * KIB
+    with ledger:
+        z = torch.zeros(KIB)
+        assert ledger.current() == 8 * KIB
+        del x
+        assert ledger.current() == 4 * KIB
+    del z
+    assert ledger.current() == 0, "a death is seen outside the block too"
+    assert ledger.peak() == 8 * KIB
+    assert y.numel() == KIB
+
+
+def test_two_ledgers_one_inside_the_other_see_the_same():
+    outer, inner = Ledger(), Ledger()
+    with outer, outer.phase("forward"):
+        x = torch.zeros(KIB)
+        with inner, inner.phase("evaluate"):
+            y = torch.ones(KIB)
+    assert x.numel() == y.numel() == KIB
+    assert outer.peak() == 8 * KIB
+    assert inner.peak() == 4 * KIB
+    assert inner.peak_by_phase() == {"evaluate": 4 * KIB}
+
+
+def test_one_ledger_inside_itself_counts_nothing_twice():
+    ledger = Ledger()
+    with ledger:
+        with ledger:
+            x = torch.zeros(KIB)
+        y = torch.zeros(KIB)
+        assert ledger.current() == 8 * KIB
+    assert x.numel() == y.numel() == KIB
+    assert ledger.peak() == 8 * KIB
+
+
+def test_an_empty_ledger_answers_with_zeros():
+    assert Ledger().summary() == {
+        "peak_bytes": 0, "resident_bytes": 0, "by_category": dict.fromkeys(CATEGORIES, 0), "peak_by_phase": {},
+    }  # fmt: skip
+
+
+# --- whose they are ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "none"])
+def test_a_models_weights_count_by_their_bytes_under_their_owners(kind):
+    model = tiny.quantized(tiny.llama(), kind)
+    add_lora(model, rank=4, alpha=8, dtype=torch.bfloat16)
+    held = Ledger(model).by_category()
+    packed = {"nf4": 0.5, "fp4": 0.5, "int8": 1, "none": 4}[kind]
+    linear = sum(layer.numel() for name, layer in tiny.llama().named_parameters() if "proj" in name)
+    dense = sum(p.numel() for name, p in tiny.llama().named_parameters() if "proj" not in name)
+    rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
+    assert held["base_weights"] == linear * packed + dense * 4 + rotary
+    constants = [b for name, b in model.named_buffers() if name.rpartition(".")[2].startswith("absmax")]
+    assert held["quantization_state"] == sum(b.nbytes for b in constants)
+    assert (held["quantization_state"] > 0) == (kind != "none")
+    assert held["adapters"] == sum(2 * p.numel() for _, p in adapter_parameters(model))
+    assert sum(held.values()) == Ledger(model).peak()
+
+
+def test_tied_weights_count_once():
+    tied, untied = (tiny.llama(tie_word_embeddings=is_tied) for is_tied in (True, False))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert Ledger(untied).peak() - Ledger(tied).peak() == 4 * 97 * 48
+
+
+@pytest.mark.parametrize("kind", ["nf4", "none"])
+def test_the_categories_sum_to_the_peak_of_a_step_and_hardly_anything_is_nobodys(kind):
+    ledger, model, optimizer = training_step(kind)
+    held = ledger.by_category()
+    assert set(held) == set(CATEGORIES)
+    assert sum(held.values()) == ledger.peak() == max(ledger.peak_by_phase().values())
+    assert held["other"] < 0.01 * ledger.peak()
+    assert min(held[name] for name in ("base_weights", "adapters", "optimizer_state", "activations", "workspace")) > 0
+    assert set(ledger.peak_by_phase()) == {"forward", "loss", "backward", "optimizer"} <= set(PHASES)
+    assert held["base_weights"] + held["quantization_state"] + held["adapters"] == Ledger(model).peak()
+    state = sum(tensor.nbytes for name, tensor in optimizer.state_tensors() if name != "rounding")
+    assert state <= held["optimizer_state"] <= state + optimizer._generator.get_state().nbytes
+
+
+def test_after_a_step_stands_what_stood_before_it():
+    ledger, model, optimizer = training_step()
+    gc.collect()
+    state = sum(tensor.nbytes for name, tensor in optimizer.state_tensors() if name != "rounding")
+    assert ledger.current() == Ledger(model).peak() + state
+    assert ledger.current() < ledger.peak()
+
+
+@pytest.mark.parametrize("peak_in", ["forward", "optimizer"])
+def test_activations_wait_for_the_backward_pass_and_workspace_does_not(peak_in):
+    model = nn.Module()
+    model.weight = weight = nn.Parameter(torch.randn(64, 64) / 8)
+    spare = {"forward": 0, "optimizer": 0, peak_in: 1 << 20}
+    ledger = Ledger(model)
+    with ledger:
+        x_BD = torch.randn(8, 64)  # outside all phases, like the rows of a batch
+        with ledger.phase("forward"):
+            h = (x_BD @ weight).exp()  # exp keeps its result; the product is gone
+            torch.zeros(spare["forward"], dtype=torch.uint8)
+        with ledger.phase("loss"):
+            loss = h.sum()
+        kept = h.nbytes
+        del h
+        with ledger.phase("backward"):
+            loss.backward()
+        loss = loss.item()
+        with ledger.phase("optimizer"):
+            step = weight.grad * 0.1
+            torch.zeros(spare["optimizer"], dtype=torch.uint8)
+    assert max(ledger.peak_by_phase(), key=ledger.peak_by_phase().get) == peak_in
+    wanted = dict.fromkeys(CATEGORIES, 0) | {"base_weights": weight.nbytes, "other": x_BD.nbytes, "workspace": 1 << 20}
+    if peak_in == "forward":
+        wanted["activations"] = kept
+    else:
+        wanted["gradients"] = weight.grad.nbytes
+        wanted["workspace"] += step.nbytes
+    assert ledger.by_category() == wanted
+
+
+def test_gradients_are_found_where_the_next_forward_pass_makes_the_peak():
+    ledger, model, _ = training_step()
+    wanted = sum(p.nbytes for _, p in adapter_parameters(model))
+    assert ledger.by_category()["gradients"] == wanted, "two micro-batches: those of the first stand through the second"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_the_same_step_on_fake_and_on_real_tensors_has_the_same_accounts_byte_for_byte(kind, monkeypatch):
+    # transformers reads off the positions that no mask is needed; on fake tensors it cannot, and the plan tells it so.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    real = training_step(kind)[0].summary()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = training_step(kind, fake_llama)[0].summary()
+    assert real["peak_bytes"] > 2 * real["by_category"]["adapters"] > 0
+    for account in ("peak_bytes", "by_category", "peak_by_phase"):
+        assert fake[account] == real[account], account
+
+
+def fake_llama():
+    return build_model(LlamaConfig(**tiny.LLAMA), torch.float32, "sdpa")
+
+
+def test_plain_operators_have_the_same_accounts_on_fake_and_on_real_tensors_byte_for_byte():
+    def work():
+        with Ledger() as ledger, ledger.phase("forward"):
+            x = torch.zeros(33, 65, requires_grad=True)
+            y = torch.softmax(x @ x.t(), -1) @ x
+            loss = (y.float() * y.detach()[:, :1]).sum()
+            with ledger.phase("backward"):
+                loss.backward()
+        return ledger.summary()
+
+    real = work()
+    with FakeTensorMode():
+        fake = work()
+    assert real["peak_bytes"] > 4 * 33 * 65
+    assert fake == real
+
+
+# --- the system's own count -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(resident_bytes() == (0, 0), reason="this system has no /proc/self/status")
+def test_the_counter_sees_a_tensor_of_64_mib():
+    size = 64 * 2**20
+    before = resident_bytes()[0]
+    with PeakCounter(CPU, interval_s=0.01) as counter:
+        x = torch.ones(size, dtype=torch.uint8)  # written to, so its pages are there
+        deadline = time.monotonic() + 5
+        while counter.peak_bytes < before + 0.9 * size and time.monotonic() < deadline:
+            time.sleep(0.01)
+        inside = counter.peak_bytes
+        del x
+    assert inside >= before + 0.9 * size  # some of the pages may come from memory that was there already
+    assert counter.peak_bytes >= inside
+    assert counter.file_backed_bytes > 0, "the libraries' own code"
+    assert "RssAnon" in counter.name
