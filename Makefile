@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SHELL := /bin/bash
 STAMP := .venv/.installed
 # PyPI's torch for Linux brings several GB of CUDA libraries. Without a GPU a CPU build does:
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -1,4 +1,4 @@
-"""The verbs from outside: a whole run on a tiny model; a mistake is one line, its exit code, and nothing half-written."""
+"""The verbs from outside: a whole run on a tiny model; a mistake is one line and an exit code; nothing half-written."""
 
 import json
 import os

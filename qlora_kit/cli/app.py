@@ -124,9 +124,9 @@ def train(
     if resume and overwrite:
         raise RecipeError("--resume goes on with a run and --overwrite removes it; give one of them")
     checked = read_recipe(recipe, overrides or [])
-    quiet_libraries()
     screen = Screen()
-    with screen.catching_signals(), screen.starting():
+    with screen.catching_signals(), screen.showing():
+        quiet_libraries()
         from qlora_kit.run import train as run_train
 
         result = run_train(

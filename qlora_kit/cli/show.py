@@ -154,8 +154,9 @@ class Screen(Watch):
         return self.signal is not None
 
     @contextmanager
-    def starting(self) -> Iterator[None]:
-        """Close the bar however the block ends."""
+    def showing(self) -> Iterator[None]:
+        """Say at once that something happens, and close the bar however the block ends."""
+        self.console.print("[dim]reading the model's shape and the rows, planning the memory ...[/]")
         try:
             yield
         finally:

@@ -2,7 +2,7 @@
 
 from qlora_kit.lora.adapters import load_adapter, save_adapter
 from qlora_kit.lora.fingerprint import fingerprint
-from qlora_kit.lora.inject import LoraReport, add_lora, lora_layers
+from qlora_kit.lora.inject import LoraReport, add_lora, add_recipe_lora, lora_layers
 from qlora_kit.lora.layer import LoraLinear, adapter_parameters, adapters_off, use_adapter
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "adapter_parameters",
     "adapters_off",
     "add_lora",
+    "add_recipe_lora",
     "fingerprint",
     "load_adapter",
     "lora_layers",

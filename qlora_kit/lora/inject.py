@@ -25,6 +25,7 @@ from qlora_kit.lora.layer import (
     lora_layers,
     use_adapter,
 )
+from qlora_kit.recipe import Lora
 
 GROUPS = ("all-linear", "attention", "mlp", "head")
 
@@ -109,6 +110,23 @@ def add_lora(
         layer.adapters[name] = adapter.train(layer.training)
     use_adapter(model, name)
     return lora_report(model, name)
+
+
+def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> LoraReport:
+    """`add_lora` with the settings of a recipe's section."""
+    return add_lora(
+        model,
+        rank=int(lora.rank),
+        alpha=lora.alpha,
+        targets=lora.targets,
+        dropout=lora.dropout,
+        scaling=lora.scaling,
+        init=lora.init,  # type: ignore[arg-type]
+        dora=lora.dora,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        seed=seed,
+    )
 
 
 def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:

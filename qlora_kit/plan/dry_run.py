@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 from qlora_kit.base.dense import QuantizedLinear, parameter_count
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
-from qlora_kit.lora import adapter_parameters, add_lora
+from qlora_kit.lora import adapter_parameters, add_recipe_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Lora, Recipe
 from qlora_kit.train.activations import Policy, set_activation_policy
@@ -133,18 +133,7 @@ def _build(config: PretrainedConfig, work: Workload) -> tuple[PreTrainedModel, l
         model.requires_grad_(True)
         parameters = list(model.named_parameters())
     else:
-        lora = work.lora
-        add_lora(
-            model,
-            rank=int(lora.rank),
-            alpha=lora.alpha,
-            targets=lora.targets,
-            dropout=lora.dropout,
-            scaling=lora.scaling,
-            init=lora.init,  # type: ignore[arg-type]
-            rank_pattern=lora.rank_pattern,
-            alpha_pattern=lora.alpha_pattern,
-        )
+        add_recipe_lora(model, work.lora)
         parameters = list(adapter_parameters(model))
     set_activation_policy(model, work.activations)
     return model.train(), parameters

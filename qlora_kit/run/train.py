@@ -13,7 +13,7 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.load import read_config, resolve_device
 from qlora_kit.errors import FitError
 from qlora_kit.export import trained_against
-from qlora_kit.lora import LoraReport, adapter_parameters, add_lora, save_adapter
+from qlora_kit.lora import LoraReport, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import plan_methods
 from qlora_kit.recipe import Recipe
@@ -150,19 +150,7 @@ def _load_and_adapt(
     recipe: Recipe, plan: Mapping[str, Any], trust_remote_code: bool
 ) -> tuple[PreTrainedModel, LoraReport]:
     model = load_recipe_base(recipe, trust_remote_code=trust_remote_code)
-    lora = recipe.lora
-    report = add_lora(
-        model,
-        rank=int(lora.rank),
-        alpha=lora.alpha,
-        targets=lora.targets,
-        dropout=lora.dropout,
-        scaling=lora.scaling,
-        init=lora.init,  # type: ignore[arg-type]
-        rank_pattern=lora.rank_pattern,
-        alpha_pattern=lora.alpha_pattern,
-        seed=recipe.train.seed,
-    )
+    report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed)
     set_activation_policy(model, plan["activations"])
     return model, report
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from qlora_kit.data import Batch, Encoded, Sampler, collate
-from qlora_kit.errors import TrainingError
+from qlora_kit.errors import DeviceError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import Progress, save_checkpoint
@@ -75,6 +75,9 @@ def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accele
     """Accelerate with its own precision, accumulation and loaders switched off: these are the kit's.
 
     Its `backward` divides by the accumulation count, its mixed precision casts outputs up, its loader reads ahead.
+
+    Raises:
+        DeviceError: several processes were launched.
     """
     accelerator = Accelerator(
         mixed_precision="no",
@@ -83,14 +86,18 @@ def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accele
         log_with=list(train.trackers) or None,
         project_dir=str(folder),
     )
+    if accelerator.num_processes > 1:
+        raise DeviceError(
+            f"{accelerator.num_processes} processes were launched, and this version trains on one device; "
+            "start qlora-kit by itself"
+        )
     if train.trackers:
         accelerator.init_trackers(folder.name)
     return accelerator
 
 
 def rehearse_longest(job: Job, ledger: Ledger) -> None:
-    """Run forward and backward once on the longest rows and forget it: what does not fit fails here, in the first
-    minute.
+    """Run forward and backward on the longest rows and forget it: what does not fit fails here, in the first minute.
 
     Parameters, optimizer and random states stay as they were.
     """
@@ -99,7 +106,8 @@ def rehearse_longest(job: Job, ledger: Ledger) -> None:
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         job.model.train()
-        accumulate_gradients(job.model, [batch], batch.trained_tokens, phase=ledger.phase)
+        batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
+        accumulate_gradients(job.model, batches, batch.trained_tokens, phase=ledger.phase)
     for parameter in job.parameters.values():
         parameter.grad = None
 
