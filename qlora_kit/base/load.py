@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear, quantize_linear
@@ -78,9 +78,11 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) ->
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration, from its folder alone."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
+    _check_config(folder, config)
+    return config
 
 
 def freeze_and_quantize(
@@ -169,6 +171,22 @@ def resolve_device(device: str) -> torch.device:
         count = torch.cuda.device_count()
         raise DeviceError(f"device {device} was asked for, but there are {count} GPUs, numbered from 0")
     return asked
+
+
+def _check_config(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse what would fail late or train wrongly.
+
+    Raises:
+        ModelError: the model is quantised already, reads in both directions, or is an encoder with a decoder.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
+        raise ModelError(f"{folder} is quantised already ({method}); give the 16-bit model that it was made from")
+    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+        raise ModelError(f"{folder} holds a {config.model_type}, which is no causal language model")
+    if config.is_encoder_decoder or type(config) in AutoModelForMaskedLM._model_mapping:
+        raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 
 def _load_dense(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> PreTrainedModel:

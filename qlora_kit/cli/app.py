@@ -132,7 +132,7 @@ def train(
         result = run_train(
             checked, resume=resume, overwrite=overwrite, watch=screen, trust_remote_code=trust_remote_code
         )
-    screen.ended(result, recipe)
+    screen.ended(result)
     if screen.signal is not None and not result.finished:
         raise typer.Exit(128 + screen.signal)
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
@@ -132,7 +133,7 @@ class Screen(Watch):
             exact = f"  exact match {fields['exact_match']:.1%}" if "exact_match" in fields else ""
             self.console.print(f"  {label:15} loss {fields['loss']:.3f}  perplexity {fields['perplexity']:,.2f}{exact}")
 
-    def ended(self, result: "Result", recipe_name: str) -> None:
+    def ended(self, result: "Result") -> None:
         """Where everything lies, and what to type next."""
         self._end_bar()
         folder = result.folder
@@ -140,7 +141,7 @@ class Screen(Watch):
         if not result.finished:
             self.console.print(
                 f"\nstopped after step {result.step}; the state is saved. Go on with:\n"
-                f"  qlora-kit train {escape(recipe_name)} output={escape(str(shown))} --resume"
+                f"  qlora-kit train {escape(shlex.quote(str(shown / 'recipe.yaml')))} --resume"
             )
             return
         self.console.print(f"\n[bold]memory[/] planned beside measured\n{escape(_memory_text(folder))}")

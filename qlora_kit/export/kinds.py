@@ -34,6 +34,8 @@ from qlora_kit.units import MIB, format_bytes
 
 MANIFEST, CARD = "export.json", "README.md"
 
+AUDIT_SHARE = 0.8
+"""Of the free memory of a card, what the weights of an export may take for its audit; logits want the rest."""
 TEXT_BYTES = 64 * MIB
 """Room kept free on the disk for config, card and tokenizer (the largest tokenizer files are about 35 MB)."""
 
@@ -192,7 +194,15 @@ def _audit(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> di
     export, info = loaded
     odd = sorted([*info["missing_keys"], *info["unexpected_keys"]])
     assert not odd, f"the export and its own config disagree on {odd[:5]}"
-    return compare(model, export.to(model.device), batches)
+    return compare(model, export.to(_audit_device(model, export)), batches)
+
+
+def _audit_device(model: PreTrainedModel, export: PreTrainedModel) -> torch.device:
+    """Where the export is run beside the model as trained: on the CPU if the card has no room for both."""
+    if model.device.type != "cuda":
+        return model.device
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return model.device if sum(p.nbytes for p in export.parameters()) < AUDIT_SHARE * free else torch.device("cpu")
 
 
 def _seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
     """
     device = resolve_device(recipe.base.device)
     budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)
+    if budget is None and device.type == "cuda":
+        budget = available_bytes(device)
     policy, qlora = _fitting(recipe, config, pace, tokens, budget or available_bytes(device))
     work = _workload(recipe, pace, tokens, policy)
     methods = {

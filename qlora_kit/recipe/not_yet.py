@@ -14,7 +14,7 @@ class NotYet:
     instead: str
 
 
-def _only(*built: str | bool | int | None) -> Callable[[Any], bool]:
+def _only(*built: str | bool | float | None) -> Callable[[Any], bool]:
     return lambda value: value in built
 
 
@@ -49,6 +49,7 @@ ROWS = (
     NotYet("data.thinking", _only("keep"), "built: keep"),
     NotYet("data.on_error", _only("stop"), "built: stop"),
     NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),
+    NotYet("train.beta", _only(0.1), "preference tasks, which read it, are not built either"),
     NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
     NotYet("train.early_stopping", _only(None), "built: null; the newest checkpoints are kept"),
     NotYet("train.full_finetune", _only(False), "built: false; the plan shows what true would take"),

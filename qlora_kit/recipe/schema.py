@@ -102,7 +102,7 @@ class Base(Section):
     block_size: BlockSize = 64
     """Weights that share one constant; 64 as in QLoRA, section 3."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What weights are decoded to; auto: bfloat16 where the device has it and on the CPU, else float16."""
+    """What weights are decoded to; auto: bfloat16 where the device multiplies it, else float16, on a CPU float32."""
     skip: list[Text] = []
     """Names of linear layers that stay dense, beside heads and classifiers."""
     quantize_head: bool = False

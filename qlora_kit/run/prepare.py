@@ -11,9 +11,9 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.load import build_model, read_config
 from qlora_kit.data import Batch, Encoded, EncodedSet, collate, encode_rows, find_template, load_rows, split_eval
-from qlora_kit.errors import DataError, RunError
+from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.pace import Pace, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
 from qlora_kit.watch import Watch
 
 
@@ -88,25 +88,26 @@ def held_out_rows(
     if data is not None:
         rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns)
         return _encode(rows, recipe, tokenizer, config)
-    held_out = _read_rows(recipe, tokenizer, config)[1]
-    if not held_out.rows:
-        raise RunError(f"{recipe.output} held no rows out (data.eval is null); give rows with --data FILE")
-    return held_out
+    return _read_rows(recipe, tokenizer, config)[1]
 
 
-def eval_batches(rows: list[Encoded], pad_id: int, device: torch.device, micro_batch: int = 16) -> list[Batch]:
-    """Held-out rows side by side, those of like length together."""
+def eval_batches(rows: list[Encoded], pad: int, device: torch.device) -> list[Batch]:
+    """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    return [
-        collate(ordered[start : start + micro_batch], pad_id).to(device)
-        for start in range(0, len(ordered), micro_batch)
-    ]
+    batches, waiting = [], list[Encoded]()
+    for row in ordered:
+        tokens = (len(waiting) + 1) * len(row.input_ids)
+        if waiting and (tokens > TOKENS_A_MICRO_BATCH or len(waiting) == ROWS_A_STEP):
+            batches.append(collate(waiting, pad).to(device))
+            waiting = []
+        waiting.append(row)
+    return batches + ([collate(waiting, pad).to(device)] if waiting else [])
 
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model, counted on a model without storage."""
     with torch.device("meta"):
-        return parameter_count(build_model(config, torch.bfloat16, "sdpa"))
+        return parameter_count(build_model(config, torch.bfloat16, "eager"))
 
 
 def _read_rows(

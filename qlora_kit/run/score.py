@@ -27,7 +27,7 @@ def score(model: PreTrainedModel, prepared: Prepared) -> dict[str, Any]:
     samples = [
         {
             "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
-            "reference": row.answer,
+            "reference": reference(prepared.tokenizer, row),
             "base": before,
             "adapter": after,
         }
@@ -58,10 +58,19 @@ def score_rows(
     texts = generate_texts(model, tokenizer, [row.prompt or [] for row in asked], max_new_tokens=room)
     if not is_short:
         return measured, texts
-    fields = asdict(measured) | {"exact_match": exact_match(texts, [row.answer or "" for row in asked])}
+    fields = asdict(measured) | {"exact_match": exact_match(texts, [reference(tokenizer, row) for row in asked])}
     return Score(**fields), texts
 
 
 def answered_rows(rows: list[Encoded]) -> list[Encoded]:
     """Rows that end in one answer to one prompt, so that a model can be asked for it."""
-    return [row for row in rows if row.prompt is not None and row.answer is not None]
+    return [row for row in rows if row.prompt and row.answer is not None]
+
+
+def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:
+    """What the row was trained to say after its prompt: templates add to it (an empty block of thought)."""
+    prompt = row.prompt or []
+    if row.input_ids[: len(prompt)] != prompt:
+        return row.answer or ""
+    text = tokenizer.decode(row.input_ids[len(prompt) :], skip_special_tokens=True)
+    return str(text)

@@ -165,6 +165,8 @@ def _train(
     resume: bool,
 ) -> tuple[bool, Progress]:
     torch.manual_seed(recipe.train.seed)
+    if model.dtype == torch.float16:
+        watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
     parameters = dict(adapter_parameters(model))
     optimizer = AdapterOptimizer(
         list(parameters.items()),
@@ -197,10 +199,15 @@ def _train(
     with PeakCounter(model.device) as counter:
         ledger = Ledger(model)
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
-        with ledger:
-            rehearse_longest(job, ledger)
         try:
+            with ledger:
+                rehearse_longest(job, ledger)
             finished = train_loop(job, metrics, counter, ledger)
+        except torch.OutOfMemoryError as error:
+            raise FitError(
+                f"{model.device} ran out of memory after step {job.progress.step}; lower train.micro_batch (now "
+                f"{job.pace.micro_batch}) or data.max_tokens, or set memory.activations=recompute"
+            ) from error
         finally:
             metrics.close()
             write_memory(folder, plan["methods"]["qlora"], ledger, counter)

@@ -15,6 +15,9 @@ from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, p
 from qlora_kit.run.score import score_rows
 from qlora_kit.train.evaluate import Score, generate_texts
 
+MAX_TOKENS = 2048
+"""Longest row on which a model folder without a recipe is evaluated."""
+
 
 def load_run(
     folder: Path, *, device: str | None = None, bare_base: bool = False, force: bool = False
@@ -59,8 +62,11 @@ def evaluate(folder: Path, *, data: Path | None, bare_base: bool, force: bool) -
             raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
         model = load_base(folder, quantization="none")
         tokenizer = load_tokenizer(folder)
-        recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data)))
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
+        recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
         rows = held_out_rows(recipe, tokenizer, model.config, data)
+    if not rows.rows:
+        raise RunError(f"{folder} held no rows out (data.eval is null); give rows with --data FILE")
     measured, _ = score_rows(model, tokenizer, rows.rows, eval_batches(rows.rows, pad_id(tokenizer), model.device))
     return measured
 
@@ -113,7 +119,7 @@ def export_run(folder: Path, out: Path, *, to: str, onto: str, dtype: str, force
         tokenizer,
         out,
         dtype=dtype,
-        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device),
+        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device) if rows else None,
         provenance=provenance_of(recipe),
     )
 

@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on, in safetensors and JSON, complete or absent.
 
-    checkpoints/step-000050/  adapter/  optimizer.safetensors  random.safetensors  state.json  manifest.json
+    checkpoints/step-000050/  parameters.safetensors  optimizer.safetensors  random.safetensors
+                              state.json  manifest.json
 
 A folder takes its name when everything in it is on disk, manifest with checksums included. No pickle is written or
 read.

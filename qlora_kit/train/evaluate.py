@@ -1,6 +1,6 @@
 """How good a model is on held-out rows: loss and perplexity, and exact match where the answers are short.
 
-Evaluation changes nothing: no gradient, no random state, and the training mode is put back.
+Evaluation changes nothing: no gradient, no random state (unless answers are sampled), and the mode is put back.
 """
 
 import math
@@ -126,7 +126,13 @@ def _generation_config(
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **sampling)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        repetition_penalty=1.0,  # said, or transformers takes the model's own, and scores would be those of a penalty
+        **sampling,
+    )
 
 
 def _pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

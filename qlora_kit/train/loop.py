@@ -49,7 +49,6 @@ class Job:
         progress: where to start.
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
-        tracker: is given every row of metrics beside the file (accelerate's trackers).
     """
 
     model: PreTrainedModel

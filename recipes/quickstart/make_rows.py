@@ -2,8 +2,8 @@
 
     python recipes/quickstart/make_rows.py --out recipes/quickstart
 
-    def get_code(self, fullname): # call: get_code(fullname)
-    def warn(message, *, stacklevel=1): # call: warn(message, stacklevel=stacklevel)
+    def get_code(self, fullname):  ->  get_code(fullname)
+    def warn(message, *, stacklevel=1):  ->  warn(message, stacklevel=stacklevel)
 
 The rule: the name, then every parameter. `self` and `cls`, annotations and defaults are left out, a parameter that only
 a keyword can reach is written `name=name`, and the stars of `*args` and `**options` stay.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from pretrain import Document, gather_corpus
 
-MAX_CHARACTERS = 80
+MAX_CHARACTERS = 50
 RECEIVERS = ("self", "cls")
 
 
@@ -77,7 +77,7 @@ def rows_of(document: Document) -> list[Row]:
         head, arguments = head_of(function), arguments_of(function)
         is_magic = function.name.startswith("__") and function.name.endswith("__")
         if arguments and not is_magic and len(head) <= MAX_CHARACTERS and head.isprintable():
-            rows.append(Row(f"{head} # call: ", f"{function.name}({', '.join(arguments)})"))
+            rows.append(Row(head, f" {function.name}({', '.join(arguments)})"))
     return rows
 
 
