@@ -3,7 +3,7 @@
     python recipes/quickstart/make_rows.py --out recipes/quickstart
 
     def get_code(self, fullname):  ->  get_code(fullname)
-    def warn(message, *, stacklevel=1):  ->  warn(message, stacklevel=stacklevel)
+    def copy2(src, dst, *, follow_symlinks=True):  ->  copy2(src, dst, follow_symlinks=follow_symlinks)
 
 The rule: the name, then every parameter. `self` and `cls`, annotations and defaults are left out, a parameter that only
 a keyword can reach is written `name=name`, and the stars of `*args` and `**options` stay.
@@ -100,7 +100,7 @@ def main() -> None:
     """Write both files and say what is in them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and eval.jsonl")
-    parser.add_argument("--train-rows", type=int, default=6400, help="most training rows (default: 6400)")
+    parser.add_argument("--train-rows", type=int, default=8000, help="most training rows (default: 8000)")
     parser.add_argument("--eval-rows", type=int, default=200, help="most evaluation rows (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice and of the order (default: 0)")
     args = parser.parse_args()
