@@ -16,7 +16,6 @@ help:  ## list these verbs
 
 quickstart: $(STAMP)  ## train, score, export and look at a QLoRA adapter: no GPU, no downloads but the packages
 	@$(BIN)/qlora-kit train quickstart --overwrite
-	@rm -rf runs/quickstart/merged
 	@echo
 	@echo 'merging the adapter into plain weights, and comparing them with the model as trained ...'
 	@$(BIN)/qlora-kit export runs/quickstart --to merged --out runs/quickstart/merged

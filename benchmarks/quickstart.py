@@ -25,7 +25,11 @@ def measure(seed: int, folder: Path) -> dict[str, Any]:
     run = folder / f"seed-{seed}"
     started = time.perf_counter()
     subprocess.run([COMMAND, "train", "quickstart", f"train.seed={seed}", f"output={run}"], check=True)
-    wall_s = time.perf_counter() - started
+    return row_of(run, seed, time.perf_counter() - started)
+
+
+def row_of(run: Path, seed: int, wall_s: float) -> dict[str, Any]:
+    """The row of a finished run folder."""
     scores, plan, memory, env = (
         json.loads((run / name).read_text()) for name in ("scores.json", "plan.json", "memory.json", "env.json")
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.train.objectives import IGNORED
 from qlora_kit.train.step import Phase, Rows, loss_sum, no_phase
 
 
@@ -63,7 +64,7 @@ def evaluate_loss(model: nn.Module, batches: Sequence[Rows], phase: Phase = no_p
     with evaluation_mode(model), phase("evaluate"):
         for batch in batches:
             total += loss_sum(model, batch).item()
-            tokens += int((batch.labels[:, 1:] != -100).sum())
+            tokens += int((batch.labels[:, 1:] != IGNORED).sum())
             rows += len(batch.labels)
     loss = total / tokens
     return Score(loss, math.exp(min(loss, 700.0)), tokens, rows)
