@@ -1,11 +1,14 @@
 """The verbs from outside: a whole run on a tiny model; a mistake is one line and an exit code; nothing half-written."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -205,6 +208,144 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(recipe):
     assert all((whole[key] == parts[key]).all() for key in whole)
 
 
+def test_a_resume_with_another_recipe_is_refused_and_more_steps_are_not(recipe):
+    assert call("train", recipe).exit_code == 0
+    before = (recipe.parent / "run" / "recipe.yaml").read_text()
+    assert_mistake(
+        call("train", recipe, "lora.alpha=64", "train.lr=1e-2", "--resume"), "lora.alpha was 32", "is 64", "train.lr"
+    )
+    assert (recipe.parent / "run" / "recipe.yaml").read_text() == before
+    longer = call("train", recipe, "train.steps=6", "--resume")
+    assert longer.exit_code == 0, longer.output
+    assert "step 6/6" in longer.output
+
+
+def test_an_earlier_run_outlives_a_base_that_cannot_be_loaded(recipe, model_folder, tmp_path):
+    assert call("train", recipe).exit_code == 0
+    adapter = (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    assert_mistake(call("train", recipe, f"base.model={broken}", "--overwrite"), "no tensor for")
+    assert (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_weights_are_asked_for_only_when_the_plan_fits(recipe, monkeypatch):
+    """A hub model of 15 GB is not downloaded to learn that it does not fit."""
+    asked = []
+    folder = yaml.safe_load(recipe.read_text())["base"]["model"]
+
+    def locate(model, revision=None, *, weights=True, code=False, notify=None):
+        asked.append(weights)
+        return Path(folder)
+
+    for module in ("prepare", "train"):
+        monkeypatch.setattr(import_module(f"qlora_kit.run.{module}"), "locate_model", locate)
+    assert call("train", recipe, "base.model=someone/small", "memory.budget=64KiB").exit_code == 3
+    assert asked == [False]
+    assert call("train", recipe, "base.model=someone/small").exit_code == 0
+    assert asked == [False, False, True]
+
+
+REMOTE_CONFIG = """
+from transformers import LlamaConfig
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+REMOTE_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_runs_through_every_verb_if_allowed_and_never_otherwise(recipe, model_folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(model_folder, own)
+    (own / "configuration_own.py").write_text(REMOTE_CONFIG)
+    (own / "modeling_own.py").write_text(REMOTE_MODEL)
+    names = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = json.loads((own / "config.json").read_text()) | {"model_type": "own", "auto_map": names}
+    (own / "config.json").write_text(json.dumps(config))
+    run, model = recipe.parent / "run", f"base.model={own}"
+    verbs = [
+        ("plan", recipe, model),
+        ("train", recipe, model),
+        ("eval", run),
+        ("generate", run, "--prompt", "say cat "),
+        ("export", run, "--to", "adapter", "--out", tmp_path / "adapter"),
+    ]
+    for verb in verbs:
+        refused = call(*verb)
+        assert refused.exit_code == 2, refused.output
+        assert refused.stderr.startswith("error: ")
+        allowed = call(*verb, "--trust-remote-code")
+        assert allowed.exit_code == 0, allowed.output + str(allowed.exception)
+    merged = call("export", run, "--out", tmp_path / "merged", "--trust-remote-code")
+    assert_mistake(merged, "code of its own", "--to adapter")
+
+
+def test_held_out_rows_that_are_all_too_long_are_counted_and_do_not_stop_a_run(recipe):
+    rows = recipe.parent / "rows.jsonl"
+    lines = rows.read_text().splitlines()
+    for i in range(40):  # until the split chooses the one long row
+        rows.write_text("\n".join([*lines, json.dumps({"prompt": f"say {i} ", "completion": "long " * 20})]))
+        result = call("train", recipe, "data.eval=auto", "--overwrite")
+        assert result.exit_code == 0, result.output
+        if "0 rows held out" in result.output:
+            break
+    else:
+        pytest.fail("the split never chose the long row")
+    assert not (recipe.parent / "run" / "scores.json").exists()
+
+
+def test_a_prompt_is_put_as_training_put_it(recipe, model_folder, tmp_path):
+    """The tokenizer has a chat template; a run on completions does not use it, and one on chats does."""
+    chatty = tmp_path / "chatty"
+    shutil.copytree(model_folder, chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(chatty)
+    turns = [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
+    for rows, is_chat in (("rows.jsonl", False), ("chats.jsonl", True)):
+        output, path = tmp_path / f"run-{rows}", tmp_path / rows
+        made = call("train", recipe, f"base.model={chatty}", f"data.train={path}", f"data.eval={path}",
+                    f"output={output}", "data.max_tokens=64")  # fmt: skip
+        assert made.exit_code == 0, made.output
+        answers = [call("generate", output, "--prompt", "say cat ", *raw).output for raw in ([], ["--raw"])]
+        assert (answers[0] != answers[1]) == is_chat
+
+
+def test_a_full_disk_is_one_line(recipe, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/plan.json")
+
+    monkeypatch.setattr("qlora_kit.run.folder.write_json", full)
+    assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
+
+
+def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monkeypatch):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("the signal did not end it")
+
+    monkeypatch.setattr(import_module("qlora_kit.run.train"), "plan_methods", interrupted)
+    result = call("train", recipe)
+    assert result.exit_code == 143
+    assert "before training" in result.output
+    assert not (recipe.parent / "run").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_not_left_out(recipe, monkeypatch):
+    monkeypatch.setattr("qlora_kit.train.loop.get_available_trackers", list)
+    assert_mistake(call("train", recipe, "train.trackers=[wandb]"), "wandb", "pip install wandb")
+
+
 BAD = {
     "no model folder": (["base.model=./nowhere"], ["nowhere"]),
     "wrong key": (["lora.rnak=32"], ["lora.rnak", "lora.rank"]),
@@ -262,6 +403,13 @@ def test_every_mistake_in_a_recipe_is_told_at_once(recipe):
 def test_verbs_on_something_else_than_a_run_say_so(tmp_path, verb):
     more = {"generate": ["--prompt", "x"], "export": ["--out", tmp_path / "out"]}.get(verb, [])
     assert_mistake(call(verb, tmp_path, *more), str(tmp_path))
+
+
+def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_kit.run.use.load_recipe_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    assert_mistake(call("export", finished[0], "--dtype", "float8", "--out", tmp_path / "new"), "float8", "bfloat16")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert_mistake(call("export", finished[0], "--out", tmp_path), "not empty")
 
 
 def test_unbuilt_exports_are_refused(finished, tmp_path):

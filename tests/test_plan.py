@@ -18,6 +18,7 @@ from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, dry_run, plan_methods
 from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
+from qlora_kit.report.text import plan_text
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.loop import Job, rehearse_longest, train_loop
 from qlora_kit.train.metrics import MetricsLog
@@ -72,7 +73,7 @@ def real_step(config, work, folder):
         rows=[Encoded(row, [True] * len(row)) for row in ids],
         eval_batches=[],
         pad_id=0,
-        pace=Pace(1, work.micro_batch, work.accumulation, 1, None, 1e-3, "the test", 0),
+        pace=Pace(1, work.micro_batch, work.accumulation, 1, None, 1e-3, "the test", 0, 0),
         train=Train(),
         folder=folder,
     )
@@ -258,16 +259,12 @@ def test_parameters_are_counted_by_their_true_shapes(is_tied, depth):
 
 # --- plan.json --------------------------------------------------------------------------------------------------------
 
-PACE = Pace(200, 2, 2, 20, None, 2e-4, "the test", 1000)
+PACE = Pace(200, 2, 2, 20, None, 2e-4, "the test", 5000, 1000)
 
 
 def recipe(**sections):
-    return Recipe(
-        base=Base(model="./nowhere", device="cpu", compute_dtype="bfloat16"),
-        data=Data(train="rows.jsonl"),
-        lora=Lora(rank=8),
-        **sections,
-    )
+    base = Base(model="./nowhere", device="cpu", compute_dtype="bfloat16")
+    return Recipe(**{"base": base, "data": Data(train="rows.jsonl"), "lora": Lora(rank=8)} | sections)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +296,7 @@ def test_a_plans_numbers_agree_with_each_other(plan):
         assert 0 < method["resident_bytes"] < method["peak_bytes"]
     assert plan["savings_vs_full"] == pytest.approx(1 - peaks["qlora"] / peaks["full_finetune"])
     assert plan["bits_per_quantized_parameter"] == 4 + (8 + 32 / 256) / 64
-    assert plan["hours"] == pytest.approx(200 * 4 * TOKENS / plan["tokens_per_s"] / 3600)
+    assert plan["hours"] == pytest.approx(PACE.tokens / plan["tokens_per_s"] / 3600)  # not as if all rows were longest
     assert (plan["steps"], plan["budget"]) == (200, None)
     assert plan["methods"]["lora_16bit"]["by_category"]["quantization_state"] == 0
     quantized = plan["parameters"]["quantized"]
@@ -316,6 +313,19 @@ def test_full_fine_tuning_takes_twelve_bytes_a_parameter_and_its_activations(pla
     assert held["optimizer_state"] == 8 * total
     assert held["adapters"] == held["quantization_state"] == 0
     assert held["activations"] > 0
+
+
+def test_a_recipe_in_float32_is_compared_with_full_fine_tuning_in_float32(plan):
+    """Sixteen bytes a parameter, where the plan in bf16 has twelve."""
+    wide = plan_methods(recipe(base=Base(model="./nowhere", device="cpu", compute_dtype="float32")),
+                        CONFIGS["llama"], PACE, TOKENS)  # fmt: skip
+    full, narrow = (each["methods"]["full_finetune"]["by_category"] for each in (wide, plan))
+    assert (plan["compared_in"], wide["compared_in"]) == ("bfloat16", "float32")
+    assert full["gradients"] == 2 * narrow["gradients"] == 4 * wide["parameters"]["total"]
+    assert full["optimizer_state"] == narrow["optimizer_state"]
+    assert "float32" in wide["methods"]["full_finetune"]["assumes"]["master_weights"]
+    assert "LoRA 32-bit" in plan_text({"schema": 1, **wide})
+    assert "LoRA 16-bit" in plan_text({"schema": 1, **plan})
 
 
 def test_automatic_activations_are_kept_where_they_fit_and_recomputed_where_not(plan):

@@ -174,7 +174,7 @@ def test_headline_gives_the_savings_and_the_measured_peak(run):
     figures = re.findall(r'<div class="figure"><strong>(.*?)</strong><span>(.*?)</span>', render(run))
     assert figures == [
         ("91 %", "less memory than full fine-tuning"),
-        ("54 %", "less memory than 16-bit LoRA"),
+        ("54 %", "less memory than LoRA 16-bit"),
         ("8.37 GiB", "peak memory, measured"),
         ("30.7 k", "tokens trained in 60 steps"),
     ]
@@ -245,9 +245,10 @@ def test_the_model_is_named_without_the_folders_above_it(tmp_path):
     page = render(
         write_run(tmp_path / "run", recipe="lora:\n  model: no\nbase:\n  model: '/home/anna/my model'  # local\n")
     )
-    assert "<h1>my model</h1>" in page
+    assert "<h1>run</h1>" in page
+    assert "a LoRA adapter for my model<" in page
     (tmp_path / "run" / "recipe.yaml").unlink()
-    assert "<h1>run</h1>" in render(tmp_path / "run")
+    assert "a LoRA adapter for an unknown model<" in render(tmp_path / "run")
 
 
 # What is wrong with a folder

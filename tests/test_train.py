@@ -79,7 +79,7 @@ def job_of(model, folder, *, steps=6, micro_batch=2, accumulation=2, lr=1e-2, da
         rows=data,
         eval_batches=[collate(list(evals), 0)] if evals else [],
         pad_id=0,
-        pace=Pace(steps, micro_batch, accumulation, eval_every, save_every, lr, "the test", 0),
+        pace=Pace(steps, micro_batch, accumulation, eval_every, save_every, lr, "the test", 0, 0),
         train=Train(**{"warmup": 0.0, **train}),
         folder=folder,
     )
@@ -578,7 +578,9 @@ def test_the_automatic_rate_knows_size_and_full_fine_tuning():
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(count=st.integers(1, 5000), longest=st.integers(1, 9000), epochs=st.floats(0.1, 5))
 def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs):
-    pace = set_pace(Train(epochs=epochs), count, longest, count * 10, 10**9)
+    pace = set_pace(
+        Train(epochs=epochs), rows=count, longest=longest, tokens=30 * count, trained_tokens=10 * count, parameters=9
+    )
     assert 1 <= pace.micro_batch <= min(ROWS_A_STEP, count)
     assert pace.micro_batch == 1 or pace.micro_batch * longest <= TOKENS_A_MICRO_BATCH
     assert pace.rows_a_step < 2 * ROWS_A_STEP
@@ -591,10 +593,10 @@ def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs
 
 def test_what_the_recipe_says_is_taken_as_it_is():
     train = Train(steps=7, micro_batch=3, accumulation=5, lr=1e-3, eval_every=2, save_every=4)
-    pace = set_pace(train, 1000, 100, 20_000, 10**9)
+    pace = set_pace(train, rows=1000, longest=100, tokens=50_000, trained_tokens=20_000, parameters=10**9)
     assert (pace.steps, pace.micro_batch, pace.accumulation, pace.eval_every, pace.save_every) == (7, 3, 5, 2, 4)
     assert (pace.lr, pace.lr_reason) == (1e-3, "the recipe")
-    assert pace.trained_tokens == 20 * 15 * 7
+    assert (pace.tokens, pace.trained_tokens) == (50 * 15 * 7, 20 * 15 * 7)
     assert pace.warning is not None
     assert "only 7 optimizer steps" in pace.warning
     assert "train.accumulation (now 5)" in pace.warning

@@ -8,6 +8,7 @@ Everything linear inside the model's body is quantised and nothing else: heads (
 outside the body (`base_model_prefix`), embeddings and norms are no linear layers.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear, quantize_linear
-from qlora_kit.base.files import locate_model
 from qlora_kit.base.formats import Kind, Quantization
+from qlora_kit.base.hub import locate_model
 from qlora_kit.errors import DeviceError, ModelError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -62,21 +63,39 @@ def load_base(
     """
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
-    folder = locate_model(str(model), revision)
+    folder = locate_model(str(model), revision, code=trust_remote_code)
     loaded = _load_dense(folder, dtype, attention, trust_remote_code)
     return freeze_and_quantize(loaded, Quantization(quantization, double_quant, block_size), dtype, target, skip)
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The same model with no weights read: what the dry run uses under fake tensors."""
-    config = type(config).from_dict(config.to_dict())
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    """The same model with no weights read: what the dry run uses under fake tensors.
+
+    Code that the model's folder brings runs only if the configuration is of a class from there, which `read_config`
+    makes when it may.
+    """
+    config = copy.deepcopy(config)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=brings_code(config),
+    )
     model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
     return model
 
 
+def brings_code(config: PretrainedConfig) -> bool:
+    """Whether a model is of a class from its own folder, and not of one from transformers."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration, from its folder alone."""
+    """The model's configuration, from its folder alone.
+
+    Raises:
+        ModelError: it cannot be read, describes no causal model, or needs code that may not run.
+    """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:

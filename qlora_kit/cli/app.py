@@ -4,8 +4,10 @@ Exit codes: 0 done; 2 the user can mend it, one line `error: ...` on standard er
 143 stopped by a signal, state saved. `--debug` anywhere shows the traceback instead of the line.
 """
 
+import errno
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,7 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings.")
 ]
 _DEBUG = {"on": False}
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main() -> None:
@@ -59,6 +62,13 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except OSError as error:
+            if _DEBUG["on"] or error.errno not in _DISK_FAULTS:
+                raise
+            typer.echo(f"error: {error.filename or 'the disk'} cannot be written: {error.strerror}", err=True)
+            raise typer.Exit(QloraKitError.exit_code) from None
 
     return guarded
 
@@ -85,6 +95,7 @@ def plan(
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory that the run may take, such as 24GiB.")] = None,
     as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What a run will take, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
     from qlora_kit.cli.show import Screen, quiet_libraries
@@ -96,7 +107,7 @@ def plan(
     from qlora_kit.run import check_budget, plan_memory
 
     screen = Screen(to_stderr=as_json)
-    planned = plan_memory(checked, screen)
+    planned = plan_memory(checked, screen, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps({"schema": 1, **planned}, indent=2))
     else:
@@ -145,6 +156,7 @@ def evaluate(
     base: UseBase = False,
     as_json: AsJson = False,
     force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Loss, perplexity and exact match of a run's adapter, its base, or an exported model."""
     from qlora_kit.cli.show import quiet_libraries, score_lines
@@ -152,7 +164,7 @@ def evaluate(
     quiet_libraries()
     from qlora_kit.run import evaluate as run_evaluate
 
-    score = run_evaluate(run, data=data, bare_base=base, force=force)
+    score = run_evaluate(run, data=data, bare_base=base, force=force, trust_remote_code=trust_remote_code)
     typer.echo(json.dumps({"schema": 1, **score.as_json()}, indent=2) if as_json else score_lines(score))
 
 
@@ -163,9 +175,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
     base: UseBase = False,
     force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer a prompt with a run's adapter."""
     from qlora_kit.cli.show import quiet_libraries
@@ -173,11 +186,17 @@ def generate(
     quiet_libraries()
     from qlora_kit.run import answer
 
-    typer.echo(
-        answer(
-            run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, raw=raw, bare_base=base, force=force
-        )
+    text = answer(
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        raw=raw,
+        bare_base=base,
+        force=force,
+        trust_remote_code=trust_remote_code,
     )
+    typer.echo(text)
 
 
 @app.command()
@@ -189,6 +208,7 @@ def export(
     onto: Annotated[str, typer.Option(help="What the adapter is merged into: dequantized.")] = "dequantized",
     dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
     force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Weights for other programs, compared with the model as it was trained."""
     from qlora_kit.cli.show import audit_lines, quiet_libraries
@@ -196,7 +216,7 @@ def export(
     quiet_libraries()
     from qlora_kit.run import export_run
 
-    exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force)
+    exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force, trust_remote_code=trust_remote_code)
     typer.echo(audit_lines(exported, out))
 
 
@@ -213,7 +233,7 @@ def report(run: RunFolder) -> None:
 def doctor(as_json: AsJson = False) -> None:
     """Check what is really there by trying it: torch, bitsandbytes, the GPU, the disk, the hub."""
     from qlora_kit.cli.doctor import run_doctor
-    from qlora_kit.cli.show import quiet_libraries
+    from qlora_kit.cli.show import quiet_environment
 
-    quiet_libraries()
+    quiet_environment()
     raise typer.Exit(run_doctor(as_json))

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -29,14 +30,19 @@ PLAIN_LINES = 10
 """Progress lines of a run whose output is no terminal."""
 
 
-def quiet_libraries() -> None:
-    """Silence what other libraries print about themselves; their errors still come through."""
+def quiet_environment() -> None:
+    """Silence what other libraries print about themselves, before any is imported; their errors still come through."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Offline, bitsandbytes warns of an inference kernel that the kit never calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def quiet_libraries() -> None:
+    """The same, and no progress bars of transformers, which must be imported for it."""
+    quiet_environment()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -56,6 +62,7 @@ class Screen(Watch):
         self._task = TaskID(0)
         self._steps = 0
         self._eval_loss: float | None = None
+        self._is_training = False
 
     def note(self, text: str) -> None:
         """One line that a person should know."""
@@ -83,6 +90,7 @@ class Screen(Watch):
 
     def adapted(self, report: "LoraReport") -> None:
         """What the adapter covers, and the start of the bar."""
+        self._is_training = True
         share = report.trainable / report.total
         self.console.print(
             f"[bold]lora[/]   {len(report.matched)} layers, {format_count(report.trainable)} of "
@@ -165,7 +173,7 @@ class Screen(Watch):
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step at hand; a second one ends the process at once."""
+        """SIGINT and SIGTERM end the run after the step at hand; before training, or the second time, at once."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -177,6 +185,9 @@ class Screen(Watch):
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
+        if not self._is_training:
+            self.console.print("\nstopped before training began; nothing is changed")
+            raise typer.Exit(128 + number)
         self.console.print("\nstopping after this step; once more quits at once")
 
     def _end_bar(self) -> None:

@@ -15,6 +15,9 @@ import torch
 
 from qlora_kit.data.template import Encoded
 
+IGNORED = -100
+"""The label of a token whose prediction the loss does not count."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -23,7 +26,7 @@ class Batch:
     input_ids: torch.Tensor
     """(B, T), int64."""
     labels: torch.Tensor
-    """(B, T), int64, not shifted: the id where the loss counts its prediction, otherwise `label_ignore`. The first of a
+    """(B, T), int64, not shifted: the id where the loss counts its prediction, otherwise IGNORED. The first of a
     row is always ignored, since nothing predicts it."""
     position_ids: torch.Tensor
     """(B, T), int64: 0, 1, ... in every row, through its padding."""
@@ -42,13 +45,12 @@ class Batch:
         )
 
 
-def collate(rows: Sequence[Encoded], pad_id: int, label_ignore: int = -100) -> Batch:
+def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     """Put rows side by side, padded on the right.
 
     Args:
         rows: B rows, B >= 1.
         pad_id: any id that the model has; the end token will do, since labels go by position.
-        label_ignore: label that the loss does not count.
 
     Returns:
         a `Batch` of (B, T) on the CPU, T the length of the longest row.
@@ -56,11 +58,11 @@ def collate(rows: Sequence[Encoded], pad_id: int, label_ignore: int = -100) -> B
     lengths = tuple(len(row.input_ids) for row in rows)
     B, T = len(rows), max(lengths)
     input_ids = torch.full((B, T), pad_id, dtype=torch.int64)
-    labels = torch.full((B, T), label_ignore, dtype=torch.int64)
+    labels = torch.full((B, T), IGNORED, dtype=torch.int64)
     for b, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
         ids = torch.tensor(row.input_ids, dtype=torch.int64)
         input_ids[b, :tokens] = ids
-        labels[b, 1:tokens] = ids[1:].where(torch.tensor(row.trained[1:], dtype=torch.bool), label_ignore)
+        labels[b, 1:tokens] = ids[1:].where(torch.tensor(row.trained[1:], dtype=torch.bool), IGNORED)
     position_ids = torch.arange(T).expand(B, T).contiguous()
     return Batch(input_ids, labels, position_ids, lengths, sum(row.trained_tokens for row in rows))
 

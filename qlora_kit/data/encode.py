@@ -47,6 +47,13 @@ class EncodedSet:
 
     rows: list[Encoded] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
+    has_chats: bool = False
+    """Whether any row went through a chat template."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that is kept."""
+        return max(len(row.input_ids) for row in self.rows)
 
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those in which nothing is trained."""
@@ -70,6 +77,7 @@ def encode_rows(
     vocab_size: int | None = None,
     max_positions: int | None = None,
     faults: Faults | None = None,
+    may_be_empty: bool = False,
 ) -> EncodedSet:
     """Encode a data set.
 
@@ -84,16 +92,18 @@ def encode_rows(
         vocab_size: rows of the model's embedding; None if it is not known.
         max_positions: positions of the model; None if it has no such limit.
         faults: rows that cannot be encoded are left in here; without it they are an error.
+        may_be_empty: whether it is no error if no row is left.
 
     Raises:
         DataError: if max_tokens is above max_positions, a row cannot be encoded or has a token that the model has not,
             a row is too long and `over_length` is error, or no row is left.
     """
     _check_lengths(max_tokens, max_positions)
-    if any(isinstance(example, Chat) for example in examples):
+    has_chats = any(isinstance(example, Chat) for example in examples)
+    if has_chats:
         check_template(tokenizer, template)
     gathered = Faults() if faults is None else faults
-    encoded = EncodedSet()
+    encoded = EncodedSet(has_chats=has_chats)
     counts = encoded.counts
     for example in examples:
         try:
@@ -107,7 +117,7 @@ def encode_rows(
             encoded.add(piece)
     if faults is None:
         gathered.stop()
-    if not encoded.rows:
+    if not encoded.rows and not may_be_empty:
         raise DataError(_nothing_left(len(examples), counts, gathered, max_tokens))
     return encoded
 

@@ -1,13 +1,14 @@
 """Export: what was trained, as files that other programs read, each audited against the model as trained."""
 
 from qlora_kit.export.audit import compare
-from qlora_kit.export.kinds import export_adapter, export_merged, merge
+from qlora_kit.export.kinds import check_request, export_adapter, export_merged, merge
 from qlora_kit.export.merge import merged_tensors
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
 from qlora_kit.export.trained_against import trained_against
 
 __all__ = [
     "StreamedTensor",
+    "check_request",
     "compare",
     "export_adapter",
     "export_merged",

@@ -15,12 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.data.collate import Batch
+from qlora_kit.data.collate import IGNORED, Batch
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.train.evaluate import evaluation_mode
-
-IGNORED = -100
-"""Label of a token whose prediction does not count."""
 
 CHUNK = 256
 """Predictions compared at a time: with a vocabulary of 152 k, the fp32 copies take about 0.6 GiB."""

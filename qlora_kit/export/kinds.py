@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.base.files import locate_model
 from qlora_kit.base.formats import Kind
-from qlora_kit.base.load import DTYPES, load_base
+from qlora_kit.base.hub import locate_model
+from qlora_kit.base.load import DTYPES, brings_code, load_base
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
@@ -82,8 +82,7 @@ def merge(
     out, adapter = Path(out), Path(adapter)
     if onto != "dequantized":
         raise RunError(f"onto={onto!r} is not built yet in this version; use onto='dequantized'")
-    _torch_dtype(dtype)
-    _check_vacant(out)
+    check_request(out, dtype)
     given = {"quantization": quantization, "double_quant": double_quant, "block_size": block_size}
     settings = read_trained_against(adapter, {**given, "compute_dtype": dtype})
     model = load_base(base, revision=revision, device=device, **settings)
@@ -120,11 +119,16 @@ def export_merged(
 
     Raises:
         AdapterError: no adapter is in use, or a merged weight is NaN or infinite.
-        RunError: `dtype` is not known, `out` is not empty, or the disk has no room.
+        RunError: `dtype` is not known, `out` is not empty, the disk has no room, or the model runs code of its own.
     """
     adapters, weight_dtype = adapters_in_use(model), _torch_dtype(dtype)
     if not adapters:
         raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
+    if brings_code(model.config):
+        raise RunError(
+            f"{model.config._name_or_path} runs code of its own, which a merged export would have to bring along: "
+            "not built yet; export --to adapter"
+        )
     _check_vacant(out)
     tensors = list(merged_tensors(model, weight_dtype))
     _check_room(out, sum(tensor.stored_bytes for tensor in tensors) + TEXT_BYTES)
@@ -254,6 +258,16 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise RunError(f"dtype={dtype!r} is not one that weights are exported in; use one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def check_request(out: Path, dtype: str) -> None:
+    """What can be refused before a model is loaded.
+
+    Raises:
+        RunError: `dtype` is not known, or `out` is a file or a folder that is not empty.
+    """
+    _torch_dtype(dtype)
+    _check_vacant(out)
 
 
 def _check_vacant(out: Path) -> None:

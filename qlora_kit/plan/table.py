@@ -35,11 +35,9 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
         budget = available_bytes(device)
     policy, qlora = _fitting(recipe, config, pace, tokens, budget or available_bytes(device))
     work = _workload(recipe, pace, tokens, policy)
-    methods = {
-        "qlora": qlora,
-        "lora_16bit": dry_run(config, replace(work, quantization=Quantization("none"), dtype=torch.bfloat16)),
-        "full_finetune": _full_finetune(config, work),
-    }
+    # Like with like: who asks for float32 (a CPU has no fast 16 bits) would train the dense model in float32, too.
+    peers = replace(work, quantization=Quantization("none"), dtype=_peer_dtype(recipe))
+    methods = {"qlora": qlora, "lora_16bit": dry_run(config, peers), "full_finetune": _full_finetune(config, peers)}
     parameters = methods["qlora"]["parameters"]
     for method in methods.values():
         method.pop("parameters")
@@ -51,6 +49,7 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
         "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
         "budget": budget,
         "activations": policy,
+        "compared_in": str(peers.dtype).removeprefix("torch."),
         "micro_batch": pace.micro_batch,
         "accumulation": pace.accumulation,
         "tokens": tokens,
@@ -59,7 +58,7 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
         "pace": asdict(pace),
         "steps": pace.steps,
         "tokens_per_s": speed,
-        "hours": pace.steps * pace.rows_a_step * tokens / speed / 3600,
+        "hours": pace.tokens / speed / 3600,
         "estimates": ["tokens_per_s", "hours"],
     }
 
@@ -84,23 +83,26 @@ def _workload(recipe: Recipe, pace: Pace, tokens: int, policy: Policy) -> Worklo
 
 
 def _full_finetune(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
-    """Full fine-tuning as the QLoRA paper counts it, 12 bytes a parameter, with this recipe's batch and activations."""
+    """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
+    parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16."""
     full = replace(
         work,
-        quantization=Quantization("none"),
         lora=None,
-        dtype=torch.bfloat16,
         optimizer="adamw_32bit",
         master_weights="none",
         skip=(),
     )
     assumes = {
         "optimizer": "AdamW, fp32 moments",
-        "master_weights": "none, bf16 weights and gradients",
+        "master_weights": f"none, {str(work.dtype).removeprefix('torch.')} weights and gradients",
         "activations": work.activations,
         "loss": "whole logits",
     }
     return {**dry_run(config, full), "assumes": assumes}
+
+
+def _peer_dtype(recipe: Recipe) -> torch.dtype:
+    return torch.float32 if recipe.base.compute_dtype == "float32" else torch.bfloat16
 
 
 def _bits(quantization: Quantization, config: PretrainedConfig) -> float:

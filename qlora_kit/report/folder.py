@@ -88,12 +88,17 @@ class RunFolder:
     recipe: str | None
 
     @property
+    def name(self) -> str:
+        """The run's own name: that of its folder."""
+        return self.path.resolve().name
+
+    @property
     def model(self) -> str:
-        """The base model's name as the recipe gives it, without the folders above it; else the run's own name."""
+        """The base model's name as the recipe gives it, without the folders above it."""
         name = _recipe_value(self.recipe or "", "base", "model")
         if name.startswith(("/", ".", "~")):
             name = Path(name).name
-        return name or self.path.resolve().name
+        return name or "an unknown model"
 
 
 def read_run(folder: str | Path) -> RunFolder:

@@ -5,7 +5,7 @@ the run goes through `element`, which escapes it; a content security policy bars
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from qlora_kit.report.judge import judge_curve
 from qlora_kit.report.markup import Markup, clipped, element, joined
 from qlora_kit.report.svg import Series, category_class, line_chart, stacked_bars
 from qlora_kit.report.text import (
-    METHODS,
     Table,
     categories,
     in_words,
     memory_check_sentences,
     memory_check_table,
     memory_table,
+    method_names,
     phase_table,
     plan_sentences,
     saving,
@@ -54,7 +54,7 @@ def render(run_folder: str | Path) -> str:
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-{element("title", f"{clipped(run.model, 80)}: training report")}
+{element("title", f"{clipped(run.name, 80)}: training report")}
 <style>
 {style}</style>
 </head>
@@ -92,14 +92,7 @@ def _headline(run: RunFolder) -> Markup:
     peak, source = run.plan["methods"]["qlora"]["peak_bytes"], "planned"
     if run.memory is not None:
         peak, source = run.memory["measured"]["peak_bytes"], "measured"
-    figures = [
-        *(
-            _figure(f"{abs(saved):.0%}".replace("%", " %"), f"{'less' if saved >= 0 else 'more'} memory than {against}")
-            for method, against in (("full_finetune", "full fine-tuning"), ("lora_16bit", "16-bit LoRA"))
-            if (saved := saving(run.plan, "qlora", method)) is not None
-        ),
-        _figure(format_bytes(peak), f"peak memory, {source}"),
-    ]
+    figures = [*_savings(run), _figure(format_bytes(peak), f"peak memory, {source}")]
     tokens = finite(curve(run.rows, "tokens"))
     if tokens:
         steps = run.rows[-1]["step"]
@@ -108,10 +101,18 @@ def _headline(run: RunFolder) -> Markup:
         )
     return element(
         "header",
-        element("p", "Training report", class_="eyebrow"),
-        element("h1", clipped(run.model, 120)),
+        element("p", f"Training report: a LoRA adapter for {clipped(run.model, 120)}", class_="eyebrow"),
+        element("h1", clipped(run.name, 120)),
         element("div", *figures, class_="figures"),
     )
+
+
+def _savings(run: RunFolder) -> Iterator[Markup]:
+    for method in ("full_finetune", "lora_16bit"):
+        saved = saving(run.plan, "qlora", method)
+        if saved is not None:
+            share, side = f"{abs(saved):.0%}".replace("%", " %"), "less" if saved >= 0 else "more"
+            yield _figure(share, f"{side} memory than {method_names(run.plan)[method]}")
 
 
 def _figure(number: str, meaning: str) -> Markup:
@@ -155,10 +156,11 @@ def _quote(text: str) -> Markup:
 
 
 def _memory(run: RunFolder) -> Markup:
-    methods = {name: run.plan["methods"][name] for name in METHODS if name in run.plan["methods"]}
+    names = method_names(run.plan)
+    methods = {name: run.plan["methods"][name] for name in names if name in run.plan["methods"]}
     order = categories(methods.values())
     bars = stacked_bars(
-        {METHODS[name]: _ordered(method, order) for name, method in methods.items()},
+        {names[name]: _ordered(method, order) for name, method in methods.items()},
         title="Planned memory at the peak, by category",
         budget=run.plan.get("budget"),
     )

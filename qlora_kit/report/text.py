@@ -27,10 +27,10 @@ Table = list[list[str]]
 
 def memory_table(plan: dict[str, Any]) -> Table:
     """Bytes at the peak, category by method; then the peak, and what each method saves against full fine-tuning."""
-    methods = {name: plan["methods"][name] for name in METHODS if name in plan["methods"]}
+    methods, names = {name: plan["methods"][name] for name in METHODS if name in plan["methods"]}, method_names(plan)
     savings = [saving(plan, name, "full_finetune") for name in methods]
     return [
-        ["", *(METHODS[name] for name in methods)],
+        ["", *(names[name] for name in methods)],
         *(
             [in_words(category), *(format_bytes(method["by_category"].get(category, 0)) for method in methods.values())]
             for category in categories(methods.values())
@@ -40,12 +40,17 @@ def memory_table(plan: dict[str, Any]) -> Table:
     ]
 
 
+def method_names(plan: dict[str, Any]) -> dict[str, str]:
+    """What the methods are called: a recipe that computes in float32 is compared with what trains in float32."""
+    return METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+
+
 def phase_table(plan: dict[str, Any]) -> Table:
     """The peak of each phase by method; only a header if the plan has none."""
     phases = {name: plan["methods"][name].get("peak_by_phase", {}) for name in METHODS if name in plan["methods"]}
     names = dict.fromkeys(name for peaks in phases.values() for name in peaks)
     return [
-        ["", *(METHODS[name] for name in phases)],
+        ["", *(method_names(plan)[name] for name in phases)],
         *(
             [in_words(name), *(format_bytes(peaks[name]) if name in peaks else "-" for peaks in phases.values())]
             for name in names
@@ -139,9 +144,9 @@ def memory_check_text(memory: dict[str, Any]) -> str:
 
 
 def scores_table(scores: dict[str, Any]) -> Table:
-    """Each score of the base beside the adapter's, and the change."""
+    """Each score of the base beside the adapter's, and the change; not how many rows and tokens were scored."""
     base, adapter = scores["base"], scores["adapter"]
-    names = [name for name in (base | adapter) if name != "schema"]
+    names = [name for name in (base | adapter) if name not in ("schema", "rows", "tokens")]
     return [
         ["", "base", "adapter", "change"],
         *([in_words(name), *_score_cells(name, base.get(name), adapter.get(name))] for name in names),

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.metadata
+import os
 import platform
 import shutil
 import time
@@ -17,18 +18,23 @@ from qlora_kit.base.load import resolve_device
 from qlora_kit.errors import RunError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
-from qlora_kit.recipe import Recipe, dump_recipe
+from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.storage import write_json, write_text
 
-ADAPTER, RECIPE = "adapter", "recipe.yaml"
+ADAPTER, RECIPE, DATA = "adapter", "recipe.yaml", "data.json"
+
+_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
+               "train.keep_checkpoints", "train.trackers")  # fmt: skip
+"""Keys that a resumed run may have otherwise: none of them changes what a step computes."""
 
 
-def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     """See that a run may be written to `folder`; nothing is changed yet.
 
     Raises:
-        RunError: there is a run and neither `resume` nor `overwrite`, there is none to resume, or the place is taken.
+        RunError: there is a run and neither `resume` nor `overwrite`, there is none to resume or it has another recipe,
+            or the place is taken or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file, and a run needs a folder of its own; set output to another name")
@@ -38,6 +44,15 @@ def check_run_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise RunError(f"{folder} holds a run already; go on with --resume, replace it with --overwrite, or set output")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
         raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK):
+        raise RunError(f"{folder} cannot be made: {there} is not yours to write; set output to another folder")
+    changes = _changes(read_recipe(folder / RECIPE), recipe) if resume else []
+    if changes:
+        raise RunError(
+            f"{folder} was made with another recipe: {'; '.join(changes)}. Resume it as it was "
+            f"(qlora-kit train {folder / RECIPE} --resume), or start again with --overwrite"
+        )
 
 
 def open_run_folder(folder: Path, resume: bool) -> None:
@@ -55,6 +70,23 @@ def open_run_folder(folder: Path, resume: bool) -> None:
         raise RunError(
             f"{folder} cannot be made: {error.strerror}; set output to a folder that can be written"
         ) from error
+
+
+def _changes(before: Recipe, now: Recipe) -> list[str]:
+    """What a resumed run would compute otherwise."""
+    old, new = (
+        {
+            f"{section}.{key}": value
+            for section, keys in recipe.model_dump(by_alias=True, exclude={"output"}).items()
+            for key, value in keys.items()
+        }
+        for recipe in (before, now)
+    )
+    return [
+        f"{key} was {old[key]}, is {new[key]}"
+        for key in new
+        if old[key] != new[key] and not key.startswith(_MAY_CHANGE)
+    ]
 
 
 def _has_run(folder: Path) -> bool:
@@ -80,10 +112,10 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / "plan.json", dict(plan))
     write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
-    counts = {"train": asdict(prepared.train.counts)}
+    data: dict[str, Any] = {"chats": prepared.train.has_chats, "train": asdict(prepared.train.counts)}
     if prepared.eval.rows:
-        counts["eval"] = asdict(prepared.eval.counts)
-    write_json(folder / "data.json", counts)
+        data["eval"] = asdict(prepared.eval.counts)
+    write_json(folder / DATA, data)
 
 
 def provenance_of(recipe: Recipe) -> dict[str, str]:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.dense import parameter_count
+from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import build_model, read_config
 from qlora_kit.data import Batch, Encoded, EncodedSet, collate, encode_rows, find_template, load_rows, split_eval
 from qlora_kit.errors import DataError
@@ -22,7 +23,6 @@ class Prepared:
     """What is known before any weight is read.
 
     Attributes:
-        folder: of the model.
         config: of the model.
         tokenizer: with the chat template that the recipe names.
         train: encoded training rows.
@@ -30,7 +30,6 @@ class Prepared:
         pace: steps and batch sizes.
     """
 
-    folder: Path
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     train: EncodedSet
@@ -38,36 +37,44 @@ class Prepared:
     pace: Pace
 
 
-def prepare(recipe: Recipe, watch: Watch, *, weights: bool) -> Prepared:
-    """Find the model, read and encode the rows, and set the pace.
+def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: bool = False) -> Prepared:
+    """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
     Args:
         recipe: the run.
         watch: is told of downloads and of what became of the rows.
-        weights: whether the model's weights are needed, or its configuration and tokenizer alone.
+        weights: whether a model folder is asked for sound weights, too.
+        trust_remote_code: let the model's own code run.
     """
-    folder = locate_model(recipe.base.model, recipe.base.revision, weights=weights, notify=watch.note)
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder, recipe.data.template)
+    name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
+    folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, recipe.data.template, trust_remote_code=trust_remote_code)
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
-    trained, rows = train_rows.counts.trained_tokens, train_rows.counts.rows
-    longest = max(len(row.input_ids) for row in train_rows.rows)
-    pace = set_pace(recipe.train, rows, longest, trained, count_parameters(config))
-    prepared = Prepared(folder, config, tokenizer, train_rows, eval_rows, pace)
+    counts = train_rows.counts
+    pace = set_pace(
+        recipe.train,
+        rows=counts.rows,
+        longest=train_rows.longest,
+        tokens=counts.tokens,
+        trained_tokens=counts.trained_tokens,
+        parameters=count_parameters(config),
+    )
+    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace)
     watch.prepared(prepared)
     if pace.warning is not None:
         watch.note(pace.warning)
     return prepared
 
 
-def load_tokenizer(folder: Path, template: str = "auto") -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the chat template that the recipe names, so that every export carries it.
 
     Raises:
         DataError: there is no tokenizer in the folder, or no such template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     source = find_template(template)
@@ -126,11 +133,16 @@ def _read_rows(
     elif data.eval is not None:
         held_out = load_rows(data.eval, format=data.format, columns=data.columns)
     encoded = _encode(examples, recipe, tokenizer, config)
-    return encoded, _encode(held_out, recipe, tokenizer, config) if held_out else EncodedSet()
+    # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
+    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=not held_out or data.eval == "auto")
 
 
 def _encode(
-    examples: list[Any], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+    examples: list[Any],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    may_be_empty: bool = False,
 ) -> EncodedSet:
     text_config = config.get_text_config()
     return encode_rows(
@@ -141,4 +153,5 @@ def _encode(
         over_length=recipe.data.over_length,
         vocab_size=text_config.vocab_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
+        may_be_empty=may_be_empty,
     )

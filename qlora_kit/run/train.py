@@ -33,7 +33,7 @@ from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import write_json
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
-from qlora_kit.train.loop import Job, rehearse_longest, train_loop
+from qlora_kit.train.loop import Job, check_trackers, rehearse_longest, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.pace import ROWS_A_STEP, set_pace
@@ -60,7 +60,7 @@ class Result:
     seconds: float
 
 
-def plan_memory(recipe: Recipe, watch: Watch | None = None) -> dict[str, Any]:
+def plan_memory(recipe: Recipe, watch: Watch | None = None, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """What plan.json would hold: nothing is loaded but the model's configuration and, where they are, the rows.
 
     Without the rows every row is taken to be `data.max_tokens` long, and how many steps they make is not known.
@@ -70,11 +70,20 @@ def plan_memory(recipe: Recipe, watch: Watch | None = None) -> dict[str, Any]:
     """
     watch = watch or Watch()
     if not _rows_are_missing(recipe):
-        return _plan(recipe, prepare(recipe, watch, weights=False))
+        prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
+        return plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest)
     watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
-    config = read_config(locate_model(recipe.base.model, recipe.base.revision, weights=False, notify=watch.note))
-    tokens = recipe.data.max_tokens
-    pace = set_pace(recipe.train, ROWS_A_STEP, tokens, ROWS_A_STEP * tokens, count_parameters(config))
+    base, tokens = recipe.base, recipe.data.max_tokens
+    folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    pace = set_pace(
+        recipe.train,
+        rows=ROWS_A_STEP,
+        longest=tokens,
+        tokens=ROWS_A_STEP * tokens,
+        trained_tokens=ROWS_A_STEP * tokens,
+        parameters=count_parameters(config),
+    )
     return plan_methods(recipe, config, pace, tokens) | {"steps": None, "hours": None}
 
 
@@ -100,15 +109,16 @@ def train(
     """
     started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
     resolve_device(recipe.base.device)
-    check_run_folder(folder, resume, overwrite)
-    prepared = prepare(recipe, watch, weights=True)
-    plan = _plan(recipe, prepared)
+    check_trackers(recipe.train.trackers)
+    check_run_folder(folder, recipe, resume, overwrite)
+    prepared = prepare(recipe, watch, weights=True, trust_remote_code=trust_remote_code)
+    plan = plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest)
     watch.planned(plan)
     check_budget(plan)
+    model, report = _load_and_adapt(recipe, plan, watch, trust_remote_code)  # before an earlier run goes
     open_run_folder(folder, resume)
     with locked(folder):
         describe_run(recipe, prepared, plan, folder)
-        model, report = _load_and_adapt(recipe, plan, trust_remote_code)
         watch.adapted(report)
         finished, progress = _train(recipe, prepared, plan, model, folder, watch, resume)
         save_adapter(model, folder / ADAPTER, provenance=trained_against(model) | provenance_of(recipe))
@@ -141,15 +151,11 @@ def _rows_are_missing(recipe: Recipe) -> bool:
     return isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists()
 
 
-def _plan(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    longest = max(len(row.input_ids) for row in prepared.train.rows)
-    return plan_methods(recipe, prepared.config, prepared.pace, longest)
-
-
 def _load_and_adapt(
-    recipe: Recipe, plan: Mapping[str, Any], trust_remote_code: bool
+    recipe: Recipe, plan: Mapping[str, Any], watch: Watch, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, LoraReport]:
-    model = load_recipe_base(recipe, trust_remote_code=trust_remote_code)
+    folder = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code, notify=watch.note)
+    model = load_recipe_base(recipe, folder, trust_remote_code=trust_remote_code)
     report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed)
     set_activation_policy(model, plan["activations"])
     return model, report
@@ -201,7 +207,9 @@ def _train(
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
         try:
             with ledger:
-                rehearse_longest(job, ledger)
+                untouched = rehearse_longest(job, ledger)
+            if untouched:
+                watch.note(f"no gradient reaches {len(untouched)} of {len(parameters)} tensors, first {untouched[0]}")
             finished = train_loop(job, metrics, counter, ledger)
         except torch.OutOfMemoryError as error:
             raise FitError(

@@ -7,12 +7,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
 from qlora_kit.errors import RunError
-from qlora_kit.export import export_adapter, export_merged
+from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import load_adapter
 from qlora_kit.recipe import Base, Data, Recipe, read_recipe
-from qlora_kit.run.folder import ADAPTER, RECIPE, provenance_of
+from qlora_kit.run.folder import ADAPTER, DATA, RECIPE, provenance_of
 from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id
 from qlora_kit.run.score import score_rows
+from qlora_kit.storage import read_json
 from qlora_kit.train.evaluate import Score, generate_texts
 
 MAX_TOKENS = 2048
@@ -20,7 +21,12 @@ MAX_TOKENS = 2048
 
 
 def load_run(
-    folder: Path, *, device: str | None = None, bare_base: bool = False, force: bool = False
+    folder: Path,
+    *,
+    device: str | None = None,
+    bare_base: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Recipe]:
     """A finished run as a model to use: its base, with its adapter unless the bare base is asked for.
 
@@ -29,6 +35,7 @@ def load_run(
         device: other than the recipe's.
         bare_base: leave the adapter away.
         force: take the adapter although its base's fingerprint differs.
+        trust_remote_code: let the model's own code run.
 
     Raises:
         RunError: the folder is no run, or has no adapter yet.
@@ -36,16 +43,19 @@ def load_run(
     if not (folder / RECIPE).is_file():
         raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
     recipe = read_recipe(folder / RECIPE)
-    model = load_recipe_base(recipe, device=device)
+    if not bare_base and not (folder / ADAPTER).is_dir():
+        raise RunError(f"{folder} has no adapter yet; let the run finish with `qlora-kit train ... --resume`")
+    source = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe.data.template, trust_remote_code=trust_remote_code)
+    model = load_recipe_base(recipe, source, device=device, trust_remote_code=trust_remote_code)
     if not bare_base:
-        if not (folder / ADAPTER).is_dir():
-            raise RunError(f"{folder} has no adapter yet; let the run finish with `qlora-kit train ... --resume`")
         load_adapter(model, folder / ADAPTER, force=force)
-    tokenizer = load_tokenizer(locate_model(recipe.base.model, recipe.base.revision), recipe.data.template)
     return model, tokenizer, recipe
 
 
-def evaluate(folder: Path, *, data: Path | None, bare_base: bool, force: bool) -> Score:
+def evaluate(
+    folder: Path, *, data: Path | None, bare_base: bool, force: bool, trust_remote_code: bool = False
+) -> Score:
     """Loss, perplexity and, where answers are short, exact match: of a run, its bare base, or a folder with weights.
 
     Args:
@@ -53,15 +63,18 @@ def evaluate(folder: Path, *, data: Path | None, bare_base: bool, force: bool) -
         data: rows in any format that training reads; None takes the run's held-out rows.
         bare_base: leave the adapter away.
         force: take the adapter although its base's fingerprint differs.
+        trust_remote_code: let the model's own code run.
     """
     if (folder / RECIPE).is_file():
-        model, tokenizer, recipe = load_run(folder, bare_base=bare_base, force=force)
+        model, tokenizer, recipe = load_run(
+            folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code
+        )
         rows = held_out_rows(recipe, tokenizer, model.config, data)
     else:
         if data is None:
             raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
-        model = load_base(folder, quantization="none")
-        tokenizer = load_tokenizer(folder)
+        model = load_base(folder, quantization="none", trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
         recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
         rows = held_out_rows(recipe, tokenizer, model.config, data)
@@ -80,10 +93,15 @@ def answer(
     raw: bool,
     bare_base: bool,
     force: bool,
+    trust_remote_code: bool = False,
 ) -> str:
-    """What a run's model says to a prompt; through its chat template, where it has one and `raw` is not asked for."""
-    model, tokenizer, _ = load_run(folder, bare_base=bare_base, force=force)
-    if tokenizer.chat_template is not None and not raw:
+    """What a run's model says to a prompt.
+
+    The prompt goes through the chat template if the run was trained on chats, unless `raw` is asked for: it is put to
+    the model in the form in which training put its prompts.
+    """
+    model, tokenizer, _ = load_run(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
+    if read_json(folder / DATA).get("chats") and not raw:
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,7 +110,9 @@ def answer(
     return generate_texts(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0]
 
 
-def export_run(folder: Path, out: Path, *, to: str, onto: str, dtype: str, force: bool) -> dict[str, Any]:
+def export_run(
+    folder: Path, out: Path, *, to: str, onto: str, dtype: str, force: bool, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Write a run's weights for other programs.
 
     Args:
@@ -102,6 +122,7 @@ def export_run(folder: Path, out: Path, *, to: str, onto: str, dtype: str, force
         onto: what the adapter is merged into; dequantized is built.
         dtype: of merged weights.
         force: take the adapter although its base's fingerprint differs.
+        trust_remote_code: let the model's own code run.
 
     Returns:
         What export.json holds.
@@ -110,7 +131,8 @@ def export_run(folder: Path, out: Path, *, to: str, onto: str, dtype: str, force
         raise RunError(f"--to {to} is not built yet in this version; built: merged, adapter")
     if onto != "dequantized":
         raise RunError(f"--onto {onto} is not built yet in this version; built: dequantized")
-    model, tokenizer, recipe = load_run(folder, force=force)
+    check_request(out, dtype)
+    model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
     if to == "adapter":
         return export_adapter(model, out, provenance=provenance_of(recipe))
     rows = held_out_rows(recipe, tokenizer, model.config, None).rows
@@ -124,17 +146,20 @@ def export_run(folder: Path, out: Path, *, to: str, onto: str, dtype: str, force
     )
 
 
-def load_recipe_base(recipe: Recipe, *, device: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_recipe_base(
+    recipe: Recipe, folder: Path, *, device: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The base that a recipe names, quantised as it says.
 
     Args:
         recipe: the run.
+        folder: where `locate_model` found the base.
         device: other than the recipe's.
         trust_remote_code: let the model folder's own code run.
     """
     base = recipe.base
     model = load_base(
-        base.model,
+        folder,
         quantization=base.quantization,
         double_quant=base.double_quant,
         block_size=base.block_size,
@@ -142,7 +167,6 @@ def load_recipe_base(recipe: Recipe, *, device: str | None = None, trust_remote_
         device=device or base.device,
         skip=base.skip,
         attention=base.attention,
-        revision=base.revision,
         trust_remote_code=trust_remote_code,
     )
     model.config._name_or_path = base.model  # a hub id, where transformers would keep the cache's path

@@ -33,14 +33,12 @@ class Progress:
         step: optimizer steps done.
         rows: training rows consumed.
         tokens: tokens trained.
-        best_eval_loss: lowest so far.
         numbers: step counts of the optimizer.
     """
 
     step: int = 0
     rows: int = 0
     tokens: int = 0
-    best_eval_loss: float | None = None
     numbers: dict[str, int | float] = field(default_factory=dict)
 
 
@@ -58,10 +56,12 @@ def save_checkpoint(
     """
     final = folder / f"step-{progress.step:06d}"
     progress.numbers = optimizer.state_numbers()
+    if _device(parameters).type == "cuda":
+        torch.cuda.synchronize()  # paged state is read by the CPU below, and the card may still be writing it
     with staged_folder(final) as staged:
         save_file(_on_cpu(parameters), staged / "parameters.safetensors")
         save_file(_on_cpu(dict(optimizer.state_tensors())), staged / "optimizer.safetensors")
-        save_file(_random_states(), staged / "random.safetensors")
+        save_file(_random_states(_device(parameters)), staged / "random.safetensors")
         write_json(staged / "state.json", asdict(progress))
         checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
         write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})
@@ -135,16 +135,20 @@ def load_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], optimizer
         ) from error
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
-    _set_random_states(states)
+    _set_random_states(states, _device(parameters))
     return progress
+
+
+def _device(parameters: dict[str, nn.Parameter]) -> torch.device:
+    return next(iter(parameters.values())).device
 
 
 def _on_cpu(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def _random_states() -> dict[str, Tensor]:
-    """torch's, Python's and NumPy's random states as tensors."""
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """torch's (of the CPU and of the run's own device), Python's and NumPy's random states as tensors."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
     _, keys, position, has_gauss, cached = numpy_state
@@ -155,12 +159,12 @@ def _random_states() -> dict[str, Tensor]:
         "numpy": torch.from_numpy(keys.astype(np.int64)),
         "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
     }
-    for index in range(torch.cuda.device_count()):
-        states[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _set_random_states(states: dict[str, Tensor]) -> None:
+def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].item()
@@ -168,6 +172,5 @@ def _set_random_states(states: dict[str, Tensor]) -> None:
     position, has_gauss, cached = states["numpy_rest"].tolist()
     keys = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    for index in range(torch.cuda.device_count()):
-        if f"cuda:{index}" in states:
-            torch.cuda.set_rng_state(states[f"cuda:{index}"], index)
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

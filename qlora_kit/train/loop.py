@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel
 
 from qlora_kit.data import Batch, Encoded, Sampler, collate
-from qlora_kit.errors import DeviceError, TrainingError
+from qlora_kit.errors import DeviceError, RunError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import Progress, save_checkpoint
-from qlora_kit.train.evaluate import Score, evaluate_loss
+from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
@@ -70,6 +71,17 @@ class Job:
         return self.model.device
 
 
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed; accelerate would leave it out without a word.
+
+    Raises:
+        RunError: names it, and the command that installs it.
+    """
+    missing = sorted(set(trackers) - {str(known.value) for known in get_available_trackers()})
+    if missing:
+        raise RunError(f"train.trackers asks for {', '.join(missing)}, not installed; pip install {' '.join(missing)}")
+
+
 def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accelerator:
     """Accelerate with its own precision, accumulation and loaders switched off: these are the kit's.
 
@@ -95,10 +107,13 @@ def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accele
     return accelerator
 
 
-def rehearse_longest(job: Job, ledger: Ledger) -> None:
+def rehearse_longest(job: Job, ledger: Ledger) -> list[str]:
     """Run forward and backward on the longest rows and forget it: what does not fit fails here, in the first minute.
 
     Parameters, optimizer and random states stay as they were.
+
+    Returns:
+        names of the parameters that no gradient reached: the model does not use them on these rows.
     """
     longest = sorted(job.rows, key=lambda row: len(row.input_ids), reverse=True)[: job.pace.micro_batch]
     batch = collate(longest, job.pad_id).to(job.device)
@@ -107,8 +122,10 @@ def rehearse_longest(job: Job, ledger: Ledger) -> None:
         job.model.train()
         batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
         accumulate_gradients(job.model, batches, batch.trained_tokens, phase=ledger.phase)
+    untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
     for parameter in job.parameters.values():
         parameter.grad = None
+    return untouched
 
 
 def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:
@@ -193,10 +210,7 @@ def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
-    score: Score = evaluate_loss(job.model, job.eval_batches)
-    best = job.progress.best_eval_loss
-    job.progress.best_eval_loss = score.loss if best is None else min(best, score.loss)
-    return {"eval_loss": score.loss}
+    return {"eval_loss": evaluate_loss(job.model, job.eval_batches).loss}
 
 
 def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:

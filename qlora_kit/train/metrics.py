@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.storage import write_text
+
 
 class MetricsLog:
     """Appends rows to a file and keeps them.
@@ -18,10 +20,9 @@ class MetricsLog:
         kept = []
         if resume_from is not None and path.exists():
             kept = [row for row in _read_rows(path) if row["step"] <= resume_from]
-        self.rows: list[dict[str, Any]] = []
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - `close` ends it
-        for row in kept:
-            self.add(row)
+        self.rows: list[dict[str, Any]] = kept
+        write_text(path, "".join(_line(row) for row in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` ends it
 
     def add(self, row: dict[str, Any]) -> None:
         """Write one row, flushed at once."""
@@ -29,12 +30,16 @@ class MetricsLog:
         if any(value is None and row[key] is not None for key, value in finite.items()):
             finite["nonfinite"] = True
         self.rows.append(finite)
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.write(_line(finite))
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -7,8 +7,7 @@ split into micro-batches changes nothing (transformers issue 34191 tells what ha
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""The label of a position that is not trained."""
+from qlora_kit.data.collate import IGNORED
 
 
 def causal_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

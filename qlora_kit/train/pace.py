@@ -27,7 +27,8 @@ class Pace:
         save_every: steps between checkpoints; None means by the clock.
         lr: peak learning rate.
         lr_reason: where it comes from.
-        trained_tokens: that the run will see, by the mean of the rows.
+        tokens: that the run will see, padding aside, by the mean of the rows.
+        trained_tokens: those of them that the loss counts.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class Pace:
     save_every: int | None
     lr: float
     lr_reason: str
+    tokens: int
     trained_tokens: int
 
     @property
@@ -55,14 +57,15 @@ class Pace:
         )
 
 
-def set_pace(train: Train, rows: int, longest: int, trained_tokens: int, parameters: int) -> Pace:
+def set_pace(train: Train, *, rows: int, longest: int, tokens: int, trained_tokens: int, parameters: int) -> Pace:
     """Make the recipe's `auto` numbers definite.
 
     Args:
         train: that section of the recipe.
         rows: of the training set.
         longest: tokens of the longest row.
-        trained_tokens: in all rows together.
+        tokens: in all rows together.
+        trained_tokens: those of them that the loss counts.
         parameters: of the base.
     """
     fitting = max(1, min(ROWS_A_STEP, TOKENS_A_MICRO_BATCH // longest, rows))
@@ -81,5 +84,6 @@ def set_pace(train: Train, rows: int, longest: int, trained_tokens: int, paramet
         save_every=None if train.save_every == "auto" else train.save_every,
         lr=lr,
         lr_reason=reason,
+        tokens=round(tokens / rows * per_step * steps),
         trained_tokens=round(trained_tokens / rows * per_step * steps),
     )

@@ -319,7 +319,7 @@ def parse_args() -> argparse.Namespace:
         ("heads", 4, "attention heads"),
         ("context", 256, "tokens in a window"),
         ("batch", 16, "windows in a step"),
-        ("steps", 1700, "optimizer steps"),
+        ("steps", 2750, "optimizer steps"),
         ("warmup", 100, "steps of rising learning rate"),
         ("log-every", 50, "steps between lines of the log"),
         ("save-every", 200, "steps between saved states"),
@@ -329,9 +329,9 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
     for name, value, text in [
         ("lr", 3e-3, "peak learning rate"),
-        ("decay", 0.3, "share of the steps in which the rate falls to zero"),
+        ("decay", 0.2, "share of the steps in which the rate falls to zero"),
         ("weight-decay", 0.1, "weight decay of the layers' matrices"),
-        ("repeat-share", 0.2, "share of the windows with repeated spans"),
+        ("repeat-share", 0.4, "share of the windows with repeated spans"),
     ]:
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{text} (default: {value})")
     args = parser.parse_args()
