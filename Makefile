@@ -18,6 +18,7 @@ quickstart: $(STAMP)  ## train, score, export and look at a QLoRA adapter: no GP
 	@$(BIN)/qlora-kit train quickstart --overwrite
 	@echo
 	@echo 'merging the adapter into plain weights, and comparing them with the model as trained ...'
+	@rm -rf runs/quickstart/merged
 	@$(BIN)/qlora-kit export runs/quickstart --to merged --out runs/quickstart/merged
 	@echo
 	@echo 'Next, a 7B model on a GPU of 8 GB or more, with your own chats:'

@@ -12,6 +12,8 @@ _HOMES = {
     "Ledger": "qlora_kit.memory",
     "adapters_off": "qlora_kit.lora",
     "add_lora": "qlora_kit.lora",
+    "combine_adapters": "qlora_kit.lora",
+    "delete_adapter": "qlora_kit.lora",
     "load_adapter": "qlora_kit.lora",
     "load_base": "qlora_kit.base",
     "merge": "qlora_kit.export",

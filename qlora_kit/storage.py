@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,21 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(staged, path)
     _sync_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        RunError: it cannot be written; the library's own error is none that says so.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise RunError(f"{path} cannot be written: {error}; see that the disk has room") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base import Quantization, QuantizedLinear, decode, linear_shape, load_base
@@ -510,6 +510,52 @@ def test_a_loaded_model_holds_no_page_of_its_checkpoint(tmp_path):
         with open(file, "r+b") as open_file:
             open_file.write(b"\xff" * file.stat().st_size)
         assert torch.equal(tiny.logits(model), wanted)
+
+
+# --- checkpoints that are quantised already ---------------------------------------------------------------------------
+
+STORED = {
+    "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "fp4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+    "int8": BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+@pytest.fixture(params=[(kind, make) for kind in STORED for make in (tiny.llama, tiny.gpt2)])
+def stored_checkpoint(request, tmp_path):
+    """A model that transformers and bitsandbytes quantised and saved."""
+    kind, make = request.param
+    make().save_pretrained(tmp_path / "dense")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=STORED[kind])
+    theirs.save_pretrained(tmp_path / "stored")
+    return tmp_path, kind
+
+
+def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(stored_checkpoint):
+    """The same bytes as the kit's own quantisation of the dense checkpoint, and so the same logits."""
+    folder, kind = stored_checkpoint
+    settings = {"quantization": kind, "double_quant": kind == "nf4", "compute_dtype": "float32", "device": "cpu"}
+    model = load_base(folder / "stored", **settings)
+    ours = load_base(folder / "dense", **settings)
+    assert tiny.quantized_layers(model).keys() == tiny.quantized_layers(ours).keys()
+    assert tiny.stored(model) == tiny.stored(ours)
+    assert torch.equal(tiny.logits(model), tiny.logits(ours))
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):
+    folder, kind = stored_checkpoint
+    other = "int8" if kind != "int8" else "nf4"
+    with pytest.raises(ModelError, match=rf"stored in {kind} already.*base.quantization={kind}"):
+        load_base(folder / "stored", quantization=other, device="cpu")
+
+
+def test_a_checkpoint_of_another_quantiser_is_refused(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ModelError, match=r"by gptq.*16-bit"):
+        load_base(tmp_path, device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -298,6 +298,7 @@ def test_held_out_rows_that_are_all_too_long_are_counted_and_do_not_stop_a_run(r
             break
     else:
         pytest.fail("the split never chose the long row")
+    assert json.loads((recipe.parent / "run" / "data.json").read_text())["eval"]["dropped"] == 1
     assert not (recipe.parent / "run" / "scores.json").exists()
 
 
@@ -329,12 +330,16 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
 
 
-def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monkeypatch):
-    def interrupted(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("place", ["plan_methods", "load_recipe_base"])
+def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monkeypatch, place):
+    def interrupted(*_, **__):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except (RuntimeError, ValueError, OSError) as error:  # as libraries do around what they call
+            pytest.fail(f"a library would have taken the signal for an error of its own: {error!r}")
         pytest.fail("the signal did not end it")
 
-    monkeypatch.setattr(import_module("qlora_kit.run.train"), "plan_methods", interrupted)
+    monkeypatch.setattr(import_module("qlora_kit.run.train"), place, interrupted)
     result = call("train", recipe)
     assert result.exit_code == 143
     assert "before training" in result.output
@@ -384,6 +389,22 @@ def test_a_folder_of_other_things_is_never_replaced(recipe):
     (recipe.parent / "run" / "thesis.tex").write_text("years of work")
     assert_mistake(call("train", recipe, "--overwrite"), "not empty")
     assert (recipe.parent / "run" / "thesis.tex").exists()
+
+
+def test_overwrite_removes_a_run_and_nothing_that_lies_beside_it(recipe):
+    run = recipe.parent / "run"
+    assert call("train", recipe).exit_code == 0
+    (run / "notes.txt").write_text("what I saw")
+    assert call("train", recipe, "train.steps=2", "--overwrite").exit_code == 0
+    assert (run / "notes.txt").read_text() == "what I saw"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_folder_with_a_recipe_of_ones_own_is_no_run(recipe):
+    """`output: .` beside one's recipe.yaml and rows: nothing of them goes, whatever is asked for."""
+    rows = (recipe.parent / "rows.jsonl").read_text()
+    assert_mistake(call("train", recipe, f"output={recipe.parent}", "--overwrite"), "holds no run")
+    assert (recipe.parent / "rows.jsonl").read_text() == rows
 
 
 def test_a_run_that_failed_at_its_start_can_be_started_again(recipe):

@@ -32,7 +32,7 @@ from qlora_kit.errors import AdapterError, DataError, ModelError, RunError
 from qlora_kit.export import compare, export_adapter, export_merged, kinds, merge, merged_tensors
 from qlora_kit.export.folder import model_card
 from qlora_kit.export.stream import SLICE_ELEMENTS, row_slices, streamed, write_safetensors, write_weights
-from qlora_kit.lora import adapters_off, add_lora, load_adapter, lora_layers, save_adapter
+from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.inject import wrap
 from qlora_kit.lora.layer import LoraLinear
 from qlora_kit.storage import sha256_file
@@ -60,11 +60,11 @@ def dense_model(family="llama", tied=False):
     return LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=tied, attention_bias=True))
 
 
-def trained_model(family="llama", kind="nf4", *, tied=False, double_quant=True, targets="all-linear"):
+def trained_model(family="llama", kind="nf4", *, tied=False, double_quant=True, **lora):
     """A quantised base with an adapter whose B is not zero, in fp32."""
     quantization = Quantization(kind, double_quant, 64)
     model = freeze_and_quantize(dense_model(family, tied), quantization, torch.float32, torch.device("cpu"))
-    add_lora(model, rank=4, alpha=12, targets=targets)
+    add_lora(model, rank=4, alpha=12, **lora)
     fill_adapters(model)
     return model
 
@@ -180,6 +180,17 @@ def test_merged_fp32_gives_the_logits_of_the_adapter_model(tmp_path, family, kin
     assert not info["unexpected_keys"]
     assert export.dtype == torch.float32
     assert relative(logits(export), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_dora_gives_the_logits_of_the_adapter_model(tmp_path, family):
+    model = trained_model(family, "nf4", dora=True)
+    for name, parameter in adapter_parameters(model):
+        if name.endswith("magnitude_O"):
+            parameter.data *= torch.linspace(0.8, 1.2, len(parameter))
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    export = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert relative(logits(export), logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
-from qlora_kit.ops import lora_linear, lora_linear_plain
+from qlora_kit.ops import dora_linear, lora_linear, lora_linear_plain, row_norms
 
 # Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (three
 # roundings: h, the base's product, the sum). Norms of the factors, so that a draw that cancels does not decide.
@@ -232,6 +232,85 @@ def test_the_weight_is_decoded_once_forward_and_once_backward():
     case.layer.dense = lambda dtype: calls.append(dtype) or decode(dtype)
     case.run()
     assert calls == [torch.float32, torch.float32]
+
+
+# --- dropout and DoRA ---
+
+
+def test_the_update_can_see_another_input_than_the_base():
+    case = make()
+    other = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(5))
+    leaves = {}
+    for op in (lora_linear, lora_linear_plain):
+        x, own, a, b = leaves[op] = [t.detach().clone().requires_grad_() for t in (case.x, other, case.a_RI, case.b_OR)]
+        op(x, case.layer.dense, case.bias, a, b, case.scale, own).backward(case.g)
+    for found, wanted in zip(leaves[lora_linear], leaves[lora_linear_plain], strict=True):
+        assert (found.grad - wanted.grad).norm() < 2e-6 * wanted.grad.norm()
+    assert not torch.allclose(leaves[lora_linear][0].grad, case.run()["dx"])
+
+
+def dora_truth(x, w, bias, a, b, scale, magnitude):
+    """DoRA as its paper writes it, with the whole merged weight; the norm is a constant of the backward pass."""
+    merged = w + scale * b @ a
+    return x @ (magnitude / merged.norm(dim=1).detach())[:, None].mul(merged).T + bias
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_dora_is_the_papers_formula_with_its_gradients(dtype, bound):
+    """Relative norms; bf16: the product, its factor, the bias and x A^T are each rounded to 8 bits."""
+    case = make(dtype=dtype)
+    w = case.layer.dense(dtype).double()
+    square_O = case.layer.dense(torch.float32).square().sum(1)
+    magnitude_O = square_O.sqrt() * torch.linspace(0.5, 1.5, len(square_O))
+    leaves = [t.detach().clone().requires_grad_() for t in (case.x, case.a_RI, case.b_OR, magnitude_O)]
+    x, a, b, m = leaves
+    y = dora_linear(x, case.layer.dense, case.bias, a, b, case.scale, m, square_O)
+    y.backward(case.g)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = dora_truth(exact[0], w, case.bias.double(), exact[1], exact[2], case.scale, exact[3])
+    wanted.backward(case.g.double())
+    plain = lora_linear(case.x, *case.parts).double()
+    assert (wanted - plain).norm() > 0.1 * plain.norm()
+    for found, exactly in [(y, wanted), *((leaf.grad, twin.grad) for leaf, twin in zip(leaves, exact, strict=True))]:
+        assert (found.double() - exactly).norm() < bound * exactly.norm()
+
+
+def test_doras_norms_cost_no_decoding():
+    case = make()
+    calls = []
+    square_O = case.layer.dense(torch.float32).square().sum(1)
+    x, a, b = (t.detach().requires_grad_() for t in (case.x, case.a_RI, case.b_OR))
+
+    def decode(dtype):
+        calls.append(dtype)
+        return case.layer.dense(dtype)
+
+    dora_linear(x, decode, None, a, b, case.scale, square_O.sqrt(), square_O).backward(case.g)
+    assert calls == [torch.float32, torch.float32]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    rank=st.integers(1, 16),
+    scale=st.floats(1e-3, 1e2),
+    seed=st.integers(0, 9999),
+)
+def test_row_norms_are_those_of_the_dense_sum(shape, rank, scale, seed):
+    """Against float64, to 1e-5 of ||W_o|| + scale |B_o| ||A||: where these terms cancel, what is left is rounding."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    w, a, b = draw(*shape), draw(rank, shape[1]), draw(shape[0], rank)
+    found = row_norms(w.square().sum(1), a @ w.T, a, b, scale)
+    update = scale * b.double() @ a.double()
+    size = w.double().norm(dim=1) + scale * b.double().abs() @ a.double().norm(dim=1)
+    squares = (found.double().square() - (w.double() + update).square().sum(1)).abs()
+    assert (squares <= 1e-5 * size.square()).all()
+
+
+def test_a_row_of_zeros_stays_zero_and_is_not_nan():
+    zeros, a, b = torch.zeros(3), torch.randn(2, 5), torch.zeros(3, 2)
+    y = dora_linear(torch.randn(4, 5), lambda dtype: torch.zeros(3, 5, dtype=dtype), None, a, b, 1.0, zeros, zeros)
+    assert torch.equal(y, torch.zeros(4, 3))
 
 
 # --- the ways in which a model calls it ---

@@ -6,7 +6,18 @@ block for blocks above 256.
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from qlora_kit.base.dense import QuantizedLinear, decode, is_linear
 from qlora_kit.base.formats import Quantization
@@ -46,6 +57,33 @@ def gpt2(seed: int = 0, **changes: object) -> GPT2LMHeadModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return _spread(GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))).eval()
+
+
+EXPERTS = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+           "num_experts_per_tok": 2, "head_dim": 12, "vocab_size": 97, "max_position_embeddings": 64,
+           "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
+
+
+def _mixture(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+
+
+def mixtral(seed: int = 0) -> PreTrainedModel:
+    """A dense fp32 Mixtral of four experts, (experts, out, in), whose choice of experts is far from even."""
+    return _mixture(MixtralConfig(**EXPERTS, intermediate_size=32, num_local_experts=4), seed)
+
+
+def qwen3_moe(seed: int = 0) -> PreTrainedModel:
+    """A dense fp32 Qwen3-MoE of five experts."""
+    return _mixture(Qwen3MoeConfig(**EXPERTS, moe_intermediate_size=40, num_experts=5, mlp_only_layers=[]), seed)
+
+
+def gpt_oss(seed: int = 0) -> PreTrainedModel:
+    """A dense fp32 gpt-oss: experts stored as (experts, in, out), with biases and a gate of its own."""
+    config = GptOssConfig(**EXPERTS, intermediate_size=32, num_local_experts=4, attn_implementation="eager")
+    return _mixture(config, seed)
 
 
 def quantized(
@@ -127,6 +165,6 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def _spread(model: PreTrainedModel) -> PreTrainedModel:
     """Move the parameters that start as all ones or all zeros."""
     for parameter in model.parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or not parameter.any():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model

@@ -6,7 +6,8 @@ A linear layer of a base is one of
 - transformers' `Conv1D` (GPT-2), weight (in, out).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,48 +18,43 @@ from qlora_kit.errors import ModelError
 from qlora_kit.ops import lora_linear
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is stored quantised; its forward pass is differentiable in x.
+class QuantizedWeight(nn.Module):
+    """What keeps a frozen weight quantised: codes and constants as buffers, of a format that is never forgotten.
 
     Args:
-        weight_OI: the dense weight, (out, in); it is not kept.
-        bias: (out,) or None; kept as it is, frozen.
-        quantization: the format, not `none`.
-        is_transposed: whether the layer came from a `Conv1D`, so that an export gives the weight back as (in, out).
+        quantization: the format.
+        is_transposed: whether a checkpoint of the family stores the weight as (in, out).
     """
 
-    codes: Tensor
-    absmax: Tensor
-    absmax_scale: Tensor | None
-    absmax_offset: Tensor | None
-    bias: Tensor | None
+    out_features: int
+    in_features: int
 
-    def __init__(
-        self, weight_OI: Tensor, bias: Tensor | None, quantization: Quantization, *, is_transposed: bool = False
-    ) -> None:
+    def __init__(self, quantization: Quantization, is_transposed: bool) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight_OI.shape
-        self.quantization = quantization
-        self.is_transposed = is_transposed
-        tensors = quantize(weight_OI.contiguous(), quantization)
-        for name in ("codes", "absmax", "absmax_scale", "absmax_offset"):
-            self.register_buffer(name, tensors.get(name))
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.quantization, self.is_transposed = quantization, is_transposed
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The stored weight, (out, in), in `dtype`; a new tensor at every call."""
+    @property
+    def weight_count(self) -> int:
+        """Weights that the codes stand for."""
+        return self.out_features * self.in_features
+
+    def read(self, stored: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+        """A matrix, (out, in), in `dtype`, from its codes and constants; a new tensor at every call.
+
+        Args:
+            stored: as `quantize` names them.
+            dtype: to read it in.
+        """
+        codes, absmax = stored["codes"], stored.get("absmax")
+        if codes is None or absmax is None:
+            raise ModelError(f"a {type(self).__name__} has lost its codes or constants; load the base again")
         if self.quantization.kind == "int8":
-            return decode_int8(self.codes, self.absmax, dtype)
+            return decode_int8(codes, absmax, dtype)
         shape = (self.out_features, self.in_features)
-        return decode_4bit(
-            self.codes, self.absmax, self.absmax_scale, self.absmax_offset, self.quantization, shape, dtype
-        )
+        scale, offset = stored.get("absmax_scale"), stored.get("absmax_offset")
+        return decode_4bit(codes, absmax, scale, offset, self.quantization, shape, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the dtype of x."""
-        return lora_linear(x, self.dense, self.bias)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         """Follow `.to(device)`, but not a change of dtype: constants cut to bf16 would change every weight."""
         constants = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
@@ -82,6 +78,65 @@ class QuantizedLinear(nn.Module):
             found = bytes(state.tolist()).decode(errors="replace")
             raise ModelError(f"the state dict holds a layer in {found}, this one is in {self.quantization}")
 
+
+class QuantizedLinear(QuantizedWeight):
+    """A frozen linear layer whose weight is stored quantised; its forward pass is differentiable in x.
+
+    Args:
+        weight_OI: the dense weight, (out, in); it is not kept.
+        bias: (out,) or None; kept as it is, frozen.
+        quantization: the format, not `none`.
+        is_transposed: whether the layer came from a `Conv1D`, so that an export gives the weight back as (in, out).
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax_scale: Tensor | None
+    absmax_offset: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, weight_OI: Tensor, bias: Tensor | None, quantization: Quantization, *, is_transposed: bool = False
+    ) -> None:
+        super().__init__(quantization, is_transposed)
+        self._take(weight_OI.shape, quantize(weight_OI.contiguous(), quantization), bias)
+
+    @classmethod
+    def from_stored(
+        cls,
+        shape: tuple[int, int],
+        stored: Mapping[str, Tensor],
+        bias: Tensor | None,
+        quantization: Quantization,
+        *,
+        is_transposed: bool = False,
+    ) -> Self:
+        """A layer of codes and constants that are there already.
+
+        Args:
+            shape: (out, in).
+            stored: as `quantize` names them; they are taken as they are.
+            bias: as above, like the rest.
+        """
+        layer = cls.__new__(cls)
+        QuantizedWeight.__init__(layer, quantization, is_transposed)
+        layer._take(shape, stored, bias)
+        return layer
+
+    def _take(self, shape: tuple[int, ...], stored: Mapping[str, Tensor], bias: Tensor | None) -> None:
+        self.out_features, self.in_features = shape
+        for name in ("codes", "absmax", "absmax_scale", "absmax_offset"):
+            self.register_buffer(name, stored.get(name))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The stored weight, (out, in), in `dtype`; a new tensor at every call."""
+        return self.read(self._buffers, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        return lora_linear(x, self.dense, self.bias)
+
     def extra_repr(self) -> str:
         """What printing the model shows of the layer."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantization.kind}"
@@ -102,9 +157,14 @@ def linear_shape(module: Linear) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def is_transposed(module: Linear) -> bool:
+    """Whether a checkpoint stores the weight of this layer as (in, out)."""
+    return module.is_transposed if isinstance(module, QuantizedLinear) else isinstance(module, Conv1D)
+
+
 def parameter_count(model: nn.Module) -> int:
     """Parameters of a model by their true shapes: a packed weight as the matrix it stands for, a tied one once."""
-    quantized = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    quantized = sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight))
     return quantized + sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -5,7 +5,7 @@ read, quantised and let go before the next, and what stays dense is copied off t
 open.
 
 Everything linear inside the model's body is quantised and nothing else: heads (the output embedding, a classifier) lie
-outside the body (`base_model_prefix`), embeddings and norms are no linear layers.
+outside the body (`base_model_prefix`), embeddings, norms and routers are no linear layers. Experts are quantised, too.
 """
 
 import copy
@@ -19,9 +19,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base.dense import QuantizedLinear, quantize_linear
+from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear
+from qlora_kit.base.experts import quantize_experts
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.hub import locate_model
+from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.errors import DeviceError, ModelError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -43,8 +45,8 @@ def load_base(
     """Load a causal language model, quantise its linear layers and freeze it.
 
     Args:
-        model: a folder, or a hub id.
-        quantization: nf4, fp4, int8 or none.
+        model: a folder, or a hub id. What bitsandbytes has quantised already is taken over as it is.
+        quantization: nf4, fp4, int8 or none; of a quantised checkpoint, the format that it has.
         double_quant: quantise the 4-bit block constants too.
         block_size: weights that share one 4-bit constant, a power of two from 32 to 4096.
         compute_dtype: bfloat16, float16, float32, or auto (see `default_compute_dtype`).
@@ -64,8 +66,15 @@ def load_base(
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     folder = locate_model(str(model), revision, code=trust_remote_code)
-    loaded = _load_dense(folder, dtype, attention, trust_remote_code)
-    return freeze_and_quantize(loaded, Quantization(quantization, double_quant, block_size), dtype, target, skip)
+    asked = Quantization(quantization, double_quant, block_size)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    stored = stored_quantization(config)
+    if stored is not None:
+        check_agreement(stored, asked)
+    loaded = _load(folder, config, dtype, attention)
+    if stored is not None:
+        adopt_layers(loaded, dtype)
+    return freeze_and_quantize(loaded, asked, dtype, target, skip)
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -75,6 +84,7 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) ->
     makes when it may.
     """
     config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(
         config,
         dtype=dtype,
@@ -98,7 +108,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
     _check_config(folder, config)
     return config
@@ -111,7 +121,7 @@ def freeze_and_quantize(
     device: torch.device,
     skip: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """Quantise the linear layers of a dense model in place, move it to `device`, and freeze it.
+    """Quantise the linear layers and experts of a dense model in place, move it to `device`, and freeze it.
 
     Args:
         model: dense, on the CPU or on fake tensors.
@@ -125,16 +135,16 @@ def freeze_and_quantize(
     """
     skipped = _resolve_skip(model, skip)
     if quantization.kind != "none":
-        for name in [name for name, _ in body_linears(model) if name not in skipped]:
-            module: Any = model.get_submodule(name)
-            quantized = quantize_linear(module, quantization, dtype, device)
-            model.set_submodule(name, quantized)
+        for name, module in list(body_linears(model)):
+            if name not in skipped and not isinstance(module, QuantizedLinear):
+                model.set_submodule(name, quantize_linear(module, quantization, dtype, device))
+    quantize_experts(model, quantization, dtype, device)
     _settle_dense(model, dtype, device)
     model.requires_grad_(False)
     return model.eval()
 
 
-def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """The linear layers inside the model's body, with their dotted names; heads are not among them.
 
     Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly.
@@ -196,20 +206,18 @@ def _check_config(folder: Path, config: PretrainedConfig) -> None:
     """Refuse what would fail late or train wrongly.
 
     Raises:
-        ModelError: the model is quantised already, reads in both directions, or is an encoder with a decoder.
+        ModelError: the model is quantised by another library, reads in both directions, or is an encoder with a
+            decoder.
     """
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else type(stored).__name__
-        raise ModelError(f"{folder} is quantised already ({method}); give the 16-bit model that it was made from")
-    if type(config) not in AutoModelForCausalLM._model_mapping and not hasattr(config, "auto_map"):
+    stored_quantization(config)
+    own = getattr(config, "auto_map", {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in own:
         raise ModelError(f"{folder} holds a {config.model_type}, which is no causal language model")
     if config.is_encoder_decoder or type(config) in AutoModelForMaskedLM._model_mapping:
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 
-def _load_dense(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> PreTrainedModel:
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+def _load(folder: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -218,10 +226,10 @@ def _load_dense(folder: Path, dtype: torch.dtype, attention: str, trust_remote_c
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=brings_code(config),
             output_loading_info=True,
         )
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -246,7 +254,7 @@ def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
     """
     moved: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedWeight):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in moved:

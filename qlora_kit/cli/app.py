@@ -1,7 +1,7 @@
 """The verbs. Each one reads its arguments, calls the room that does the work, and shows what came out.
 
 Exit codes: 0 done; 2 the user can mend it, one line `error: ...` on standard error; 3 does not fit the budget; 130 and
-143 stopped by a signal, state saved. `--debug` anywhere shows the traceback instead of the line.
+143 stopped by a signal, state saved if there was any. `--debug` anywhere shows the traceback instead of the line.
 """
 
 import errno
@@ -67,7 +67,7 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if _DEBUG["on"] or error.errno not in _DISK_FAULTS:
                 raise
-            typer.echo(f"error: {error.filename or 'the disk'} cannot be written: {error.strerror}", err=True)
+            typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
             raise typer.Exit(QloraKitError.exit_code) from None
 
     return guarded

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -96,6 +95,8 @@ class Screen(Watch):
             f"[bold]lora[/]   {len(report.matched)} layers, {format_count(report.trainable)} of "
             f"{format_count(report.total)} parameters train ({share:.2%})"
         )
+        for note in report.notes:
+            self.note(note)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]train[/] "),
@@ -113,6 +114,8 @@ class Screen(Watch):
         if row.get("eval_loss") is not None:
             self._eval_loss = row["eval_loss"]
         if row.get("loss") is None:
+            if self._progress is None and row["step"] == self._steps and self._eval_loss is not None:
+                self.console.print(f"[bold]train[/]  step {self._steps}/{self._steps}  held-out {self._eval_loss:.3f}")
             return
         held_out = "" if self._eval_loss is None else f"  held-out {self._eval_loss:.3f}"
         status = (
@@ -187,7 +190,7 @@ class Screen(Watch):
         self.signal = number
         if not self._is_training:
             self.console.print("\nstopped before training began; nothing is changed")
-            raise typer.Exit(128 + number)
+            raise SystemExit(128 + number)  # not an Exception, which a library might take for its own
         self.console.print("\nstopping after this step; once more quits at once")
 
     def _end_bar(self) -> None:

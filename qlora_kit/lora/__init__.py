@@ -1,9 +1,10 @@
-"""LoRA adapters on a frozen base: the layer, where it goes, how it starts, and its files."""
+"""LoRA adapters on a frozen base: the layer, where it goes, how it starts, several of them, and their files."""
 
 from qlora_kit.lora.adapters import load_adapter, save_adapter
 from qlora_kit.lora.fingerprint import fingerprint
 from qlora_kit.lora.inject import LoraReport, add_lora, add_recipe_lora, lora_layers
-from qlora_kit.lora.layer import LoraLinear, adapter_parameters, adapters_off, use_adapter
+from qlora_kit.lora.layer import LoraLinear, adapter_parameters
+from qlora_kit.lora.several import adapters_off, combine_adapters, delete_adapter, use_adapter
 
 __all__ = [
     "LoraLinear",
@@ -12,6 +13,8 @@ __all__ = [
     "adapters_off",
     "add_lora",
     "add_recipe_lora",
+    "combine_adapters",
+    "delete_adapter",
     "fingerprint",
     "load_adapter",
     "lora_layers",

@@ -8,32 +8,50 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base.dense import QuantizedLinear, decode, linear_shape
+from qlora_kit.base.dense import decode, is_transposed
+from qlora_kit.base.experts import expert_stacks, stack_experts
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.fingerprint import fingerprint
-from qlora_kit.lora.inject import LoraReport, adaptable_linears, head_is_tied, head_name, lora_report, wrap
-from qlora_kit.lora.layer import Adapter, LoraLinear, adapter_names, check_new_name, lora_layers, use_adapter
-from qlora_kit.storage import staged_folder
+from qlora_kit.lora.inject import (
+    LoraReport,
+    adaptable_linears,
+    adaptable_weights,
+    head_is_tied,
+    head_name,
+    lora_report,
+    wrap,
+)
+from qlora_kit.lora.layer import (
+    Adapter,
+    LoraLayer,
+    LoraLinear,
+    lora_layers,
+    row_squares,
+    weight_shape,
+)
+from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
+from qlora_kit.storage import staged_folder, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_HALVES = ("lora_A", "lora_B")
+_NAMES = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight", "magnitude_O": "lora_magnitude_vector"}
+"""What PEFT calls the tensors of an adapter, in its files."""
+
+Parts: TypeAlias = dict[str, Tensor]
+"""The tensors of one layer's adapter by their names here."""
 
 # Fields of PEFT's configuration with the value under which they change nothing here; any other value changes the model.
 _NEUTRAL: dict[str, Any] = {
     "bias": "none",
-    "use_dora": False,
     "use_qalora": False,
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -46,7 +64,6 @@ _NEUTRAL: dict[str, Any] = {
     "megatron_config": None,
     "modules_to_save": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
     "velora_config": None,
@@ -61,8 +78,10 @@ _READ_OR_INERT = frozenset(
         "r",
         "lora_alpha",
         "target_modules",
+        "target_parameters",
         "lora_dropout",
         "use_rslora",
+        "use_dora",
         "rank_pattern",
         "alpha_pattern",
         "fan_in_fan_out",
@@ -102,10 +121,11 @@ def save_adapter(
         raise AdapterError(
             f"there is no adapter {name!r} to save; there are: {', '.join(adapter_names(model)) or 'none'}"
         )
+    stems = _stems(model, layers)
     tensors = {
-        key: value
+        f"{_PREFIX}{stems[layer_name]}.{_NAMES[leaf]}": _to_file(parameter.detach(), leaf).to("cpu", copy=True)
         for layer_name, layer in layers.items()
-        for key, value in _tensors(layer_name, layer.adapter(name)).items()
+        for leaf, parameter in layer.adapter(name).named_parameters()
     }
     broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
     if broken:
@@ -114,7 +134,7 @@ def save_adapter(
     final = Path(folder)
     _check_replaceable(final)
     with staged_folder(final) as staged:
-        save_file(tensors, staged / WEIGHTS, metadata=metadata)
+        write_tensors(staged / WEIGHTS, tensors, metadata)
         (staged / WEIGHTS).chmod(0o644)
         (staged / CONFIG).write_text(json.dumps(_peft_config(model, layers, name), indent=2, sort_keys=True) + "\n")
     return final
@@ -142,19 +162,21 @@ def load_adapter(
     check_new_name(model, name)
     config = _read_config(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / WEIGHTS)
-    linears = adaptable_linears(model)
-    pairs, faults = _pair_up(
-        {key: value for key, value in tensors.items() if not _is_the_bases_own(key, value, linears)}
-    )
-    faults += _fit_faults(model, linears, pairs, config)
+    if config.get("target_parameters"):
+        stack_experts(model)
+    weights = adaptable_weights(model)
+    own = {key: value for key, value in tensors.items() if not _is_the_bases_own(key, value, weights)}
+    named = {stem: name for name, stem in _stems(model, _targeted_experts(model, config)).items()}
+    layers, faults = _by_layer(own, named, bool(config.get("use_dora")))
+    faults += _fit_faults(model, weights, layers, config)
     trained_on = metadata.get("qlora_kit.base_fingerprint")
     if trained_on is not None and trained_on != fingerprint(model) and not force:
         faults.append("it was trained on another base (the fingerprints differ); force loads it all the same")
     if faults:
         raise AdapterError(f"the adapter in {folder} does not fit this model: {'; '.join(faults)}")
-    for layer_name, (a_RI, b_OR) in pairs.items():
+    for layer_name, parts in layers.items():
         layer = wrap(model, layer_name)
-        layer.adapters[name] = _adapter(layer, layer_name, config, a_RI, b_OR).train(layer.training)
+        layer.adapters[name] = _adapter(layer, layer_name, config, parts).train(layer.training)
     use_adapter(model, name)
     return lora_report(model, name)
 
@@ -167,36 +189,60 @@ def _check_replaceable(folder: Path) -> None:
         raise AdapterError(f"{folder} holds {_listed(others)}, which saving would delete; give a folder of its own")
 
 
-def _adapter(layer: LoraLinear, layer_name: str, config: Mapping[str, Any], a_RI: Tensor, b_OR: Tensor) -> Adapter:
+def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts) -> Adapter:
+    rank = _patterned(config.get("rank_pattern"), layer_name, config["r"])
     device = next(t.device for t in (*layer.base.buffers(), *layer.base.parameters()))
     adapter = Adapter(
         layer.shape,
-        a_RI.shape[0],
+        int(rank),
         _patterned(config.get("alpha_pattern"), layer_name, config["lora_alpha"]),
         scaling="rslora" if config.get("use_rslora") else "standard",
         dropout=config.get("lora_dropout") or 0.0,
-        dtype=a_RI.dtype,
+        square_O=row_squares(layer.base) if "magnitude_O" in parts else None,
+        dtype=parts["a_RI"].dtype,
         device=device,
     )
     with torch.no_grad():
-        adapter.a_RI.copy_(a_RI)
-        adapter.b_OR.copy_(b_OR)
+        for leaf, parameter in adapter.named_parameters():
+            parameter.copy_(_from_file(parts[leaf], leaf, parameter.shape))
     return adapter
 
 
-def _tensors(layer_name: str, adapter: Adapter) -> dict[str, Tensor]:
-    key = f"{_PREFIX}{layer_name}"
-    return {
-        f"{key}.lora_A.weight": adapter.a_RI.detach().to("cpu", copy=True).contiguous(),
-        f"{key}.lora_B.weight": adapter.b_OR.detach().to("cpu", copy=True).contiguous(),
-    }
+def _stems(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """What PEFT calls each of these layers: its own name, but for experts.
+
+    There PEFT wraps the module that holds the weights, once for each of them, so that the last stands outermost.
+    """
+    stacks = [name for name in expert_stacks(model) if name in set(names)]
+    stems = {name: name for name in names}
+    for name in stacks:
+        holder = name.rpartition(".")[0]
+        siblings = [other for other in stacks if other.rpartition(".")[0] == holder]
+        stems[name] = holder + ".base_layer" * (len(siblings) - 1 - siblings.index(name))
+    return stems
 
 
-def _peft_config(model: PreTrainedModel, layers: Mapping[str, LoraLinear], name: str) -> dict[str, Any]:
+def _to_file(tensor: Tensor, leaf: str) -> Tensor:
+    """A matrix as PEFT stores it; of experts, A as (experts * rank, in) and B as (out, rank * experts)."""
+    if tensor.ndim == 3:
+        tensor = tensor.flatten(0, 1) if leaf == "a_RI" else tensor.permute(1, 2, 0).flatten(1)
+    return tensor.contiguous()
+
+
+def _from_file(tensor: Tensor, leaf: str, shape: Sequence[int]) -> Tensor:
+    """The reverse, in `shape`."""
+    if len(shape) < 3 or leaf == "a_RI":
+        return tensor.view(*shape)
+    experts, out, rank = shape
+    return tensor.view(out, rank, experts).permute(2, 0, 1)
+
+
+def _peft_config(model: PreTrainedModel, layers: Mapping[str, LoraLayer], name: str) -> dict[str, Any]:
     adapters = {layer_name: layer.adapter(name) for layer_name, layer in layers.items()}
     rank = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0][0]
     alpha = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0][0]
     first = next(iter(adapters.values()))
+    experts = [key for key in layers if key in expert_stacks(model)]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -204,14 +250,15 @@ def _peft_config(model: PreTrainedModel, layers: Mapping[str, LoraLinear], name:
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if experts else first.dropout,  # PEFT has none on experts, and it is for training alone
         "use_rslora": first.scaling == "rslora",
-        "use_dora": False,
+        "use_dora": first.is_dora,
         "bias": "none",
-        "target_modules": _target_modules(model, list(layers)),
+        "target_modules": _target_modules(model, [key for key in layers if key not in experts]),
+        "target_parameters": experts or None,
         "rank_pattern": {_exactly(key): a.rank for key, a in adapters.items() if a.rank != rank},
         "alpha_pattern": {_exactly(key): a.alpha for key, a in adapters.items() if a.alpha != alpha},
-        "fan_in_fan_out": all(_is_conv1d(layer) for layer in layers.values()),
+        "fan_in_fan_out": all(isinstance(layer, LoraLinear) and is_transposed(layer.base) for layer in layers.values()),
         "init_lora_weights": True,
     }
 
@@ -226,11 +273,6 @@ def _target_modules(model: PreTrainedModel, matched: Sequence[str]) -> list[str]
 def _exactly(layer_name: str) -> str:
     """A key that PEFT matches against this one layer: it reads the key as a pattern for the name's end."""
     return layer_name.replace(".", r"\.")
-
-
-def _is_conv1d(layer: LoraLinear) -> bool:
-    base = layer.base
-    return base.is_transposed if isinstance(base, QuantizedLinear) else isinstance(base, Conv1D)
 
 
 def _patterned(pattern: Mapping[str, Any] | None, layer_name: str, default: float) -> float:
@@ -305,9 +347,11 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "lora_alpha": _is_number,
     "lora_dropout": lambda value: value is None or (_is_number(value) and 0 <= value < 1),
     "use_rslora": lambda value: value in (None, True, False),
+    "use_dora": lambda value: value in (None, True, False),
     "rank_pattern": _maps_patterns(_is_rank),
     "alpha_pattern": _maps_patterns(_is_number),
     "target_modules": lambda value: value is None or _is_choice(value),
+    "target_parameters": lambda value: value is None or (isinstance(value, list) and _is_choice(value)),
     "exclude_modules": lambda value: value is None or _is_choice(value),
     "layers_to_transform": lambda value: (
         value is None or _is_layer(value) or (isinstance(value, list) and all(map(_is_layer, value)))
@@ -326,59 +370,71 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}") from error
 
 
-def _pair_up(tensors: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    """A and B by layer name, and what is wrong with the file itself."""
-    halves: dict[str, dict[str, Tensor]] = {}
+def _by_layer(
+    tensors: Mapping[str, Tensor], named: Mapping[str, str], is_dora: bool
+) -> tuple[dict[str, Parts], list[str]]:
+    """The tensors of each layer, and what is wrong with the file itself; `named` turns PEFT's names into ours."""
+    wanted = {leaf: name for leaf, name in _NAMES.items() if is_dora or leaf != "magnitude_O"}
+    layers: dict[str, Parts] = {}
     faults: list[str] = []
     for key, value in tensors.items():
-        stem, _, half = key.removesuffix(".weight").rpartition(".")
-        if not key.startswith(_PREFIX) or half not in _HALVES or value.ndim != 2 or not value.is_floating_point():
+        leaf = next((leaf for leaf, name in wanted.items() if key.endswith(f".{name}")), None)
+        if leaf is None or not key.startswith(_PREFIX) or not value.is_floating_point():
             faults.append(f"{key} is no LoRA matrix")
         elif not torch.isfinite(value).all():
             faults.append(f"{key} holds NaN or infinity")
         else:
-            halves.setdefault(stem.removeprefix(_PREFIX), {})[half] = value
-    lonely = [layer_name for layer_name, pair in halves.items() if len(pair) == 1]
+            stem = key.removeprefix(_PREFIX).removesuffix(f".{wanted[leaf]}")
+            layers.setdefault(named.get(stem, stem), {})[leaf] = value
+    lonely = [layer_name for layer_name, parts in layers.items() if len(parts) < len(wanted)]
     if lonely:
-        faults.append(f"one of A and B is missing for {_listed(lonely)}")
-    return {key: (pair["lora_A"], pair["lora_B"]) for key, pair in halves.items() if len(pair) == 2}, faults
+        faults.append(f"one of {', '.join(wanted.values())} is missing for {_listed(lonely)}")
+    return {key: parts for key, parts in layers.items() if len(parts) == len(wanted)}, faults
 
 
 def _fit_faults(
     model: PreTrainedModel,
-    linears: Mapping[str, Any],
-    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    weights: Mapping[str, Any],
+    layers: Mapping[str, Parts],
     config: Mapping[str, Any],
 ) -> list[str]:
     faults = []
-    absent = [key for key in pairs if key not in linears]
+    absent = [key for key in layers if key not in weights]
     if absent:
         faults.append(f"the model has no linear layer {_listed(absent)}")
-    for key, (a_RI, b_OR) in pairs.items():
-        if key in linears:
-            out, width = linear_shape(linears[key])
-            rank = _patterned(config.get("rank_pattern"), key, config["r"])
-            if a_RI.shape != (rank, width) or b_OR.shape != (out, rank):
-                faults.append(
-                    f"{key} has A {tuple(a_RI.shape)} and B {tuple(b_OR.shape)}, "
-                    f"wanted ({rank}, {width}) and ({out}, {rank})"
-                )
-    lacking = [key for key in linears if key not in pairs and _is_target(key, config)]
+    for key, parts in layers.items():
+        if key in weights:
+            experts, out, width = (1, *weight_shape(weights[key]))[-3:]
+            ranks = experts * int(_patterned(config.get("rank_pattern"), key, config["r"]))
+            wanted = {"a_RI": (ranks, width), "b_OR": (out, ranks), "magnitude_O": (out,)}
+            faults += [
+                f"{key} has {_NAMES[leaf]} of shape {tuple(tensor.shape)}, wanted {wanted[leaf]}"
+                for leaf, tensor in parts.items()
+                if tensor.shape != wanted[leaf]
+            ]
+    targeted = {key for key in weights if _is_target(key, config)} - expert_stacks(model).keys()
+    targeted |= set(_targeted_experts(model, config))
+    lacking = [key for key in weights if key in targeted and key not in layers]
     if lacking:
         faults.append(f"the file has no matrices for {_listed(lacking)}")
     head = head_name(model)
-    if head in pairs and head_is_tied(model):
+    if head in layers and head_is_tied(model):
         faults.append(f"it changes {head}, which is tied to the input embedding here")
-    return faults or ([] if pairs else ["the file holds no LoRA matrices"])
+    return faults or ([] if layers else ["the file holds no LoRA matrices"])
 
 
-def _is_the_bases_own(key: str, value: Tensor, linears: Mapping[str, Any]) -> bool:
+def _is_the_bases_own(key: str, value: Tensor, weights: Mapping[str, Any]) -> bool:
     """Whether this is the head's frozen weight, which PEFT saves beside an adapter on the head, as it is here too."""
-    layer = linears.get(key.removeprefix(_PREFIX).removesuffix(".base_layer.weight"))
-    if not key.endswith(".base_layer.weight") or layer is None or tuple(value.shape) != linear_shape(layer):
+    layer = weights.get(key.removeprefix(_PREFIX).removesuffix(".base_layer.weight"))
+    if not key.endswith(".base_layer.weight") or layer is None or tuple(value.shape) != weight_shape(layer):
         return False
     weight = decode(layer, layer.weight.dtype if isinstance(layer, nn.Linear) else torch.float32)
     return torch.equal(value.to(weight.device, weight.dtype), weight)
+
+
+def _targeted_experts(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str]:
+    """The expert weights that PEFT's `target_parameters` asks for."""
+    return [name for name in expert_stacks(model) if _names(config.get("target_parameters"), name)]
 
 
 def _is_target(layer_name: str, config: Mapping[str, Any]) -> bool:

@@ -29,8 +29,8 @@ def init_adapter(adapter: Adapter, layer_name: str, init: Init, seed: int) -> No
     """
     # One checksum of both: the CPU generator looks at the low 32 bits of its seed only.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {layer_name}".encode()))
-    rank, width = adapter.a_RI.shape
-    values = torch.empty(rank, width, dtype=torch.float32)
+    rank, width = adapter.a_RI.shape[-2:]
+    values = torch.empty(adapter.a_RI.shape, dtype=torch.float32)
     if init == "default":
         bound = 1 / math.sqrt(width)
         values.uniform_(-bound, bound, generator=generator)

@@ -3,8 +3,8 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -12,22 +12,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import is_linear, parameter_count
+from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
 from qlora_kit.base.load import body_linears
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.init import Init, init_adapter
 from qlora_kit.lora.layer import (
     Adapter,
+    LoraExperts,
+    LoraLayer,
     LoraLinear,
     Scaling,
-    adapter_names,
     adapter_parameters,
-    check_new_name,
     lora_layers,
-    use_adapter,
+    row_squares,
 )
+from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
 from qlora_kit.recipe import Lora
 
-GROUPS = ("all-linear", "attention", "mlp", "head")
+GROUPS = ("all-linear", "attention", "mlp", "experts", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,14 @@ class LoraReport:
         unmatched: linear layers of the body that do not.
         trainable: parameters of the adapter.
         total: parameters of the base, quantised ones counted by their true shape.
+        notes: what a person should know, a line each.
     """
 
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
     trainable: int
     total: int
+    notes: tuple[str, ...] = ()
 
 
 def add_lora(
@@ -67,15 +71,16 @@ def add_lora(
 
     Args:
         model: frozen, as `load_base` returns it; its layers are replaced in place.
-        rank: R, at least 1.
+        rank: R, at least 1. Experts get max(1, ceil(R / experts that a token takes)) each, which is as much for a
+            token as R on one layer is (LoRA Without Regret).
         alpha: numerator of the scale, not 0.
-        targets: all-linear, attention, mlp, head, `re:PATTERN` (matched against whole dotted names), a leaf name, or a
-            list of these. The head is never part of all-linear.
+        targets: all-linear, attention, mlp, experts, head, `re:PATTERN` (matched against whole dotted names), a leaf
+            name, or a list of these. The head is never part of all-linear.
         dropout: on the adapter's input while training, in [0, 1).
         scaling: standard (alpha / rank) or rslora (alpha / sqrt(rank)).
         init: default or gaussian.
-        dora: not built yet.
-        rank_pattern: leaf name or `re:PATTERN` -> another rank.
+        dora: train the norms of the merged weight's rows too (arXiv 2402.09353).
+        rank_pattern: leaf name or `re:PATTERN` -> another rank, of each expert where they are experts.
         alpha_pattern: leaf name or `re:PATTERN` -> another alpha.
         name: of the adapter.
         dtype: of A and B.
@@ -88,28 +93,33 @@ def add_lora(
         AdapterError: a number is impossible, a pattern matches nothing, or the name is taken.
     """
     _check_settings(rank, alpha, dropout, scaling, init)
-    if dora:
-        raise AdapterError("dora=True is not built yet in this version; use dora=False")
     check_new_name(model, name)
-    linears = adaptable_linears(model)
-    chosen = match_targets(model, linears, targets)
-    ranks = _pattern_values(linears, rank_pattern or {}, "rank_pattern")
-    alphas = _pattern_values(linears, alpha_pattern or {}, "alpha_pattern")
-    for layer_name in chosen:
+    weights = adaptable_weights(model)
+    chosen = match_targets(model, weights, targets)
+    ranks = _pattern_values(weights, rank_pattern or {}, "rank_pattern")
+    alphas = _pattern_values(weights, alpha_pattern or {}, "alpha_pattern")
+    experts = chosen & expert_stacks(model).keys()
+    if dora and experts:
+        raise AdapterError(f"dora is not possible on experts ({min(experts)}); name other targets, or use dora=False")
+    if experts:
+        stack_experts(model)
+    for layer_name in (each for each in weights if each in chosen):
         layer = wrap(model, layer_name)
+        own_rank = rank_of_experts(model, rank) if layer_name in experts else rank
         adapter = Adapter(
             layer.shape,
-            int(ranks.get(layer_name, rank)),
+            int(ranks.get(layer_name, own_rank)),
             alphas.get(layer_name, alpha),
             scaling=scaling,
             dropout=dropout,
+            square_O=row_squares(layer.base) if dora else None,
             dtype=dtype,
             device=_device(layer.base),
         )
         init_adapter(adapter, layer_name, init, seed)
         layer.adapters[name] = adapter.train(layer.training)
     use_adapter(model, name)
-    return lora_report(model, name)
+    return replace(lora_report(model, name), notes=tuple(_notes(model, name)))
 
 
 def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> LoraReport:
@@ -139,11 +149,30 @@ def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     return linears
 
 
-def wrap(model: PreTrainedModel, layer_name: str) -> LoraLinear:
+def adaptable_weights(model: PreTrainedModel) -> dict[str, Any]:
+    """All that an adapter can go on, by dotted name: linear layers and experts of the body, then the head."""
+    stacks = {name: each.base if isinstance(each, LoraExperts) else each for name, each in expert_stacks(model).items()}
+    linears = adaptable_linears(model)
+    head = head_name(model)
+    return (
+        {name: linears[name] for name in linears if name != head}
+        | stacks
+        | {name: linears[name] for name in linears if name == head}
+    )
+
+
+def rank_of_experts(model: PreTrainedModel, rank: int) -> int:
+    """The rank of each expert whose adapters together are worth one of rank `rank` to a token."""
+    active = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    return max(1, math.ceil(rank / active))
+
+
+def wrap(model: PreTrainedModel, layer_name: str) -> LoraLayer:
     """The layer of that name as one that can carry adapters; with none in use it runs as before, bit for bit."""
     module: Any = model.get_submodule(layer_name)
-    if not isinstance(module, LoraLinear):
-        module = LoraLinear(module).train(module.training)
+    if not isinstance(module, LoraLayer):
+        kind = LoraExperts if isinstance(module, ExpertStack) else LoraLinear
+        module = kind(module).train(module.training)
         model.set_submodule(layer_name, module)
     return module
 
@@ -151,7 +180,7 @@ def wrap(model: PreTrainedModel, layer_name: str) -> LoraLinear:
 def lora_report(model: PreTrainedModel, name: str) -> LoraReport:
     """What the adapter `name` covers on this model."""
     matched = tuple(layer_name for layer_name, layer in lora_layers(model) if name in layer.adapters)
-    unmatched = tuple(layer_name for layer_name in adaptable_linears(model) if layer_name not in set(matched))
+    unmatched = tuple(layer_name for layer_name in adaptable_weights(model) if layer_name not in set(matched))
     trainable = sum(parameter.numel() for _, parameter in adapter_parameters(model, name))
     adapters = sum(p.numel() for other in adapter_names(model) for _, p in adapter_parameters(model, other))
     return LoraReport(matched, unmatched, trainable, parameter_count(model) - adapters)
@@ -199,6 +228,8 @@ def _match_one(model: PreTrainedModel, linears: Mapping[str, nn.Module], entry: 
         return _head_target(model, head)
     if entry in ("attention", "mlp"):
         return {name for name in body if _is_attention(name) == (entry == "attention")}
+    if entry == "experts":
+        return set(expert_stacks(model))
     if entry.startswith("re:"):
         pattern = _compiled(entry, "targets")
         return {name for name in body if pattern.fullmatch(name)}
@@ -249,6 +280,19 @@ def _no_match(linears: Mapping[str, nn.Module], entry: str) -> str:
     nearest = difflib.get_close_matches(entry, [*leaves, *GROUPS], n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return f"lora.targets names {entry!r}, which is no linear layer of this model; {hint}there are: {', '.join(leaves)}"
+
+
+def _notes(model: PreTrainedModel, name: str) -> Iterator[str]:
+    full = [
+        (layer_name, layer.adapter(name).rank)
+        for layer_name, layer in lora_layers(model)
+        if name in layer.adapters and layer.adapter(name).rank > min(layer.shape[-2:])
+    ]
+    if full:
+        yield (
+            f"rank {full[0][1]} is above both widths of {full[0][0]} (and of {len(full) - 1} more layers): a smaller "
+            "rank can do as much there"
+        )
 
 
 def _check_settings(rank: int, alpha: float, dropout: float, scaling: str, init: str) -> None:

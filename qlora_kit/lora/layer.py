@@ -2,22 +2,25 @@
 
     scale = alpha / rank (standard)        alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732)
 
-Axes: I in, O out, R rank.
+DoRA (arXiv 2402.09353) adds a trained norm m for every row of the merged weight: W' = m (W + scale B A) / ||.||.
+
+The experts of a layer carry one adapter each, (experts, ...) in front; which of them runs is the base's business.
+
+Axes: I in, O out, R rank; E experts, where the layer has them.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlora_kit.base.dense import Linear, decode, linear_shape
-from qlora_kit.errors import AdapterError
-from qlora_kit.ops import lora_linear
+from qlora_kit.base.experts import ExpertStack
+from qlora_kit.ops import Decode, dora_linear, lora_linear, row_norms
 
 Scaling = Literal["standard", "rslora"]
 
@@ -26,52 +29,125 @@ class Adapter(nn.Module):
     """One low-rank update of one layer.
 
     Args:
-        shape: (out, in) of the layer.
+        shape: (out, in) of the layer, or (experts, out, in).
         rank: R.
         alpha: numerator of the scale.
         scaling: what alpha is divided by.
         dropout: share of x's entries zeroed on the adapter's path while training.
-        dtype: of A and B.
+        square_O: squared norms of the base weight's rows, (out,), fp32, which make it a DoRA; None for plain LoRA.
+        dtype: of A and B; DoRA's norms are fp32, since in bf16 they would not be those of the base.
         device: of A and B.
     """
 
+    square_O: Tensor | None
+    magnitude_O: nn.Parameter | None
+
     def __init__(
         self,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         rank: int,
         alpha: float,
         *,
         scaling: Scaling = "standard",
         dropout: float = 0.0,
+        square_O: Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.rank, self.alpha, self.scaling, self.dropout = rank, alpha, scaling, dropout
         self.scale = alpha / (math.sqrt(rank) if scaling == "rslora" else rank)
-        self.a_RI = nn.Parameter(torch.empty(rank, shape[1], dtype=dtype, device=device))
-        self.b_OR = nn.Parameter(torch.zeros(shape[0], rank, dtype=dtype, device=device))
+        *experts, out, width = shape
+        self.a_RI = nn.Parameter(torch.empty(*experts, rank, width, dtype=dtype, device=device))
+        self.b_OR = nn.Parameter(torch.zeros(*experts, out, rank, dtype=dtype, device=device))
+        self.register_buffer("square_O", square_O, persistent=False)
+        self.register_parameter("magnitude_O", None if square_O is None else nn.Parameter(square_O.sqrt()))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether the rows of the merged weight have trained norms."""
+        return self.magnitude_O is not None
+
+    def forward(self, x: Tensor, decode: Decode, bias: Tensor | None) -> Tensor:
+        """What the adapted layer makes of x, (..., in) -> (..., out).
+
+        Args:
+            x: the layer's input.
+            decode: reads the frozen weight.
+            bias: of the frozen layer.
+        """
+        if self.magnitude_O is None or self.square_O is None:
+            return self._update(x, decode, bias, self.a_RI, self.b_OR)
+        dropped = self._dropped(x)
+        return dora_linear(x, decode, bias, self.a_RI, self.b_OR, self.scale, self.magnitude_O, self.square_O, dropped)
+
+    def each(self, decoders: Sequence[Decode]) -> list[Callable[[Tensor], Tensor]]:
+        """The same for every expert of a layer: functions of its tokens.
+
+        Args:
+            decoders: read the frozen weights of the experts.
+        """
+        # Cut once: a gradient is then put together once, and not added up expert by expert in its full size.
+        pairs = zip(decoders, self.a_RI.unbind(0), self.b_OR.unbind(0), strict=True)
+        return [partial(self._update, decode=decode, bias=None, a_RI=a, b_OR=b) for decode, a, b in pairs]
+
+    def _update(self, x: Tensor, decode: Decode, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
+        return lora_linear(x, decode, bias, a_RI, b_OR, self.scale, self._dropped(x))
+
+    def _dropped(self, x: Tensor) -> Tensor | None:
+        return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, scale B A, (out, in), formed in fp32."""
+        """The update of the weight before DoRA's norms, scale B A, (out, in), formed in fp32."""
         return self.scale * (self.b_OR.float() @ self.a_RI.float())
 
+    @torch.no_grad()
+    def row_factors(self, weight_OI: Tensor) -> Tensor | None:
+        """What DoRA multiplies the rows of W + scale B A by, (out,), fp32; None for plain LoRA.
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer that carries adapters, of which at most one is in use.
+        Args:
+            weight_OI: the frozen weight.
+        """
+        if self.magnitude_O is None or self.square_O is None:
+            return None
+        aw_RO = F.linear(self.a_RI.float(), weight_OI.float())
+        return self.magnitude_O / row_norms(self.square_O, aw_RO, self.a_RI, self.b_OR, self.scale)
+
+
+class LoraLayer(nn.Module):
+    """Something frozen that carries adapters, of which at most one is in use.
 
     Args:
-        base: the frozen layer.
+        base: what is frozen.
     """
 
-    base: Linear
-
-    def __init__(self, base: Linear) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.base = base
+        self.base: Any = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name; a `KeyError` if this layer has none."""
+        return cast(Adapter, self.adapters[name])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (experts, out, in)."""
+        return weight_shape(self.base)
+
+
+class LoraExperts(LoraLayer):
+    """The experts of a layer with their adapters; its base is an `ExpertStack`."""
+
+    def forward(self) -> list[Callable[[Tensor], Tensor]]:
+        """A function for each expert, as the stack itself gives them."""
+        return self.base() if self.active is None else self.adapter(self.active).each(self.base.decoders())
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer with its adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x; with no adapter in use it is the base, bit for bit."""
@@ -79,34 +155,36 @@ class LoraLinear(nn.Module):
         bias: Tensor | None = self.base.bias
         if self.active is None:
             return lora_linear(x, read, bias)
-        adapter = self.adapter(self.active)
-        if self.training and adapter.dropout > 0:
-            y = lora_linear(x, read, bias)
-            h = F.linear(F.dropout(x, adapter.dropout), adapter.a_RI.to(x.dtype))
-            return y + adapter.scale * F.linear(h, adapter.b_OR.to(x.dtype))
-        return lora_linear(x, read, bias, adapter.a_RI, adapter.b_OR, adapter.scale)
+        return self.adapter(self.active).forward(x, read, bias)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight with the adapter in use added, (out, in), fp32: decode(Wq) + scale B A, rounded nowhere."""
         weight = decode(self.base, torch.float32)
-        return weight if self.active is None else weight + self.adapter(self.active).delta()
-
-    def adapter(self, name: str) -> Adapter:
-        """The adapter of that name; a `KeyError` if this layer has none."""
-        return cast(Adapter, self.adapters[name])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return linear_shape(self.base)
+        if self.active is None:
+            return weight
+        adapter = self.adapter(self.active)
+        factors_O = adapter.row_factors(weight)
+        merged = weight + adapter.delta()
+        return merged if factors_O is None else merged * factors_O[:, None]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def weight_shape(base: Any) -> tuple[int, ...]:
+    """(out, in) of a linear layer, (experts, out, in) of a stack of experts."""
+    return base.shape if isinstance(base, ExpertStack) else linear_shape(base)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Every layer of the model that can carry an adapter, with its dotted name."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             yield name, module
+
+
+@torch.no_grad()
+def row_squares(base: Linear) -> Tensor:
+    """||W_o||^2 of every row of a frozen layer's weight, (out,), fp32."""
+    return decode(base, torch.float32).square().sum(1)
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[tuple[str, nn.Parameter]]:
@@ -115,48 +193,3 @@ def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[tupl
         if name in layer.adapters:
             for leaf, parameter in layer.adapters[name].named_parameters():
                 yield f"{layer_name}.{leaf}", parameter
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters on a model, in the order in which they came."""
-    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.adapters))
-
-
-def check_new_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that an adapter to come cannot have.
-
-    Raises:
-        AdapterError: the name is taken, or torch cannot store a module under it.
-    """
-    if name in adapter_names(model):
-        raise AdapterError(f"there is an adapter {name!r} on this model already; choose another name")
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise AdapterError(
-            f"an adapter cannot have the name {name!r} (empty, with a dot, or torch's own): choose another"
-        )
-
-
-def use_adapter(model: nn.Module, name: str) -> None:
-    """Switch every layer to the adapter `name`; layers that it does not cover run as the bare base.
-
-    Raises:
-        AdapterError: there is no adapter of that name.
-    """
-    known = adapter_names(model)
-    if name not in known:
-        raise AdapterError(f"there is no adapter {name!r} on this model; there are: {', '.join(known) or 'none'}")
-    for _, layer in lora_layers(model):
-        layer.active = name if name in layer.adapters else None
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is its base, bit for bit."""
-    before = [(layer, layer.active) for _, layer in lora_layers(model)]
-    for layer, _ in before:
-        layer.active = None
-    try:
-        yield
-    finally:
-        for layer, active in before:
-            layer.active = active

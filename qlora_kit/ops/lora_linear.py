@@ -5,10 +5,18 @@ dx = g W. So autograd keeps no dense weight: only x, the small x A^T, and the ad
 
     dx = g W + scale (g B) A        dA = scale (g B)^T x        dB = scale g^T (x A^T)
 
+DoRA gives every row of the merged weight a norm of its own, m:
+
+    y = m / n * (x W^T + scale (x A^T) B^T) + bias        n_o = ||W_o + scale B_o A||, a constant in the backward pass
+
+The norms cost no decoding of their own: n_o^2 = ||W_o||^2 + 2 scale B_o (A W^T)_o + scale^2 B_o A A^T B_o^T, the first
+term never changes, and A W^T is taken while W stands decoded for the product with x.
+
 Axes: T tokens (all leading axes flattened), I in, O out, R rank. The adapter is cast to the dtype of x, where it meets
 the decoded weight; its gradients come back in its own dtype.
 
-Source: LoRA, arXiv 2106.09685, equation 3; QLoRA, arXiv 2305.14314, equation 5.
+Sources: LoRA, arXiv 2106.09685, equation 3; QLoRA, arXiv 2305.14314, equation 5; DoRA, arXiv 2402.09353, equations 5
+and 11.
 """
 
 from collections.abc import Callable
@@ -17,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_TINY = torch.finfo(torch.float32).tiny
 
 Decode = Callable[[torch.dtype], Tensor]
 """Gives the frozen weight, (out, in), in the dtype asked for."""
@@ -29,6 +39,7 @@ def lora_linear(
     a_RI: Tensor | None = None,
     b_OR: Tensor | None = None,
     scale: float = 1.0,
+    x_adapter: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear layer and, where `a_RI` and `b_OR` are given, its low-rank update, in one autograd node.
 
@@ -39,13 +50,63 @@ def lora_linear(
         a_RI: (rank, in), any floating dtype.
         b_OR: (out, rank), any floating dtype.
         scale: factor of the update, alpha / rank.
+        x_adapter: what the update sees in place of x (x with dropout), or None.
 
     Returns:
         (..., out) in the dtype of x.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LoraLinear.apply(x, decode, bias, a_RI, b_OR, scale)
+    return _LoraLinear.apply(*_autocast(x, x_adapter), decode, bias, a_RI, b_OR, scale)
+
+
+def dora_linear(
+    x: Tensor,
+    decode: Decode,
+    bias: Tensor | None,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    magnitude_O: Tensor,
+    square_O: Tensor,
+    x_adapter: Tensor | None = None,
+) -> Tensor:
+    """The same with the rows of the merged weight scaled to the norms `magnitude_O` (DoRA).
+
+    Args:
+        x: as for `lora_linear`, like those that are not named here.
+        magnitude_O: trained norms, (out,), fp32.
+        square_O: the squared norms of the frozen weight's rows, (out,), fp32.
+
+    Returns:
+        (..., out) in the dtype of x.
+    """
+    y, aw_RO = _LoraLinear.apply(*_autocast(x, x_adapter), decode, None, a_RI, b_OR, scale, True)
+    y = y * (magnitude_O / row_norms(square_O, aw_RO, a_RI, b_OR, scale)).to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+@torch.no_grad()
+def row_norms(square_O: Tensor, aw_RO: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """||W_o + scale B_o A|| of every row, (out,), fp32, without the dense sum.
+
+    Args:
+        square_O: ||W_o||^2, fp32.
+        aw_RO: A W^T, any floating dtype.
+        a_RI: A.
+        b_OR: B.
+        scale: factor of the update.
+    """
+    a, b = a_RI.float(), b_OR.float()
+    crossed = (b * aw_RO.t().float()).sum(1)
+    own = ((b @ (a @ a.t())) * b).sum(1)
+    # Not zero: a row of zeros has no direction, and its factor 0 / tiny is 0, where 0 / 0 would be NaN.
+    return square_O.add(crossed, alpha=2 * scale).add_(own, alpha=scale**2).clamp_min_(_TINY).sqrt_()
+
+
+def _autocast(x: Tensor, x_adapter: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, x_adapter
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), None if x_adapter is None else x_adapter.to(dtype)
 
 
 def lora_linear_plain(
@@ -55,48 +116,67 @@ def lora_linear_plain(
     a_RI: Tensor | None = None,
     b_OR: Tensor | None = None,
     scale: float = 1.0,
+    x_adapter: Tensor | None = None,
 ) -> Tensor:
     """The same function in plain torch: the oracle of the tests. It keeps the dense weight until backward."""
     y = F.linear(x, decode(x.dtype), None if bias is None else bias.to(x.dtype))
     if a_RI is None or b_OR is None:
         return y
+    x = x if x_adapter is None else x_adapter
     return y + scale * F.linear(F.linear(x, a_RI.to(x.dtype)), b_OR.to(x.dtype))
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, decode: Decode, bias: Tensor | None, a_RI: Tensor | None, b_OR: Tensor | None, scale: float
-    ) -> Tensor:
-        ctx.decode, ctx.scale = decode, scale
+        ctx: Any,
+        x: Tensor,
+        x_adapter: Tensor | None,
+        decode: Decode,
+        bias: Tensor | None,
+        a_RI: Tensor | None,
+        b_OR: Tensor | None,
+        scale: float,
+        with_aw: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx.decode, ctx.scale, ctx.has_own = decode, scale, x_adapter is not None
         x_TI = x.reshape(-1, x.shape[-1])
         w_OI = decode(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         y_TO = F.linear(x_TI, w_OI, bias)
+        shape = (*x.shape[:-1], y_TO.shape[-1])
         if a_RI is None or b_OR is None:
             ctx.save_for_backward(None, None, None, None)
-        else:
-            h_TR = x_TI @ a_RI.to(x.dtype).t()
-            y_TO.addmm_(h_TR, b_OR.to(x.dtype).t(), alpha=scale)
-            ctx.save_for_backward(x_TI if a_RI.requires_grad else None, h_TR, a_RI, b_OR)
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+            return y_TO.view(shape)
+        a = a_RI.to(x.dtype)
+        x_TI = x_TI if x_adapter is None else x_adapter.reshape(x_TI.shape)
+        h_TR = x_TI @ a.t()
+        y_TO.addmm_(h_TR, b_OR.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(x_TI if a_RI.requires_grad else None, h_TR, a_RI, b_OR)
+        if not with_aw:
+            return y_TO.view(shape)
+        aw_RO = F.linear(a, w_OI)
+        ctx.mark_non_differentiable(aw_RO)
+        return y_TO.view(shape), aw_RO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x_TI, h_TR, a_RI, b_OR = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
+        needs_x, needs_own, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         g_TO = grad.reshape(-1, grad.shape[-1])
-        dx = da = db = g_TR = None
-        if b_OR is not None and (needs_x or needs_a):
+        dx = dx_adapter = da = db = g_TR = None
+        if b_OR is not None and (needs_x or needs_own or needs_a):
             g_TR = (g_TO @ b_OR.to(grad.dtype)).mul_(ctx.scale)
         if needs_x:
             dx = g_TO @ ctx.decode(grad.dtype)
-            if g_TR is not None:
+            if g_TR is not None and not ctx.has_own:
                 dx.addmm_(g_TR, a_RI.to(grad.dtype))
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
+        if needs_own and g_TR is not None:
+            dx_adapter = (g_TR @ a_RI.to(grad.dtype)).view(*grad.shape[:-1], -1)
         if needs_a and g_TR is not None:
             da = (g_TR.t() @ x_TI).to(a_RI.dtype)
         if needs_b:
             db = (g_TO.t() @ h_TR).mul_(ctx.scale).to(b_OR.dtype)
-        return dx, None, None, da, db, None
+        return dx, dx_adapter, None, None, da, db, None, None

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
-from qlora_kit.base.dense import QuantizedLinear, parameter_count
+from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_parameters, add_recipe_lora
@@ -120,7 +120,7 @@ def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str,
         summary = ledger.summary()
     trainable = sum(parameter.numel() for _, parameter in parameters)
     total = parameter_count(model) - (trainable if work.lora is not None else 0)
-    quantized = sum(m.out_features * m.in_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    quantized = sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight))
     return {**summary, "parameters": {"total": total, "trainable": trainable, "quantized": quantized}}
 
 

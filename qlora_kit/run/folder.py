@@ -20,13 +20,16 @@ from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared
-from qlora_kit.storage import write_json, write_text
+from qlora_kit.storage import remove_folder, write_json, write_text
 
-ADAPTER, RECIPE, DATA = "adapter", "recipe.yaml", "data.json"
+ADAPTER, CHECKPOINTS, LOCK = "adapter", "checkpoints", ".lock"
+RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
+FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", "scores.json", "report.html")
+"""What a run writes; an export that was put beside them is not among it."""
 
 _MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
                "train.keep_checkpoints", "train.trackers")  # fmt: skip
-"""Keys that a resumed run may have otherwise: none of them changes what a step computes."""
+"""Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 
 def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
@@ -42,11 +45,11 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
         raise RunError(f"{folder} holds no run to resume; start it without --resume")
     if _has_run(folder) and not (resume or overwrite):
         raise RunError(f"{folder} holds a run already; go on with --resume, replace it with --overwrite, or set output")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
+    if _things_in(folder) and not all((folder / name).is_file() for name in (RECIPE, PLAN)):
         raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not os.access(there, os.W_OK):
-        raise RunError(f"{folder} cannot be made: {there} is not yours to write; set output to another folder")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{folder} cannot be written: {there} does not let you; set output to another folder")
     changes = _changes(read_recipe(folder / RECIPE), recipe) if resume else []
     if changes:
         raise RunError(
@@ -55,21 +58,41 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
         )
 
 
-def open_run_folder(folder: Path, resume: bool) -> None:
-    """Make the run folder; unless the run is resumed, what an earlier one left there goes.
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, and locked: no other run writes to it. If nothing came into it, it goes again.
 
     Raises:
-        RunError: the folder cannot be made, or another run is writing to it.
+        RunError: it cannot be made, or another run is writing to it.
     """
-    if folder.is_dir() and not resume:
-        with locked(folder):
-            shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"{folder} cannot be made: {error.strerror}; set output to a folder that can be written"
-        ) from error
+        raise RunError(f"{folder} cannot be made: {error.strerror}; set output to another folder") from error
+    with open(folder / LOCK, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another run is writing to {folder}; wait for it, or set output to another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            if not _things_in(folder):
+                shutil.rmtree(folder)
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Remove what an earlier run wrote, and nothing else that lies there."""
+    for name in (ADAPTER, CHECKPOINTS):
+        remove_folder(folder / name)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _things_in(folder: Path) -> bool:
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:
@@ -91,29 +114,16 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
 
 def _has_run(folder: Path) -> bool:
     """Whether there is anything to lose: a run that ended before its first checkpoint leaves none."""
-    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, "checkpoints"))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One run a folder: the lock goes with the process that holds it, however it ends."""
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"another run is writing to {folder}; wait for it, or set output to another folder"
-            ) from None
-        yield
+    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, CHECKPOINTS))
 
 
 def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], folder: Path) -> None:
     """Write recipe.yaml, plan.json, env.json and data.json."""
     write_text(folder / RECIPE, dump_recipe(recipe))
-    write_json(folder / "plan.json", dict(plan))
+    write_json(folder / PLAN, dict(plan))
     write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
     data: dict[str, Any] = {"chats": prepared.train.has_chats, "train": asdict(prepared.train.counts)}
-    if prepared.eval.rows:
+    if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)
     write_json(folder / DATA, data)
 

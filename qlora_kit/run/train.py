@@ -21,10 +21,10 @@ from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
     ADAPTER,
     check_run_folder,
+    clear_run_folder,
     describe_run,
-    locked,
-    open_run_folder,
     provenance_of,
+    run_folder,
     write_memory,
 )
 from qlora_kit.run.prepare import Prepared, count_parameters, eval_batches, pad_id, prepare
@@ -115,11 +115,13 @@ def train(
     plan = plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest)
     watch.planned(plan)
     check_budget(plan)
-    model, report = _load_and_adapt(recipe, plan, watch, trust_remote_code)  # before an earlier run goes
-    open_run_folder(folder, resume)
-    with locked(folder):
-        describe_run(recipe, prepared, plan, folder)
+    with run_folder(folder):
+        check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
+        model, report = _load_and_adapt(recipe, plan, watch, trust_remote_code)
         watch.adapted(report)
+        if not resume:
+            clear_run_folder(folder)
+        describe_run(recipe, prepared, plan, folder)
         finished, progress = _train(recipe, prepared, plan, model, folder, watch, resume)
         save_adapter(model, folder / ADAPTER, provenance=trained_against(model) | provenance_of(recipe))
         scores = None
@@ -213,8 +215,8 @@ def _train(
             finished = train_loop(job, metrics, counter, ledger)
         except torch.OutOfMemoryError as error:
             raise FitError(
-                f"{model.device} ran out of memory after step {job.progress.step}; lower train.micro_batch (now "
-                f"{job.pace.micro_batch}) or data.max_tokens, or set memory.activations=recompute"
+                f"{model.device} ran out of memory after step {job.progress.step}; set memory.activations=recompute "
+                f"and --resume, or lower train.micro_batch (now {job.pace.micro_batch}) or data.max_tokens and --overwrite"
             ) from error
         finally:
             metrics.close()

@@ -79,7 +79,7 @@ def evaluate(
         recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
         rows = held_out_rows(recipe, tokenizer, model.config, data)
     if not rows.rows:
-        raise RunError(f"{folder} held no rows out (data.eval is null); give rows with --data FILE")
+        raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")
     measured, _ = score_rows(model, tokenizer, rows.rows, eval_batches(rows.rows, pad_id(tokenizer), model.device))
     return measured
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora_kit.errors import RunError
-from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json
+from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json, write_tensors
 from qlora_kit.train.optim import AdapterOptimizer
 
 MANIFEST = "manifest.json"
@@ -57,11 +57,11 @@ def save_checkpoint(
     final = folder / f"step-{progress.step:06d}"
     progress.numbers = optimizer.state_numbers()
     if _device(parameters).type == "cuda":
-        torch.cuda.synchronize()  # paged state is read by the CPU below, and the card may still be writing it
+        torch.cuda.synchronize(_device(parameters))  # the CPU reads paged state below: the card must be done with it
     with staged_folder(final) as staged:
-        save_file(_on_cpu(parameters), staged / "parameters.safetensors")
-        save_file(_on_cpu(dict(optimizer.state_tensors())), staged / "optimizer.safetensors")
-        save_file(_random_states(_device(parameters)), staged / "random.safetensors")
+        write_tensors(staged / "parameters.safetensors", _on_cpu(parameters))
+        write_tensors(staged / "optimizer.safetensors", _on_cpu(dict(optimizer.state_tensors())))
+        write_tensors(staged / "random.safetensors", _random_states(_device(parameters)))
         write_json(staged / "state.json", asdict(progress))
         checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
         write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})

@@ -1,0 +1,88 @@
+"""Checkpoints that bitsandbytes has quantised already: their codes and constants are taken over as they are.
+
+transformers reads them into bitsandbytes' own layers, which the kit never runs: each is turned into a `QuantizedLinear`
+around the same tensors.
+"""
+
+from typing import Any
+
+import bitsandbytes.nn as bnb
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.formats import Quantization
+from qlora_kit.errors import ModelError
+
+
+def stored_quantization(config: PretrainedConfig) -> Quantization | None:
+    """How a checkpoint is stored, by its configuration; None if it is dense.
+
+    Raises:
+        ModelError: it is quantised by something else than bitsandbytes.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    said = stored if isinstance(stored, dict) else stored.to_dict()
+    if said.get("load_in_4bit"):
+        return Quantization(said["bnb_4bit_quant_type"], bool(said.get("bnb_4bit_use_double_quant")), 64)
+    if said.get("load_in_8bit"):
+        return Quantization("int8")
+    raise ModelError(
+        f"the model is quantised already, by {said.get('quant_method', 'an unknown method')}; of those only "
+        "bitsandbytes' can be taken over: give the 16-bit model that it was made from"
+    )
+
+
+def check_agreement(stored: Quantization, asked: Quantization) -> None:
+    """Refuse to call a checkpoint something else than it is.
+
+    Raises:
+        ModelError: says which settings are those of the checkpoint.
+    """
+    if stored.kind != asked.kind or (stored.is_4bit and stored != asked):
+        settings = f"base.quantization={stored.kind}"
+        if stored.is_4bit:
+            settings += f" base.double_quant={str(stored.double_quant).lower()} base.block_size={stored.block_size}"
+        raise ModelError(f"the model is stored in {stored.kind} already, and cannot be requantised: set {settings}")
+
+
+def adopt_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Turn bitsandbytes' layers of a loaded model into the kit's, around the same codes and constants.
+
+    Args:
+        model: changed in place.
+        dtype: of the biases.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
+            model.set_submodule(name, _adopted(module, dtype))
+    vars(model.config).pop("quantization_config", None)  # an export of this model is dense
+
+
+def _adopted(module: Any, dtype: torch.dtype) -> QuantizedLinear:
+    stored, quantization = _four_bit(module) if isinstance(module, bnb.Linear4bit) else _eight_bit(module)
+    return QuantizedLinear.from_stored(
+        (module.out_features, module.in_features),
+        stored,
+        None if module.bias is None else module.bias.detach().to(dtype),
+        quantization,
+        is_transposed=issubclass(getattr(module, "source_cls", nn.Linear), Conv1D),
+    )
+
+
+def _four_bit(module: Any) -> tuple[dict[str, Tensor], Quantization]:
+    state = module.weight.quant_state
+    quantization = Quantization(state.quant_type, state.nested, state.blocksize)
+    stored = {"codes": module.weight.data.view(-1), "absmax": state.absmax}
+    if state.nested:
+        stored |= {"absmax_scale": state.state2.absmax, "absmax_offset": state.offset}
+    return stored, quantization
+
+
+def _eight_bit(module: Any) -> tuple[dict[str, Tensor], Quantization]:
+    constants = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    return {"codes": module.weight.data, "absmax": constants.float()}, Quantization("int8")
