@@ -215,8 +215,9 @@ def _train(
             finished = train_loop(job, metrics, counter, ledger)
         except torch.OutOfMemoryError as error:
             raise FitError(
-                f"{model.device} ran out of memory after step {job.progress.step}; set memory.activations=recompute "
-                f"and --resume, or lower train.micro_batch (now {job.pace.micro_batch}) or data.max_tokens and --overwrite"
+                f"{model.device} ran out of memory after step {job.progress.step}; go on with --resume and "
+                "memory.activations=recompute, or start again with --overwrite and a lower train.micro_batch (now "
+                f"{job.pace.micro_batch}) or data.max_tokens"
             ) from error
         finally:
             metrics.close()
