@@ -415,6 +415,13 @@ def test_a_plan_fetches_no_weights_and_a_later_run_fetches_only_them(hub, monkey
     assert "1 of 6 files" in news[0]
 
 
+def test_a_models_own_code_is_fetched_only_if_it_may_run(hub):
+    locate_model("owner/model")
+    assert "modeling_evil.py" not in hub.fetched
+    found = locate_model("owner/model", code=True)
+    assert (found / "modeling_evil.py").read_bytes() == b"import os"
+
+
 def test_a_new_commit_fetches_only_what_changed(hub):
     locate_model("owner/model")
     hub.fetched.clear()
