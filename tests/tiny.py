@@ -45,7 +45,7 @@ def llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     config = LlamaConfig(**{**LLAMA, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _spread(LlamaForCausalLM(config)).eval()
+        return spread(LlamaForCausalLM(config)).eval()
 
 
 def gpt2(seed: int = 0, **changes: object) -> GPT2LMHeadModel:
@@ -56,7 +56,7 @@ def gpt2(seed: int = 0, **changes: object) -> GPT2LMHeadModel:
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _spread(GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))).eval()
+        return spread(GPT2LMHeadModel(GPT2Config(**{**settings, **changes}))).eval()
 
 
 EXPERTS = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -67,7 +67,7 @@ EXPERTS = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, 
 def _mixture(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return _spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+        return spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
 def mixtral(seed: int = 0) -> PreTrainedModel:
@@ -162,7 +162,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @torch.no_grad()
-def _spread(model: PreTrainedModel) -> PreTrainedModel:
+def spread(model: PreTrainedModel) -> PreTrainedModel:
     """Move the parameters that start as all ones or all zeros."""
     for parameter in model.parameters():
         if parameter.ndim == 1 or not parameter.any():

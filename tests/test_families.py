@@ -1,0 +1,94 @@
+"""Every family by the general rule: quantised, adapted, trained, merged, and in agreement with PEFT."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.export import export_merged
+from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
+
+COMMON = {
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64,
+}  # fmt: skip
+GATED = COMMON | {"intermediate_size": 80, "num_key_value_heads": 2, "tie_word_embeddings": False}
+ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+
+FAMILIES = {
+    "mistral": (MistralConfig(**GATED, sliding_window=8), ATTENTION | MLP),
+    "qwen2": (Qwen2Config(**GATED), ATTENTION | MLP),
+    "qwen3": (Qwen3Config(**GATED, head_dim=12), ATTENTION | MLP),
+    "gemma3": (
+        Gemma3TextConfig(**{**GATED, "tie_word_embeddings": True}, head_dim=12, sliding_window=8), ATTENTION | MLP
+    ),
+    "phi3": (Phi3Config(**GATED), {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+    "gpt_neox": (
+        GPTNeoXConfig(**COMMON, intermediate_size=80),
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    ),
+    "opt": (
+        OPTConfig(**COMMON, ffn_dim=80, word_embed_proj_dim=48),
+        {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    ),
+}  # fmt: skip
+
+
+def dense_model(family):
+    config = copy.deepcopy(FAMILIES[family][0])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny.spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+
+
+@pytest.fixture(params=[(family, kind) for family in FAMILIES for kind in ("nf4", "int8")], ids="-".join)
+def tuned(request):
+    """The family's name, a quantised model with an adapter after a step of training, and its logits before."""
+    family, kind = request.param
+    model = tiny.quantized(dense_model(family), kind)
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32)
+    base = tiny.logits(model)
+    tiny.wake(model)
+    tiny.train_step(model.train(), lr=1e-2)
+    return family, model.eval(), base
+
+
+def test_all_linear_layers_of_the_body_are_quantised_and_train(tuned):
+    family, model, base = tuned
+    leaves = {name.rpartition(".")[2] for name, layer in lora_layers(model) if isinstance(layer.base, QuantizedLinear)}
+    assert leaves == FAMILIES[family][1]
+    assert all(p.grad is not None and p.grad.norm() > 0 for _, p in adapter_parameters(model))
+    assert tiny.relative(tiny.logits(model), base) > 0.01
+    with adapters_off(model):
+        assert torch.equal(tiny.logits(model), base)
+
+
+def test_peft_says_the_same(tuned, tmp_path):
+    family, model, base = tuned
+    save_adapter(model, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(tiny.read_out(dense_model(family), model), tmp_path / "adapter")
+    assert tiny.relative(tiny.logits(model), base) > 0.01
+    assert tiny.relative(tiny.logits(model), tiny.logits(theirs)) < 1e-5  # fp32, in another order
+
+
+def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):
+    _, model, base = tuned
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    export, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert tiny.relative(tiny.logits(model), base) > 0.01
+    assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
