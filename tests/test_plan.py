@@ -325,6 +325,8 @@ def test_a_recipe_in_float32_is_compared_with_full_fine_tuning_in_float32(plan):
     assert full["optimizer_state"] == narrow["optimizer_state"]
     assert "float32" in wide["methods"]["full_finetune"]["assumes"]["master_weights"]
     assert "LoRA 32-bit" in plan_text({"schema": 1, **wide})
+    assert "more; the others are planned in" not in plan_text({"schema": 1, **wide})
+    assert "in float32 on this device, which takes more" in plan_text({"schema": 1, **plan, "computed_in": "float32"})
     assert "LoRA 16-bit" in plan_text({"schema": 1, **plan})
 
 

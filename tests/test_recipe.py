@@ -840,11 +840,18 @@ def test_every_shipped_recipe_reads(tmp_path, monkeypatch):
 
 
 def test_importing_recipes_is_cheap_and_brings_no_heavy_library():
-    code = (
-        "import sys, time; start = time.process_time(); import qlora_kit.recipe; print(time.process_time() - start);"
-        "print(*sorted({'torch', 'transformers', 'numpy', 'rich', 'typer'} & sys.modules.keys()))"
-    )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    seconds, heavy = zip(*(run.stdout.split("\n")[:2] for run in runs), strict=True)
+    """Processor time against that of torch on the same machine: a seventh was seen, whatever the machine's mood."""
+
+    def run(module):
+        code = (
+            f"import sys, time; start = time.process_time(); import {module}; print(time.process_time() - start);"
+            "print(*sorted({'torch', 'transformers', 'numpy', 'rich', 'typer'} & sys.modules.keys()))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout.split("\n")[:2]
+
+    seconds, heavy = zip(*(run("qlora_kit.recipe") for _ in range(3)), strict=True)
     assert set(heavy) == {""}
-    assert min(map(float, seconds)) < 0.3
+    torch_seconds, brought = run("torch")
+    assert "torch" in brought
+    assert min(map(float, seconds)) < 0.25 * float(torch_seconds)

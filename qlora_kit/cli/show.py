@@ -61,6 +61,7 @@ class Screen(Watch):
         self._task = TaskID(0)
         self._steps = 0
         self._eval_loss: float | None = None
+        self._eval_step = 0
         self._is_training = False
 
     def note(self, text: str) -> None:
@@ -112,12 +113,12 @@ class Screen(Watch):
     def row(self, row: Mapping[str, Any]) -> None:
         """One row of metrics on the bar."""
         if row.get("eval_loss") is not None:
-            self._eval_loss = row["eval_loss"]
+            self._eval_loss, self._eval_step = row["eval_loss"], row["step"]
         if row.get("loss") is None:
             if self._progress is None and row["step"] == self._steps and self._eval_loss is not None:
                 self.console.print(f"[bold]train[/]  step {self._steps}/{self._steps}  held-out {self._eval_loss:.3f}")
             return
-        held_out = "" if self._eval_loss is None else f"  held-out {self._eval_loss:.3f}"
+        held_out = "" if self._eval_loss is None else f"  held-out {self._eval_loss:.3f} (step {self._eval_step})"
         status = (
             f"loss {row['loss']:.3f}{held_out}  {row['tokens_per_s']:,.0f} tok/s  {format_bytes(row['peak_bytes'])}"
         )

@@ -9,7 +9,7 @@ from qlora_kit.data.encode import Counts, EncodedSet, encode_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
-from qlora_kit.data.template import Encoded, encode, find_template
+from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
 
 __all__ = [
     "FORMATS",
@@ -24,6 +24,7 @@ __all__ = [
     "Sampler",
     "Source",
     "Text",
+    "check_turn_tokens",
     "collate",
     "encode",
     "encode_rows",

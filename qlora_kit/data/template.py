@@ -36,6 +36,7 @@ LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
 Span: TypeAlias = tuple[int, int]
 """Characters of a rendering, [start, end)."""
 
+_CHATML = ("<|im_start|>", "<|im_end|>")
 _SHIPPED = Path(__file__).parent / "templates"
 
 
@@ -117,6 +118,18 @@ def find_template(name: str) -> str | None:
         ) from None
 
 
+def check_turn_tokens(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse the shipped chatml where its marks are no tokens: pieces of text would never end an answer.
+
+    Raises:
+        DataError: names a template that does without them.
+    """
+    missing = [token for token in _CHATML if token not in tokenizer.get_vocab()]
+    if name == "chatml" and missing:
+        raise DataError(f"data.template=chatml wants the tokens {', '.join(missing)}, which this tokenizer has not: "
+                        "set data.template=plain")  # fmt: skip
+
+
 def check_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
     """Refuse chats for which there is no template.
 
@@ -125,7 +138,7 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -
     """
     if template is None and tokenizer.chat_template is None:
         raise DataError(
-            "the rows are chats and the tokenizer has no chat template: set data.template=plain or chatml, "
+            "the rows are chats and the tokenizer has no chat template: set data.template=plain (or chatml), "
             "or name a .jinja file"
         )
 

@@ -49,6 +49,7 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
         "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
         "budget": budget,
         "activations": policy,
+        "computed_in": str(work.dtype).removeprefix("torch."),
         "compared_in": str(peers.dtype).removeprefix("torch."),
         "micro_batch": pace.micro_batch,
         "accumulation": pace.accumulation,

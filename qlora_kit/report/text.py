@@ -83,6 +83,9 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
     if plan.get("steps") and plan.get("hours") and plan.get("tokens_per_s"):
         duration = format_seconds(3600 * plan["hours"])
         said.append(f"Estimate: {plan['steps']:,} steps at {plan['tokens_per_s']:,.0f} tokens/s, {duration}.")
+    own, others = plan.get("computed_in"), plan.get("compared_in")
+    if own != others:
+        said.append(f"QLoRA computes in {own} on this device, which takes more; the others are planned in {others}.")
     if assumed := plan["methods"].get("full_finetune", {}).get("assumes"):
         said.append(f"Full fine-tuning assumes {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}.")
     return said

@@ -11,7 +11,17 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import build_model, read_config
-from qlora_kit.data import Batch, Encoded, EncodedSet, collate, encode_rows, find_template, load_rows, split_eval
+from qlora_kit.data import (
+    Batch,
+    Encoded,
+    EncodedSet,
+    check_turn_tokens,
+    collate,
+    encode_rows,
+    find_template,
+    load_rows,
+    split_eval,
+)
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
@@ -71,7 +81,7 @@ def load_tokenizer(folder: Path, template: str = "auto", *, trust_remote_code: b
     """The model's tokenizer, with the chat template that the recipe names, so that every export carries it.
 
     Raises:
-        DataError: there is no tokenizer in the folder, or no such template.
+        DataError: there is no tokenizer in the folder, no such template, or it has not the tokens that one needs.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -79,6 +89,7 @@ def load_tokenizer(folder: Path, template: str = "auto", *, trust_remote_code: b
         raise DataError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     source = find_template(template)
     if source is not None:
+        check_turn_tokens(template, tokenizer)
         tokenizer.chat_template = source
     return tokenizer
 
