@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
+from qlora_kit.data import load_rows, split_eval
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
              "device_profile", "steps", "tokens_per_s", "hours", "schema"}  # fmt: skip
@@ -291,13 +292,13 @@ def test_held_out_rows_that_are_all_too_long_are_counted_and_do_not_stop_a_run(r
     rows = recipe.parent / "rows.jsonl"
     lines = rows.read_text().splitlines()
     for i in range(40):  # until the split chooses the one long row
-        rows.write_text("\n".join([*lines, json.dumps({"prompt": f"say {i} ", "completion": "long " * 20})]))
-        result = call("train", recipe, "data.eval=auto", "--overwrite")
-        assert result.exit_code == 0, result.output
-        if "0 rows held out" in result.output:
+        long = {"prompt": f"say {i} ", "completion": "long " * 20}
+        rows.write_text("\n".join([*lines, json.dumps(long)]))
+        if [row.completion for row in split_eval(load_rows(str(rows)))[1]] == [long["completion"]]:
             break
-    else:
-        pytest.fail("the split never chose the long row")
+    result = call("train", recipe, "data.eval=auto")
+    assert result.exit_code == 0, result.output
+    assert "0 rows held out" in result.output
     assert json.loads((recipe.parent / "run" / "data.json").read_text())["eval"]["dropped"] == 1
     assert not (recipe.parent / "run" / "scores.json").exists()
 

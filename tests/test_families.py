@@ -54,7 +54,11 @@ def dense_model(family):
         return tiny.spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
-@pytest.fixture(params=[(family, kind) for family in FAMILIES for kind in ("nf4", "int8")], ids="-".join)
+PARAMS = [pytest.param((family, kind), marks=[pytest.mark.slow] if kind == "int8" else [], id=f"{family}-{kind}")
+          for family in FAMILIES for kind in ("nf4", "int8")]  # fmt: skip
+
+
+@pytest.fixture(params=PARAMS)
 def tuned(request):
     """The family's name, a quantised model with an adapter after a step of training, and its logits before."""
     family, kind = request.param
