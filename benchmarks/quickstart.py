@@ -1,4 +1,4 @@
-"""The quickstart as a user runs it, three seeds: scores, time and memory, a row a seed.
+"""The quickstart as a user runs it, training and export, three seeds: scores, time, memory and audit, a row a seed.
 
     python benchmarks/quickstart.py       write benchmarks/results/quickstart.jsonl
 
@@ -8,6 +8,7 @@ Times are of whole processes on the machine that the row names; scores and plann
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,14 +26,18 @@ def measure(seed: int, folder: Path) -> dict[str, Any]:
     run = folder / f"seed-{seed}"
     started = time.perf_counter()
     subprocess.run([COMMAND, "train", "quickstart", f"train.seed={seed}", f"output={run}"], check=True)
-    return row_of(run, seed, time.perf_counter() - started)
+    trained = time.perf_counter()
+    subprocess.run([COMMAND, "export", run, "--to", "merged", "--out", run / "merged"], check=True)
+    return row_of(run, seed, trained - started, time.perf_counter() - trained)
 
 
-def row_of(run: Path, seed: int, wall_s: float) -> dict[str, Any]:
-    """The row of a finished run folder."""
-    scores, plan, memory, env = (
-        json.loads((run / name).read_text()) for name in ("scores.json", "plan.json", "memory.json", "env.json")
+def row_of(run: Path, seed: int, train_s: float, export_s: float) -> dict[str, Any]:
+    """The row of a finished and exported run folder."""
+    scores, plan, memory, env, export = (
+        json.loads((run / name).read_text())
+        for name in ("scores.json", "plan.json", "memory.json", "env.json", "merged/export.json")
     )
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         "benchmark": "quickstart",
         "seed": seed,
@@ -41,7 +46,14 @@ def row_of(run: Path, seed: int, wall_s: float) -> dict[str, Any]:
         "exact_match_adapter": scores["adapter"]["exact_match"],
         "loss_base": round(scores["base"]["loss"], 4),
         "loss_adapter": round(scores["adapter"]["loss"], 4),
-        "wall_s": round(wall_s, 1),
+        "train_wall_s": round(train_s, 1),
+        "export_wall_s": round(export_s, 1),
+        "wall_s": round(train_s + export_s, 1),
+        "median_tokens_per_s": round(statistics.median(row["tokens_per_s"] for row in metrics if "loss" in row)),
+        "last_step": metrics[-2],
+        "perplexity": {name: round(scores[name]["perplexity"], 2) for name in ("base", "adapter")},
+        "audit": export["comparisons"]["merged"],
+        "planned": {name: method["by_category"] for name, method in plan["methods"].items()},
         "steps": plan["steps"],
         "planned_peak_bytes": memory["planned"]["peak_bytes"],
         "measured_peak_bytes": memory["measured"]["peak_bytes"],

@@ -541,6 +541,12 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(stored_
     assert tiny.stored(model) == tiny.stored(ours)
     assert torch.equal(tiny.logits(model), tiny.logits(ours))
     assert not hasattr(model.config, "quantization_config")
+    before = tiny.stored(model)
+    assert tiny.stored(model.to(torch.bfloat16).to(torch.float32)).keys() == before.keys(), "nothing bars `.to`"
+    assert all(
+        torch.equal(layer.codes, tiny.quantized_layers(ours)[name].codes)
+        for name, layer in tiny.quantized_layers(model).items()
+    )
 
 
 def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):

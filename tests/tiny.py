@@ -131,6 +131,14 @@ def wake(model: nn.Module, spread: float = 0.1, seed: int = 0, name: str = "defa
 
 
 @torch.no_grad()
+def wake_peft(model: nn.Module) -> None:
+    """The same for a model of PEFT, whose own start of B depends on the width."""
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            parameter.normal_(std=0.1)
+
+
+@torch.no_grad()
 def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
     """Give the linear layers of `dense` the weights that `base` decodes to: the oracle that knows no quantisation."""
     for name, module in list(dense.named_modules()):

@@ -73,7 +73,7 @@ def load_base(
         check_agreement(stored, asked)
     loaded = _load(folder, config, dtype, attention)
     if stored is not None:
-        adopt_layers(loaded, dtype)
+        adopt_layers(loaded, dtype, target)
     return freeze_and_quantize(loaded, asked, dtype, target, skip)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes.nn as bnb
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear
@@ -50,17 +50,21 @@ def check_agreement(stored: Quantization, asked: Quantization) -> None:
         raise ModelError(f"the model is stored in {stored.kind} already, and cannot be requantised: set {settings}")
 
 
-def adopt_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     """Turn bitsandbytes' layers of a loaded model into the kit's, around the same codes and constants.
 
     Args:
-        model: changed in place.
+        model: a transformers model, changed in place.
         dtype: of the biases.
+        device: where the layers end.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
-            model.set_submodule(name, _adopted(module, dtype))
-    vars(model.config).pop("quantization_config", None)  # an export of this model is dense
+            model.set_submodule(name, _adopted(module, dtype).to(device))
+    # Left on, these would bar `.to` and make an export call itself quantised.
+    model.hf_quantizer.remove_quantization_config(model)
+    for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(mark, None)
 
 
 def _adopted(module: Any, dtype: torch.dtype) -> QuantizedLinear:
