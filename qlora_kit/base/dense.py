@@ -38,19 +38,20 @@ class QuantizedWeight(nn.Module):
         """Weights that the codes stand for."""
         return self.out_features * self.in_features
 
-    def read(self, stored: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor:
+    def read(self, stored: Mapping[str, Tensor | None], dtype: torch.dtype, rows: int | None = None) -> Tensor:
         """A matrix, (out, in), in `dtype`, from its codes and constants; a new tensor at every call.
 
         Args:
             stored: as `quantize` names them.
             dtype: to read it in.
+            rows: how many there are, if not all of the matrix.
         """
         codes, absmax = stored["codes"], stored.get("absmax")
         if codes is None or absmax is None:
             raise ModelError(f"a {type(self).__name__} has lost its codes or constants; load the base again")
         if self.quantization.kind == "int8":
             return decode_int8(codes, absmax, dtype)
-        shape = (self.out_features, self.in_features)
+        shape = (self.out_features if rows is None else rows, self.in_features)
         scale, offset = stored.get("absmax_scale"), stored.get("absmax_offset")
         return decode_4bit(codes, absmax, scale, offset, self.quantization, shape, dtype)
 

@@ -150,6 +150,23 @@ def decode_4bit(
     return w.view(shape)
 
 
+def block_constants(
+    absmax: Tensor, absmax_scale: Tensor | None, absmax_offset: Tensor | None, blocks: Tensor
+) -> Tensor:
+    """Some of a matrix's 4-bit block constants, (len(blocks),), fp32, with the values that `decode_4bit` gives them.
+
+    Args:
+        absmax: as `quantize` returns them, like the next two, which are None without double quantisation.
+        absmax_scale: fp32, one for 256 constants.
+        absmax_offset: fp32 scalar.
+        blocks: numbers of the blocks, (N,), int64.
+    """
+    if absmax_scale is None or absmax_offset is None:
+        return absmax[blocks]
+    table = _absmax_table(absmax.device)
+    return (table[absmax[blocks].int()] * absmax_scale[blocks // ABSMAX_BLOCK]).add_(absmax_offset)
+
+
 def _decode_4bit_plain(
     codes: Tensor, absmax: Tensor, quantization: Quantization, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:

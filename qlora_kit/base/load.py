@@ -5,18 +5,26 @@ read, quantised and let go before the next, and what stays dense is copied off t
 open.
 
 Everything linear inside the model's body is quantised and nothing else: heads (the output embedding, a classifier) lie
-outside the body (`base_model_prefix`), embeddings, norms and routers are no linear layers. Experts are quantised, too.
+outside the body (`base_model_prefix`), embeddings, norms and routers are no linear layers. Experts are quantised, too;
+embedding and output head where that is asked for.
 """
 
 import copy
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear
@@ -24,7 +32,14 @@ from qlora_kit.base.experts import quantize_experts
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.hub import locate_model
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
+from qlora_kit.base.record import base_record, keep_record
+from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
 from qlora_kit.errors import DeviceError, ModelError
+
+Head = Literal["causal", "classification"]
+"""What a model says: the next token, or which of several labels a text has."""
+
+_AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -38,11 +53,15 @@ def load_base(
     compute_dtype: str = "auto",
     device: str = "auto",
     skip: Sequence[str] = (),
+    quantize_head: bool = False,
     attention: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    vocabulary: int = 0,
+    head: Head = "causal",
+    labels: int | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, quantise its linear layers and freeze it.
+    """Load a model, quantise its linear layers and freeze it.
 
     Args:
         model: a folder, or a hub id. What bitsandbytes has quantised already is taken over as it is.
@@ -52,29 +71,63 @@ def load_base(
         compute_dtype: bfloat16, float16, float32, or auto (see `default_compute_dtype`).
         device: cpu, cuda, cuda:N, or auto.
         skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
+        quantize_head: quantise the output head and the input embedding, too.
         attention: sdpa or eager.
         revision: of the hub repository.
         trust_remote_code: run code that the model folder brings.
+        vocabulary: tokens that the embedding must have rows for; those that it lacks start as the mean of the others.
+        head: causal (the next token) or classification (one label a text).
+        labels: of a classification; None takes what the model's configuration says.
 
     Returns:
         A plain transformers model in evaluation mode. No parameter asks for a gradient.
 
     Raises:
-        ModelError: the folder is no model, is damaged, misses a tensor, or `skip` names no linear layer.
+        ModelError: the folder is no such model, is damaged, misses a tensor other than those of a new classifier, or
+            `skip` names no linear layer.
         DeviceError: the device is not there.
     """
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     folder = locate_model(str(model), revision, code=trust_remote_code)
     asked = Quantization(quantization, double_quant, block_size)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    config = read_config(folder, head=head, trust_remote_code=trust_remote_code)
+    if labels is not None:
+        config.num_labels = labels
     stored = stored_quantization(config)
     if stored is not None:
         check_agreement(stored, asked)
-    loaded = _load(folder, config, dtype, attention)
+    loaded, untrained = _load(folder, config, attention, head)
+    keep_record(loaded, asked, dtype, folder, untrained)
+    extend_vocabulary(loaded, vocabulary)
     if stored is not None:
         adopt_layers(loaded, dtype, target)
-    return freeze_and_quantize(loaded, asked, dtype, target, skip)
+    return freeze_and_quantize(loaded, asked, dtype, target, skip, quantize_head=quantize_head)
+
+
+def original_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model that a base was made from, read again: on a CPU its weights are the checkpoint's mapped pages.
+
+    Args:
+        model: from `load_base`.
+
+    Raises:
+        ModelError: the model was not read from a folder, or the checkpoint has no dense weights.
+    """
+    folder, head = base_record(model).folder, head_of(model)
+    if folder is None:
+        raise ModelError("the weights that this base was made from are not at hand: load it from their folder")
+    config = read_config(folder, head=head, trust_remote_code=brings_code(model.config))
+    if stored_quantization(config) is not None:
+        raise ModelError(f"{folder} holds quantised weights, and what they were made from is not at hand")
+    return _load(folder, config, "sdpa", head)[0]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """What a model says."""
+    classifiers = _AUTO["classification"]._model_mapping
+    kind = type(model.config)
+    return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -100,17 +153,19 @@ def brings_code(config: PretrainedConfig) -> bool:
     return type(config).__module__.startswith("transformers_modules.")
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration, from its folder alone.
 
     Raises:
-        ModelError: it cannot be read, describes no causal model, or needs code that may not run.
+        ModelError: it cannot be read, describes no model with such a head, or needs code that may not run.
     """
+    if head not in get_args(Head):
+        raise ModelError(f"head {head!r} is not known; choose one of {', '.join(get_args(Head))}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError, ImportError) as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
-    _check_config(folder, config)
+    _check_config(folder, config, head)
     return config
 
 
@@ -120,6 +175,8 @@ def freeze_and_quantize(
     dtype: torch.dtype,
     device: torch.device,
     skip: Sequence[str] = (),
+    *,
+    quantize_head: bool = False,
 ) -> PreTrainedModel:
     """Quantise the linear layers and experts of a dense model in place, move it to `device`, and freeze it.
 
@@ -129,16 +186,20 @@ def freeze_and_quantize(
         dtype: of everything that stays dense.
         device: where the model ends.
         skip: linear layers to leave dense.
+        quantize_head: quantise the output head and the input embedding, too.
 
     Raises:
-        ModelError: an entry of `skip` names nothing.
+        ModelError: an entry of `skip` names nothing, or the head cannot be quantised.
     """
     skipped = _resolve_skip(model, skip)
+    keep_record(model, quantization, dtype)
     if quantization.kind != "none":
         for name, module in list(body_linears(model)):
             if name not in skipped and not isinstance(module, QuantizedLinear):
                 model.set_submodule(name, quantize_linear(module, quantization, dtype, device))
     quantize_experts(model, quantization, dtype, device)
+    if quantize_head and quantization.kind != "none":
+        quantize_vocabulary(model, quantization, dtype, device)
     _settle_dense(model, dtype, device)
     model.requires_grad_(False)
     return model.eval()
@@ -152,7 +213,7 @@ def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     body = model.base_model
     prefix = "" if body is model else f"{model.base_model_prefix}."
     for name, module in body.named_modules():
-        if type(module) in (nn.Linear, Conv1D, QuantizedLinear):
+        if type(module) in (nn.Linear, Conv1D, QuantizedLinear) and ".adapters." not in name:
             yield prefix + name, module
 
 
@@ -202,49 +263,59 @@ def resolve_device(device: str) -> torch.device:
     return asked
 
 
-def _check_config(folder: Path, config: PretrainedConfig) -> None:
+def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     """Refuse what would fail late or train wrongly.
 
     Raises:
-        ModelError: the model is quantised by another library, reads in both directions, or is an encoder with a
-            decoder.
+        ModelError: the model is quantised by another library, has no such head, is a causal model that reads in both
+            directions, or an encoder with a decoder.
     """
     stored_quantization(config)
+    auto = _AUTO[head]
     own = getattr(config, "auto_map", {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in own:
-        raise ModelError(f"{folder} holds a {config.model_type}, which is no causal language model")
-    if config.is_encoder_decoder or type(config) in AutoModelForMaskedLM._model_mapping:
+    if type(config) not in auto._model_mapping and auto.__name__ not in own:
+        kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
+        raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
+    both = config.is_encoder_decoder or (head == "causal" and type(config) in AutoModelForMaskedLM._model_mapping)
+    if both:
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 
-def _load(folder: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _load(
+    folder: Path, config: PretrainedConfig, attention: str, head: Head
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The dense model in the checkpoint's own dtype, off its mapped file, and its modules that are new."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=_checkpoint_dtype(config, dtype),
-            attn_implementation=attention,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=brings_code(config),
-            output_loading_info=True,
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # a new classifier starts the same at every load
+            loaded: Any = _AUTO[head].from_pretrained(
+                folder,
+                config=config,
+                dtype="auto",
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=brings_code(config),
+                output_loading_info=True,
+            )
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise ModelError(f"{folder} cannot be loaded as a {head} model: {_first_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    untrained = _untrained_modules(model, missing) if head == "classification" else ()
+    lost = [key for key in missing if not key.startswith(tuple(f"{name}." for name in untrained))]
+    if lost:
+        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         raise ModelError(
             f"{folder} has no tensor for {shown}: its weights are incomplete, and a base is never filled up at random"
         )
-    return model
+    return model, untrained
 
 
-def _checkpoint_dtype(config: PretrainedConfig, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that the checkpoint is stored in, where a conversion would copy the whole model off its mapped file."""
-    stored = config.dtype
-    return stored if isinstance(stored, torch.dtype) and stored.is_floating_point else dtype
+def _untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:
+    """The children of a classification model beside its body that the checkpoint has no weights for."""
+    heads = [name for name, module in model.named_children() if module is not model.base_model]
+    return tuple(name for name in heads if any(key.startswith(f"{name}.") for key in missing))
 
 
 def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora_kit.lora.inject import head_name
+from qlora_kit.lora.vocabulary import head_name
 from qlora_kit.storage import write_text
 
 LIBRARIES = ("qlora-kit", "torch", "transformers", "bitsandbytes", "safetensors")

@@ -24,11 +24,11 @@ from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
 from qlora_kit.export.folder import library_versions, model_card, write_model_files
-from qlora_kit.export.merge import adapters_in_use, merged_tensors
+from qlora_kit.export.merge import merged_tensors, parts_in_use
 from qlora_kit.export.stream import SHARD_BYTES, streamed, write_safetensors, write_weights
 from qlora_kit.export.trained_against import PREFIX, read_trained_against, trained_against
 from qlora_kit.lora.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
-from qlora_kit.lora.layer import Adapter, lora_layers
+from qlora_kit.lora.layer import Adapter, carriers
 from qlora_kit.storage import read_json, sha256_file, staged_folder, write_json, write_text
 from qlora_kit.units import MIB, format_bytes
 
@@ -121,7 +121,7 @@ def export_merged(
         AdapterError: no adapter is in use, or a merged weight is NaN or infinite.
         RunError: `dtype` is not known, `out` is not empty, the disk has no room, or the model runs code of its own.
     """
-    adapters, weight_dtype = adapters_in_use(model), _torch_dtype(dtype)
+    adapters, weight_dtype = parts_in_use(model), _torch_dtype(dtype)
     if not adapters:
         raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
     if type(model).__module__.startswith("transformers_modules."):
@@ -170,7 +170,7 @@ def export_adapter(
         AdapterError: there is no adapter of that name, or it is not finite.
         RunError: `out` is not empty, or the disk has no room.
     """
-    adapters = {key: layer.adapters[name] for key, layer in lora_layers(model) if name in layer.adapters}
+    adapters = {key: carrier.adapters[name] for key, carrier in carriers(model) if name in carrier.adapters}
     _check_vacant(out)
     _check_room(out, sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters()) + TEXT_BYTES)
     facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)

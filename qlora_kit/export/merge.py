@@ -22,9 +22,12 @@ from torch import Tensor, nn
 
 from qlora_kit.base.dense import Linear, QuantizedLinear, decode, is_transposed, linear_shape
 from qlora_kit.base.experts import ExpertStack
+from qlora_kit.base.vocabulary import QuantizedEmbedding, row_count, row_width
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.export.stream import StreamedTensor, row_slices, streamed, tensor_slices
-from qlora_kit.lora.layer import Adapter, LoraLayer
+from qlora_kit.lora.layer import Adapter, Carrier, carriers
+from qlora_kit.lora.vocabulary import TokenRows
+from qlora_kit.lora.whole import WholeModule
 
 
 def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[StreamedTensor]:
@@ -36,61 +39,77 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[StreamedTen
 
     Yields:
         tensors in the order and under the names of the dense model's state dict. A matrix of a GPT-2 `Conv1D` comes as
-        (in, out). A head tied to the embedding comes once, as the embedding, unless it carries an adapter of its own.
+        (in, out). A head tied to the embedding comes once, as the embedding, unless an adapter changes one of the two.
 
     Raises:
         AdapterError: while a tensor is read: its layer carries an adapter, and a merged value is NaN or infinite.
         ModelError: while a tensor is read: the same, where the value is the base's own.
     """
-    persistent = model.state_dict().keys()
-    seen: set[Tensor] = set()
+    seen: set[tuple[object, nn.Module | None]] = set()
     for name, module in _owners(model):
-        base, adapter = _parts(module)
+        base, part = _parts(module)
         if isinstance(base, ExpertStack):
-            yield _stack(name, base, adapter, dtype)
+            yield _stack(name, base, cast(Adapter | None, part), dtype)
             continue
-        if isinstance(base, QuantizedLinear) or adapter is not None:
-            yield _matrix(_join(name, "weight"), base, adapter, dtype)
-            own = {} if base.bias is None else {"bias": base.bias}
+        own = dict(base.named_parameters(recurse=False))
+        if isinstance(base, QuantizedLinear | QuantizedEmbedding) or part is not None:
+            own.pop("weight", None)
+            base = base.table if isinstance(base, QuantizedEmbedding) else base
+            matrix = (base if isinstance(base, QuantizedLinear) else base.weight, part)
+            if matrix not in seen or isinstance(part, Adapter):
+                seen.add(matrix)
+                yield _matrix(_join(name, "weight"), base, part, dtype)
         else:
             buffers = base.named_buffers(recurse=False)
-            own = dict(base.named_parameters(recurse=False))
-            own |= {leaf: buffer for leaf, buffer in buffers if _join(name, leaf) in persistent}
+            own |= {leaf: buffer for leaf, buffer in buffers if leaf not in base._non_persistent_buffers_set}
         for leaf, tensor in own.items():
-            if tensor not in seen:
-                seen.add(tensor)
+            if (tensor, None) not in seen:
+                seen.add((tensor, None))
                 yield _as_stored(_join(name, leaf), tensor, dtype)
 
 
-def adapters_in_use(model: nn.Module) -> dict[str, Adapter]:
-    """The adapter of every layer that has one switched on, by the layer's dotted name."""
-    parts = ((name, _parts(module)[1]) for name, module in _owners(model))
-    return {name: adapter for name, adapter in parts if adapter is not None}
+def parts_in_use(model: nn.Module) -> dict[str, nn.Module]:
+    """What adapters have switched on, by the dotted name of the layer or module that carries it."""
+    return {name: carrier.adapters[carrier.active] for name, carrier in carriers(model) if carrier.active is not None}
 
 
 def _owners(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules in the order of the state dict; an adapted layer is one module, whatever it is made of."""
+    """Modules in the order of the state dict; what carries a part of an adapter is one module, or the copy in use."""
+    if isinstance(module, WholeModule):
+        yield from _owners(module.base if module.active is None else module.adapters[module.active], name)
+        return
     yield name, module
-    if not isinstance(module, LoraLayer):
+    if not isinstance(module, Carrier | QuantizedEmbedding):
         for leaf, child in module.named_children():
             yield from _owners(child, _join(name, leaf))
 
 
-def _parts(module: nn.Module) -> tuple[Any, Adapter | None]:
-    """A module without its wrapping, and the adapter in use on it."""
-    if not isinstance(module, LoraLayer):
+def _parts(module: nn.Module) -> tuple[Any, nn.Module | None]:
+    """A module without its wrapping, and what an adapter in use puts on it."""
+    if not isinstance(module, Carrier):
         return module, None
-    if module.active is None:
-        return module.base, None
-    return module.base, cast(Adapter, module.adapters[module.active])
+    return module.base, None if module.active is None else module.adapters[module.active]
 
 
-def _matrix(name: str, base: Linear, adapter: Adapter | None, dtype: torch.dtype) -> StreamedTensor:
-    """The weight of a layer that is quantised, adapted or both."""
-    out, width = linear_shape(base)
-    shape = (width, out) if is_transposed(base) else (out, width)
-    fault = ModelError if adapter is None else AdapterError
-    return StreamedTensor(name, shape, dtype, partial(_finite, partial(_merged, base, adapter, dtype), name, fault))
+def _matrix(name: str, base: Any, part: nn.Module | None, dtype: torch.dtype) -> StreamedTensor:
+    """The weight of a layer that is quantised, or on which an adapter puts something, or both."""
+    fault = ModelError if part is None else AdapterError
+    if isinstance(part, TokenRows):
+        slices, shape = partial(_with_rows, base, part, dtype), (row_count(base), row_width(base))
+    else:
+        slices, shape = partial(_merged, base, cast(Adapter | None, part), dtype), linear_shape(base)
+    shape = (shape[1], shape[0]) if is_transposed(base) else shape
+    return StreamedTensor(name, shape, dtype, partial(_finite, slices, name, fault))
+
+
+def _with_rows(base: Any, rows: TokenRows, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Slices of an embedding or a head with the trained rows in the place of the base's."""
+    weight_VD = decode(base, torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach()
+    for span in row_slices(weight_VD.shape):
+        inside = (rows.ids_K >= span.start) & (rows.ids_K < span.stop)
+        part = weight_VD[span].to(dtype, copy=True)
+        part[rows.ids_K[inside] - span.start] = rows.rows_KD.detach()[inside].to(dtype)
+        yield part
 
 
 def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.dtype) -> StreamedTensor:
@@ -101,8 +120,8 @@ def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.
         for expert in range(stack.experts):
             weight = stack.dense(expert, torch.float32)
             if adapter is not None:
-                update = adapter.b_OR[expert].detach().float() @ adapter.a_RI[expert].detach().float()
-                weight = weight.add(update, alpha=adapter.scale)
+                a_RI, b_OR = (matrix[expert].detach().float() for matrix in adapter.matrices)
+                weight = weight.add(b_OR @ a_RI, alpha=adapter.scale)
             yield from tensor_slices(weight.t() if stack.is_transposed else weight, dtype)
 
     fault = ModelError if adapter is None else AdapterError
@@ -118,7 +137,7 @@ def _merged(base: Linear, adapter: Adapter | None, dtype: torch.dtype) -> Iterat
     if adapter is None:
         yield from tensor_slices(weight, dtype)
         return
-    left, right = adapter.b_OR.detach().float(), adapter.a_RI.detach().float()
+    right, left = (matrix.detach().float() for matrix in adapter.matrices)
     if is_transposed(base):
         left, right = right.t(), left.t()
     for rows in row_slices(weight.shape):

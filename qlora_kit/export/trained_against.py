@@ -15,7 +15,8 @@ from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.load import DTYPES
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapters import WEIGHTS
-from qlora_kit.lora.inject import adaptable_linears, head_name
+from qlora_kit.lora.targets import adaptable_linears
+from qlora_kit.lora.vocabulary import head_name
 
 PREFIX = "qlora_kit."
 

@@ -1,21 +1,20 @@
 """LoRA adapters on a frozen base: the layer, where it goes, how it starts, several of them, and their files."""
 
 from qlora_kit.lora.adapters import load_adapter, save_adapter
-from qlora_kit.lora.fingerprint import fingerprint
-from qlora_kit.lora.inject import LoraReport, add_lora, add_recipe_lora, lora_layers
-from qlora_kit.lora.layer import LoraLinear, adapter_parameters
+from qlora_kit.lora.inject import LoraReport, add_lora, add_recipe_lora
+from qlora_kit.lora.layer import LoraLinear, adapter_constants, adapter_parameters, lora_layers
 from qlora_kit.lora.several import adapters_off, combine_adapters, delete_adapter, use_adapter
 
 __all__ = [
     "LoraLinear",
     "LoraReport",
+    "adapter_constants",
     "adapter_parameters",
     "adapters_off",
     "add_lora",
     "add_recipe_lora",
     "combine_adapters",
     "delete_adapter",
-    "fingerprint",
     "load_adapter",
     "lora_layers",
     "save_adapter",

@@ -5,10 +5,8 @@ file, which PEFT ignores.
 """
 
 import json
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,88 +15,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import decode, is_transposed
+from qlora_kit.base.dense import decode
 from qlora_kit.base.experts import expert_stacks, stack_experts
+from qlora_kit.base.record import base_record
+from qlora_kit.base.vocabulary import row_width
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.fingerprint import fingerprint
-from qlora_kit.lora.inject import (
-    LoraReport,
-    adaptable_linears,
-    adaptable_weights,
-    head_is_tied,
-    head_name,
-    lora_report,
-    wrap,
-)
-from qlora_kit.lora.layer import (
-    Adapter,
-    LoraLayer,
-    LoraLinear,
-    lora_layers,
-    row_squares,
-    weight_shape,
+from qlora_kit.lora.inject import LoraReport, lora_report, wrap
+from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, row_squares, weight_shape
+from qlora_kit.lora.peft_config import (
+    is_target,
+    patterned,
+    peft_config,
+    read_config,
+    saved_modules,
+    saved_tokens,
+    targeted_experts,
 )
 from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
+from qlora_kit.lora.targets import adaptable_weights
+from qlora_kit.lora.vocabulary import TokenRows, check_rows, head_is_tied, rows_of_embedding, rows_of_head
+from qlora_kit.lora.whole import WholeModule, check_module, train_module
 from qlora_kit.storage import staged_folder, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAMES = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight", "magnitude_O": "lora_magnitude_vector"}
+_ROWS = "token_adapter.trainable_tokens_delta"
 """What PEFT calls the tensors of an adapter, in its files."""
 
 Parts: TypeAlias = dict[str, Tensor]
-"""The tensors of one layer's adapter by their names here."""
-
-# Fields of PEFT's configuration with the value under which they change nothing here; any other value changes the model.
-_NEUTRAL: dict[str, Any] = {
-    "bias": "none",
-    "use_qalora": False,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "corda_config": None,
-    "eva_config": None,
-    "kasa_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "lora_ga_config": None,
-    "megatron_config": None,
-    "modules_to_save": None,
-    "monteclora_config": None,
-    "trainable_token_indices": None,
-    "use_bdlora": None,
-    "velora_config": None,
-}
-# Fields that describe the adapter or steer only its start and its training.
-_READ_OR_INERT = frozenset(
-    (
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "target_parameters",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "init_lora_weights",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "loftq_config",
-        "runtime_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-        "megatron_core",
-    )
-)
+"""The tensors of one layer or module by their names here."""
 
 
 def save_adapter(
@@ -116,27 +62,22 @@ def save_adapter(
         AdapterError: there is no adapter of that name, it holds a number that is not finite, or in `folder` there is
             something else than an adapter, which would be lost.
     """
-    layers = {key: layer for key, layer in lora_layers(model) if name in layer.adapters}
-    if not layers:
+    if name not in adapter_names(model):
         raise AdapterError(
             f"there is no adapter {name!r} to save; there are: {', '.join(adapter_names(model)) or 'none'}"
         )
-    stems = _stems(model, layers)
-    tensors = {
-        f"{_PREFIX}{stems[layer_name]}.{_NAMES[leaf]}": _to_file(parameter.detach(), leaf).to("cpu", copy=True)
-        for layer_name, layer in layers.items()
-        for leaf, parameter in layer.adapter(name).named_parameters()
-    }
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+    tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in _tensors(model, name)}
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise AdapterError(f"adapter {name!r} holds NaN or infinity in {_listed(broken)}; it is not saved")
-    metadata = {"format": "pt", "qlora_kit.base_fingerprint": fingerprint(model), **(provenance or {})}
+    mark = base_record(model).fingerprint
+    metadata = {"format": "pt", "qlora_kit.base_fingerprint": mark, **(provenance or {})}
     final = Path(folder)
     _check_replaceable(final)
     with staged_folder(final) as staged:
         write_tensors(staged / WEIGHTS, tensors, metadata)
         (staged / WEIGHTS).chmod(0o644)
-        (staged / CONFIG).write_text(json.dumps(_peft_config(model, layers, name), indent=2, sort_keys=True) + "\n")
+        (staged / CONFIG).write_text(json.dumps(peft_config(model, name), indent=2, sort_keys=True) + "\n")
     return final
 
 
@@ -160,25 +101,41 @@ def load_adapter(
     """
     folder = Path(folder)
     check_new_name(model, name)
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / WEIGHTS)
+    record = base_record(model)
     if config.get("target_parameters"):
         stack_experts(model)
     weights = adaptable_weights(model)
-    own = {key: value for key, value in tensors.items() if not _is_the_bases_own(key, value, weights)}
-    named = {stem: name for name, stem in _stems(model, _targeted_experts(model, config)).items()}
-    layers, faults = _by_layer(own, named, bool(config.get("use_dora")))
-    faults += _fit_faults(model, weights, layers, config)
+    contents = _sorted(model, tensors, weights, config)
+    faults = contents.faults + _fit_faults(model, weights, contents.layers, config)
+    faults += _whole_faults(model, contents)
     trained_on = metadata.get("qlora_kit.base_fingerprint")
-    if trained_on is not None and trained_on != fingerprint(model) and not force:
+    if trained_on is not None and trained_on != record.fingerprint and not force:
         faults.append("it was trained on another base (the fingerprints differ); force loads it all the same")
     if faults:
         raise AdapterError(f"the adapter in {folder} does not fit this model: {'; '.join(faults)}")
-    for layer_name, parts in layers.items():
-        layer = wrap(model, layer_name)
-        layer.adapters[name] = _adapter(layer, layer_name, config, parts).train(layer.training)
+    _attach(model, contents, config, name)
     use_adapter(model, name)
     return lora_report(model, name)
+
+
+def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All of one adapter under PEFT's names; what two modules share comes once."""
+    mine = {key: carrier for key, carrier in carriers(model) if name in carrier.adapters}
+    stems = _stems(model, mine)
+    shared: set[nn.Module] = set()
+    for key, carrier in mine.items():
+        stem, part = f"{_PREFIX}{stems[key]}", carrier.adapters[name]
+        if isinstance(part, Adapter):
+            for leaf, tensor in part.stored().items():
+                yield f"{stem}.{_NAMES[leaf]}", _to_file(tensor, leaf)
+        elif isinstance(carrier, WholeModule):
+            for leaf, tensor in part.state_dict().items():
+                yield f"{stem}.{leaf}", tensor
+        elif isinstance(part, TokenRows) and part not in shared:
+            shared.add(part)
+            yield f"{stem}.{_ROWS}", part.rows_KD
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -190,12 +147,12 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts) -> Adapter:
-    rank = _patterned(config.get("rank_pattern"), layer_name, config["r"])
+    rank = patterned(config.get("rank_pattern"), layer_name, config["r"])
     device = next(t.device for t in (*layer.base.buffers(), *layer.base.parameters()))
     adapter = Adapter(
         layer.shape,
         int(rank),
-        _patterned(config.get("alpha_pattern"), layer_name, config["lora_alpha"]),
+        patterned(config.get("alpha_pattern"), layer_name, config["lora_alpha"]),
         scaling="rslora" if config.get("use_rslora") else "standard",
         dropout=config.get("lora_dropout") or 0.0,
         square_O=row_squares(layer.base) if "magnitude_O" in parts else None,
@@ -237,129 +194,6 @@ def _from_file(tensor: Tensor, leaf: str, shape: Sequence[int]) -> Tensor:
     return tensor.view(out, rank, experts).permute(2, 0, 1)
 
 
-def _peft_config(model: PreTrainedModel, layers: Mapping[str, LoraLayer], name: str) -> dict[str, Any]:
-    adapters = {layer_name: layer.adapter(name) for layer_name, layer in layers.items()}
-    rank = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in adapters.values()).most_common(1)[0][0]
-    first = next(iter(adapters.values()))
-    experts = [key for key in layers if key in expert_stacks(model)]
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.config._name_or_path,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if experts else first.dropout,  # PEFT has none on experts, and it is for training alone
-        "use_rslora": first.scaling == "rslora",
-        "use_dora": first.is_dora,
-        "bias": "none",
-        "target_modules": _target_modules(model, [key for key in layers if key not in experts]),
-        "target_parameters": experts or None,
-        "rank_pattern": {_exactly(key): a.rank for key, a in adapters.items() if a.rank != rank},
-        "alpha_pattern": {_exactly(key): a.alpha for key, a in adapters.items() if a.alpha != alpha},
-        "fan_in_fan_out": all(isinstance(layer, LoraLinear) and is_transposed(layer.base) for layer in layers.values()),
-        "init_lora_weights": True,
-    }
-
-
-def _target_modules(model: PreTrainedModel, matched: Sequence[str]) -> list[str]:
-    """Leaf names where they say exactly what was matched, whole names otherwise (PEFT matches by suffix)."""
-    leaves = {layer_name.rpartition(".")[2] for layer_name in matched}
-    reached = {key for key in adaptable_linears(model) if key.rpartition(".")[2] in leaves}
-    return sorted(leaves if reached == set(matched) else matched)
-
-
-def _exactly(layer_name: str) -> str:
-    """A key that PEFT matches against this one layer: it reads the key as a pattern for the name's end."""
-    return layer_name.replace(".", r"\.")
-
-
-def _patterned(pattern: Mapping[str, Any] | None, layer_name: str, default: float) -> float:
-    """The value of the first pattern that fits the end of the name, as PEFT looks it up."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", layer_name):
-            return value
-    return default
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing: {path.parent} is no adapter") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path} describes no LoRA adapter (wanted peft_type LORA)")
-    unknown = [
-        f"{key}={value!r}"
-        for key, value in config.items()
-        if (key in _NEUTRAL and value not in (_NEUTRAL[key], None, [], {}))
-        or (key not in _NEUTRAL and key not in _READ_OR_INERT and value not in (None, False, [], {}))
-    ]
-    if unknown:
-        raise AdapterError(f"{path} asks for what this version cannot do: {', '.join(sorted(unknown))}")
-    wrong = [key for key, is_fit in _FIELDS.items() if not is_fit(config.get(key))]
-    if wrong:
-        raise AdapterError(
-            f"{path} has an impossible value: {', '.join(f'{key}={config.get(key)!r}' for key in wrong)}"
-        )
-    return config
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_rank(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_layer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_pattern(value: Any) -> bool:
-    try:
-        re.compile(value)
-    except (re.error, TypeError):
-        return False
-    return True
-
-
-def _is_choice(value: object) -> bool:
-    """A pattern for whole names, or a list of names' ends."""
-    return _is_pattern(value) or (isinstance(value, list) and all(isinstance(entry, str) for entry in value))
-
-
-def _maps_patterns(is_fit: Callable[[object], bool]) -> Callable[[object], bool]:
-    def check(value: object) -> bool:
-        return value is None or (
-            isinstance(value, dict) and all(_is_pattern(key) and is_fit(entry) for key, entry in value.items())
-        )
-
-    return check
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "r": _is_rank,
-    "lora_alpha": _is_number,
-    "lora_dropout": lambda value: value is None or (_is_number(value) and 0 <= value < 1),
-    "use_rslora": lambda value: value in (None, True, False),
-    "use_dora": lambda value: value in (None, True, False),
-    "rank_pattern": _maps_patterns(_is_rank),
-    "alpha_pattern": _maps_patterns(_is_number),
-    "target_modules": lambda value: value is None or _is_choice(value),
-    "target_parameters": lambda value: value is None or (isinstance(value, list) and _is_choice(value)),
-    "exclude_modules": lambda value: value is None or _is_choice(value),
-    "layers_to_transform": lambda value: (
-        value is None or _is_layer(value) or (isinstance(value, list) and all(map(_is_layer, value)))
-    ),
-}
-"""What each field that is read must be."""
-
-
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise AdapterError(f"{path} is missing; pickled adapters (.bin) are not read: save it as safetensors")
@@ -370,26 +204,96 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}") from error
 
 
-def _by_layer(
-    tensors: Mapping[str, Tensor], named: Mapping[str, str], is_dora: bool
-) -> tuple[dict[str, Parts], list[str]]:
-    """The tensors of each layer, and what is wrong with the file itself; `named` turns PEFT's names into ours."""
-    wanted = {leaf: name for leaf, name in _NAMES.items() if is_dora or leaf != "magnitude_O"}
-    layers: dict[str, Parts] = {}
-    faults: list[str] = []
+@dataclass(slots=True)
+class _Contents:
+    """What a file holds, by the names of this model: layers, whole modules, rows with their ids, and its faults."""
+
+    layers: dict[str, Parts] = field(default_factory=dict)
+    modules: dict[str, Parts] = field(default_factory=dict)
+    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+
+
+def _sorted(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], weights: Mapping[str, Any], config: Mapping[str, Any]
+) -> _Contents:
+    """Each tensor where it belongs, and what is wrong with the file itself."""
+    contents = _Contents()
+    stems = {stem: key for key, stem in _stems(model, targeted_experts(model, config)).items()}
+    wanted = {leaf: end for leaf, end in _NAMES.items() if config.get("use_dora") or leaf != "magnitude_O"}
+    whole, tokens = saved_modules(model, config), saved_tokens(model, config)
     for key, value in tensors.items():
-        leaf = next((leaf for leaf, name in wanted.items() if key.endswith(f".{name}")), None)
-        if leaf is None or not key.startswith(_PREFIX) or not value.is_floating_point():
-            faults.append(f"{key} is no LoRA matrix")
-        elif not torch.isfinite(value).all():
-            faults.append(f"{key} holds NaN or infinity")
+        if _is_the_bases_own(key, value, weights):
+            continue
+        short = key.removeprefix(_PREFIX)
+        leaf = next((leaf for leaf, end in wanted.items() if key.endswith(f".{end}")), None)
+        module = next((module for module in whole if short.startswith(f"{module}.")), None)
+        rows = short.removesuffix(f".{_ROWS}")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            contents.faults.append(f"{key} holds NaN or infinity")
+        elif module is not None and key.startswith(_PREFIX):
+            contents.modules.setdefault(module, {})[short.removeprefix(f"{module}.")] = value
+        elif rows != short and rows in tokens:
+            contents.rows[rows] = (tokens[rows], value)
+        elif leaf is None or not key.startswith(_PREFIX) or not value.is_floating_point():
+            contents.faults.append(f"{key} is no LoRA matrix")
         else:
-            stem = key.removeprefix(_PREFIX).removesuffix(f".{wanted[leaf]}")
-            layers.setdefault(named.get(stem, stem), {})[leaf] = value
-    lonely = [layer_name for layer_name, parts in layers.items() if len(parts) < len(wanted)]
+            stem = short.removesuffix(f".{wanted[leaf]}")
+            contents.layers.setdefault(stems.get(stem, stem), {})[leaf] = value
+    lonely = [key for key, parts in contents.layers.items() if len(parts) < len(wanted)]
     if lonely:
-        faults.append(f"one of {', '.join(wanted.values())} is missing for {_listed(lonely)}")
-    return {key: parts for key, parts in layers.items() if len(parts) == len(wanted)}, faults
+        contents.faults.append(f"one of {', '.join(wanted.values())} is missing for {_listed(lonely)}")
+    contents.layers = {key: parts for key, parts in contents.layers.items() if len(parts) == len(wanted)}
+    lost = [key for key in whole if key not in contents.modules]
+    lost += [key for key in tokens if key not in contents.rows and not (contents.rows and _is_tied_head(model, key))]
+    if lost:
+        contents.faults.append(f"the file has no tensors for {_listed(lost)} (modules_to_save, trainable_token_indices)")
+    return contents
+
+
+def _is_tied_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether this is the head, and uses the embedding's rows, which the file then holds once."""
+    return head_is_tied(model) and model.get_submodule(key) is model.get_output_embeddings()
+
+
+def _attach(model: PreTrainedModel, contents: _Contents, config: Mapping[str, Any], name: str) -> None:
+    """Put everything on the model; `contents` has no faults."""
+    for layer_name, parts in contents.layers.items():
+        layer = wrap(model, layer_name)
+        layer.adapters[name] = _adapter(layer, layer_name, config, parts).train(layer.training)
+    for module_name, parts in contents.modules.items():
+        train_module(model, module_name, name).load_state_dict(parts)
+    for key, (ids, values) in contents.rows.items():
+        is_head = model.get_submodule(key) is model.get_output_embeddings()
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        rows = (rows_of_head if is_head else rows_of_embedding)(model, sorted(ids), name)
+        with torch.no_grad():
+            rows.rows_KD.copy_(values[order])
+
+
+def _whole_faults(model: PreTrainedModel, contents: _Contents) -> list[str]:
+    """What is wrong with whole modules and rows."""
+    faults = []
+    for key, parts in contents.modules.items():
+        try:
+            check_module(model, key)
+        except AdapterError as error:
+            faults.append(str(error))
+            continue
+        own = {leaf: tuple(tensor.shape) for leaf, tensor in bare(model.get_submodule(key)).state_dict().items()}
+        found = {leaf: tuple(tensor.shape) for leaf, tensor in parts.items()}
+        if own != found:
+            faults.append(f"{key} has tensors {found}, wanted {own}")
+    for key, (ids, values) in contents.rows.items():
+        try:
+            check_rows(model, sorted(ids), contents.layers.keys() | contents.modules.keys())
+        except AdapterError as error:
+            faults.append(str(error))
+            continue
+        wanted = (len(set(ids)), row_width(bare(model.get_submodule(key))))
+        if tuple(values.shape) != wanted:
+            faults.append(f"{key} has rows of shape {tuple(values.shape)}, wanted {wanted}")
+    return faults
 
 
 def _fit_faults(
@@ -405,21 +309,18 @@ def _fit_faults(
     for key, parts in layers.items():
         if key in weights:
             experts, out, width = (1, *weight_shape(weights[key]))[-3:]
-            ranks = experts * int(_patterned(config.get("rank_pattern"), key, config["r"]))
+            ranks = experts * int(patterned(config.get("rank_pattern"), key, config["r"]))
             wanted = {"a_RI": (ranks, width), "b_OR": (out, ranks), "magnitude_O": (out,)}
             faults += [
                 f"{key} has {_NAMES[leaf]} of shape {tuple(tensor.shape)}, wanted {wanted[leaf]}"
                 for leaf, tensor in parts.items()
                 if tensor.shape != wanted[leaf]
             ]
-    targeted = {key for key in weights if _is_target(key, config)} - expert_stacks(model).keys()
-    targeted |= set(_targeted_experts(model, config))
+    targeted = {key for key in weights if is_target(key, config)} - expert_stacks(model).keys()
+    targeted |= set(targeted_experts(model, config))
     lacking = [key for key in weights if key in targeted and key not in layers]
     if lacking:
         faults.append(f"the file has no matrices for {_listed(lacking)}")
-    head = head_name(model)
-    if head in layers and head_is_tied(model):
-        faults.append(f"it changes {head}, which is tied to the input embedding here")
     return faults or ([] if layers else ["the file holds no LoRA matrices"])
 
 
@@ -430,28 +331,6 @@ def _is_the_bases_own(key: str, value: Tensor, weights: Mapping[str, Any]) -> bo
         return False
     weight = decode(layer, layer.weight.dtype if isinstance(layer, nn.Linear) else torch.float32)
     return torch.equal(value.to(weight.device, weight.dtype), weight)
-
-
-def _targeted_experts(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str]:
-    """The expert weights that PEFT's `target_parameters` asks for."""
-    return [name for name in expert_stacks(model) if _names(config.get("target_parameters"), name)]
-
-
-def _is_target(layer_name: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT's fields ask for an adapter on this layer."""
-    only = config.get("layers_to_transform")
-    if only is not None:
-        numbers = re.findall(r"\.(\d+)(?=\.)", layer_name)
-        if not numbers or int(numbers[-1]) not in ([only] if isinstance(only, int) else only):
-            return False
-    return _names(config.get("target_modules"), layer_name) and not _names(config.get("exclude_modules"), layer_name)
-
-
-def _names(entries: str | Sequence[str] | None, layer_name: str) -> bool:
-    """A string is a pattern for the whole name; of a list, an entry is the end of it."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, layer_name) is not None
-    return any(layer_name == entry or layer_name.endswith(f".{entry}") for entry in entries or ())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,8 +1,6 @@
-"""Where adapters go: targets to layers, every pattern of which must match something."""
+"""How an adapter comes onto a model: layers wrapped, matrices made, and a report of what was covered."""
 
-import difflib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -11,11 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import is_linear, parameter_count
+from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
-from qlora_kit.base.load import body_linears
+from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.init import Init, init_adapter
+from qlora_kit.lora.init import Init, Start
 from qlora_kit.lora.layer import (
     Adapter,
     LoraExperts,
@@ -27,9 +25,10 @@ from qlora_kit.lora.layer import (
     row_squares,
 )
 from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
+from qlora_kit.lora.targets import adaptable_weights, match_modules, match_targets, pattern_values
+from qlora_kit.lora.vocabulary import check_rows, train_rows
+from qlora_kit.lora.whole import train_module
 from qlora_kit.recipe import Lora
-
-GROUPS = ("all-linear", "attention", "mlp", "experts", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,9 @@ def add_lora(
     dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    also_train: Sequence[str] = (),
+    added_tokens: Sequence[int] = (),
+    untie_head: bool = False,
     name: str = "default",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
@@ -78,10 +80,15 @@ def add_lora(
             name, or a list of these. The head is never part of all-linear.
         dropout: on the adapter's input while training, in [0, 1).
         scaling: standard (alpha / rank) or rslora (alpha / sqrt(rank)).
-        init: default or gaussian.
+        init: default, gaussian, pissa or loftq (see `lora/init`).
         dora: train the norms of the merged weight's rows too (arXiv 2402.09353).
         rank_pattern: leaf name or `re:PATTERN` -> another rank, of each expert where they are experts.
         alpha_pattern: leaf name or `re:PATTERN` -> another alpha.
+        also_train: modules to train whole, by name or by its end. Those that the checkpoint had no weights for, such as
+            a new classifier, are among them without being named.
+        added_tokens: ids of tokens whose rows of the embedding and of the head are trained.
+        untie_head: let an adapter change a head that is tied to the embedding, which then stands on its own in every
+            merged export.
         name: of the adapter.
         dtype: of A and B.
         seed: of A's random start.
@@ -94,21 +101,29 @@ def add_lora(
     """
     _check_settings(rank, alpha, dropout, scaling, init)
     check_new_name(model, name)
+    record = base_record(model)
     weights = adaptable_weights(model)
-    chosen = match_targets(model, weights, targets)
-    ranks = _pattern_values(weights, rank_pattern or {}, "rank_pattern")
-    alphas = _pattern_values(weights, alpha_pattern or {}, "alpha_pattern")
+    chosen = match_targets(model, weights, targets, untie_head=untie_head)
+    ranks = pattern_values(weights, rank_pattern or {}, "rank_pattern")
+    alphas = pattern_values(weights, alpha_pattern or {}, "alpha_pattern")
+    modules = match_modules(model, [*also_train, *record.untrained], chosen, untie_head=untie_head)
+    ids = sorted(set(added_tokens))
+    check_rows(model, ids, chosen | set(modules))
     experts = chosen & expert_stacks(model).keys()
     if dora and experts:
         raise AdapterError(f"dora is not possible on experts ({min(experts)}); name other targets, or use dora=False")
+    usual = dict.fromkeys(chosen, rank) | dict.fromkeys(experts, rank_of_experts(model, rank))
+    own_ranks = {each: int(ranks.get(each, usual[each])) for each in weights if each in chosen}
+    start = Start(model, init, seed)
     if experts:
         stack_experts(model)
-    for layer_name in (each for each in weights if each in chosen):
-        layer = wrap(model, layer_name)
-        own_rank = rank_of_experts(model, rank) if layer_name in experts else rank
+    layers = {each: wrap(model, each) for each in own_ranks}
+    for layer_name, layer in layers.items():
+        start.check(layer_name, layer.shape, own_ranks[layer_name])
+    for layer_name, layer in layers.items():
         adapter = Adapter(
             layer.shape,
-            int(ranks.get(layer_name, own_rank)),
+            own_ranks[layer_name],
             alphas.get(layer_name, alpha),
             scaling=scaling,
             dropout=dropout,
@@ -116,14 +131,18 @@ def add_lora(
             dtype=dtype,
             device=_device(layer.base),
         )
-        init_adapter(adapter, layer_name, init, seed)
+        start.fill(adapter, layer_name, layer.base)
         layer.adapters[name] = adapter.train(layer.training)
+    for module_name in modules:
+        train_module(model, module_name, name)
+    if ids:
+        train_rows(model, ids, name)
     use_adapter(model, name)
     return replace(lora_report(model, name), notes=tuple(_notes(model, name)))
 
 
-def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> LoraReport:
-    """`add_lora` with the settings of a recipe's section."""
+def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_ids: Sequence[int] = ()) -> LoraReport:
+    """`add_lora` with the settings of a recipe's section; `token_ids` are those of its added tokens."""
     return add_lora(
         model,
         rank=int(lora.rank),
@@ -131,33 +150,14 @@ def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0) -> Lor
         targets=lora.targets,
         dropout=lora.dropout,
         scaling=lora.scaling,
-        init=lora.init,  # type: ignore[arg-type]
+        init=lora.init,
         dora=lora.dora,
         rank_pattern=lora.rank_pattern,
         alpha_pattern=lora.alpha_pattern,
+        also_train=lora.also_train,
+        added_tokens=token_ids,
+        untie_head=lora.untie_head,
         seed=seed,
-    )
-
-
-def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Linear layers by dotted name, adapted or not: those of the body in order, then the head."""
-    linears = {name.removesuffix(".base"): module for name, module in body_linears(model)}
-    head = head_name(model)
-    if head is not None:
-        module = model.get_submodule(head)
-        linears[head] = module.base if isinstance(module, LoraLinear) else module
-    return linears
-
-
-def adaptable_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """All that an adapter can go on, by dotted name: linear layers and experts of the body, then the head."""
-    stacks = {name: each.base if isinstance(each, LoraExperts) else each for name, each in expert_stacks(model).items()}
-    linears = adaptable_linears(model)
-    head = head_name(model)
-    return (
-        {name: linears[name] for name in linears if name != head}
-        | stacks
-        | {name: linears[name] for name in linears if name == head}
     )
 
 
@@ -184,102 +184,6 @@ def lora_report(model: PreTrainedModel, name: str) -> LoraReport:
     trainable = sum(parameter.numel() for _, parameter in adapter_parameters(model, name))
     adapters = sum(p.numel() for other in adapter_names(model) for _, p in adapter_parameters(model, other))
     return LoraReport(matched, unmatched, trainable, parameter_count(model) - adapters)
-
-
-def head_name(model: PreTrainedModel) -> str | None:
-    """Dotted name of the output head, if the model has one that is a linear layer."""
-    head = model.get_output_embeddings()
-    is_fit = isinstance(head, LoraLinear) or (head is not None and is_linear(head))
-    return next((name for name, module in model.named_modules() if module is head), None) if is_fit else None
-
-
-def head_is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head shares its weight with the input embedding, so that both change together."""
-    head = model.get_output_embeddings()
-    dense = head.base if isinstance(head, LoraLinear) else head
-    return dense is not None and getattr(dense, "weight", None) is model.get_input_embeddings().weight
-
-
-def match_targets(model: PreTrainedModel, linears: Mapping[str, nn.Module], targets: str | Sequence[str]) -> set[str]:
-    """Dotted names of the layers that `targets` asks for.
-
-    Raises:
-        AdapterError: an entry matches no linear layer; all such entries are named, each with the nearest name.
-    """
-    entries = [targets] if isinstance(targets, str) else list(targets)
-    chosen: set[str] = set()
-    faults: list[str] = []
-    for entry in entries:
-        found = _match_one(model, linears, entry)
-        chosen |= found
-        if not found:
-            faults.append(_no_match(linears, entry))
-    if faults or not entries:
-        raise AdapterError("; ".join(faults) or "targets is empty; use all-linear, or name layers")
-    return chosen
-
-
-def _match_one(model: PreTrainedModel, linears: Mapping[str, nn.Module], entry: str) -> set[str]:
-    head = head_name(model)
-    body = [name for name in linears if name != head]
-    if entry == "all-linear":
-        return set(body)
-    if entry == "head" or (head is not None and entry in (head, head.rpartition(".")[2])):
-        return _head_target(model, head)
-    if entry in ("attention", "mlp"):
-        return {name for name in body if _is_attention(name) == (entry == "attention")}
-    if entry == "experts":
-        return set(expert_stacks(model))
-    if entry.startswith("re:"):
-        pattern = _compiled(entry, "targets")
-        return {name for name in body if pattern.fullmatch(name)}
-    return {name for name in body if name == entry or name.rpartition(".")[2] == entry}
-
-
-def _head_target(model: PreTrainedModel, head: str | None) -> set[str]:
-    if head is None:
-        raise AdapterError("lora.targets names the head, but this model has no linear output head")
-    if head_is_tied(model):
-        raise AdapterError(
-            f"lora.targets names the head, but {head} is tied to the input embedding, which would change with it; "
-            "choose all-linear, attention or mlp"
-        )
-    return {head}
-
-
-def _is_attention(name: str) -> bool:
-    return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
-
-
-def _pattern_values(linears: Mapping[str, nn.Module], pattern: Mapping[str, float], key: str) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for entry, value in pattern.items():
-        if not 0 < value < math.inf or (key == "rank_pattern" and not isinstance(value, int)):
-            kind = "whole number" if key == "rank_pattern" else "number"
-            raise AdapterError(f"lora.{key} gives {entry!r} the value {value}; it must be a {kind} above 0")
-        if entry.startswith("re:"):
-            pattern_of_names = _compiled(entry, key)
-            found = [name for name in linears if pattern_of_names.fullmatch(name)]
-        else:
-            found = [name for name in linears if name == entry or name.rpartition(".")[2] == entry]
-        if not found:
-            raise AdapterError(_no_match(linears, entry).replace("lora.targets", f"lora.{key}"))
-        values.update(dict.fromkeys(found, value))
-    return values
-
-
-def _compiled(entry: str, key: str) -> re.Pattern[str]:
-    try:
-        return re.compile(entry[3:])
-    except re.error as error:
-        raise AdapterError(f"lora.{key} has {entry!r}, which is no regular expression: {error}") from error
-
-
-def _no_match(linears: Mapping[str, nn.Module], entry: str) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in linears})
-    nearest = difflib.get_close_matches(entry, [*leaves, *GROUPS], n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"lora.targets names {entry!r}, which is no linear layer of this model; {hint}there are: {', '.join(leaves)}"
 
 
 def _notes(model: PreTrainedModel, name: str) -> Iterator[str]:

@@ -4,6 +4,10 @@
 
 DoRA (arXiv 2402.09353) adds a trained norm m for every row of the merged weight: W' = m (W + scale B A) / ||.||.
 
+Where the start of A and B is to change nothing although their product is not zero (PiSSA), they count from there:
+scale (B A - B0 A0), which is the update [B - B0, B0] [A; A - A0] of twice the rank. So written it is zero, to the bit,
+as long as nothing has moved.
+
 The experts of a layer carry one adapter each, (experts, ...) in front; which of them runs is the base's business.
 
 Axes: I in, O out, R rank; E experts, where the layer has them.
@@ -41,6 +45,8 @@ class Adapter(nn.Module):
 
     square_O: Tensor | None
     magnitude_O: nn.Parameter | None
+    a0_RI: Tensor | None
+    b0_OR: Tensor | None
 
     def __init__(
         self,
@@ -60,6 +66,8 @@ class Adapter(nn.Module):
         *experts, out, width = shape
         self.a_RI = nn.Parameter(torch.empty(*experts, rank, width, dtype=dtype, device=device))
         self.b_OR = nn.Parameter(torch.zeros(*experts, out, rank, dtype=dtype, device=device))
+        self.register_buffer("a0_RI", None)
+        self.register_buffer("b0_OR", None)
         self.register_buffer("square_O", square_O, persistent=False)
         self.register_parameter("magnitude_O", None if square_O is None else nn.Parameter(square_O.sqrt()))
 
@@ -67,6 +75,41 @@ class Adapter(nn.Module):
     def is_dora(self) -> bool:
         """Whether the rows of the merged weight have trained norms."""
         return self.magnitude_O is not None
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A and B of the update: the trained ones, or what they make of those from which they count."""
+        if self.a0_RI is None or self.b0_OR is None:
+            return self.a_RI, self.b_OR
+        return (
+            torch.cat((self.a_RI, self.a_RI - self.a0_RI), dim=-2),
+            torch.cat((self.b_OR - self.b0_OR, self.b0_OR), dim=-1),
+        )
+
+    @property
+    def stored_rank(self) -> int:
+        """Rank of the update as a plain adapter."""
+        return self.rank if self.a0_RI is None else 2 * self.rank
+
+    @property
+    def stored_alpha(self) -> float:
+        """With which a plain adapter of the stored rank has the same scale."""
+        return self.scale * (math.sqrt(self.stored_rank) if self.scaling == "rslora" else self.stored_rank)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The update as a plain adapter, by the names of its tensors."""
+        a_RI, b_OR = self.matrices
+        plain = {"a_RI": a_RI, "b_OR": b_OR}
+        return plain if self.magnitude_O is None else plain | {"magnitude_O": self.magnitude_O}
+
+    def count_from_here(self) -> None:
+        """Let the update be what A and B have become since now."""
+        self.a0_RI, self.b0_OR = self.a_RI.detach().clone(), self.b_OR.detach().clone()
+
+    @torch.no_grad()
+    def take_norms(self, weight_OI: Tensor) -> None:
+        """Let DoRA's trained norms be those of W + scale B A as they are now; `weight_OI` is W, fp32."""
+        cast(Tensor, self.magnitude_O).copy_((weight_OI + self.delta()).norm(dim=1))
 
     def forward(self, x: Tensor, decode: Decode, bias: Tensor | None) -> Tensor:
         """What the adapted layer makes of x, (..., in) -> (..., out).
@@ -76,10 +119,11 @@ class Adapter(nn.Module):
             decode: reads the frozen weight.
             bias: of the frozen layer.
         """
+        a_RI, b_OR = self.matrices
         if self.magnitude_O is None or self.square_O is None:
-            return self._update(x, decode, bias, self.a_RI, self.b_OR)
+            return self._update(x, decode, bias, a_RI, b_OR)
         dropped = self._dropped(x)
-        return dora_linear(x, decode, bias, self.a_RI, self.b_OR, self.scale, self.magnitude_O, self.square_O, dropped)
+        return dora_linear(x, decode, bias, a_RI, b_OR, self.scale, self.magnitude_O, self.square_O, dropped)
 
     def each(self, decoders: Sequence[Decode]) -> list[Callable[[Tensor], Tensor]]:
         """The same for every expert of a layer: functions of its tokens.
@@ -88,7 +132,7 @@ class Adapter(nn.Module):
             decoders: read the frozen weights of the experts.
         """
         # Cut once: a gradient is then put together once, and not added up expert by expert in its full size.
-        pairs = zip(decoders, self.a_RI.unbind(0), self.b_OR.unbind(0), strict=True)
+        pairs = zip(decoders, *(matrix.unbind(0) for matrix in self.matrices), strict=True)
         return [partial(self._update, decode=decode, bias=None, a_RI=a, b_OR=b) for decode, a, b in pairs]
 
     def _update(self, x: Tensor, decode: Decode, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor) -> Tensor:
@@ -100,7 +144,8 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """The update of the weight before DoRA's norms, scale B A, (out, in), formed in fp32."""
-        return self.scale * (self.b_OR.float() @ self.a_RI.float())
+        a_RI, b_OR = self.matrices
+        return self.scale * (b_OR.float() @ a_RI.float())
 
     @torch.no_grad()
     def row_factors(self, weight_OI: Tensor) -> Tensor | None:
@@ -111,12 +156,13 @@ class Adapter(nn.Module):
         """
         if self.magnitude_O is None or self.square_O is None:
             return None
-        aw_RO = F.linear(self.a_RI.float(), weight_OI.float())
-        return self.magnitude_O / row_norms(self.square_O, aw_RO, self.a_RI, self.b_OR, self.scale)
+        a_RI, b_OR = self.matrices
+        aw_RO = F.linear(a_RI.float(), weight_OI.float())
+        return self.magnitude_O / row_norms(self.square_O, aw_RO, a_RI, b_OR, self.scale)
 
 
-class LoraLayer(nn.Module):
-    """Something frozen that carries adapters, of which at most one is in use.
+class Carrier(nn.Module):
+    """Something frozen that carries what adapters put beside it or in its place; at most one of them is in use.
 
     Args:
         base: what is frozen.
@@ -127,6 +173,10 @@ class LoraLayer(nn.Module):
         self.base: Any = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+
+
+class LoraLayer(Carrier):
+    """Something frozen that carries low-rank updates."""
 
     def adapter(self, name: str) -> Adapter:
         """The adapter of that name; a `KeyError` if this layer has none."""
@@ -174,11 +224,23 @@ def weight_shape(base: Any) -> tuple[int, ...]:
     return base.shape if isinstance(base, ExpertStack) else linear_shape(base)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Every layer of the model that can carry an adapter, with its dotted name."""
+def carriers(model: nn.Module) -> Iterator[tuple[str, Carrier]]:
+    """All that carries a part of an adapter, with its dotted name."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, Carrier):
             yield name, module
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Every layer of the model that carries low-rank updates, with its dotted name."""
+    for name, carrier in carriers(model):
+        if isinstance(carrier, LoraLayer):
+            yield name, carrier
+
+
+def bare(module: Any) -> Any:
+    """A module without what it carries."""
+    return bare(module.base) if isinstance(module, Carrier) else module
 
 
 @torch.no_grad()
@@ -188,8 +250,21 @@ def row_squares(base: Linear) -> Tensor:
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> Iterator[tuple[str, nn.Parameter]]:
-    """The matrices of one adapter with their dotted names, in the order of the model's layers."""
+    """What one adapter trains with dotted names, each once, in the order of the model's layers."""
+    seen: set[nn.Parameter] = set()
+    for layer_name, carrier in carriers(model):
+        if name in carrier.adapters:
+            for leaf, parameter in carrier.adapters[name].named_parameters():
+                if parameter not in seen:
+                    seen.add(parameter)
+                    yield f"{layer_name}.{leaf}", parameter
+
+
+def adapter_constants(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Tensor]]:
+    """What one adapter counts from and does not train, with dotted names: without it the adapter means nothing."""
     for layer_name, layer in lora_layers(model):
         if name in layer.adapters:
-            for leaf, parameter in layer.adapters[name].named_parameters():
-                yield f"{layer_name}.{leaf}", parameter
+            for leaf in ("a0_RI", "b0_OR"):
+                tensor = getattr(layer.adapter(name), leaf)
+                if tensor is not None:
+                    yield f"{layer_name}.{leaf}", tensor

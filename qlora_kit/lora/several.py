@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import Adapter, LoraLayer, lora_layers
+from qlora_kit.lora.layer import Adapter, Carrier, LoraLayer, carriers, lora_layers
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """Names of the adapters on a model, in the order in which they came."""
-    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.adapters))
+    return list(dict.fromkeys(name for _, carrier in carriers(model) for name in carrier.adapters))
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -41,21 +41,21 @@ def use_adapter(model: nn.Module, name: str) -> None:
         AdapterError: there is no adapter of that name.
     """
     _check_known(model, [name])
-    for _, layer in lora_layers(model):
-        layer.active = name if name in layer.adapters else None
+    for _, carrier in carriers(model):
+        carrier.active = name if name in carrier.adapters else None
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Inside the block the model is its base, bit for bit."""
-    before = [(layer, layer.active) for _, layer in lora_layers(model)]
-    for layer, _ in before:
-        layer.active = None
+    before = [(carrier, carrier.active) for _, carrier in carriers(model)]
+    for carrier, _ in before:
+        carrier.active = None
     try:
         yield
     finally:
-        for layer, active in before:
-            layer.active = active
+        for carrier, active in before:
+            carrier.active = active
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -65,10 +65,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         AdapterError: there is no adapter of that name.
     """
     _check_known(model, [name])
-    for _, layer in lora_layers(model):
-        if name in layer.adapters:
-            del layer.adapters[name]
-            layer.active = None if layer.active == name else layer.active
+    for _, carrier in carriers(model):
+        if name in carrier.adapters:
+            del carrier.adapters[name]
+            carrier.active = None if carrier.active == name else carrier.active
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
@@ -80,15 +80,19 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
         name: of the sum.
 
     Raises:
-        AdapterError: a name is not known or taken, or one of the adapters is a DoRA, whose norms do not add up.
+        AdapterError: a name is not known or taken, or one of the adapters has parts that do not add up: a DoRA's norms,
+            whole modules, rows of tokens.
     """
     if not weights:
         raise AdapterError("there is nothing to combine; give adapter names with their weights")
     _check_known(model, weights)
     check_new_name(model, name)
-    doras = [other for other in weights for _, layer in lora_layers(model) if _has_norms(layer, other)]
-    if doras:
-        raise AdapterError(f"adapter {doras[0]!r} is a DoRA, and a sum of those is no adapter; export it merged")
+    odd = [other for other in weights for _, carrier in carriers(model) if _is_no_sum(carrier, other)]
+    if odd:
+        raise AdapterError(
+            f"adapter {odd[0]!r} is a DoRA, or trains whole modules or rows, and a sum of those is no adapter: "
+            "export it merged"
+        )
     for _, layer in lora_layers(model):
         parts = {other: layer.adapter(other) for other in weights if other in layer.adapters}
         if parts:
@@ -99,16 +103,17 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
 @torch.no_grad()
 def _sum(layer: LoraLayer, parts: Mapping[str, Adapter], weights: Mapping[str, float]) -> Adapter:
     """In fp32, so that no weight is rounded."""
-    rank = sum(part.rank for part in parts.values())
-    device = next(iter(parts.values())).a_RI.device
-    total = Adapter(layer.shape, rank, rank, dtype=torch.float32, device=device)
-    total.a_RI.copy_(torch.cat([part.a_RI.float() for part in parts.values()], dim=-2))
-    total.b_OR.copy_(torch.cat([weights[n] * part.scale * part.b_OR.float() for n, part in parts.items()], dim=-1))
+    pairs = {name: part.matrices for name, part in parts.items()}
+    a_RI = torch.cat([a.float() for a, _ in pairs.values()], dim=-2)
+    rank = a_RI.shape[-2]
+    total = Adapter(layer.shape, rank, rank, dtype=torch.float32, device=a_RI.device)
+    total.a_RI.copy_(a_RI)
+    total.b_OR.copy_(torch.cat([weights[n] * parts[n].scale * b.float() for n, (_, b) in pairs.items()], dim=-1))
     return total
 
 
-def _has_norms(layer: LoraLayer, name: str) -> bool:
-    return name in layer.adapters and layer.adapter(name).is_dora
+def _is_no_sum(carrier: Carrier, name: str) -> bool:
+    return name in carrier.adapters and not (isinstance(carrier, LoraLayer) and not carrier.adapter(name).is_dora)
 
 
 def _check_known(model: nn.Module, names: Iterable[str]) -> None:

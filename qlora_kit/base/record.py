@@ -1,0 +1,61 @@
+"""What is known of a base when it is loaded and cannot be read off it later."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import PreTrainedModel
+
+from qlora_kit.base.fingerprint import fingerprint
+from qlora_kit.base.formats import Quantization
+
+_KEY = "_qlora_kit_base"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecord:
+    """Facts about a base, kept on the model.
+
+    Attributes:
+        quantization: of its linear layers.
+        dtype: of everything that stays dense.
+        fingerprint: which checkpoint it is; empty in a dry run.
+        folder: where it was read from, or None if it was made in memory.
+        untrained: modules that the checkpoint has no weights for, such as a new classifier.
+    """
+
+    quantization: Quantization
+    dtype: torch.dtype
+    fingerprint: str
+    folder: Path | None = None
+    untrained: tuple[str, ...] = ()
+
+
+def keep_record(
+    model: PreTrainedModel,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    folder: Path | None = None,
+    untrained: tuple[str, ...] = (),
+) -> None:
+    """Note the facts while the model is still as it was read; a record that stands is kept.
+
+    Args:
+        model: before it is quantised, or as bitsandbytes stored it.
+        quantization: as below, like the rest, in `BaseRecord`.
+        dtype: likewise.
+        folder: likewise.
+        untrained: likewise.
+    """
+    if _KEY not in vars(model):
+        is_fake = isinstance(next(model.parameters()), FakeTensor)
+        mark = "" if is_fake else fingerprint(model)
+        setattr(model, _KEY, BaseRecord(quantization, dtype, mark, folder, untrained))
+
+
+def base_record(model: PreTrainedModel) -> BaseRecord:
+    """The facts about the base of a model; of a plain transformers model they are read off it at the first call."""
+    keep_record(model, Quantization("none"), model.dtype)
+    record: BaseRecord = vars(model)[_KEY]
+    return record

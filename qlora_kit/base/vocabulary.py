@@ -1,0 +1,179 @@
+"""The two matrices as tall as the vocabulary, input embedding and output head: quantised, looked up, and made taller.
+
+A head that is tied to the embedding shares its codes, too. The rows of a quantised matrix are read without the rest of
+it: a row's codes and constants are its own, since `block_size` has to divide the width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.formats import Quantization, block_constants
+from qlora_kit.errors import ModelError
+
+
+class QuantizedTable(QuantizedLinear):
+    """A quantised matrix, (vocabulary, width), that is multiplied with and of which rows are looked up."""
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the stored weight, (len(ids), width), in `dtype`: the same values as in `dense`.
+
+        Args:
+            ids: (N,), int64.
+            dtype: to read them in.
+        """
+        if self.quantization.kind == "int8":
+            return self.read({"codes": self.codes[ids], "absmax": self.absmax[ids]}, dtype, rows=len(ids))
+        codes = self.codes.view(self.out_features, -1)[ids]
+        blocks = self.in_features // self.quantization.block_size
+        constants = (ids[:, None] * blocks + torch.arange(blocks, device=ids.device)).view(-1)
+        absmax = block_constants(self.absmax, self.absmax_scale, self.absmax_offset, constants)
+        return self.read({"codes": codes.view(-1), "absmax": absmax}, dtype, rows=len(ids))
+
+
+class QuantizedEmbedding(nn.Module):
+    """An input embedding whose rows are decoded when they are looked up.
+
+    Args:
+        table: the matrix.
+        is_tied: whether the matrix is that of the output head, and registered there.
+        scale: factor of every row that is looked up.
+        dtype: of what it gives.
+    """
+
+    def __init__(self, table: QuantizedTable, is_tied: bool, scale: float | Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.is_tied, self.scale, self.dtype = is_tied, scale, dtype
+        self.own = None if is_tied else table
+        self._shared = [table] if is_tied else []  # a list, so that torch does not register it a second time
+
+    @property
+    def table(self) -> QuantizedTable:
+        """The matrix, be it the head's or not."""
+        return self._shared[0] if self.own is None else self.own
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., width), in the compute dtype."""
+        rows = self.table.rows(ids.reshape(-1), self.dtype)
+        return scaled(rows.view(*ids.shape, -1), self.scale)
+
+
+def scaled(rows: Tensor, scale: float | Tensor) -> Tensor:
+    """Rows of an embedding times the factor that some families put on them, in the dtype of the rows."""
+    if isinstance(scale, Tensor):
+        scale = scale.to(rows)
+    return rows if isinstance(scale, float) and scale == 1 else rows * scale
+
+
+def embedding_scale(embedding: nn.Module) -> float | Tensor:
+    """The factor that an input embedding puts on the rows that it looks up.
+
+    Raises:
+        ModelError: it is no plain or scaled embedding, so what it does to a row is not known.
+    """
+    if isinstance(embedding, QuantizedEmbedding):
+        return embedding.scale
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    scale = getattr(embedding, "embed_scale", None)
+    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, float | Tensor):
+        raise ModelError(
+            f"the input embedding is a {type(embedding).__name__}, and what that does to a row is not known: leave out "
+            "base.quantize_head and lora.added_tokens"
+        )
+    return scale
+
+
+def read_rows(matrix: Any, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding's or a head's weight without any factor, (len(ids), width), a tensor of their own.
+
+    Args:
+        matrix: dense or quantised.
+        ids: (N,), int64.
+        dtype: to read them in.
+    """
+    if isinstance(matrix, QuantizedEmbedding | QuantizedTable):
+        return _table(matrix).rows(ids, dtype)
+    return matrix.weight.detach()[ids.to(matrix.weight.device)].to(dtype)
+
+
+def row_count(matrix: Any) -> int:
+    """Rows of an embedding or a head, dense or quantised."""
+    return (
+        _table(matrix).out_features if isinstance(matrix, QuantizedEmbedding | QuantizedTable) else len(matrix.weight)
+    )
+
+
+def row_width(matrix: Any) -> int:
+    """Width of the rows of an embedding or a head, dense or quantised."""
+    if isinstance(matrix, QuantizedEmbedding | QuantizedTable):
+        return _table(matrix).in_features
+    return matrix.weight.shape[1]
+
+
+def _table(matrix: QuantizedEmbedding | QuantizedTable) -> QuantizedTable:
+    return matrix.table if isinstance(matrix, QuantizedEmbedding) else matrix
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head shares its weight with the input embedding, in a model that carries no adapter."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, QuantizedEmbedding):
+        return embedding.is_tied
+    return head is not None and getattr(head, "weight", None) is embedding.weight
+
+
+def quantize_vocabulary(
+    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Quantise the input embedding and the output head in place; tied, they share one matrix.
+
+    Args:
+        model: dense.
+        quantization: the format, not `none`.
+        dtype: of the head's bias and of the rows that are looked up.
+        device: where the codes are made and kept.
+
+    Raises:
+        ModelError: a block of weights would reach over two rows, or one of the two is of no known kind.
+    """
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    scale, width = embedding_scale(embedding), embedding.weight.shape[1]
+    if quantization.is_4bit and width % quantization.block_size:
+        raise ModelError(
+            f"base.quantize_head wants base.block_size to divide the embedding's width of {width}; "
+            f"{quantization.block_size} does not"
+        )
+    if head is not None and type(head) is not nn.Linear:
+        raise ModelError(f"the output head is a {type(head).__name__}; base.quantize_head is possible on a Linear only")
+    names = {id(module): name for name, module in model.named_modules()}
+    ties = is_tied(model)
+    if head is not None:
+        bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
+        table = QuantizedTable(head.weight.detach().to(device), bias, quantization)
+        model.set_submodule(names[id(head)], table)
+    if not ties:
+        table = QuantizedTable(embedding.weight.detach().to(device), None, quantization)
+    model.set_submodule(names[id(embedding)], QuantizedEmbedding(table, ties, scale, dtype))
+
+
+@torch.no_grad()
+def extend_vocabulary(model: PreTrainedModel, rows: int) -> None:
+    """Make embedding and head at least `rows` tall; rows that come are the mean of those that were there.
+
+    Args:
+        model: dense, its weights read.
+        rows: at least as many as the tokenizer has tokens.
+    """
+    before = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if rows <= before:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    head: Any = model.get_output_embeddings()
+    weights = [model.get_input_embeddings().weight, *([] if head is None else head.parameters())]
+    for weight in {id(weight): weight for weight in weights}.values():
+        weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
