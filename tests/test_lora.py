@@ -24,11 +24,11 @@ from qlora_kit.lora import (
     delete_adapter,
     load_adapter,
     lora_layers,
+    peft_config,
     save_adapter,
     use_adapter,
 )
 from qlora_kit.lora import adapters as adapters_module
-from qlora_kit.lora import peft_config
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAN, INFINITY = float("nan"), float("inf")
@@ -280,7 +280,7 @@ def test_targets_of_a_gpt2(targets, count):
 @pytest.mark.parametrize("targets", ["head", "lm_head"])
 def test_a_tied_head_is_refused_and_says_why(targets):
     for model in (tiny.gpt2(), tiny.llama(tie_word_embeddings=True)):
-        with pytest.raises(AdapterError, match="tied in this model.*untie_head=true"):
+        with pytest.raises(AdapterError, match=r"tied in this model.*untie_head=true"):
             add_lora(tiny.quantized(model), targets=targets)
 
 
@@ -660,7 +660,7 @@ SPOILED = {
     "trained biases": (lambda f: change_config(f, bias="all"), "bias='all'"),
     "whole modules": (lambda f: change_config(f, modules_to_save=["lm_head"]), "no tensors for lm_head"),
     "rows of tokens": (lambda f: change_config(f, trainable_token_indices=[5]), "no tensors for model.embed_tokens"),
-    "rows of nothing": (lambda f: change_config(f, trainable_token_indices={"q_proj": [5]}), "'q_proj'.*neither"),
+    "rows of nothing": (lambda f: change_config(f, trainable_token_indices={"q_proj": [5]}), "no tensors for q_proj"),
     "a token that is none": (lambda f: change_config(f, trainable_token_indices=[-1]), "trainable_token_indices"),
     "a field of the future": (lambda f: change_config(f, turbo=3), "turbo=3"),
     "another method": (lambda f: change_config(f, peft_type="IA3"), "peft_type"),

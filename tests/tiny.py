@@ -22,7 +22,8 @@ from transformers import (
 from qlora_kit.base.dense import QuantizedLinear, decode, is_linear
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import freeze_and_quantize
-from qlora_kit.lora import LoraLinear, lora_layers
+from qlora_kit.lora import lora_layers
+from qlora_kit.lora.layer import bare
 
 CPU = torch.device("cpu")
 LLAMA = {
@@ -143,8 +144,7 @@ def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
     """Give the linear layers of `dense` the weights that `base` decodes to: the oracle that knows no quantisation."""
     for name, module in list(dense.named_modules()):
         if is_linear(module):
-            source = base.get_submodule(name)
-            weight = decode(source.base if isinstance(source, LoraLinear) else source, torch.float32)
+            weight = decode(bare(base.get_submodule(name)), torch.float32)
             module.weight.copy_(weight if isinstance(module, nn.Linear) else weight.t())
     return dense
 

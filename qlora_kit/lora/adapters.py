@@ -33,7 +33,7 @@ from qlora_kit.lora.peft_config import (
 )
 from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
 from qlora_kit.lora.targets import adaptable_weights
-from qlora_kit.lora.vocabulary import TokenRows, check_rows, head_is_tied, rows_of_embedding, rows_of_head
+from qlora_kit.lora.vocabulary import TokenRows, check_rows, head_is_tied, head_name, rows_of_embedding, rows_of_head
 from qlora_kit.lora.whole import WholeModule, check_module, train_module
 from qlora_kit.storage import staged_folder, write_tensors
 
@@ -221,7 +221,8 @@ def _sorted(
     contents = _Contents()
     stems = {stem: key for key, stem in _stems(model, targeted_experts(model, config)).items()}
     wanted = {leaf: end for leaf, end in _NAMES.items() if config.get("use_dora") or leaf != "magnitude_O"}
-    whole, tokens = saved_modules(model, config), saved_tokens(model, config)
+    whole = saved_modules(model, config)
+    tokens = saved_tokens(model, config)
     for key, value in tensors.items():
         if _is_the_bases_own(key, value, weights):
             continue
@@ -247,13 +248,15 @@ def _sorted(
     lost = [key for key in whole if key not in contents.modules]
     lost += [key for key in tokens if key not in contents.rows and not (contents.rows and _is_tied_head(model, key))]
     if lost:
-        contents.faults.append(f"the file has no tensors for {_listed(lost)} (modules_to_save, trainable_token_indices)")
+        contents.faults.append(
+            f"the file has no tensors for {_listed(lost)} (modules_to_save or trained rows)"
+        )
     return contents
 
 
 def _is_tied_head(model: PreTrainedModel, key: str) -> bool:
     """Whether this is the head, and uses the embedding's rows, which the file then holds once."""
-    return head_is_tied(model) and model.get_submodule(key) is model.get_output_embeddings()
+    return head_is_tied(model) and key == head_name(model)
 
 
 def _attach(model: PreTrainedModel, contents: _Contents, config: Mapping[str, Any], name: str) -> None:
@@ -264,9 +267,8 @@ def _attach(model: PreTrainedModel, contents: _Contents, config: Mapping[str, An
     for module_name, parts in contents.modules.items():
         train_module(model, module_name, name).load_state_dict(parts)
     for key, (ids, values) in contents.rows.items():
-        is_head = model.get_submodule(key) is model.get_output_embeddings()
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        rows = (rows_of_head if is_head else rows_of_embedding)(model, sorted(ids), name)
+        rows = (rows_of_head if key == head_name(model) else rows_of_embedding)(model, sorted(ids), name)
         with torch.no_grad():
             rows.rows_KD.copy_(values[order])
 

@@ -18,7 +18,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import LoraLinear, carriers, lora_layers
 from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.lora.vocabulary import RowsEmbedding, RowsHead
-from qlora_kit.lora.whole import WholeModule, modules_named
+from qlora_kit.lora.whole import WholeModule, module_names, modules_named
 
 # Fields of PEFT's configuration with the value under which they change nothing here; any other value changes the model.
 _NEUTRAL: dict[str, Any] = {
@@ -252,26 +252,23 @@ def _names(entries: str | Sequence[str] | None, layer_name: str) -> bool:
 
 
 def saved_modules(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the modules that PEFT's `modules_to_save` asks for; PEFT lets entries pass that name none."""
-    found = (modules_named(model, entry) for entry in config.get("modules_to_save") or ())
-    return list(dict.fromkeys(key for keys in found for key in keys))
+    """Dotted names of the modules that PEFT's `modules_to_save` asks for: an entry is the end of a name, even inside a
+    word, and may name none.
+    """
+    return [name for name in module_names(model) if name.endswith(tuple(config.get("modules_to_save") or ()))]
 
 
 def saved_tokens(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Dotted name of a module -> token ids whose rows the file holds, in the file's order.
+    """Dotted name of the embedding or the head -> token ids whose rows the file holds, in the file's order.
 
-    Raises:
-        AdapterError: a name is none of this model.
+    A name that is neither comes as it is: the file can hold nothing for it that fits.
     """
     asked = config.get("trainable_token_indices") or {}
     names = {module: name for name, module in model.named_modules()}
     if isinstance(asked, list):
         return {names[model.get_input_embeddings()]: asked}
+    ends = [names.get(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
     found: dict[str, list[int]] = {}
     for entry, ids in asked.items():
-        ends = [names.get(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
-        named = [key for key in modules_named(model, entry) if key in ends]
-        if not named:
-            raise AdapterError(f"trainable_token_indices names {entry!r}, which is neither embedding nor head here")
-        found |= dict.fromkeys(named, ids)
+        found |= dict.fromkeys([key for key in modules_named(model, entry) if key in ends] or [entry], ids)
     return found

@@ -28,10 +28,14 @@ class WholeModule(Carrier):
         return (self.base if self.active is None else self.adapters[self.active])(*args, **kwargs)
 
 
+def module_names(model: nn.Module) -> list[str]:
+    """Dotted names of a model's own modules, of which those of an adapter are none."""
+    return [name for name, _ in model.named_modules() if not {"base", "adapters"} & set(name.split("."))]
+
+
 def modules_named(model: nn.Module, entry: str) -> list[str]:
     """Dotted names of the modules that `entry` names: in full, or by the end of the name."""
-    names = [name for name, _ in model.named_modules() if not {"base", "adapters"} & set(name.split("."))]
-    return [name for name in names if name == entry or name.endswith(f".{entry}")]
+    return [name for name in module_names(model) if name == entry or name.endswith(f".{entry}")]
 
 
 def train_module(model: PreTrainedModel, module_name: str, name: str) -> nn.Module:
