@@ -113,14 +113,9 @@ WORDS = {
 }
 
 NOT_BUILT = {
-    "base.quantize_head": ["true"],
     "base.attention": ["flex", "flash"],
     "lora.from": ["./adapter"],
     "lora.rank": ["auto"],
-    "lora.init": ["pissa", "loftq"],
-    "lora.also_train": ["[score]"],
-    "lora.added_tokens": ["['<x>']"],
-    "lora.untie_head": ["true"],
     "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: preference}]"],
     "data.format": ["preference", "labelled", "classification"],
     "data.over_length": ["split"],

@@ -84,13 +84,15 @@ def load_base(
 
     Raises:
         ModelError: the folder is no such model, is damaged, misses a tensor other than those of a new classifier, or
-            `skip` names no linear layer.
+            `skip` names no linear layer, or the head cannot be quantised.
         DeviceError: the device is not there.
     """
     target = resolve_device(device)
     dtype = resolve_dtype(compute_dtype, target)
     folder = locate_model(str(model), revision, code=trust_remote_code)
     asked = Quantization(quantization, double_quant, block_size)
+    if quantize_head and quantization == "none":
+        raise ModelError("base.quantize_head=true wants a format; set base.quantization to nf4, fp4 or int8")
     config = read_config(folder, head=head, trust_remote_code=trust_remote_code)
     if labels is not None:
         config.num_labels = labels

@@ -4,11 +4,12 @@ A head that is tied to the embedding shares its codes, too. The rows of a quanti
 it: a row's codes and constants are its own, since `block_size` has to divide the width.
 """
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization, block_constants
@@ -159,6 +160,14 @@ def quantize_vocabulary(
     if not ties:
         table = QuantizedTable(embedding.weight.detach().to(device), None, quantization)
     model.set_submodule(names[id(embedding)], QuantizedEmbedding(table, ties, scale, dtype))
+
+
+def longer_config(config: PretrainedConfig, rows: int) -> PretrainedConfig:
+    """The configuration of a model whose vocabulary was extended to at least `rows`."""
+    longer = copy.deepcopy(config)
+    text = longer.get_text_config()
+    text.vocab_size = max(text.vocab_size, rows)
+    return longer
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def write_model_files(
         text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
         write_text(folder / "generation_config.json", text)
     if tokenizer is not None:
-        _unused(tokenizer).save_pretrained(folder)
+        write_tokenizer(tokenizer, folder)
 
 
 def dense_config(model: PreTrainedModel, dtype: torch.dtype, tensor_names: Container[str]) -> PretrainedConfig:
@@ -92,13 +92,13 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _unused(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer without the padding and truncation of its last call, which its file would impose on everybody."""
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a tokenizer without the padding and truncation of its last call, which its file would impose on all."""
     tokenizer = copy.deepcopy(tokenizer)
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
+    tokenizer.save_pretrained(folder)
 
 
 def _code(value: object) -> str:

@@ -23,10 +23,10 @@ from qlora_kit.base.load import DTYPES, load_base
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
-from qlora_kit.export.folder import library_versions, model_card, write_model_files
+from qlora_kit.export.folder import library_versions, model_card, write_model_files, write_tokenizer
 from qlora_kit.export.merge import merged_tensors, parts_in_use
 from qlora_kit.export.stream import SHARD_BYTES, streamed, write_safetensors, write_weights
-from qlora_kit.export.trained_against import PREFIX, read_trained_against, trained_against
+from qlora_kit.export.trained_against import PREFIX, read_added_tokens, read_trained_against, trained_against
 from qlora_kit.lora.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
 from qlora_kit.lora.layer import Adapter, carriers
 from qlora_kit.storage import read_json, sha256_file, staged_folder, write_json, write_text
@@ -89,6 +89,8 @@ def merge(
     load_adapter(model, adapter, force=force)
     provenance = {"base": str(base), "adapter": str(adapter)} | ({"revision": revision} if revision else {})
     tokenizer = _tokenizer(locate_model(str(base), revision))
+    if tokenizer is not None:
+        tokenizer.add_tokens(read_added_tokens(adapter))
     export_merged(model, tokenizer, out, dtype=dtype, audit_batches=audit_batches, provenance=provenance)
     return out
 
@@ -152,7 +154,12 @@ def export_merged(
 
 
 def export_adapter(
-    model: PreTrainedModel, out: Path, *, name: str = "default", provenance: Mapping[str, str] | None = None
+    model: PreTrainedModel,
+    out: Path,
+    *,
+    name: str = "default",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write one adapter as PEFT reads it, with what it was trained against; the same adapter gives the same bytes.
 
@@ -160,6 +167,7 @@ def export_adapter(
         model: carries the adapter.
         out: folder to make; it must not be there, or be empty.
         name: of the adapter.
+        tokenizer: with its chat template and added tokens, saved beside the adapter; None leaves it out.
         provenance: facts for the file's metadata, the card and export.json; `base` and `revision` also go into
             adapter_config.json, where PEFT looks for the base.
 
@@ -180,6 +188,8 @@ def export_adapter(
         config = read_json(staged / CONFIG) | {"base_model_name_or_path": facts["base"]}
         config |= {"revision": facts["revision"]} if "revision" in facts else {}
         write_text(staged / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, staged)
         sections: dict[str, Mapping[str, object]] = {
             "Provenance": facts,
             "Adapter": _settings(adapters),

@@ -4,6 +4,7 @@ An adapter corrects one particular set of weights. The same checkpoint in anothe
 merges must quantise as training did; that is why the settings travel with the adapter.
 """
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,21 +14,29 @@ from transformers import PreTrainedModel
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.load import DTYPES
+from qlora_kit.base.record import base_record
+from qlora_kit.base.vocabulary import QuantizedEmbedding, row_count
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapters import WEIGHTS
+from qlora_kit.lora.layer import bare
 from qlora_kit.lora.targets import adaptable_linears
-from qlora_kit.lora.vocabulary import head_name
+from qlora_kit.lora.vocabulary import RowsEmbedding, head_name
 
 PREFIX = "qlora_kit."
+ADDED_TOKENS = "added_tokens"
 
 
 def trained_against(model: PreTrainedModel) -> dict[str, str]:
     """How the base of this model is stored, as metadata: `qlora_kit.quantization` and its settings."""
+    embedding = model.get_input_embeddings()
     linears = {name: module for name, module in adaptable_linears(model).items() if name != head_name(model)}
     quantized = [module.quantization for module in linears.values() if isinstance(module, QuantizedLinear)]
     how = quantized[0] if quantized else Quantization("none")
-    compute_dtype = next(model.get_input_embeddings().parameters()).dtype
-    facts = {"quantization": how.kind, "compute_dtype": str(compute_dtype).removeprefix("torch.")}
+    facts = {"quantization": how.kind, "compute_dtype": str(base_record(model).dtype).removeprefix("torch.")}
+    if isinstance(bare(embedding), QuantizedEmbedding):
+        facts["quantize_head"] = "true"
+    if isinstance(embedding, RowsEmbedding):
+        facts["vocabulary"] = str(row_count(bare(embedding)))
     if how.is_4bit:
         facts |= {"double_quant": str(how.double_quant).lower(), "block_size": str(how.block_size)}
     if quantized:
@@ -50,6 +59,7 @@ def read_trained_against(adapter: Path, defaults: dict[str, Any]) -> dict[str, A
     for key, known in {
         "quantization": {kind: kind for kind in get_args(Kind)},
         "double_quant": {"true": True, "false": False},
+        "quantize_head": {"true": True, "false": False},
         "block_size": {str(2**power): 2**power for power in range(5, 13)},
         "compute_dtype": {name: name for name in DTYPES},
     }.items():
@@ -61,7 +71,27 @@ def read_trained_against(adapter: Path, defaults: dict[str, Any]) -> dict[str, A
             settings[key] = known[said[key].lower()]
     if "skip" in said:
         settings["skip"] = said["skip"].split(",")
+    if "vocabulary" in said:
+        if not said["vocabulary"].isdecimal():
+            raise AdapterError(f"{adapter / WEIGHTS} says {PREFIX}vocabulary={said['vocabulary']!r}; wanted a number")
+        settings["vocabulary"] = int(said["vocabulary"])
     return settings
+
+
+def read_added_tokens(adapter: Path) -> list[str]:
+    """The tokens that the tokenizer of an adapter's base must be given, as `run` noted them.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or holds something else than a list of words there.
+    """
+    said = _metadata(adapter / WEIGHTS).get(ADDED_TOKENS, "[]")
+    try:
+        tokens = json.loads(said)
+    except ValueError:
+        tokens = None
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise AdapterError(f"{adapter / WEIGHTS} says {ADDED_TOKENS}={said!r}; wanted a JSON list of tokens")
+    return tokens
 
 
 def _metadata(path: Path) -> dict[str, str]:

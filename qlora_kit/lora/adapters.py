@@ -248,9 +248,7 @@ def _sorted(
     lost = [key for key in whole if key not in contents.modules]
     lost += [key for key in tokens if key not in contents.rows and not (contents.rows and _is_tied_head(model, key))]
     if lost:
-        contents.faults.append(
-            f"the file has no tensors for {_listed(lost)} (modules_to_save or trained rows)"
-        )
+        contents.faults.append(f"the file has no tensors for {_listed(lost)} (modules_to_save or trained rows)")
     return contents
 
 

@@ -51,6 +51,7 @@ class Workload:
         optimizer: a name of `train.optimizer`.
         master_weights: fp32, stochastic or none.
         skip: linear layers that stay dense.
+        quantize_head: whether embedding and head are quantised, too.
     """
 
     quantization: Quantization
@@ -64,6 +65,7 @@ class Workload:
     optimizer: str
     master_weights: MasterWeights
     skip: tuple[str, ...] = ()
+    quantize_head: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy) -> "Workload":
@@ -81,6 +83,7 @@ class Workload:
             optimizer=recipe.train.optimizer,
             master_weights=definite_masters(recipe.train.master_weights),
             skip=tuple(base.skip),
+            quantize_head=base.quantize_head,
         )
 
 
@@ -128,12 +131,14 @@ def _build(config: PretrainedConfig, work: Workload) -> tuple[PreTrainedModel, l
     with no_init_weights():
         model = build_model(config, work.dtype, work.attention)
     cpu = torch.device("cpu")
-    freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip)
+    freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
     if work.lora is None:
         model.requires_grad_(True)
         parameters = list(model.named_parameters())
     else:
-        add_recipe_lora(model, work.lora)
+        # What is weighed is how many tokens are added, and not which; and no values are at hand that loftq would read.
+        lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
+        add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)))
         parameters = list(adapter_parameters(model))
     set_activation_policy(model, work.activations)
     return model.train(), parameters

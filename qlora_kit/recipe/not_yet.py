@@ -22,22 +22,13 @@ def _all_but(*missing: str | bool) -> Callable[[Any], bool]:
     return lambda value: value not in missing
 
 
-def _empty(value: Any) -> bool:
-    return not value
-
-
 _PLAIN_FORMATS = _all_but("preference", "labelled", "classification")
 _FORMATS = "built: auto, messages, sharegpt, alpaca, completion, text"
 
 ROWS = (
-    NotYet("base.quantize_head", _only(False), "built: false, which keeps the head dense"),
     NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
     NotYet("lora.from", _only(None), "built: null, which starts new adapters"),
     NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
-    NotYet("lora.init", _only("default", "gaussian"), "built: default, gaussian"),
-    NotYet("lora.also_train", _empty, "built: [], which trains adapters only"),
-    NotYet("lora.added_tokens", _empty, "built: [], which keeps the embedding as it is"),
-    NotYet("lora.untie_head", _only(False), "built: false"),
     NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
     NotYet("data.train[].format", _PLAIN_FORMATS, _FORMATS),
     NotYet("data.format", _PLAIN_FORMATS, _FORMATS),

@@ -106,7 +106,7 @@ class Base(Section):
     skip: list[Text] = []
     """Names of linear layers that stay dense, beside heads and classifiers."""
     quantize_head: bool = False
-    """Quantise the output head too; it stays dense otherwise."""
+    """Quantise output head and input embedding too, which stay dense otherwise; block_size must divide their width."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
     """Implementation of attention."""
     device: Device = "auto"
@@ -129,7 +129,7 @@ class Lora(Section):
     scaling: Literal["standard", "rslora"] = "standard"
     """standard: alpha / rank, as in LoRA, section 4.1; rslora: alpha / sqrt(rank), for high ranks."""
     init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
-    """How A starts, B being 0; default: uniform within 1 / sqrt(inputs), as in LoRA Without Regret."""
+    """default: A uniform within 1 / sqrt(inputs), B zero (LoRA Without Regret); pissa, loftq: from the weight."""
     dora: bool = False
     """Train a magnitude for each output beside the direction."""
     lr_ratio: Above0 = 1.0
@@ -143,11 +143,11 @@ class Lora(Section):
     ] = {}
     """Other alphas for some layers: leaf name or "re:..." to alpha."""
     also_train: list[Text] = []
-    """Whole modules that are trained and saved beside the adapters, such as a new head."""
+    """Whole modules that are trained and saved beside the adapters, such as a new head: names, or ends of names."""
     added_tokens: list[Text] = []
-    """Tokens whose embedding rows are trained and saved."""
+    """Tokens whose rows of the embedding and the head are trained and saved; those that are new get a row."""
     untie_head: bool = False
-    """Give the output head weights of its own where it shares the embedding's."""
+    """Let an adapter change a head that is tied to the embedding; merged exports then hold both."""
 
 
 class Source(Section):

@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ import torch
 
 from qlora_kit.base.load import resolve_device
 from qlora_kit.errors import RunError
+from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
@@ -129,9 +131,13 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
 
 
 def provenance_of(recipe: Recipe) -> dict[str, str]:
-    """Which base the run was trained on, for the metadata of adapters and exports."""
-    revision = {} if recipe.base.revision is None else {"revision": recipe.base.revision}
-    return {"base": recipe.base.model} | revision
+    """Which base the run was trained on and which tokens it added, for the metadata of adapters and exports."""
+    facts = {"base": recipe.base.model}
+    if recipe.base.revision is not None:
+        facts["revision"] = recipe.base.revision
+    if recipe.lora.added_tokens:
+        facts[ADDED_TOKENS] = json.dumps(recipe.lora.added_tokens)
+    return facts
 
 
 def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, counter: PeakCounter) -> None:

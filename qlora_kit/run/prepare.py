@@ -11,6 +11,7 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import build_model, read_config
+from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     Batch,
     Encoded,
@@ -59,7 +60,8 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, recipe.data.template, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
+    config = longer_config(config, rows_needed(tokenizer, recipe))
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
     counts = train_rows.counts
     pace = set_pace(
@@ -77,8 +79,10 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     return prepared
 
 
-def load_tokenizer(folder: Path, template: str = "auto", *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the chat template that the recipe names, so that every export carries it.
+def load_tokenizer(
+    folder: Path, recipe: Recipe | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the chat template and the added tokens of the recipe, so that every export has them.
 
     Raises:
         DataError: there is no tokenizer in the folder, no such template, or it has not the tokens that one needs.
@@ -87,11 +91,25 @@ def load_tokenizer(folder: Path, template: str = "auto", *, trust_remote_code: b
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
-    source = find_template(template)
+    if recipe is None:
+        return tokenizer
+    tokenizer.add_tokens(recipe.lora.added_tokens)  # those that are there already stay as they are
+    source = find_template(recipe.data.template)
     if source is not None:
-        check_turn_tokens(template, tokenizer)
+        check_turn_tokens(recipe.data.template, tokenizer)
         tokenizer.chat_template = source
     return tokenizer
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
+    """Ids of the tokens whose rows the recipe trains."""
+    ids = tokenizer.convert_tokens_to_ids(recipe.lora.added_tokens)
+    return ids if isinstance(ids, list) else [ids]
+
+
+def rows_needed(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> int:
+    """Rows that the embedding must have for the tokens that the recipe adds; 0 where it adds none."""
+    return max(added_ids(tokenizer, recipe), default=-1) + 1
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -13,7 +13,7 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.load import read_config, resolve_device
 from qlora_kit.errors import FitError
 from qlora_kit.export import trained_against
-from qlora_kit.lora import LoraReport, adapter_parameters, add_recipe_lora, save_adapter
+from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import plan_methods
 from qlora_kit.recipe import Recipe
@@ -27,7 +27,7 @@ from qlora_kit.run.folder import (
     run_folder,
     write_memory,
 )
-from qlora_kit.run.prepare import Prepared, count_parameters, eval_batches, pad_id, prepare
+from qlora_kit.run.prepare import Prepared, added_ids, count_parameters, eval_batches, pad_id, prepare
 from qlora_kit.run.score import score
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import write_json
@@ -117,7 +117,7 @@ def train(
     check_budget(plan)
     with run_folder(folder):
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
-        model, report = _load_and_adapt(recipe, plan, watch, trust_remote_code)
+        model, report = _load_and_adapt(recipe, prepared, plan, watch, trust_remote_code)
         watch.adapted(report)
         if not resume:
             clear_run_folder(folder)
@@ -154,11 +154,12 @@ def _rows_are_missing(recipe: Recipe) -> bool:
 
 
 def _load_and_adapt(
-    recipe: Recipe, plan: Mapping[str, Any], watch: Watch, trust_remote_code: bool
+    recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], watch: Watch, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, LoraReport]:
     folder = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code, notify=watch.note)
-    model = load_recipe_base(recipe, folder, trust_remote_code=trust_remote_code)
-    report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed)
+    tokens = prepared.tokenizer
+    model = load_recipe_base(recipe, folder, tokens, trust_remote_code=trust_remote_code)
+    report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=added_ids(tokens, recipe))
     set_activation_policy(model, plan["activations"])
     return model, report
 
@@ -187,6 +188,7 @@ def _train(
     job = Job(
         model=model,
         parameters=parameters,
+        constants=dict(adapter_constants(model)),
         optimizer=optimizer,
         rows=prepared.train.rows,
         eval_batches=eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device),
@@ -201,7 +203,7 @@ def _train(
         newest, faults = newest_checkpoint(folder / "checkpoints")
         for fault in faults:
             watch.note(f"left out a damaged checkpoint: {fault}")
-        job.progress = load_checkpoint(newest, parameters, optimizer)
+        job.progress = load_checkpoint(newest, job.kept, optimizer)
         watch.note(f"going on from {newest.name}")
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
     with PeakCounter(model.device) as counter:

@@ -11,7 +11,7 @@ from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import load_adapter
 from qlora_kit.recipe import Base, Data, Recipe, read_recipe
 from qlora_kit.run.folder import ADAPTER, DATA, RECIPE, provenance_of
-from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id
+from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
 from qlora_kit.train.evaluate import Score, generate_texts
@@ -46,8 +46,8 @@ def load_run(
     if not bare_base and not (folder / ADAPTER).is_dir():
         raise RunError(f"{folder} has no adapter yet; let the run finish with `qlora-kit train ... --resume`")
     source = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
-    tokenizer = load_tokenizer(source, recipe.data.template, trust_remote_code=trust_remote_code)
-    model = load_recipe_base(recipe, source, device=device, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
+    model = load_recipe_base(recipe, source, tokenizer, device=device, trust_remote_code=trust_remote_code)
     if not bare_base:
         load_adapter(model, folder / ADAPTER, force=force)
     return model, tokenizer, recipe
@@ -134,7 +134,7 @@ def export_run(
     check_request(out, dtype)
     model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
     if to == "adapter":
-        return export_adapter(model, out, provenance=provenance_of(recipe))
+        return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
     rows = held_out_rows(recipe, tokenizer, model.config, None).rows
     return export_merged(
         model,
@@ -147,13 +147,19 @@ def export_run(
 
 
 def load_recipe_base(
-    recipe: Recipe, folder: Path, *, device: str | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The base that a recipe names, quantised as it says.
 
     Args:
         recipe: the run.
         folder: where `locate_model` found the base.
+        tokenizer: with the tokens that the recipe adds.
         device: other than the recipe's.
         trust_remote_code: let the model folder's own code run.
     """
@@ -166,7 +172,9 @@ def load_recipe_base(
         compute_dtype=base.compute_dtype,
         device=device or base.device,
         skip=base.skip,
+        quantize_head=base.quantize_head,
         attention=base.attention,
+        vocabulary=rows_needed(tokenizer, recipe),
         trust_remote_code=trust_remote_code,
     )
     model.config._name_or_path = base.model  # a hub id, where transformers would keep the cache's path

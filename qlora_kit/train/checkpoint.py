@@ -8,6 +8,7 @@ read.
 """
 
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_kit.errors import RunError
 from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json, write_tensors
@@ -43,13 +44,13 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdapterOptimizer, progress: Progress, keep: int
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer, progress: Progress, keep: int
 ) -> Path:
     """Write `step-NNNNNN` below `folder`; when it stands, newer ones go, and older ones beyond `keep`.
 
     Args:
         folder: of all checkpoints.
-        parameters: the trained ones by name.
+        parameters: the trained ones by name, and what else of the adapter must be kept.
         optimizer: that steps them.
         progress: where the run stands.
         keep: checkpoints to keep, this one included.
@@ -109,7 +110,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
 
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdapterOptimizer) -> Progress:
+def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> Progress:
     """Put the run back where the checkpoint was written, bit for bit.
 
     Raises:
@@ -139,11 +140,11 @@ def load_checkpoint(folder: Path, parameters: dict[str, nn.Parameter], optimizer
     return progress
 
 
-def _device(parameters: dict[str, nn.Parameter]) -> torch.device:
+def _device(parameters: Mapping[str, Tensor]) -> torch.device:
     return next(iter(parameters.values())).device
 
 
-def _on_cpu(tensors: dict[str, nn.Parameter] | dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 

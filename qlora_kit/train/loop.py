@@ -7,7 +7,7 @@ changes nothing but the padding.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class Job:
     Attributes:
         model: with its adapter; its trained parameters ask for gradients.
         parameters: the trained ones by name.
-        optimizer: of these.
+        constants: what else of the adapter a checkpoint must hold.
+        optimizer: of these parameters.
         rows: to train on.
         eval_batches: held out; may be empty.
         pad_id: fills rows on the right.
@@ -61,9 +62,15 @@ class Job:
     pace: Pace
     train: Train
     folder: Path
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of the adapter."""
+        return {**self.parameters, **self.constants}
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +170,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         is_stopping = job.stop_requested()
         if is_last or is_stopping or _is_due(job.pace, step, saved_at):
             save_checkpoint(
-                job.folder / "checkpoints", job.parameters, job.optimizer, job.progress, job.train.keep_checkpoints
+                job.folder / "checkpoints", job.kept, job.optimizer, job.progress, job.train.keep_checkpoints
             )
             saved_at = time.monotonic()
         if is_stopping:
