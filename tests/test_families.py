@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
+    Llama4TextConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.load import left_dense
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
 
@@ -40,6 +43,7 @@ FAMILIES = {
         GPTNeoXConfig(**COMMON, intermediate_size=80),
         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     ),
+    "falcon": (FalconConfig(**COMMON), {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
     "opt": (
         OPTConfig(**COMMON, ffn_dim=80, word_embed_proj_dim=48),
         {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
@@ -96,3 +100,24 @@ def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):
     assert not info["unexpected_keys"]
     assert tiny.relative(tiny.logits(model), base) > 0.01
     assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
+
+
+def test_weights_that_no_rule_quantises_are_said():
+    config = Llama4TextConfig(
+        **GATED, intermediate_size_mlp=80, num_local_experts=4, interleave_moe_layer_step=1, head_dim=12
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    named = dict(model.named_parameters())
+    wide = sum(p.numel() for name, p in named.items() if ".experts." in name or ".router." in name)
+    report = add_lora(tiny.quantized(model), rank=2)
+    share = wide / report.total
+    assert share > 0.3
+    (note,) = report.notes
+    first = "model.layers.0.feed_forward.experts.gate_up_proj"
+    assert note.startswith(f"{share:.0%} of the weights are not quantised: {first}")
+    assert "Llama4TextExperts" in note
+
+
+def test_every_family_of_the_list_is_quantised_whole():
+    for family in FAMILIES:
+        assert not left_dense(tiny.quantized(dense_model(family))), family

@@ -433,6 +433,25 @@ def test_a_second_derivative_is_refused_and_not_wrong():
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("is_adapted", [True, False])
+def test_the_output_may_be_added_to_in_place_as_that_of_any_linear_layer(is_adapted, leading):
+    case = make(leading=leading)
+    x = case.x.clone().requires_grad_()
+    pair = (case.a_RI, case.b_OR) if is_adapted else (None, None)
+    y = lora_linear(x, case.layer.dense, case.bias, *pair, case.scale)
+    before = y.detach().clone()
+    y += 1.0
+    y[..., :2] = 0.0
+    torch.testing.assert_close(y[..., 2:], before[..., 2:] + 1)
+    y.backward(case.g)
+    cut = case.g.clone()
+    cut[..., :2] = 0
+    again = case.x.clone().requires_grad_()
+    lora_linear_plain(again, case.layer.dense, case.bias, *pair, case.scale).backward(cut)
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_an_input_changed_in_place_after_forward_is_noticed():
     case = make()
     x = case.x.clone()

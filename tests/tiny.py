@@ -144,7 +144,10 @@ def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
     """Give the linear layers of `dense` the weights that `base` decodes to: the oracle that knows no quantisation."""
     for name, module in list(dense.named_modules()):
         if is_linear(module):
-            weight = decode(bare(base.get_submodule(name)), torch.float32)
+            source = base
+            for part in name.split("."):
+                source = bare(source.get_submodule(part))
+            weight = decode(source, torch.float32)
             module.weight.copy_(weight if isinstance(module, nn.Linear) else weight.t())
     return dense
 

@@ -210,13 +210,32 @@ def freeze_and_quantize(
 def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """The linear layers inside the model's body, with their dotted names; heads are not among them.
 
-    Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly.
+    Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly. Falcon's is none
+    of these, it adds its bias in a step of its own.
     """
     body = model.base_model
     prefix = "" if body is model else f"{model.base_model_prefix}."
     for name, module in body.named_modules():
-        if type(module) in (nn.Linear, Conv1D, QuantizedLinear) and ".adapters." not in name:
+        if _is_plain_linear(module) and ".adapters." not in name:
             yield prefix + name, module
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D, QuantizedLinear) or type(module).__name__ == "FalconLinear"
+
+
+def left_dense(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The matrices of the body that no rule quantises, by dotted name: not linear layers, experts or embeddings.
+
+    Such are stacks of weights in classes that transformers does not let be replaced, and subclasses of `nn.Linear`.
+    """
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.base_model.named_modules()
+        if not _is_plain_linear(module) and not isinstance(module, nn.Embedding) and ".adapters." not in name
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 1
+    }
 
 
 def default_compute_dtype(device: torch.device) -> torch.dtype:

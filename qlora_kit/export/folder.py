@@ -41,7 +41,7 @@ def write_model_files(
         tensor_names: of the exported weights; a head among them stands on its own.
     """
     write_text(folder / "config.json", dense_config(model, dtype, tensor_names).to_json_string())
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         # Written as it is: `save_pretrained` refuses the contradictory settings that some published models carry.
         text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
         write_text(folder / "generation_config.json", text)

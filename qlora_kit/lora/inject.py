@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
+from qlora_kit.base.load import left_dense
 from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.init import Init, Start
@@ -29,6 +30,9 @@ from qlora_kit.lora.targets import adaptable_weights, match_modules, match_targe
 from qlora_kit.lora.vocabulary import check_rows, train_rows
 from qlora_kit.lora.whole import train_module
 from qlora_kit.recipe import Lora
+
+WORTH_SAYING = 0.01
+"""Share of the weights from which on it is said that they stay as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,8 @@ def add_lora(
     if ids:
         train_rows(model, ids, name)
     use_adapter(model, name)
-    return replace(lora_report(model, name), notes=tuple(_notes(model, name)))
+    report = lora_report(model, name)
+    return replace(report, notes=tuple(_notes(model, name, report.total)))
 
 
 def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_ids: Sequence[int] = ()) -> LoraReport:
@@ -186,7 +191,7 @@ def lora_report(model: PreTrainedModel, name: str) -> LoraReport:
     return LoraReport(matched, unmatched, trainable, parameter_count(model) - adapters)
 
 
-def _notes(model: PreTrainedModel, name: str) -> Iterator[str]:
+def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
     full = [
         (layer_name, layer.adapter(name).rank)
         for layer_name, layer in lora_layers(model)
@@ -196,6 +201,15 @@ def _notes(model: PreTrainedModel, name: str) -> Iterator[str]:
         yield (
             f"rank {full[0][1]} is above both widths of {full[0][0]} (and of {len(full) - 1} more layers): a smaller "
             "rank can do as much there"
+        )
+    dense = left_dense(model)
+    share = sum(parameter.numel() for parameter in dense.values()) / total
+    if base_record(model).quantization.kind != "none" and share >= WORTH_SAYING:
+        first = next(iter(dense))
+        kind = type(model.base_model.get_submodule(first.rpartition(".")[0])).__name__
+        yield (
+            f"{share:.0%} of the weights are not quantised: {first} and {len(dense) - 1} more are parameters of a "
+            f"{kind}, for which the kit has no rule"
         )
 
 

@@ -126,6 +126,12 @@ def lora_linear_plain(
     return y + scale * F.linear(F.linear(x, a_RI.to(x.dtype)), b_OR.to(x.dtype))
 
 
+def _shaped(y_TO: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same memory in another shape, and to autograd no view: models add to the output of a linear layer in place,
+    which autograd does not allow on a view that a function of ours returns."""
+    return torch.ops.aten._unsafe_view(y_TO, shape)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -147,17 +153,17 @@ class _LoraLinear(torch.autograd.Function):
         shape = (*x.shape[:-1], y_TO.shape[-1])
         if a_RI is None or b_OR is None:
             ctx.save_for_backward(None, None, None, None)
-            return y_TO.view(shape)
+            return _shaped(y_TO, shape)
         a = a_RI.to(x.dtype)
         x_TI = x_TI if x_adapter is None else x_adapter.reshape(x_TI.shape)
         h_TR = x_TI @ a.t()
         y_TO.addmm_(h_TR, b_OR.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x_TI if a_RI.requires_grad else None, h_TR, a_RI, b_OR)
         if not with_aw:
-            return y_TO.view(shape)
+            return _shaped(y_TO, shape)
         aw_RO = F.linear(a, w_OI)
         ctx.mark_non_differentiable(aw_RO)
-        return y_TO.view(shape), aw_RO
+        return _shaped(y_TO, shape), aw_RO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
