@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from tiny import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
 from qlora_kit.data import load_rows, split_eval
+from qlora_kit.export import merge
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
              "device_profile", "steps", "tokens_per_s", "hours", "schema"}  # fmt: skip
@@ -203,10 +205,41 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(recipe):
     assert "left out a damaged checkpoint" in result.output
     assert losses[0] == losses[1]
     adapters = [recipe.parent / name / "adapter" / "adapter_model.safetensors" for name in ("whole", "parts")]
-    from safetensors.torch import load_file
-
     whole, parts = map(load_file, adapters)
     assert all((whole[key] == parts[key]).all() for key in whole)
+
+
+def test_added_tokens_and_all_else_that_an_adapter_trains_go_through_every_verb(recipe):
+    """New tokens, a norm trained whole, a PiSSA start and a quantised head: planned, resumed, exported."""
+    run, rows = recipe.parent / "run", recipe.parent / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("say ", "say <note>"))
+    settings = ["base.quantization=int8", "base.quantize_head=true", "lora.added_tokens=[<note>, <end>, s]",
+                "lora.also_train=[model.norm]", "lora.init=pissa", "train.save_every=2"]  # fmt: skip
+    result = call("train", recipe, *settings)
+    assert result.exit_code == 0, result.output
+    memory = json.loads((run / "memory.json").read_text())
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert memory["error"]["adapters"] == 0
+    whole = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert sum("trainable_tokens_delta" in key and len(value) == 3 for key, value in whole.items()) == 2
+    assert any(key.endswith("model.norm.weight") for key in whole)
+    (run / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"damaged")
+    assert call("train", recipe, *settings, "--resume").exit_code == 0
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all((whole[key] == again[key]).all() for key in whole)
+    for kind in ("merged", "adapter"):
+        result = call("export", run, "--to", kind, "--out", run / f"{kind}-export")
+        assert result.exit_code == 0, result.output
+        tokenizer = AutoTokenizer.from_pretrained(run / f"{kind}-export")
+        assert tokenizer.convert_tokens_to_ids(["<note>", "<end>"]) == [len(tokenizer) - 2, len(tokenizer) - 1]
+    audit = json.loads((run / "merged-export" / "export.json").read_text())["comparisons"]["merged"]
+    assert audit["max_kl"] < 1e-3
+    assert AutoModelForCausalLM.from_pretrained(run / "merged-export").config.vocab_size == len(tokenizer)
+    base = yaml.safe_load(recipe.read_text())["base"]["model"]
+    merge(run / "adapter-export", base, run / "again")
+    assert AutoTokenizer.from_pretrained(run / "again").convert_tokens_to_ids("<end>") == len(tokenizer) - 1
+    same = [load_file(run / name / "model.safetensors") for name in ("merged-export", "again")]
+    assert all((same[0][key] == same[1][key]).all() for key in same[0])
 
 
 def test_a_resume_with_another_recipe_is_refused_and_more_steps_are_not(recipe):
