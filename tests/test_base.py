@@ -564,6 +564,15 @@ def test_a_checkpoint_of_another_quantiser_is_refused(tmp_path):
         load_base(tmp_path, device="cpu")
 
 
+def test_a_checkpoint_that_says_two_formats_is_refused(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    both = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": both}))
+    with pytest.raises(ModelError, match="load_in_4bit and load_in_8bit"):
+        load_base(tmp_path, device="cpu")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 def test_a_gpu_that_is_not_there_is_a_device_error(device, tmp_path):

@@ -663,6 +663,7 @@ SPOILED = {
     "rows of nothing": (lambda f: change_config(f, trainable_token_indices={"q_proj": [5]}), "no tensors for q_proj"),
     "a token that is none": (lambda f: change_config(f, trainable_token_indices=[-1]), "trainable_token_indices"),
     "a field of the future": (lambda f: change_config(f, turbo=3), "turbo=3"),
+    "half of a PiSSA": (lambda f: change_config(f, init_lora_weights="pissa_niter_16"), "start that changes the base"),
     "another method": (lambda f: change_config(f, peft_type="IA3"), "peft_type"),
     "alpha of a wrong type": (lambda f: change_config(f, lora_alpha="8"), "lora_alpha"),
     "rank of zero": (lambda f: change_config(f, r=0), "r"),
@@ -695,7 +696,16 @@ def test_a_spoiled_adapter_is_one_error_and_leaves_the_model_as_it_was(adapter, 
 
 def test_fields_that_are_off_and_fields_that_change_nothing_are_let_through(adapter):
     change_config(adapter, turbo=None, trainable_token_indices=None, use_dora=False, revision="main", loftq_config={})
-    assert load_adapter(tiny.quantized(tiny.llama()), adapter).matched
+    report = load_adapter(tiny.quantized(tiny.llama()), adapter)
+    assert report.matched
+    assert report.notes == ()
+
+
+def test_a_field_that_changes_nothing_is_noted_where_it_says_something(adapter):
+    change_config(adapter, layers_pattern="h", megatron_core="mine", revision="main", inference_mode=False)
+    (note,) = load_adapter(tiny.quantized(tiny.llama()), adapter).notes
+    assert "layers_pattern='h', megatron_core='mine'" in note
+    assert "revision" not in note
 
 
 def test_all_faults_of_a_file_are_told_at_once(adapter):
@@ -778,5 +788,5 @@ def test_peft_knows_every_field_that_we_write(adapter):
 
 def test_every_field_of_peft_has_been_judged():
     """A field that this PEFT has and we do not know would be let through when off and refused when on."""
-    judged = set(peft_config._NEUTRAL) | set(peft_config._READ_OR_INERT)
+    judged = set(peft_config._NEUTRAL) | peft_config._READ | set(peft_config._INERT)
     assert set(LoraConfig.__dataclass_fields__) - judged == set()

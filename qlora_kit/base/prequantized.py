@@ -21,12 +21,14 @@ def stored_quantization(config: PretrainedConfig) -> Quantization | None:
     """How a checkpoint is stored, by its configuration; None if it is dense.
 
     Raises:
-        ModelError: it is quantised by something else than bitsandbytes.
+        ModelError: it is quantised by something else than bitsandbytes, or says two formats at once.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
     said = stored if isinstance(stored, dict) else stored.to_dict()
+    if said.get("load_in_4bit") and said.get("load_in_8bit"):
+        raise ModelError("the model's config.json says load_in_4bit and load_in_8bit; it can be one of them: mend it")
     if said.get("load_in_4bit"):
         return Quantization(said["bnb_4bit_quant_type"], bool(said.get("bnb_4bit_use_double_quant")), 64)
     if said.get("load_in_8bit"):

@@ -5,7 +5,7 @@ import os
 import shlex
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -91,10 +91,10 @@ class Screen(Watch):
     def adapted(self, report: "LoraReport") -> None:
         """What the adapter covers, and the start of the bar."""
         self._is_training = True
-        share = report.trainable / report.total
+        left = f", not on {_leaves(report.unmatched)}" if report.unmatched else ""
         self.console.print(
-            f"[bold]lora[/]   {len(report.matched)} layers, {format_count(report.trainable)} of "
-            f"{format_count(report.total)} parameters train ({share:.2%})"
+            f"[bold]lora[/]   {len(report.matched)} layers ({_leaves(report.matched)}){left}; "
+            f"{format_count(report.trainable)} of {format_count(report.total)} parameters train ({report.share:.2%})"
         )
         for note in report.notes:
             self.note(note)
@@ -231,3 +231,8 @@ def _memory_text(folder: Path) -> str:
 def _clip(text: str, limit: int = 160) -> str:
     text = text.strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _leaves(names: Iterable[str]) -> str:
+    """The last parts of dotted names, each once."""
+    return ", ".join(dict.fromkeys(escape(name.rpartition(".")[2]) for name in names))

@@ -6,7 +6,7 @@ file, which PEFT ignores.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.lora.inject import LoraReport, lora_report, wrap
 from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, row_squares, weight_shape
 from qlora_kit.lora.peft_config import (
+    ignored_fields,
     is_target,
     patterned,
     peft_config,
@@ -93,7 +94,7 @@ def load_adapter(
         force: attach it although it was trained on another base.
 
     Returns:
-        What it covers.
+        What it covers, and a note of the fields that were read over.
 
     Raises:
         AdapterError: one message with every fault: damaged files, fields that would change the mathematics and are not
@@ -117,7 +118,9 @@ def load_adapter(
         raise AdapterError(f"the adapter in {folder} does not fit this model: {'; '.join(faults)}")
     _attach(model, contents, config, name)
     use_adapter(model, name)
-    return lora_report(model, name)
+    ignored = ignored_fields(config)
+    notes = (f"{CONFIG} says {', '.join(ignored)}, which changes nothing here",) if ignored else ()
+    return replace(lora_report(model, name), notes=notes)
 
 
 def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -53,6 +53,11 @@ class LoraReport:
     total: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def share(self) -> float:
+        """Trainable parameters over those of the base."""
+        return self.trainable / self.total
+
 
 def add_lora(
     model: PreTrainedModel,

@@ -37,13 +37,10 @@ _NEUTRAL: dict[str, Any] = {
     "use_bdlora": None,
     "velora_config": None,
 }
-# Fields that describe the adapter or steer only its start and its training.
-_READ_OR_INERT = frozenset(
+_READ = frozenset(
     (
         "peft_type",
-        "task_type",
         "base_model_name_or_path",
-        "revision",
         "r",
         "lora_alpha",
         "target_modules",
@@ -55,21 +52,29 @@ _READ_OR_INERT = frozenset(
         "use_dora",
         "rank_pattern",
         "alpha_pattern",
-        "fan_in_fan_out",
         "init_lora_weights",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
         "exclude_modules",
         "layers_to_transform",
-        "layers_pattern",
-        "loftq_config",
-        "runtime_config",
-        "qalora_group_size",
-        "ensure_weight_tying",
-        "megatron_core",
     )
 )
+"""Fields that decide what is loaded."""
+# Fields that only describe the adapter or steer PEFT, with the values that nobody need be told of.
+_INERT: dict[str, tuple[object, ...]] = {
+    "task_type": ("CAUSAL_LM", "SEQ_CLS"),
+    "revision": (),
+    "inference_mode": (True,),
+    "auto_mapping": (),
+    "peft_version": (),
+    "fan_in_fan_out": (True,),
+    "layers_pattern": (),
+    "loftq_config": (),
+    "runtime_config": ({"ephemeral_gpu_offload": False},),
+    "qalora_group_size": (16,),
+    "ensure_weight_tying": (),
+    "megatron_core": ("megatron.core",),
+}
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Starts of PEFT that take something out of the base, so that the file is half of what was trained."""
 
 
 def peft_config(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -149,16 +154,32 @@ def read_config(path: Path) -> dict[str, Any]:
         f"{key}={value!r}"
         for key, value in config.items()
         if (key in _NEUTRAL and value not in (_NEUTRAL[key], None, [], {}))
-        or (key not in _NEUTRAL and key not in _READ_OR_INERT and value not in (None, False, [], {}))
+        or (key not in _NEUTRAL and key not in _READ and key not in _INERT and value not in (None, False, [], {}))
     ]
     if unknown:
         raise AdapterError(f"{path} asks for what this version cannot do: {', '.join(sorted(unknown))}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
+        raise AdapterError(
+            f"{path} says init_lora_weights={start!r}, a start that changes the base, so the file is not all that was "
+            "trained: let PEFT convert it first (path_initial_model_for_weight_conversion)"
+        )
     wrong = [key for key, is_fit in _FIELDS.items() if not is_fit(config.get(key))]
     if wrong:
         raise AdapterError(
             f"{path} has an impossible value: {', '.join(f'{key}={config.get(key)!r}' for key in wrong)}"
         )
     return config
+
+
+def ignored_fields(config: Mapping[str, Any]) -> list[str]:
+    """Fields with something in them that changes nothing here, as `key=value`."""
+    silent = ("revision", "peft_version")
+    return [
+        f"{key}={config[key]!r}"
+        for key, usual in _INERT.items()
+        if key not in silent and config.get(key) not in (None, False, [], {}, *usual)
+    ]
 
 
 def _is_number(value: object) -> bool:
