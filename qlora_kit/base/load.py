@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear
+from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.hub import locate_model
@@ -140,6 +140,7 @@ def freeze_and_quantize(
                 model.set_submodule(name, quantize_linear(module, quantization, dtype, device))
     quantize_experts(model, quantization, dtype, device)
     _settle_dense(model, dtype, device)
+    share_workspace(model)
     model.requires_grad_(False)
     return model.eval()
 
