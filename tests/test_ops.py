@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
+from qlora_kit.lora import add_lora, lora_layers
 from qlora_kit.ops import dora_linear, lora_linear, lora_linear_plain, row_norms
 
 # Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (three
@@ -209,6 +211,37 @@ def test_no_decoded_weight_outlives_its_multiplication():
     assert [ref() for ref in alive] == [None]
     y.backward(case.g)
     assert [ref() for ref in alive] == [None, None]
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_query_key_and_value_keep_one_input_between_them_and_so_do_gate_and_up(dtype, is_autocast):
+    model = tiny.quantized(tiny.llama(num_hidden_layers=1), dtype=dtype)
+    add_lora(model, rank=4, dtype=dtype)
+    tiny.wake(model)
+    inside: list[str] = []
+    kept: dict[str, set[int]] = {}
+    for name, layer in lora_layers(model):
+        leaf = name.rpartition(".")[2]
+        layer.register_forward_pre_hook(lambda *_, leaf=leaf: inside.append(leaf))
+        layer.register_forward_hook(lambda *_: inside.pop() and None)
+    ids = tiny.tokens()
+
+    def keep(tensor: Tensor) -> Tensor:
+        if inside and tensor.shape[:-1].numel() == ids.numel() and tensor.shape[-1] >= 48:
+            kept.setdefault(inside[-1], set()).add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=is_autocast),
+    ):
+        loss = model.train()(ids, use_cache=False).logits.float().sum()  # its graph holds what was kept until the end
+    assert kept.keys() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert all(len(storages) == 1 for storages in kept.values())
+    assert kept["q_proj"] == kept["k_proj"] == kept["v_proj"] != kept["o_proj"]
+    assert kept["gate_proj"] == kept["up_proj"] != kept["down_proj"]
+    assert loss.requires_grad
 
 
 def test_a_frozen_layer_keeps_nothing_at_all():
@@ -413,6 +446,23 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs():
     for key, value in {"y": y.detach(), "dx": x.grad, "dA": a.grad, "dB": b.grad}.items():
         # Weight and operands are cut to bf16 here as well, the truth holds them in fp32: twice the bound.
         assert (value.double() - truth[key]).norm() <= 2 * BOUND[torch.bfloat16] * bounds[key], key
+
+
+@pytest.mark.parametrize("has_own", [False, True])
+def test_autocast_is_the_same_as_a_cast_before_bit_for_bit(has_own):
+    case = make()
+    own = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(5)) if has_own else None
+    results = []
+    for is_autocast in (True, False):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (case.x, own, case.a_RI, case.b_OR)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            x, seen = (t if t is None or is_autocast else t.bfloat16() for t in leaves[:2])
+            y = lora_linear(x, case.layer.dense, case.bias, *leaves[2:], case.scale, seen)
+        y.backward(case.g.bfloat16())
+        results.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)])
+    assert results[0][0].dtype == torch.bfloat16 != results[0][1].dtype
+    assert all(g.norm() > 0 for g in results[0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_adapters_in_bf16_meet_an_fp32_input_in_fp32():

@@ -1,7 +1,8 @@
 """y = x W^T + bias + scale (x A^T) B^T, with a frozen W that exists only while it is multiplied.
 
 W is decoded in the forward pass, used and forgotten, and decoded again in the backward pass, which needs it for
-dx = g W. So autograd keeps no dense weight: only x, the small x A^T, and the adapter itself.
+dx = g W. So autograd keeps no dense weight: only x, the small x A^T, and the adapter itself. x is kept as it came, so
+that layers with one input (query, key and value; gate and up) keep one tensor between them, under autocast as well.
 
     dx = g W + scale (g B) A        dA = scale (g B)^T x        dB = scale g^T (x A^T)
 
@@ -44,7 +45,7 @@ def lora_linear(
     """A frozen linear layer and, where `a_RI` and `b_OR` are given, its low-rank update, in one autograd node.
 
     Args:
-        x: input, (..., in), the compute dtype; under autocast it is cast to the autocast dtype first.
+        x: input, (..., in), in the compute dtype; under autocast that is autocast's, whatever x has.
         decode: makes the frozen weight, (out, in); it must return the same values at every call.
         bias: frozen, (out,), or None.
         a_RI: (rank, in), any floating dtype.
@@ -53,9 +54,9 @@ def lora_linear(
         x_adapter: what the update sees in place of x (x with dropout), or None.
 
     Returns:
-        (..., out) in the dtype of x.
+        (..., out) in the compute dtype.
     """
-    return _LoraLinear.apply(*_autocast(x, x_adapter), decode, bias, a_RI, b_OR, scale)
+    return _LoraLinear.apply(x, _own(x_adapter), decode, bias, a_RI, b_OR, scale)
 
 
 def dora_linear(
@@ -77,9 +78,9 @@ def dora_linear(
         square_O: the squared norms of the frozen weight's rows, (out,), fp32.
 
     Returns:
-        (..., out) in the dtype of x.
+        (..., out) in the compute dtype.
     """
-    y, aw_RO = _LoraLinear.apply(*_autocast(x, x_adapter), decode, None, a_RI, b_OR, scale, True)
+    y, aw_RO = _LoraLinear.apply(x, _own(x_adapter), decode, None, a_RI, b_OR, scale, True)
     y = y * (magnitude_O / row_norms(square_O, aw_RO, a_RI, b_OR, scale)).to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -102,11 +103,19 @@ def row_norms(square_O: Tensor, aw_RO: Tensor, a_RI: Tensor, b_OR: Tensor, scale
     return square_O.add(crossed, alpha=2 * scale).add_(own, alpha=scale**2).clamp_min_(_TINY).sqrt_()
 
 
-def _autocast(x: Tensor, x_adapter: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, x_adapter
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), None if x_adapter is None else x_adapter.to(dtype)
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _own(x_adapter: Tensor | None) -> Tensor | None:
+    """The update's own input, which no other layer keeps: cast before, it is kept in the compute dtype."""
+    return None if x_adapter is None else x_adapter.to(_compute_dtype(x_adapter))
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., in) -> (T, in), in `dtype`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 def lora_linear_plain(
@@ -140,19 +149,20 @@ class _LoraLinear(torch.autograd.Function):
         with_aw: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.decode, ctx.scale, ctx.has_own = decode, scale, x_adapter is not None
-        x_TI = x.reshape(-1, x.shape[-1])
-        w_OI = decode(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        y_TO = F.linear(x_TI, w_OI, bias)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        dtype = _compute_dtype(x)
+        x_TI = _rows(x, dtype)
+        w_OI = decode(dtype)
+        y_TO = F.linear(x_TI, w_OI, None if bias is None else bias.to(dtype))
         shape = (*x.shape[:-1], y_TO.shape[-1])
         if a_RI is None or b_OR is None:
             ctx.save_for_backward(None, None, None, None)
             return y_TO.view(shape)
-        a = a_RI.to(x.dtype)
-        x_TI = x_TI if x_adapter is None else x_adapter.reshape(x_TI.shape)
-        h_TR = x_TI @ a.t()
-        y_TO.addmm_(h_TR, b_OR.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x_TI if a_RI.requires_grad else None, h_TR, a_RI, b_OR)
+        seen = x if x_adapter is None else x_adapter
+        a = a_RI.to(dtype)
+        h_TR = _rows(seen, dtype) @ a.t()
+        y_TO.addmm_(h_TR, b_OR.to(dtype).t(), alpha=scale)
+        ctx.save_for_backward(seen if a_RI.requires_grad else None, h_TR, a_RI, b_OR)
         if not with_aw:
             return y_TO.view(shape)
         aw_RO = F.linear(a, w_OI)
@@ -162,7 +172,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x_TI, h_TR, a_RI, b_OR = ctx.saved_tensors
+        seen, h_TR, a_RI, b_OR = ctx.saved_tensors
         needs_x, needs_own, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         g_TO = grad.reshape(-1, grad.shape[-1])
         dx = dx_adapter = da = db = g_TR = None
@@ -172,11 +182,11 @@ class _LoraLinear(torch.autograd.Function):
             dx = g_TO @ ctx.decode(grad.dtype)
             if g_TR is not None and not ctx.has_own:
                 dx.addmm_(g_TR, a_RI.to(grad.dtype))
-            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
+            dx = dx.view(ctx.shape).to(ctx.dtype)
         if needs_own and g_TR is not None:
-            dx_adapter = (g_TR @ a_RI.to(grad.dtype)).view(*grad.shape[:-1], -1)
+            dx_adapter = (g_TR @ a_RI.to(grad.dtype)).view(ctx.shape)
         if needs_a and g_TR is not None:
-            da = (g_TR.t() @ x_TI).to(a_RI.dtype)
+            da = (g_TR.t() @ _rows(seen, grad.dtype)).to(a_RI.dtype)
         if needs_b:
             db = (g_TO.t() @ h_TR).mul_(ctx.scale).to(b_OR.dtype)
         return dx, dx_adapter, None, None, da, db, None, None
