@@ -186,7 +186,7 @@ def test_decoding_counts_no_flops_and_its_products_count_theirs():
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     kind=st.sampled_from(KINDS_4BIT),
     double_quant=st.booleans(),
     block_size=st.sampled_from([32, 64, 128, 256]),

@@ -17,9 +17,10 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.lora import add_lora, lora_layers
 from qlora_kit.ops import dora_linear, lora_linear, lora_linear_plain, row_norms
 
-# Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (three
-# roundings: h, the base's product, the sum). Norms of the factors, so that a draw that cancels does not decide.
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
+# Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (the
+# base's product and the sum, for dA and dB a factor too); fp16 has three bits more. Norms of the factors, so that a
+# draw that cancels does not decide.
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 
 
 @dataclass
@@ -109,13 +110,26 @@ def test_output_and_gradients_are_within_rounding_of_float64(kind, dtype):
     rank=st.integers(1, 64),
     scale=st.sampled_from([0.25, 1.0, 2.0, 16.0]),
     size=st.sampled_from([1e-6, 1e-2, 1.0, 1e4]),
-    dtype=st.sampled_from(list(BOUND)),
+    x_size=st.sampled_from([1e-6, 1.0, 1e4]),
+    trouble=st.sampled_from(["none", "x is zero", "W is zero", "an outlier in x", "an outlier in W"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),  # in fp16 such products overflow
     kind=st.sampled_from(["nf4", "fp4", "int8"]),
     seed=st.integers(0, 99),
 )
-def test_accuracy_holds_for_any_shape_rank_and_size(shape, rank, scale, size, dtype, kind, seed):
+def test_accuracy_holds_for_any_shape_rank_and_size(shape, rank, scale, size, x_size, trouble, dtype, kind, seed):
     size = max(size, 1e-2) if kind == "int8" else size  # int8 goes through fp16, as in bitsandbytes
-    assert_accurate(make(shape, rank, scale, dtype, kind, leading=(4,), seed=seed, with_bias=seed % 2 == 0, size=size))
+    case = make(shape, rank, scale, dtype, kind, leading=(4,), seed=seed, with_bias=seed % 2 == 0, size=size)
+    case.x = case.x * (0 if trouble == "x is zero" else x_size)
+    if trouble == "an outlier in x":
+        case.x.view(-1)[case.x.numel() // 2] = 1000 * x_size
+    elif trouble in ("W is zero", "an outlier in W"):
+        w_OI = case.layer.dense(torch.float32)
+        if trouble == "W is zero":
+            w_OI.zero_()
+        else:
+            w_OI.view(-1)[w_OI.numel() // 2] = min(1000 * size, 6e4)  # int8 goes through fp16
+        case.layer = QuantizedLinear(w_OI, None, Quantization(kind))
+    assert_accurate(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -128,18 +142,6 @@ def test_it_equals_its_plain_twin(dtype):
     tolerance = {torch.float64: 1e-14, torch.float32: 2e-6}[dtype]
     for key, bound in case.bounds().items():
         assert (found[key] - wanted[key]).norm().item() <= tolerance * bound, key
-
-
-def test_bf16_is_never_much_worse_than_the_plain_path():
-    errors = {lora_linear: [], lora_linear_plain: []}
-    for seed in range(4):
-        case = make((256, 192), 8, dtype=torch.bfloat16, leading=(16,), seed=seed)
-        truth = case.truth()
-        for op, found in errors.items():
-            found.append({key: (value.double() - truth[key]).norm().item() for key, value in case.run(op).items()})
-    for key in ("y", "dx", "dA", "dB"):
-        ours, plain = (sorted(draw[key] for draw in errors[op])[1:3] for op in errors)
-        assert sum(ours) <= 1.1 * sum(plain), key
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
