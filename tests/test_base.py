@@ -177,6 +177,28 @@ def test_decoding_into_given_memory_is_the_plain_formula_and_writes_nowhere_else
         memory.fill_(7)
 
 
+def test_decoding_takes_no_memory_that_is_not_as_it_must_be():
+    layer, out = layer_of(matrix(32, 64), "nf4", double_quant=False), torch.empty(32, 64)
+    assert kernels.decode_4bit_into(out, layer.codes, layer.absmax, 64, "nf4").any()
+    for codes, absmax, wrong, message in [
+        (layer.codes[1:], layer.absmax, out, "1023 bytes of codes for"),
+        (layer.codes, layer.absmax[1:], out, "31 constants for"),
+        (layer.codes, layer.absmax.half(), out, "constants in torch.float16"),
+        (layer.codes, layer.absmax, torch.empty(64, 32).t(), "strides"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            kernels.decode_4bit_into(wrong, codes, absmax, 64, "nf4")
+    spread_codes, spread_absmax = (t.repeat_interleave(2)[::2] for t in (layer.codes, layer.absmax))
+    assert not spread_codes.is_contiguous()
+    again = kernels.decode_4bit_into(torch.empty(32, 64), spread_codes, spread_absmax, 64, "nf4")
+    assert torch.equal(again, out)
+
+
+def test_a_weight_is_read_in_float64_as_its_fp32_values():
+    layer = layer_of(matrix(32, 64), "nf4")
+    assert torch.equal(layer.dense(torch.float64), torch.from_numpy(numpy_decode(layer)).double())
+
+
 def test_decoding_counts_no_flops_and_its_products_count_theirs():
     layer = layer_of(matrix(64, 128), "nf4")
     with FlopCounterMode(display=False) as counter:
@@ -569,6 +591,7 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(stored_
     assert tiny.quantized_layers(model).keys() == tiny.quantized_layers(ours).keys()
     assert tiny.stored(model) == tiny.stored(ours)
     assert torch.equal(tiny.logits(model), tiny.logits(ours))
+    assert len({layer.workspace for layer in tiny.quantized_layers(model).values()} - {None}) == 1
     assert not hasattr(model.config, "quantization_config")
     before = tiny.stored(model)
     assert tiny.stored(model.to(torch.bfloat16).to(torch.float32)).keys() == before.keys(), "nothing bars `.to`"

@@ -248,7 +248,7 @@ def test_a_layer_called_twice_before_its_backward_passes_mixes_nothing_up():
 
 
 def test_torch_compile_reads_a_layer_of_a_model():
-    """With the eager backend: tracing must not break it, and takes nothing from the workspace."""
+    """With the eager backend: tracing must not break it."""
     model = tuned()
     layer = some_layers(model)[0]
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -259,6 +259,11 @@ def test_torch_compile_reads_a_layer_of_a_model():
         y.square().sum().backward()
     assert torch.equal(wanted[0].grad, wanted[1].grad)
     assert wanted[0].grad.norm() > 0
+
+
+@pytest.mark.slow
+def test_torch_compile_reads_a_whole_model():
+    assert_same(gradients(torch.compile(tuned(), backend="eager")), gradients(tuned()))
 
 
 def test_memory_of_another_kind_is_another_buffer():

@@ -39,7 +39,7 @@ def decode_4bit_into(out_OI: Tensor, codes: Tensor, absmax: Tensor, block_size: 
     """Fill `out_OI` with a 4-bit matrix, each value rounded once from the fp32 product of table entry and constant.
 
     Args:
-        out_OI: (out, in), fp32, bf16 or fp16, contiguous.
+        out_OI: (out, in), any floating dtype on a CPU, contiguous.
         codes: uint8 (ceil(out * in / 2),), the even element in the high half.
         absmax: fp32 (blocks,).
         block_size: weights that share one constant.
@@ -47,6 +47,9 @@ def decode_4bit_into(out_OI: Tensor, codes: Tensor, absmax: Tensor, block_size: 
 
     Returns:
         `out_OI`.
+
+    Raises:
+        RuntimeError: codes or constants are not as many as the shape takes, or `out_OI` is not contiguous.
     """
     torch.ops.qlora_kit.decode_4bit(codes, absmax, block_size, kind, out_OI)
     return out_OI
@@ -79,16 +82,26 @@ def decode_int8_plain(codes_OI: Tensor, absmax_O: Tensor, out_OI: Tensor) -> Non
     out_OI.copy_(torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes_OI, absmax_O))
 
 
+def _check_4bit(codes: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+    """C reads and writes as many as it is told: so they must be there, in this type and order."""
+    count, shape = out.numel(), tuple(out.shape)
+    torch._check(codes.numel() == (count + 1) // 2, lambda: f"{codes.numel()} bytes of codes for {shape}")
+    torch._check(absmax.numel() == -(-count // block_size), lambda: f"{absmax.numel()} constants for {shape}")
+    torch._check(absmax.dtype == torch.float32, lambda: f"constants in {absmax.dtype}")
+    torch._check(out.is_contiguous(), lambda: f"strides {out.stride()} of {shape}")
+
+
 @torch.library.impl("qlora_kit::decode_4bit", "cpu")
 def _decode_4bit_cpu(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
+    _check_4bit(codes, absmax, block_size, out)
     rows, columns = out.shape
     if columns % 64 != 0:
         # bitsandbytes 0.50.2 decodes rows that are a multiple of 16 but not of 64 wrongly on AVX-512 processors.
-        if out.numel() % 64 != 0:
-            return decode_4bit_plain(codes, absmax, block_size, kind, out)
         rows, columns = 1, out.numel()
+    if columns % 64 != 0 or out.dtype not in _C_NAMES:
+        return decode_4bit_plain(codes, absmax, block_size, kind, out)
     decode = _c_decoder(kind, out.dtype, block_size)
-    packed = codes.reshape(rows, columns // 2)
+    packed, absmax = codes.reshape(rows, columns // 2).contiguous(), absmax.contiguous()
     if decode is None:
         shape = (rows, columns)
         made = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, block_size, kind, shape, out.dtype)
@@ -114,7 +127,7 @@ def _decode_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 
 @torch.library.register_fake("qlora_kit::decode_4bit")
 def _decode_4bit_fake(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
-    torch._check(codes.numel() == (out.numel() + 1) // 2, lambda: f"{codes.numel()} codes for {tuple(out.shape)}")
+    _check_4bit(codes, absmax, block_size, out)
 
 
 @torch.library.register_fake("qlora_kit::decode_int8")

@@ -14,8 +14,8 @@ The norms cost no decoding of their own: n_o^2 = ||W_o||^2 + 2 scale B_o (A W^T)
 term never changes, and A W^T is taken while W stands decoded for the product with x.
 
 In 16 bits the small products x A^T and g B are taken as two matrices, the second with what rounding has cut off the
-first: so the update joins the sum with W as if it had been formed in fp32, and is rounded with it. (In plain 16-bit
-steps the error of y and dx is nearly twice as large: benchmarks/LOG.md.)
+first: so the update joins the sum with W as if it had been formed in fp32, and is rounded with it. With one matrix
+the error of y and dx is half as large again (benchmarks/LOG.md).
 
 Axes: T tokens (all leading axes flattened), I in, O out, R rank. The adapter is cast to the compute dtype, where it
 meets the decoded weight; its gradients come back in its own dtype.
