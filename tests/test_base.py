@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base import Quantization, QuantizedLinear, decode, linear_shape, load_base
+from qlora_kit.base import Quantization, QuantizedLinear, decode, kernels, linear_shape, load_base
 from qlora_kit.base.dense import parameter_count, quantize_linear
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
@@ -138,26 +138,77 @@ def test_every_width_from_1_to_300_is_read_right(kind):
         assert_reads_like_numpy(layer_of(matrix(5, width, seed=width), kind, double_quant=width % 2 == 0))
 
 
-def test_bitsandbytes_is_never_asked_for_rows_that_it_reads_wrongly():
+def test_bitsandbytes_is_never_asked_for_rows_that_it_reads_wrongly(monkeypatch):
     """Seen on every processor, also on those where its decoder would be right."""
     asked = []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.bitsandbytes.dequantize_4bit.default:
-                asked.append(tuple(args[4]))
-            return func(*args, **(kwargs or {}))
+    def watched(kind, dtype, block_size):
+        decode = find(kind, dtype, block_size)
+        return lambda *arguments: asked.append(arguments[-1].value) or decode(*arguments)
 
-    with Watch():
-        for width in (32, 48, 64, 80, 96, 128, 176, 544):
-            layer_of(matrix(64, width), "nf4").dense(torch.float32)
+    find = kernels._c_decoder
+    monkeypatch.setattr(kernels, "_c_decoder", watched)
+    for width in (32, 48, 64, 80, 96, 128, 176, 544):
+        layer_of(matrix(64, width), "nf4").dense(torch.float32)
     assert len(asked) == 8
-    assert [shape for shape in asked if shape[-1] % 64] == []
+    assert [columns for columns in asked if columns % 64] == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape"), [("nf4", (24, 192)), ("fp4", (64, 48)), ("nf4", (33, 127)),
+                                             ("int8", (33, 127)), ("int8", (3, 1 << 19))])  # fmt: skip
+def test_decoding_into_given_memory_is_the_plain_formula_and_writes_nowhere_else(kind, shape, dtype, monkeypatch):
+    """By the C function, by bitsandbytes' own operator where that is of a version unknown, and in plain torch."""
+    layer = layer_of(matrix(*shape), kind, double_quant=False)
+    memory = torch.full((shape[0] + 2, shape[1]), 7, dtype=dtype)
+    plain = torch.empty(shape, dtype=dtype)
+    for is_known in (True, False):
+        if not is_known:
+            monkeypatch.setattr(kernels, "_c_decoder", lambda *_: None)
+        if kind == "int8":
+            kernels.decode_int8_into(memory[1:-1], layer.codes, layer.absmax)
+            kernels.decode_int8_plain(layer.codes, layer.absmax, plain)
+        else:
+            kernels.decode_4bit_into(memory[1:-1], layer.codes, layer.absmax, 64, kind)
+            kernels.decode_4bit_plain(layer.codes, layer.absmax, 64, kind, plain)
+        assert torch.equal(memory[1:-1], plain)
+        assert plain.any()
+        assert torch.equal(memory[[0, -1]], torch.full_like(memory[:2], 7))
+        memory.fill_(7)
+
+
+def test_decoding_takes_no_memory_that_is_not_as_it_must_be():
+    layer, out = layer_of(matrix(32, 64), "nf4", double_quant=False), torch.empty(32, 64)
+    assert kernels.decode_4bit_into(out, layer.codes, layer.absmax, 64, "nf4").any()
+    for codes, absmax, wrong, message in [
+        (layer.codes[1:], layer.absmax, out, "1023 bytes of codes for"),
+        (layer.codes, layer.absmax[1:], out, "31 constants for"),
+        (layer.codes, layer.absmax.half(), out, "constants in torch.float16"),
+        (layer.codes, layer.absmax, torch.empty(64, 32).t(), "strides"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            kernels.decode_4bit_into(wrong, codes, absmax, 64, "nf4")
+    spread_codes, spread_absmax = (t.repeat_interleave(2)[::2] for t in (layer.codes, layer.absmax))
+    assert not spread_codes.is_contiguous()
+    again = kernels.decode_4bit_into(torch.empty(32, 64), spread_codes, spread_absmax, 64, "nf4")
+    assert torch.equal(again, out)
+
+
+def test_a_weight_is_read_in_float64_as_its_fp32_values():
+    layer = layer_of(matrix(32, 64), "nf4")
+    assert torch.equal(layer.dense(torch.float64), torch.from_numpy(numpy_decode(layer)).double())
+
+
+def test_decoding_counts_no_flops_and_its_products_count_theirs():
+    layer = layer_of(matrix(64, 128), "nf4")
+    with FlopCounterMode(display=False) as counter:
+        layer(matrix(5, 128))
+    assert counter.get_total_flops() == 2 * 5 * 64 * 128
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    shape=st.tuples(st.integers(1, 300), st.integers(1, 300)),
     kind=st.sampled_from(KINDS_4BIT),
     double_quant=st.booleans(),
     block_size=st.sampled_from([32, 64, 128, 256]),
@@ -540,6 +591,7 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(stored_
     assert tiny.quantized_layers(model).keys() == tiny.quantized_layers(ours).keys()
     assert tiny.stored(model) == tiny.stored(ours)
     assert torch.equal(tiny.logits(model), tiny.logits(ours))
+    assert len({layer.workspace for layer in tiny.quantized_layers(model).values()} - {None}) == 1
     assert not hasattr(model.config, "quantization_config")
     before = tiny.stored(model)
     assert tiny.stored(model.to(torch.bfloat16).to(torch.float32)).keys() == before.keys(), "nothing bars `.to`"

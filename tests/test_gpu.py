@@ -1,5 +1,7 @@
 """What only a CUDA device can show: the same codes and values as on the CPU, a step that learns, paged state."""
 
+import threading
+
 import pytest
 import torch
 from tiny import llama, tokens, wake
@@ -59,6 +61,23 @@ def test_gradients_on_the_gpu_agree_with_the_cpus_in_fp32():
         gradients.append(torch.cat([p.grad.flatten().cpu() for _, p in adapter_parameters(model)]))
     assert gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()  # TF32 is off; sums in another order
+
+
+def test_forward_and_backward_decode_into_one_buffer_though_they_are_two_threads():
+    model = freeze_and_quantize(llama(hidden_size=128, intermediate_size=256), Quantization(), torch.bfloat16, CUDA)
+    layer = model.model.layers[0].mlp.up_proj
+    threads, addresses, borrow = set(), set(), layer.borrow
+
+    def watched(dtype):
+        threads.add(threading.get_ident())
+        weight = borrow(dtype)
+        addresses.add(weight.data_ptr())
+        return weight
+
+    layer.borrow = watched
+    x = torch.randn(4, 128, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert (len(threads), len(addresses)) == (2, 1)
 
 
 def test_the_counter_reads_the_allocators_peak():

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GPT2Config, LlamaConfig, Qwen3Config, masking_utils
 
-from qlora_kit.base import Quantization, formats
+from qlora_kit.base import Quantization, formats, kernels
 from qlora_kit.base.load import build_model, freeze_and_quantize
 from qlora_kit.data import Encoded
 from qlora_kit.lora import adapter_parameters, add_lora
@@ -182,7 +182,7 @@ def test_a_real_step_after_a_dry_run_is_the_step_without_one(kind, tmp_path):
     steps = []
     for is_planned in (False, True):
         formats._absmax_table.cache_clear()
-        formats._table_4bit.cache_clear()
+        kernels.table_4bit.cache_clear()
         random_state, threads = torch.get_rng_state(), torch.get_num_threads()
         if is_planned:
             dry_run(CONFIGS["llama"], work)

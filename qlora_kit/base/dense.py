@@ -7,15 +7,18 @@ A linear layer of a base is one of
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base.formats import Quantization, decode_4bit, decode_int8, quantize
+from qlora_kit.base.formats import Quantization, decode_4bit, quantize
+from qlora_kit.base.kernels import decode_int8_into
 from qlora_kit.errors import ModelError
-from qlora_kit.ops import lora_linear
+from qlora_kit.ops import Decode, Workspace, lora_linear
 
 
 class QuantizedWeight(nn.Module):
@@ -24,6 +27,9 @@ class QuantizedWeight(nn.Module):
     Args:
         quantization: the format.
         is_transposed: whether a checkpoint of the family stores the weight as (in, out).
+
+    Attributes:
+        workspace: of the model that the weight is part of; None alone.
     """
 
     out_features: int
@@ -32,28 +38,41 @@ class QuantizedWeight(nn.Module):
     def __init__(self, quantization: Quantization, is_transposed: bool) -> None:
         super().__init__()
         self.quantization, self.is_transposed = quantization, is_transposed
+        self.workspace: Workspace | None = None
 
     @property
     def weight_count(self) -> int:
         """Weights that the codes stand for."""
         return self.out_features * self.in_features
 
-    def read(self, stored: Mapping[str, Tensor | None], dtype: torch.dtype, rows: int | None = None) -> Tensor:
-        """A matrix, (out, in), in `dtype`, from its codes and constants; a new tensor at every call.
+    def read(
+        self,
+        stored: Mapping[str, Tensor | None],
+        dtype: torch.dtype,
+        *,
+        lent: bool = False,
+        rows: int | None = None,
+    ) -> Tensor:
+        """A matrix, (out, in), in `dtype`, from its codes and constants; its memory is its own while it is held.
 
         Args:
             stored: as `quantize` names them.
             dtype: to read it in.
+            lent: in memory of the model's workspace, if it has one: for a multiplication, after which it is let go.
             rows: how many there are, if not all of the matrix.
         """
         codes, absmax = stored["codes"], stored.get("absmax")
         if codes is None or absmax is None:
             raise ModelError(f"a {type(self).__name__} has lost its codes or constants; load the base again")
-        if self.quantization.kind == "int8":
-            return decode_int8(codes, absmax, dtype)
         shape = (self.out_features if rows is None else rows, self.in_features)
+        if lent and self.workspace is not None:
+            out_OI = self.workspace.lend(shape, dtype, codes)
+        else:
+            out_OI = torch.empty(shape, dtype=dtype, device=codes.device)
+        if self.quantization.kind == "int8":
+            return decode_int8_into(out_OI, codes, absmax)
         scale, offset = stored.get("absmax_scale"), stored.get("absmax_offset")
-        return decode_4bit(codes, absmax, scale, offset, self.quantization, shape, dtype)
+        return decode_4bit(codes, absmax, scale, offset, self.quantization, out_OI)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         """Follow `.to(device)`, but not a change of dtype: constants cut to bf16 would change every weight."""
@@ -134,9 +153,13 @@ class QuantizedLinear(QuantizedWeight):
         """The stored weight, (out, in), in `dtype`; a new tensor at every call."""
         return self.read(self._buffers, dtype)
 
+    def borrow(self, dtype: torch.dtype) -> Tensor:
+        """The same in memory of the model's workspace, to be multiplied and let go."""
+        return self.read(self._buffers, dtype, lent=True)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        return lora_linear(x, self.dense, self.bias)
+        return lora_linear(x, self.borrow, self.bias)
 
     def extra_repr(self) -> str:
         """What printing the model shows of the layer."""
@@ -175,6 +198,20 @@ def decode(module: Linear, dtype: torch.dtype) -> Tensor:
         return module.dense(dtype)
     weight = module.weight.detach().to(dtype)
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def reader(module: Linear) -> Decode:
+    """What `lora_linear` reads the frozen weight of a linear layer with."""
+    return module.borrow if isinstance(module, QuantizedLinear) else partial(decode, module)
+
+
+def share_workspace(model: PreTrainedModel) -> None:
+    """Give the quantised weights of a model one workspace, and let go of its memory where the model's body ends."""
+    workspace = Workspace()
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            module.workspace = workspace
+    model.base_model.register_forward_hook(workspace.release)
 
 
 def quantize_linear(

@@ -67,14 +67,17 @@ class ExpertStack(QuantizedWeight):
 
     def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The weight of one expert, (out, in), in `dtype`."""
+        return self._read(expert, dtype, lent=False)
+
+    def decoders(self) -> list[Decode]:
+        """For each expert what `lora_linear` reads its weight with."""
+        return [partial(self._read, expert, lent=True) for expert in range(self.experts)]
+
+    def _read(self, expert: int, dtype: torch.dtype, *, lent: bool) -> Tensor:
         if self.quantization.kind == "none":
             return self.get_buffer("codes")[expert].to(dtype)
         stored = {name: buffer[expert] for name, buffer in self.named_buffers(recurse=False)}
-        return self.read(stored, dtype)
-
-    def decoders(self) -> list[Decode]:
-        """For each expert what reads its weight."""
-        return [partial(self.dense, expert) for expert in range(self.experts)]
+        return self.read(stored, dtype, lent=lent)
 
     def forward(self) -> list[Callable[[Tensor], Tensor]]:
         """A function for each expert, (tokens, in) -> (tokens, out) in the dtype of its input."""

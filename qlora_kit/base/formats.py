@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from qlora_kit.base.kernels import decode_4bit_into
 from qlora_kit.errors import ModelError
 
 Kind = Literal["nf4", "fp4", "int8", "none"]
@@ -104,19 +105,13 @@ def quantize(w_OI: Tensor, quantization: Quantization) -> dict[str, Tensor]:
     return {"codes": packed.view(-1), "absmax": codes8, "absmax_scale": scale, "absmax_offset": offset}
 
 
-def decode_int8(codes_OI: Tensor, absmax_O: Tensor, dtype: torch.dtype) -> Tensor:
-    """Read an int8 matrix back: (out, in) in `dtype`, rounded once from fp32."""
-    return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes_OI, absmax_O).to(dtype)
-
-
 def decode_4bit(
     codes: Tensor,
     absmax: Tensor,
     absmax_scale: Tensor | None,
     absmax_offset: Tensor | None,
     quantization: Quantization,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
+    out_OI: Tensor,
 ) -> Tensor:
     """Read a 4-bit matrix back.
 
@@ -126,11 +121,10 @@ def decode_4bit(
         absmax_scale: fp32, one for 256 constants.
         absmax_offset: fp32 scalar.
         quantization: the format that made the codes.
-        shape: (out, in).
-        dtype: fp32, bf16 or fp16.
+        out_OI: where to, (out, in), fp32, bf16 or fp16, contiguous.
 
     Returns:
-        (out, in) in `dtype`, each value rounded once from the fp32 product of table entry and constant.
+        `out_OI`, each value rounded once from the fp32 product of table entry and constant.
     """
     if absmax_scale is not None and absmax_offset is not None:
         table = _absmax_table(absmax.device)
@@ -138,16 +132,7 @@ def decode_4bit(
             absmax, absmax_scale, table, ABSMAX_BLOCK, torch.float32
         )
         absmax = absmax.add_(absmax_offset)
-    rows, columns = shape
-    if columns % 64 != 0 and codes.device.type == "cpu":
-        # bitsandbytes 0.50.2 decodes rows that are a multiple of 16 but not of 64 wrongly on AVX-512 processors.
-        if (rows * columns) % 64 != 0:
-            return _decode_4bit_plain(codes, absmax, quantization, shape, dtype)
-        rows, columns = 1, rows * columns
-    w = torch.ops.bitsandbytes.dequantize_4bit.default(
-        codes, absmax, quantization.block_size, quantization.kind, (rows, columns), dtype
-    )
-    return w.view(shape)
+    return decode_4bit_into(out_OI, codes, absmax, quantization.block_size, quantization.kind)
 
 
 def block_constants(
@@ -165,23 +150,6 @@ def block_constants(
         return absmax[blocks]
     table = _absmax_table(absmax.device)
     return (table[absmax[blocks].int()] * absmax_scale[blocks // ABSMAX_BLOCK]).add_(absmax_offset)
-
-
-def _decode_4bit_plain(
-    codes: Tensor, absmax: Tensor, quantization: Quantization, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """The formula in plain torch, for the shapes that the library's decoder does not get right."""
-    count = shape[0] * shape[1]
-    halves = torch.stack((codes >> 4, codes & 0xF), dim=1).view(-1)[:count].int()
-    constants = absmax.repeat_interleave(quantization.block_size)[:count]
-    return (_table_4bit(quantization.kind, codes.device)[halves] * constants).to(dtype).view(shape)
-
-
-@functools.cache
-def _table_4bit(kind: str, device: torch.device) -> Tensor:
-    """The 16 values of a 4-bit format, fp32, one real copy a device."""
-    with unset_fake_temporarily():
-        return bnb.get_4bit_type(kind, device=device)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear
+from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.hub import locate_model
@@ -203,6 +203,7 @@ def freeze_and_quantize(
     if quantize_head and quantization.kind != "none":
         quantize_vocabulary(model, quantization, dtype, device)
     _settle_dense(model, dtype, device)
+    share_workspace(model)
     model.requires_grad_(False)
     return model.eval()
 

@@ -273,7 +273,8 @@ def _nf4_decode(device: str) -> str:
     halves = torch.stack((codes >> 4, codes & 0xF), dim=1).flatten().int()
     expected = torch.tensor(_NF4)[halves].view(8, 64) * absmax[:, None]
     quantization = Quantization("nf4", double_quant=False, block_size=64)
-    decoded = decode_4bit(codes.to(device), absmax.to(device), None, None, quantization, (8, 64), torch.float32)
+    decoded = torch.empty(8, 64, device=device)
+    decode_4bit(codes.to(device), absmax.to(device), None, None, quantization, decoded)
     worst = (decoded.cpu() - expected).abs().max().item()
     if not worst <= 1e-6:  # so that NaN fails, too
         raise DeviceError(f"a decoded weight is off by {worst:.2g}")

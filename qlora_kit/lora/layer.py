@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_kit.base.dense import Linear, decode, linear_shape
+from qlora_kit.base.dense import Linear, decode, linear_shape, reader
 from qlora_kit.base.experts import ExpertStack
 from qlora_kit.ops import Decode, dora_linear, lora_linear, row_norms
 
@@ -201,7 +201,7 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x; with no adapter in use it is the base, bit for bit."""
-        read = partial(decode, self.base)
+        read = reader(self.base)
         bias: Tensor | None = self.base.bias
         if self.active is None:
             return lora_linear(x, read, bias)

@@ -1,7 +1,8 @@
 """y = x W^T + bias + scale (x A^T) B^T, with a frozen W that exists only while it is multiplied.
 
 W is decoded in the forward pass, used and forgotten, and decoded again in the backward pass, which needs it for
-dx = g W. So autograd keeps no dense weight: only x, the small x A^T, and the adapter itself.
+dx = g W. So autograd keeps no dense weight: only x, the small x A^T, and the adapter itself. x is kept as it came, so
+that layers with one input (query, key and value; gate and up) keep one tensor between them, under autocast as well.
 
     dx = g W + scale (g B) A        dA = scale (g B)^T x        dB = scale g^T (x A^T)
 
@@ -12,8 +13,12 @@ DoRA gives every row of the merged weight a norm of its own, m:
 The norms cost no decoding of their own: n_o^2 = ||W_o||^2 + 2 scale B_o (A W^T)_o + scale^2 B_o A A^T B_o^T, the first
 term never changes, and A W^T is taken while W stands decoded for the product with x.
 
-Axes: T tokens (all leading axes flattened), I in, O out, R rank. The adapter is cast to the dtype of x, where it meets
-the decoded weight; its gradients come back in its own dtype.
+In 16 bits the small products x A^T and g B are taken as two matrices, the second with what rounding has cut off the
+first: so the update joins the sum with W as if it had been formed in fp32, and is rounded with it. With one matrix
+the error of y and dx is half as large again (benchmarks/LOG.md).
+
+Axes: T tokens (all leading axes flattened), I in, O out, R rank. The adapter is cast to the compute dtype, where it
+meets the decoded weight; its gradients come back in its own dtype.
 
 Sources: LoRA, arXiv 2106.09685, equation 3; QLoRA, arXiv 2305.14314, equation 5; DoRA, arXiv 2402.09353, equations 5
 and 11.
@@ -44,7 +49,7 @@ def lora_linear(
     """A frozen linear layer and, where `a_RI` and `b_OR` are given, its low-rank update, in one autograd node.
 
     Args:
-        x: input, (..., in), the compute dtype; under autocast it is cast to the autocast dtype first.
+        x: input, (..., in), in the compute dtype; under autocast that is autocast's, whatever x has.
         decode: makes the frozen weight, (out, in); it must return the same values at every call.
         bias: frozen, (out,), or None.
         a_RI: (rank, in), any floating dtype.
@@ -53,9 +58,9 @@ def lora_linear(
         x_adapter: what the update sees in place of x (x with dropout), or None.
 
     Returns:
-        (..., out) in the dtype of x.
+        (..., out) in the compute dtype.
     """
-    return _LoraLinear.apply(*_autocast(x, x_adapter), decode, bias, a_RI, b_OR, scale)
+    return _LoraLinear.apply(x, _own(x_adapter), decode, bias, a_RI, b_OR, scale)
 
 
 def dora_linear(
@@ -77,9 +82,9 @@ def dora_linear(
         square_O: the squared norms of the frozen weight's rows, (out,), fp32.
 
     Returns:
-        (..., out) in the dtype of x.
+        (..., out) in the compute dtype.
     """
-    y, aw_RO = _LoraLinear.apply(*_autocast(x, x_adapter), decode, None, a_RI, b_OR, scale, True)
+    y, aw_RO = _LoraLinear.apply(x, _own(x_adapter), decode, None, a_RI, b_OR, scale, True)
     y = y * (magnitude_O / row_norms(square_O, aw_RO, a_RI, b_OR, scale)).to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -102,11 +107,39 @@ def row_norms(square_O: Tensor, aw_RO: Tensor, a_RI: Tensor, b_OR: Tensor, scale
     return square_O.add(crossed, alpha=2 * scale).add_(own, alpha=scale**2).clamp_min_(_TINY).sqrt_()
 
 
-def _autocast(x: Tensor, x_adapter: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, x_adapter
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return x.to(dtype), None if x_adapter is None else x_adapter.to(dtype)
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _own(x_adapter: Tensor | None) -> Tensor | None:
+    """The update's own input, which no other layer keeps: cast before, it is kept in the compute dtype."""
+    return None if x_adapter is None else x_adapter.to(_compute_dtype(x_adapter))
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., in) -> (T, in), in `dtype`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
+    """left @ right: in fp32 one matrix; in 16 bits a second one with what rounding has cut off the first.
+
+    For the small products with A or B only: the second costs as much again, and leaves the sum with W the one rounding
+    that is seen in the result.
+    """
+    product = left @ right
+    if product.dtype.itemsize > 2:
+        return (product,)
+    return product, torch.addmm(product, left, right, beta=-1)
+
+
+def _add_product(sum_TN: Tensor, parts: tuple[Tensor, ...], right_RN: Tensor, scale: float) -> None:
+    """sum += scale (all parts) @ right, in place and rounded once."""
+    if len(parts) == 1:
+        sum_TN.addmm_(parts[0], right_RN, alpha=scale)
+    else:
+        sum_TN.addmm_(torch.cat(parts, 1), torch.cat([right_RN] * len(parts)), alpha=scale)
 
 
 def lora_linear_plain(
@@ -146,19 +179,20 @@ class _LoraLinear(torch.autograd.Function):
         with_aw: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.decode, ctx.scale, ctx.has_own = decode, scale, x_adapter is not None
-        x_TI = x.reshape(-1, x.shape[-1])
-        w_OI = decode(x.dtype)
-        bias = None if bias is None else bias.to(x.dtype)
-        y_TO = F.linear(x_TI, w_OI, bias)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        dtype = _compute_dtype(x)
+        x_TI = _rows(x, dtype)
+        w_OI = decode(dtype)
+        y_TO = F.linear(x_TI, w_OI, None if bias is None else bias.to(dtype))
         shape = (*x.shape[:-1], y_TO.shape[-1])
         if a_RI is None or b_OR is None:
             ctx.save_for_backward(None, None, None, None)
             return _shaped(y_TO, shape)
-        a = a_RI.to(x.dtype)
-        x_TI = x_TI if x_adapter is None else x_adapter.reshape(x_TI.shape)
-        h_TR = x_TI @ a.t()
-        y_TO.addmm_(h_TR, b_OR.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x_TI if a_RI.requires_grad else None, h_TR, a_RI, b_OR)
+        seen = x if x_adapter is None else x_adapter
+        a = a_RI.to(dtype)
+        h = _product(_rows(seen, dtype), a.t())
+        _add_product(y_TO, h, b_OR.to(dtype).t(), scale)
+        ctx.save_for_backward(seen if a_RI.requires_grad else None, h[0], a_RI, b_OR)
         if not with_aw:
             return _shaped(y_TO, shape)
         aw_RO = F.linear(a, w_OI)
@@ -168,21 +202,22 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x_TI, h_TR, a_RI, b_OR = ctx.saved_tensors
+        seen, h_TR, a_RI, b_OR = ctx.saved_tensors
         needs_x, needs_own, _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         g_TO = grad.reshape(-1, grad.shape[-1])
-        dx = dx_adapter = da = db = g_TR = None
+        dx = dx_adapter = da = db = None
+        gb: tuple[Tensor, ...] = ()
         if b_OR is not None and (needs_x or needs_own or needs_a):
-            g_TR = (g_TO @ b_OR.to(grad.dtype)).mul_(ctx.scale)
+            gb = _product(g_TO, b_OR.to(grad.dtype))
         if needs_x:
             dx = g_TO @ ctx.decode(grad.dtype)
-            if g_TR is not None and not ctx.has_own:
-                dx.addmm_(g_TR, a_RI.to(grad.dtype))
-            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
-        if needs_own and g_TR is not None:
-            dx_adapter = (g_TR @ a_RI.to(grad.dtype)).view(*grad.shape[:-1], -1)
-        if needs_a and g_TR is not None:
-            da = (g_TR.t() @ x_TI).to(a_RI.dtype)
+            if gb and not ctx.has_own:
+                _add_product(dx, gb, a_RI.to(grad.dtype), ctx.scale)
+            dx = dx.view(ctx.shape).to(ctx.dtype)
+        if needs_own and gb:
+            dx_adapter = (gb[0] @ a_RI.to(grad.dtype)).mul_(ctx.scale).view(ctx.shape)
+        if needs_a and gb:
+            da = (gb[0].t() @ _rows(seen, grad.dtype)).mul_(ctx.scale).to(a_RI.dtype)
         if needs_b:
             db = (g_TO.t() @ h_TR).mul_(ctx.scale).to(b_OR.dtype)
         return dx, dx_adapter, None, None, da, db, None, None
