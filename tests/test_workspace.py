@@ -11,7 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from qlora_kit.base.dense import QuantizedWeight
+from qlora_kit.base.dense import QuantizedWeight, quantize_linear, share_workspace
+from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import build_model
 from qlora_kit.lora import add_lora
 from qlora_kit.ops import Workspace, lora_linear
@@ -148,6 +149,16 @@ def test_the_body_lets_go_of_it_and_the_backward_pass_leaves_one_matrix(kind):
     gradients(model)
     assert seen == {"body": LARGEST, "head": 0}
     assert held_bytes(model) == LARGEST
+
+
+def test_a_quantised_head_leaves_nothing_beside_the_loss():
+    model = tuned()
+    model.lm_head = quantize_linear(model.lm_head, Quantization(), torch.float32, tiny.CPU)
+    share_workspace(model)
+    loss = model(tiny.tokens(), labels=tiny.tokens(), use_cache=False).loss
+    assert loss.requires_grad
+    assert model.lm_head.workspace is None
+    assert not some_layers(model)[0].workspace._idle
 
 
 # --- threads, modes, and the ways in which a model is called ---

@@ -206,9 +206,12 @@ def reader(module: Linear) -> Decode:
 
 
 def share_workspace(model: PreTrainedModel) -> None:
-    """Give the quantised weights of a model one workspace, and let go of its memory where the model's body ends."""
+    """Give the quantised weights of a model's body one workspace, and let go of its memory where the body ends.
+
+    A head has none: its matrix is the largest by far, is decoded once, and would stand beside the loss.
+    """
     workspace = Workspace()
-    for module in model.modules():
+    for module in model.base_model.modules():
         if isinstance(module, QuantizedWeight):
             module.workspace = workspace
     model.base_model.register_forward_hook(workspace.release)
