@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
 from qlora_kit.lora import add_lora, lora_layers
-from qlora_kit.ops import dora_linear, lora_linear, lora_linear_plain, row_norms
+from qlora_kit.ops import dora_linear, lora_linear, lora_linear_plain, row_norms, sliced_linear
 
 # Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (the
 # base's product and the sum, for dA and dB a factor too); fp16 has three bits more. Norms of the factors, so that a
@@ -537,3 +537,34 @@ def test_it_survives_torch_compile_to_machine_code():
     wanted, found = case.run(), case.run(torch.compile(lora_linear))
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5)
+
+
+# --- a tall matrix in slices ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leading", [(5,), (2, 3)])
+@pytest.mark.parametrize("step", [1, 7, 96, 1000])
+def test_a_matrix_in_slices_is_multiplied_as_a_whole(step, leading, dtype, monkeypatch):
+    monkeypatch.setattr("qlora_kit.ops.slices.SLICE_ELEMENTS", step * 24)
+    gen = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=gen)
+    w, x, bias, g = (draw(*shape).to(dtype) for shape in ((97, 24), (*leading, 24), (97,), (*leading, 97)))
+    read = []
+
+    def rows(span, asked):
+        read.append(span.stop - span.start)
+        return w[span].to(asked)
+
+    x.requires_grad_()
+    y = sliced_linear(x, rows, (97, 24), bias)
+    y.backward(g)
+    assert sum(read) == 2 * 97
+    assert max(read) == min(step, 97)
+    wanted = x.detach().double() @ w.double().T + bias.double()
+    # Sums of 24 products, and of the slices' sums in the backward pass, each rounded to the dtype.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    assert (y.detach().double() - wanted).norm() <= tolerance * wanted.norm()
+    dx = g.double() @ w.double()
+    slices = -(-97 // step)
+    assert (x.grad.double() - dx).norm() <= tolerance * max(1, slices**0.5 / 2) * dx.norm()

@@ -14,10 +14,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization, block_constants
 from qlora_kit.errors import ModelError
+from qlora_kit.ops import sliced_linear
 
 
 class QuantizedTable(QuantizedLinear):
     """A quantised matrix, (vocabulary, width), that is multiplied with and of which rows are looked up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., vocabulary), in the dtype of x, without ever being decoded whole."""
+        return sliced_linear(x, self._some_rows, (self.out_features, self.in_features), self.bias)
+
+    def _some_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self.rows(torch.arange(rows.start, rows.stop, device=self.codes.device), dtype)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the stored weight, (len(ids), width), in `dtype`: the same values as in `dense`.
