@@ -26,7 +26,7 @@ quickstart: $(STAMP)  ## train, score, export and look at a QLoRA adapter: no GP
 	@echo '  $(BIN)/qlora-kit train qlora-7b-8gb data.train=chats.jsonl'
 
 test: $(STAMP)  ## the default tests, at most 5 minutes on two cores
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 setup: $(STAMP)  ## the virtual environment alone
 
@@ -38,7 +38,7 @@ types: $(STAMP)  ## mypy on the package
 	@$(BIN)/mypy
 
 slow: $(STAMP)  ## the tests that are too long for the default run
-	@$(BIN)/python -m pytest -m 'slow and not gpu'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not gpu'
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from qlora_kit.base import Quantization
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
-from qlora_kit.base.experts import ExpertStack, expert_layers, projections
+from qlora_kit.base.experts import ExpertStack
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import AdapterError
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
-from qlora_kit.lora.layer import LoraLayer
 from qlora_kit.memory import Ledger
 from qlora_kit.plan import Workload, dry_run
 from qlora_kit.recipe import Lora
@@ -25,14 +24,7 @@ MAKERS = [tiny.mixtral, tiny.qwen3_moe, tiny.gpt_oss]
 
 def dense_twin(model):
     """The model with every quantised weight read out into transformers' own modules and their own computation."""
-    twin = tiny.read_out(copy.deepcopy(model.dense), model)
-    for (_, ours), (_, theirs) in zip(expert_layers(model), expert_layers(twin), strict=True):
-        for name in projections(ours):
-            stack = getattr(ours, name)
-            stack = stack.base if isinstance(stack, LoraLayer) else stack
-            weights = torch.stack([stack.dense(expert, torch.float32) for expert in range(stack.experts)])
-            getattr(theirs, name).data = weights.transpose(1, 2) if stack.is_transposed else weights
-    return twin
+    return tiny.read_out(copy.deepcopy(model.dense), model)
 
 
 def quantized(make, kind="nf4", dtype=torch.float32):

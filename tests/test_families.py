@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.load import left_dense
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
@@ -31,7 +31,16 @@ COMMON = {
 GATED = COMMON | {"intermediate_size": 80, "num_key_value_heads": 2, "tie_word_embeddings": False}
 ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 
+EXPERTS = {"gate_up_proj", "down_proj"}
+
+ROUTERS_AND_BIASES = ("mlp.gate.weight", "mlp.router.weight", "_proj_bias")
+
 FAMILIES = {
+    "llama": (tiny.llama, ATTENTION | MLP),
+    "gpt2": (tiny.gpt2, {"c_attn", "c_proj", "c_fc"}),
+    "mixtral": (tiny.mixtral, ATTENTION | EXPERTS),
+    "qwen3_moe": (tiny.qwen3_moe, ATTENTION | EXPERTS),
+    "gpt_oss": (tiny.gpt_oss, ATTENTION | EXPERTS),
     "mistral": (MistralConfig(**GATED, sliding_window=8), ATTENTION | MLP),
     "qwen2": (Qwen2Config(**GATED), ATTENTION | MLP),
     "qwen3": (Qwen3Config(**GATED, head_dim=12), ATTENTION | MLP),
@@ -52,7 +61,10 @@ FAMILIES = {
 
 
 def dense_model(family):
-    config = copy.deepcopy(FAMILIES[family][0])
+    made_of = FAMILIES[family][0]
+    if callable(made_of):
+        return made_of()
+    config = copy.deepcopy(made_of)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return tiny.spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
@@ -76,7 +88,7 @@ def tuned(request):
 
 def test_all_linear_layers_of_the_body_are_quantised_and_train(tuned):
     family, model, base = tuned
-    leaves = {name.rpartition(".")[2] for name, layer in lora_layers(model) if isinstance(layer.base, QuantizedLinear)}
+    leaves = {name.rpartition(".")[2] for name, layer in lora_layers(model) if isinstance(layer.base, QuantizedWeight)}
     assert leaves == FAMILIES[family][1]
     assert all(p.grad is not None and p.grad.norm() > 0 for _, p in adapter_parameters(model))
     assert tiny.relative(tiny.logits(model), base) > 0.01
@@ -95,7 +107,10 @@ def test_peft_says_the_same(tuned, tmp_path):
 def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):
     _, model, base = tuned
     export_merged(model, None, tmp_path / "out", dtype="float32")
-    export, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    attention = model.config._attn_implementation
+    export, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", attn_implementation=attention, output_loading_info=True
+    )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert tiny.relative(tiny.logits(model), base) > 0.01
@@ -120,4 +135,5 @@ def test_weights_that_no_rule_quantises_are_said():
 
 def test_every_family_of_the_list_is_quantised_whole():
     for family in FAMILIES:
-        assert not left_dense(tiny.quantized(dense_model(family))), family
+        dense = left_dense(tiny.quantized(dense_model(family)))
+        assert all(name.endswith(ROUTERS_AND_BIASES) for name in dense), family

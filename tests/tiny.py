@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from qlora_kit.base.dense import QuantizedLinear, decode, is_linear
+from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import freeze_and_quantize
 from qlora_kit.lora import lora_layers
@@ -141,7 +142,7 @@ def wake_peft(model: nn.Module) -> None:
 
 @torch.no_grad()
 def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
-    """Give the linear layers of `dense` the weights that `base` decodes to: the oracle that knows no quantisation."""
+    """Give linear layers and experts of `dense` the weights that `base` decodes to: the oracle without quantisation."""
     for name, module in list(dense.named_modules()):
         if is_linear(module):
             source = base
@@ -149,6 +150,10 @@ def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
                 source = bare(source.get_submodule(part))
             weight = decode(source, torch.float32)
             module.weight.copy_(weight if isinstance(module, nn.Linear) else weight.t())
+    for name, source in expert_stacks(base).items():
+        stack = bare(source)
+        weights = torch.stack([stack.dense(expert, torch.float32) for expert in range(stack.experts)])
+        dense.get_parameter(name).copy_(weights.transpose(1, 2) if stack.is_transposed else weights)
     return dense
 
 
