@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.load import body_linears
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import Carrier, LoraExperts, LoraLayer, bare
+from qlora_kit.lora.layer import LoraExperts, LoraLayer, bare, carriers
 from qlora_kit.lora.vocabulary import head_is_tied, head_name
 from qlora_kit.lora.whole import check_module, modules_named
 
@@ -65,12 +65,9 @@ def match_targets(
     if faults or not entries:
         raise AdapterError("; ".join(faults) or "targets is empty; use all-linear, or name layers")
     _check_tie(model, chosen, "lora.targets", untie_head)
-    for name in chosen:
-        module = model.get_submodule(name) if name not in expert_stacks(model) else None
-        if isinstance(module, Carrier) and not isinstance(module, LoraLayer):
-            raise AdapterError(
-                f"{name} carries a whole module or rows of another adapter; it cannot be adapted as well"
-            )
+    taken = chosen & {name for name, carrier in carriers(model) if not isinstance(carrier, LoraLayer)}
+    if taken:
+        raise AdapterError(f"{min(taken)} carries a whole module or rows of another adapter, and no update beside them")
     return chosen
 
 
