@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from qlora_kit.base.dense import decode
 from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora import (
@@ -464,8 +465,9 @@ def test_a_dora_starts_as_the_base_bit_for_bit_and_trains_its_norms(kind):
 def test_the_merged_weight_of_a_dora_has_the_norms_that_were_trained(make):
     model = tuned(make, dora=True)
     for _, layer in lora_layers(model):
-        wanted = layer.adapter("default").magnitude_O
-        assert tiny.relative(layer.merged().norm(dim=1), wanted) < 1e-6
+        adapter, weight = layer.adapter("default"), decode(layer.base, torch.float32)
+        merged = (weight + adapter.delta()) * adapter.row_factors(weight)[:, None]
+        assert tiny.relative(merged.norm(dim=1), adapter.magnitude_O) < 1e-6
 
 
 # --- PEFT, both ways --------------------------------------------------------------------------------------------------
@@ -652,7 +654,7 @@ SPOILED = {
     "wrong width": (put(a=torch.ones(4, 49)), r"\(4, 49\).*wanted \(4, 48\)"),
     "wrong rank": (lambda f: change_config(f, r=8), r"wanted \(8, 48\)"),
     "a vector": (put(a=torch.ones(48)), r"\(48,\).*wanted \(4, 48\)"),
-    "whole numbers": (put(a=torch.ones(4, 48, dtype=torch.int64)), "no LoRA matrix"),
+    "whole numbers": (put(a=torch.ones(4, 48, dtype=torch.int64)), "no dtype of weights"),
     "another tensor": (put(other=torch.ones(4, 48)), "no LoRA matrix"),
     "nan": (lambda f: change_tensors(f, poison(NAN)), "NaN"),
     "infinity": (lambda f: change_tensors(f, poison(INFINITY)), "infinity"),
@@ -660,7 +662,8 @@ SPOILED = {
     "trained biases": (lambda f: change_config(f, bias="all"), "bias='all'"),
     "whole modules": (lambda f: change_config(f, modules_to_save=["lm_head"]), "no tensors for lm_head"),
     "rows of tokens": (lambda f: change_config(f, trainable_token_indices=[5]), "no tensors for model.embed_tokens"),
-    "rows of nothing": (lambda f: change_config(f, trainable_token_indices={"q_proj": [5]}), "no tensors for q_proj"),
+    "rows of nothing": (lambda f: change_config(f, trainable_token_indices={"q_proj": [5]}),
+                        "q_proj, neither embedding nor head"),
     "a token that is none": (lambda f: change_config(f, trainable_token_indices=[-1]), "trainable_token_indices"),
     "a field of the future": (lambda f: change_config(f, turbo=3), "turbo=3"),
     "half of a PiSSA": (lambda f: change_config(f, init_lora_weights="pissa_niter_16"), "start that changes the base"),

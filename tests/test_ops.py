@@ -562,9 +562,8 @@ def test_a_matrix_in_slices_is_multiplied_as_a_whole(step, leading, dtype, monke
     assert sum(read) == 2 * 97
     assert max(read) == min(step, 97)
     wanted = x.detach().double() @ w.double().T + bias.double()
-    # Sums of 24 products, and of the slices' sums in the backward pass, each rounded to the dtype.
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    # A rounding to the dtype each, as in the product with the whole matrix; fp32 adds 97 terms.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     assert (y.detach().double() - wanted).norm() <= tolerance * wanted.norm()
     dx = g.double() @ w.double()
-    slices = -(-97 // step)
-    assert (x.grad.double() - dx).norm() <= tolerance * max(1, slices**0.5 / 2) * dx.norm()
+    assert (x.grad.double() - dx).norm() <= tolerance * dx.norm()

@@ -205,10 +205,15 @@ def reader(module: Linear) -> Decode:
     return module.borrow if isinstance(module, QuantizedLinear) else partial(decode, module)
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the tensors of a module lie."""
+    return next(tensor.device for tensor in (*module.buffers(), *module.parameters()))
+
+
 def share_workspace(model: PreTrainedModel) -> None:
     """Give the quantised weights of a model's body one workspace, and let go of its memory where the body ends.
 
-    A head has none: its matrix is the largest by far, is decoded once, and would stand beside the loss.
+    A head has none: its matrix is the largest by far, and would stand beside the loss.
     """
     workspace = Workspace()
     for module in model.base_model.modules():

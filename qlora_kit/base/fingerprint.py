@@ -1,9 +1,12 @@
-"""Which base an adapter was trained on: a checksum that survives quantisation.
+"""Which base an adapter was trained on: checksums that survive quantisation.
 
-It is taken from what every format leaves dense: the norms, and rows of the input embedding, both rounded to bf16 from
-the dtype of the checkpoint. So an adapter trained on the nf4 form of a checkpoint knows the int8 form and the 16-bit
-form of the same checkpoint as its own, whatever the compute dtype, and another checkpoint of the same shape as a
+The fingerprint is taken from what every format leaves dense: the norms, and rows of the input embedding, both rounded
+to bf16 from the dtype of the checkpoint. So an adapter trained on the nf4 form of a checkpoint knows the int8 form and
+the 16-bit form of the same checkpoint as its own, whatever the compute dtype, and another model of the same shape as a
 stranger.
+
+A model from which only the linear layers were trained on (a merged export) has the same fingerprint. Where a base is
+read from dense weights, a second mark tells these apart: of one row of each of its matrices.
 """
 
 import hashlib
@@ -33,6 +36,25 @@ def fingerprint(model: PreTrainedModel) -> str:
     count = row_count(embedding)
     rows = torch.linspace(0, count - 1, min(EMBEDDING_ROWS, count)).long()
     _add(digest, "embedding", read_rows(embedding, rows, torch.bfloat16))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def weights_mark(model: PreTrainedModel) -> str:
+    """`sha256:...` over one row of every matrix of a base's body; empty where they are not all dense.
+
+    Args:
+        model: as above.
+    """
+    digest = hashlib.sha256()
+    embedding: Any = model.get_input_embeddings()
+    for name, parameter in sorted(model.base_model.named_parameters()):
+        if not parameter.is_floating_point():
+            return ""
+        if parameter.ndim > 1 and parameter is not embedding.weight:
+            row = parameter
+            while row.ndim > 1:
+                row = row[len(row) // 2]  # type: ignore[assignment]
+            _add(digest, name, row)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -76,6 +76,7 @@ def load_base(
         revision: of the hub repository.
         trust_remote_code: run code that the model folder brings.
         vocabulary: tokens that the embedding must have rows for; those that it lacks start as the mean of the others.
+            0 leaves it as it is.
         head: causal (the next token) or classification (one label a text).
         labels: of a classification; None takes what the model's configuration says.
 
@@ -95,16 +96,22 @@ def load_base(
         raise ModelError("base.quantize_head=true wants a format; set base.quantization to nf4, fp4 or int8")
     config = read_config(folder, head=head, trust_remote_code=trust_remote_code)
     if labels is not None:
+        if labels < 1:
+            raise ModelError(f"labels must be at least 1, found {labels}")
         config.num_labels = labels
     stored = stored_quantization(config)
     if stored is not None:
         check_agreement(stored, asked)
     loaded, untrained = _load(folder, config, attention, head)
-    keep_record(loaded, asked, dtype, folder, untrained)
+    keep_record(loaded, asked, dtype, folder, untrained, vocabulary)
     extend_vocabulary(loaded, vocabulary)
     if stored is not None:
         adopt_layers(loaded, dtype, target)
-    return freeze_and_quantize(loaded, asked, dtype, target, skip, quantize_head=quantize_head)
+    new = tuple(f"{name}." for name in untrained)
+    skip = [*skip, *(name for name, _ in body_linears(loaded) if name.startswith(new))] if new else skip
+    return freeze_and_quantize(
+        loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None
+    )
 
 
 def original_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -179,6 +186,7 @@ def freeze_and_quantize(
     skip: Sequence[str] = (),
     *,
     quantize_head: bool = False,
+    quantize_body: bool = True,
 ) -> PreTrainedModel:
     """Quantise the linear layers and experts of a dense model in place, move it to `device`, and freeze it.
 
@@ -189,17 +197,18 @@ def freeze_and_quantize(
         device: where the model ends.
         skip: linear layers to leave dense.
         quantize_head: quantise the output head and the input embedding, too.
+        quantize_body: False leaves the body as it is: it was stored so.
 
     Raises:
         ModelError: an entry of `skip` names nothing, or the head cannot be quantised.
     """
     skipped = _resolve_skip(model, skip)
     keep_record(model, quantization, dtype)
-    if quantization.kind != "none":
+    if quantization.kind != "none" and quantize_body:
         for name, module in list(body_linears(model)):
-            if name not in skipped and not isinstance(module, QuantizedLinear):
+            if name not in skipped:
                 model.set_submodule(name, quantize_linear(module, quantization, dtype, device))
-    quantize_experts(model, quantization, dtype, device)
+    quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device)
     if quantize_head and quantization.kind != "none":
         quantize_vocabulary(model, quantization, dtype, device)
     _settle_dense(model, dtype, device)
@@ -214,10 +223,11 @@ def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly. Falcon's is none
     of these, it adds its bias in a step of its own.
     """
-    body = model.base_model
+    body, head = model.base_model, model.get_output_embeddings()
     prefix = "" if body is model else f"{model.base_model_prefix}."
+    heads = set() if head is None else set(head.modules())  # where a model is its own body, its head is in it
     for name, module in body.named_modules():
-        if _is_plain_linear(module) and ".adapters." not in name:
+        if _is_plain_linear(module) and module not in heads and ".adapters." not in name:
             yield prefix + name, module
 
 
@@ -321,7 +331,11 @@ def _load(
                 output_loading_info=True,
             )
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a {head} model: {_first_line(error)}") from error
+        why = _first_line(error)
+        if "mismatched" in why:
+            why = "its tensors have other shapes than its config.json says"
+            why += f" (with {config.num_labels} labels)" if head == "classification" else ""
+        raise ModelError(f"{folder} cannot be loaded as a {head} model: {why}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     untrained = _untrained_modules(model, missing) if head == "classification" else ()
@@ -335,8 +349,9 @@ def _load(
 
 
 def _untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:
-    """The children of a classification model beside its body that the checkpoint has no weights for."""
+    """The children of a classification model beside its body, and a pooler in it, that the checkpoint has not."""
     heads = [name for name, module in model.named_children() if module is not model.base_model]
+    heads.append(f"{model.base_model_prefix}.pooler")
     return tuple(name for name in heads if any(key.startswith(f"{name}.") for key in missing))
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
+from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.errors import ModelError
 
 
@@ -60,18 +61,20 @@ def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
         dtype: of the biases.
         device: where the layers end.
     """
+    head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
-            model.set_submodule(name, _adopted(module, dtype).to(device))
+            kind = QuantizedTable if module is head else QuantizedLinear
+            model.set_submodule(name, _adopted(module, kind, dtype).to(device))
     # Left on, these would bar `.to` and make an export call itself quantised.
     model.hf_quantizer.remove_quantization_config(model)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
 
 
-def _adopted(module: Any, dtype: torch.dtype) -> QuantizedLinear:
+def _adopted(module: Any, kind: type[QuantizedLinear], dtype: torch.dtype) -> QuantizedLinear:
     stored, quantization = _four_bit(module) if isinstance(module, bnb.Linear4bit) else _eight_bit(module)
-    return QuantizedLinear.from_stored(
+    return kind.from_stored(
         (module.out_features, module.in_features),
         stored,
         None if module.bias is None else module.bias.detach().to(dtype),

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from qlora_kit.base.fingerprint import fingerprint
+from qlora_kit.base.fingerprint import fingerprint, weights_mark
 from qlora_kit.base.formats import Quantization
 
 _KEY = "_qlora_kit_base"
@@ -23,6 +23,8 @@ class BaseRecord:
         fingerprint: which checkpoint it is; empty in a dry run.
         folder: where it was read from, or None if it was made in memory.
         untrained: modules that the checkpoint has no weights for, such as a new classifier.
+        vocabulary: rows that embedding and head were asked to have, 0 where they are the checkpoint's.
+        weights_mark: which weights its linear layers have; empty in a dry run, and where they were stored quantised.
     """
 
     quantization: Quantization
@@ -30,6 +32,8 @@ class BaseRecord:
     fingerprint: str
     folder: Path | None = None
     untrained: tuple[str, ...] = ()
+    vocabulary: int = 0
+    weights_mark: str = ""
 
 
 def keep_record(
@@ -38,6 +42,7 @@ def keep_record(
     dtype: torch.dtype,
     folder: Path | None = None,
     untrained: tuple[str, ...] = (),
+    vocabulary: int = 0,
 ) -> None:
     """Note the facts while the model is still as it was read; a record that stands is kept.
 
@@ -47,11 +52,13 @@ def keep_record(
         dtype: likewise.
         folder: likewise.
         untrained: likewise.
+        vocabulary: likewise.
     """
     if _KEY not in vars(model):
         is_fake = isinstance(next(model.parameters()), FakeTensor)
-        mark = "" if is_fake else fingerprint(model)
-        setattr(model, _KEY, BaseRecord(quantization, dtype, mark, folder, untrained))
+        marks = ("", "") if is_fake else (fingerprint(model), weights_mark(model))
+        record = BaseRecord(quantization, dtype, marks[0], folder, untrained, vocabulary, marks[1])
+        setattr(model, _KEY, record)
 
 
 def base_record(model: PreTrainedModel) -> BaseRecord:

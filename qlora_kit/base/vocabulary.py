@@ -21,8 +21,15 @@ class QuantizedTable(QuantizedLinear):
     """A quantised matrix, (vocabulary, width), that is multiplied with and of which rows are looked up."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., vocabulary), in the dtype of x, without ever being decoded whole."""
+        """(..., width) -> (..., vocabulary), in the dtype of x, decoded a slice at a time."""
+        if not self._rows_are_whole:
+            return super().forward(x)
         return sliced_linear(x, self._some_rows, (self.out_features, self.in_features), self.bias)
+
+    @property
+    def _rows_are_whole(self) -> bool:
+        """Whether no block of weights reaches over two rows; in a checkpoint that was stored quantised it may."""
+        return not self.quantization.is_4bit or self.in_features % self.quantization.block_size == 0
 
     def _some_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self.rows(torch.arange(rows.start, rows.stop, device=self.codes.device), dtype)
@@ -34,9 +41,12 @@ class QuantizedTable(QuantizedLinear):
             ids: (N,), int64.
             dtype: to read them in.
         """
+        if not self._rows_are_whole:
+            return self.dense(dtype)[ids]
         if self.quantization.kind == "int8":
-            return self.read({"codes": self.codes[ids], "absmax": self.absmax[ids]}, dtype, rows=len(ids))
-        codes = self.codes.view(self.out_features, -1)[ids]
+            stored = {"codes": self.codes.index_select(0, ids), "absmax": self.absmax[ids]}
+            return self.read(stored, dtype, rows=len(ids))
+        codes = self.codes.view(self.out_features, -1).index_select(0, ids)  # which refuses ids below zero
         blocks = self.in_features // self.quantization.block_size
         constants = (ids[:, None] * blocks + torch.arange(blocks, device=ids.device)).view(-1)
         absmax = block_constants(self.absmax, self.absmax_scale, self.absmax_offset, constants)
@@ -53,11 +63,16 @@ class QuantizedEmbedding(nn.Module):
         dtype: of what it gives.
     """
 
+    weight: Tensor
+
     def __init__(self, table: QuantizedTable, is_tied: bool, scale: float | Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.is_tied, self.scale, self.dtype = is_tied, scale, dtype
+        self.is_tied, self.scale = is_tied, scale
         self.own = None if is_tied else table
         self._shared = [table] if is_tied else []  # a list, so that torch does not register it a second time
+        # No weights: their dtype and device, which some models ask an embedding for, and which follow the model's.
+        empty = torch.empty(0, table.in_features, dtype=dtype, device=table.codes.device)
+        self.register_buffer("weight", empty, persistent=False)
 
     @property
     def table(self) -> QuantizedTable:
@@ -66,7 +81,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., width), in the compute dtype."""
-        rows = self.table.rows(ids.reshape(-1), self.dtype)
+        rows = self.table.rows(ids.reshape(-1), self.weight.dtype)
         return scaled(rows.view(*ids.shape, -1), self.scale)
 
 
@@ -127,9 +142,8 @@ def _table(matrix: QuantizedEmbedding | QuantizedTable) -> QuantizedTable:
     return matrix.table if isinstance(matrix, QuantizedEmbedding) else matrix
 
 
-def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head shares its weight with the input embedding, in a model that carries no adapter."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+def are_tied(embedding: Any, head: Any) -> bool:
+    """Whether an output head (None where a model has none) and an input embedding are one matrix."""
     if isinstance(embedding, QuantizedEmbedding):
         return embedding.is_tied
     return head is not None and getattr(head, "weight", None) is embedding.weight
@@ -160,7 +174,7 @@ def quantize_vocabulary(
     if head is not None and type(head) is not nn.Linear:
         raise ModelError(f"the output head is a {type(head).__name__}; base.quantize_head is possible on a Linear only")
     names = {id(module): name for name, module in model.named_modules()}
-    ties = is_tied(model)
+    ties = are_tied(embedding, head)
     if head is not None:
         bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
         table = QuantizedTable(head.weight.detach().to(device), bias, quantization)
@@ -183,14 +197,22 @@ def extend_vocabulary(model: PreTrainedModel, rows: int) -> None:
     """Make embedding and head at least `rows` tall; rows that come are the mean of those that were there.
 
     Args:
-        model: dense, its weights read.
+        model: dense there, its weights read.
         rows: at least as many as the tokenizer has tokens.
+
+    Raises:
+        ModelError: embedding or head are quantised already.
     """
-    before = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    before = row_count(embedding)
     if rows <= before:
         return
+    weights = {weight for end in (embedding, head) if end is not None for weight in end.parameters()}
+    if not all(weight.is_floating_point() for weight in weights):
+        raise ModelError(f"the checkpoint's head is quantised, so its {before} tokens cannot become {rows}")
     model.resize_token_embeddings(rows, mean_resizing=False)
-    head: Any = model.get_output_embeddings()
-    weights = [model.get_input_embeddings().weight, *([] if head is None else head.parameters())]
-    for weight in {id(weight): weight for weight in weights}.values():
-        weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {weight for end in ends if end is not None for weight in end.parameters()}
+    for weight in weights:
+        weight[before:] = weight[:before].mean(0, dtype=torch.float32).to(weight.dtype)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
-from qlora_kit.base.load import DTYPES, load_base
+from qlora_kit.base.load import DTYPES, head_of, load_base
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
@@ -131,6 +131,9 @@ def export_merged(
             f"{model.config._name_or_path} runs code of its own, which a merged export would have to bring along: "
             "not built yet; export --to adapter"
         )
+    is_classifier = head_of(model) == "classification"
+    if is_classifier and audit_batches is not None:
+        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
     _check_vacant(out)
     tensors = list(merged_tensors(model, weight_dtype))
     _check_room(out, sum(tensor.stored_bytes for tensor in tensors) + TEXT_BYTES)
@@ -147,7 +150,7 @@ def export_merged(
             "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
             "Audit: as trained against this export": comparisons.get("merged", {"result": "not audited"}),
         }
-        tags = ["qlora-kit", "qlora", "text-generation"]
+        tags = ["qlora-kit", "qlora", "text-classification" if is_classifier else "text-generation"]
         _write_card(staged, "Merged model", facts["base"], "transformers", tags, sections)
         content = {"kind": "merged", "onto": "dequantized", "dtype": dtype, "comparisons": comparisons}
         return _seal(staged, {**content, "provenance": facts, "trained_against": against})

@@ -12,15 +12,15 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import QuantizedLinear
-from qlora_kit.base.formats import Kind, Quantization
-from qlora_kit.base.load import DTYPES
+from qlora_kit.base.formats import Kind
+from qlora_kit.base.load import DTYPES, Head, head_of
 from qlora_kit.base.record import base_record
-from qlora_kit.base.vocabulary import QuantizedEmbedding, row_count
+from qlora_kit.base.vocabulary import QuantizedEmbedding
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapters import WEIGHTS
 from qlora_kit.lora.layer import bare
 from qlora_kit.lora.targets import adaptable_linears
-from qlora_kit.lora.vocabulary import RowsEmbedding, head_name
+from qlora_kit.lora.vocabulary import head_name
 
 PREFIX = "qlora_kit."
 ADDED_TOKENS = "added_tokens"
@@ -28,18 +28,19 @@ ADDED_TOKENS = "added_tokens"
 
 def trained_against(model: PreTrainedModel) -> dict[str, str]:
     """How the base of this model is stored, as metadata: `qlora_kit.quantization` and its settings."""
-    embedding = model.get_input_embeddings()
+    record, embedding = base_record(model), model.get_input_embeddings()
+    how = record.quantization
     linears = {name: module for name, module in adaptable_linears(model).items() if name != head_name(model)}
-    quantized = [module.quantization for module in linears.values() if isinstance(module, QuantizedLinear)]
-    how = quantized[0] if quantized else Quantization("none")
-    facts = {"quantization": how.kind, "compute_dtype": str(base_record(model).dtype).removeprefix("torch.")}
+    facts = {"quantization": how.kind, "compute_dtype": str(record.dtype).removeprefix("torch.")}
     if isinstance(bare(embedding), QuantizedEmbedding):
         facts["quantize_head"] = "true"
-    if isinstance(embedding, RowsEmbedding):
-        facts["vocabulary"] = str(row_count(bare(embedding)))
+    if record.vocabulary:
+        facts["vocabulary"] = str(record.vocabulary)
+    if head_of(model) == "classification":
+        facts |= {"head": "classification", "labels": str(model.config.num_labels)}
     if how.is_4bit:
         facts |= {"double_quant": str(how.double_quant).lower(), "block_size": str(how.block_size)}
-    if quantized:
+    if how.kind != "none":
         facts["skip"] = ",".join(name for name, module in linears.items() if not isinstance(module, QuantizedLinear))
     return {f"{PREFIX}{key}": value for key, value in facts.items() if value}
 
@@ -60,6 +61,7 @@ def read_trained_against(adapter: Path, defaults: dict[str, Any]) -> dict[str, A
         "quantization": {kind: kind for kind in get_args(Kind)},
         "double_quant": {"true": True, "false": False},
         "quantize_head": {"true": True, "false": False},
+        "head": {head: head for head in get_args(Head)},
         "block_size": {str(2**power): 2**power for power in range(5, 13)},
         "compute_dtype": {name: name for name in DTYPES},
     }.items():
@@ -71,10 +73,10 @@ def read_trained_against(adapter: Path, defaults: dict[str, Any]) -> dict[str, A
             settings[key] = known[said[key].lower()]
     if "skip" in said:
         settings["skip"] = said["skip"].split(",")
-    if "vocabulary" in said:
-        if not said["vocabulary"].isdecimal():
-            raise AdapterError(f"{adapter / WEIGHTS} says {PREFIX}vocabulary={said['vocabulary']!r}; wanted a number")
-        settings["vocabulary"] = int(said["vocabulary"])
+    for key in {"vocabulary", "labels"} & said.keys():
+        if not said[key].isdecimal():
+            raise AdapterError(f"{adapter / WEIGHTS} says {PREFIX}{key}={said[key]!r}; wanted a whole number")
+        settings[key] = int(said[key])
     return settings
 
 

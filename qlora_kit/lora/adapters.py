@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import decode
+from qlora_kit.base.dense import decode, device_of
 from qlora_kit.base.experts import expert_stacks, stack_experts
-from qlora_kit.base.record import base_record
+from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.base.vocabulary import row_width
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.inject import LoraReport, lora_report, wrap
@@ -32,9 +32,17 @@ from qlora_kit.lora.peft_config import (
     saved_tokens,
     targeted_experts,
 )
-from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
+from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter, whole_or_nothing
 from qlora_kit.lora.targets import adaptable_weights
-from qlora_kit.lora.vocabulary import TokenRows, check_rows, head_is_tied, head_name, rows_of_embedding, rows_of_head
+from qlora_kit.lora.vocabulary import (
+    TokenRows,
+    check_rows,
+    end_names,
+    head_is_tied,
+    head_name,
+    rows_of_embedding,
+    rows_of_head,
+)
 from qlora_kit.lora.whole import WholeModule, check_module, train_module
 from qlora_kit.storage import staged_folder, write_tensors
 
@@ -42,7 +50,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAMES = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight", "magnitude_O": "lora_magnitude_vector"}
 _ROWS = "token_adapter.trainable_tokens_delta"
+_FINGERPRINT, _WEIGHTS_MARK = "qlora_kit.base_fingerprint", "qlora_kit.base_weights_mark"
 """What PEFT calls the tensors of an adapter, in its files."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Parts: TypeAlias = dict[str, Tensor]
 """The tensors of one layer or module by their names here."""
@@ -71,8 +82,9 @@ def save_adapter(
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
         raise AdapterError(f"adapter {name!r} holds NaN or infinity in {_listed(broken)}; it is not saved")
-    mark = base_record(model).fingerprint
-    metadata = {"format": "pt", "qlora_kit.base_fingerprint": mark, **(provenance or {})}
+    record = base_record(model)
+    metadata = {"format": "pt", _FINGERPRINT: record.fingerprint, _WEIGHTS_MARK: record.weights_mark}
+    metadata = {key: value for key, value in metadata.items() if value} | dict(provenance or {})
     final = Path(folder)
     _check_replaceable(final)
     with staged_folder(final) as staged:
@@ -111,13 +123,13 @@ def load_adapter(
     contents = _sorted(model, tensors, weights, config)
     faults = contents.faults + _fit_faults(model, weights, contents.layers, config)
     faults += _whole_faults(model, contents)
-    trained_on = metadata.get("qlora_kit.base_fingerprint")
-    if trained_on is not None and trained_on != record.fingerprint and not force:
-        faults.append("it was trained on another base (the fingerprints differ); force loads it all the same")
+    if not force:
+        faults += _stranger_faults(metadata, record)
     if faults:
         raise AdapterError(f"the adapter in {folder} does not fit this model: {'; '.join(faults)}")
-    _attach(model, contents, config, name)
-    use_adapter(model, name)
+    with whole_or_nothing(model, name):
+        _attach(model, contents, config, name)
+        use_adapter(model, name)
     ignored = ignored_fields(config)
     notes = (f"{CONFIG} says {', '.join(ignored)}, which changes nothing here",) if ignored else ()
     return replace(lora_report(model, name), notes=notes)
@@ -141,6 +153,14 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{stem}.{_ROWS}", part.rows_KD
 
 
+def _stranger_faults(metadata: Mapping[str, str], record: BaseRecord) -> list[str]:
+    """Whether the adapter was trained on another base than this; what only one side knows is not compared."""
+    marks = ((metadata.get(_FINGERPRINT), record.fingerprint), (metadata.get(_WEIGHTS_MARK), record.weights_mark))
+    if all(theirs == ours for theirs, ours in marks if theirs and ours):
+        return []
+    return ["it was trained on another base (the fingerprints differ); force loads it all the same"]
+
+
 def _check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"{folder} is a file; give a folder for the adapter")
@@ -151,7 +171,6 @@ def _check_replaceable(folder: Path) -> None:
 
 def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts) -> Adapter:
     rank = patterned(config.get("rank_pattern"), layer_name, config["r"])
-    device = next(t.device for t in (*layer.base.buffers(), *layer.base.parameters()))
     adapter = Adapter(
         layer.shape,
         int(rank),
@@ -159,8 +178,8 @@ def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts
         scaling="rslora" if config.get("use_rslora") else "standard",
         dropout=config.get("lora_dropout") or 0.0,
         square_O=row_squares(layer.base) if "magnitude_O" in parts else None,
-        dtype=parts["a_RI"].dtype,
-        device=device,
+        dtype=torch.promote_types(parts["a_RI"].dtype, parts["b_OR"].dtype),
+        device=device_of(layer.base),
     )
     with torch.no_grad():
         for leaf, parameter in adapter.named_parameters():
@@ -224,8 +243,11 @@ def _sorted(
     contents = _Contents()
     stems = {stem: key for key, stem in _stems(model, targeted_experts(model, config)).items()}
     wanted = {leaf: end for leaf, end in _NAMES.items() if config.get("use_dora") or leaf != "magnitude_O"}
-    whole = saved_modules(model, config)
+    whole, ends = saved_modules(model, config), end_names(model)
     tokens = saved_tokens(model, config)
+    strange = [key for key in tokens if key not in ends]
+    if strange:
+        contents.faults.append(f"trainable_token_indices names {_listed(strange)}, neither embedding nor head here")
     for key, value in tensors.items():
         if _is_the_bases_own(key, value, weights):
             continue
@@ -233,13 +255,20 @@ def _sorted(
         leaf = next((leaf for leaf, end in wanted.items() if key.endswith(f".{end}")), None)
         module = next((module for module in whole if short.startswith(f"{module}.")), None)
         rows = short.removesuffix(f".{_ROWS}")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.dtype not in _DTYPES:
+            contents.faults.append(f"{key} is in {value.dtype}, which is no dtype of weights")
+        elif not torch.isfinite(value).all():
             contents.faults.append(f"{key} holds NaN or infinity")
         elif module is not None and key.startswith(_PREFIX):
             contents.modules.setdefault(module, {})[short.removeprefix(f"{module}.")] = value
-        elif rows != short and rows in tokens:
+        elif rows != short and rows in tokens and rows in ends:
             contents.rows[rows] = (tokens[rows], value)
-        elif leaf is None or not key.startswith(_PREFIX) or not value.is_floating_point():
+        elif leaf is None and short.removesuffix(".weight").removesuffix(".base_layer") in ends:
+            contents.faults.append(
+                f"{key} is all of a matrix of its base (PEFT saves it where the vocabulary was resized or the head "
+                "adapted), and this base has another"
+            )
+        elif leaf is None or not key.startswith(_PREFIX):
             contents.faults.append(f"{key} is no LoRA matrix")
         else:
             stem = short.removesuffix(f".{wanted[leaf]}")
@@ -249,7 +278,8 @@ def _sorted(
         contents.faults.append(f"one of {', '.join(wanted.values())} is missing for {_listed(lonely)}")
     contents.layers = {key: parts for key, parts in contents.layers.items() if len(parts) == len(wanted)}
     lost = [key for key in whole if key not in contents.modules]
-    lost += [key for key in tokens if key not in contents.rows and not (contents.rows and _is_tied_head(model, key))]
+    lost += [key for key in tokens if key in ends and key not in contents.rows
+             and not (contents.rows and _is_tied_head(model, key))]  # fmt: skip
     if lost:
         contents.faults.append(f"the file has no tensors for {_listed(lost)} (modules_to_save or trained rows)")
     return contents
@@ -269,7 +299,11 @@ def _attach(model: PreTrainedModel, contents: _Contents, config: Mapping[str, An
         train_module(model, module_name, name).load_state_dict(parts)
     for key, (ids, values) in contents.rows.items():
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        rows = (rows_of_head if key == head_name(model) else rows_of_embedding)(model, sorted(ids), name)
+        if key == head_name(model):
+            rows = rows_of_head(model, sorted(ids), name)
+        else:
+            # Of a tied head the file has rows of its own only if they are those of other tokens.
+            rows = rows_of_embedding(model, sorted(ids), name, for_tied_head=head_name(model) not in contents.rows)
         with torch.no_grad():
             rows.rows_KD.copy_(values[order])
 
@@ -309,6 +343,9 @@ def _fit_faults(
     absent = [key for key in layers if key not in weights]
     if absent:
         faults.append(f"the model has no linear layer {_listed(absent)}")
+    taken = sorted({key for key, carrier in carriers(model) if not isinstance(carrier, LoraLayer)} & layers.keys())
+    if taken:
+        faults.append(f"{_listed(taken)} carries a whole module or rows of another adapter")
     for key, parts in layers.items():
         if key in weights:
             experts, out, width = (1, *weight_shape(weights[key]))[-3:]

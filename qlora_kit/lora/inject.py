@@ -6,26 +6,28 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import parameter_count
+from qlora_kit.base.dense import device_of, parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
 from qlora_kit.base.load import left_dense
 from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.init import Init, Start
 from qlora_kit.lora.layer import (
+    LARGEST_ALPHA,
     Adapter,
+    Carrier,
     LoraExperts,
     LoraLayer,
     LoraLinear,
     Scaling,
     adapter_parameters,
+    is_number,
     lora_layers,
     row_squares,
 )
-from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter
+from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter, whole_or_nothing
 from qlora_kit.lora.targets import adaptable_weights, match_modules, match_targets, pattern_values
 from qlora_kit.lora.vocabulary import check_rows, train_rows
 from qlora_kit.lora.whole import train_module
@@ -41,7 +43,7 @@ class LoraReport:
 
     Attributes:
         matched: dotted names of the layers that carry the adapter.
-        unmatched: linear layers of the body that do not.
+        unmatched: layers that could and do not, the head among them.
         trainable: parameters of the adapter.
         total: parameters of the base, quantised ones counted by their true shape.
         notes: what a person should know, a line each.
@@ -71,7 +73,7 @@ def add_lora(
     dora: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
-    also_train: Sequence[str] = (),
+    also_train: str | Sequence[str] = (),
     added_tokens: Sequence[int] = (),
     untie_head: bool = False,
     name: str = "default",
@@ -108,16 +110,17 @@ def add_lora(
     Raises:
         AdapterError: a number is impossible, a pattern matches nothing, or the name is taken.
     """
-    _check_settings(rank, alpha, dropout, scaling, init)
+    _check_settings(rank, alpha, dropout, scaling, init, dtype)
     check_new_name(model, name)
     record = base_record(model)
     weights = adaptable_weights(model)
     chosen = match_targets(model, weights, targets, untie_head=untie_head)
+    chosen = {each for each in chosen if not each.startswith(tuple(f"{new}." for new in record.untrained))}
     ranks = pattern_values(weights, rank_pattern or {}, "rank_pattern")
     alphas = pattern_values(weights, alpha_pattern or {}, "alpha_pattern")
-    modules = match_modules(model, [*also_train, *record.untrained], chosen, untie_head=untie_head)
-    ids = sorted(set(added_tokens))
-    check_rows(model, ids, chosen | set(modules))
+    named = [also_train] if isinstance(also_train, str) else also_train
+    modules = match_modules(model, [*named, *record.untrained], chosen, untie_head=untie_head)
+    check_rows(model, added_tokens, chosen | set(modules))
     experts = chosen & expert_stacks(model).keys()
     if dora and experts:
         raise AdapterError(f"dora is not possible on experts ({min(experts)}); name other targets, or use dora=False")
@@ -126,27 +129,27 @@ def add_lora(
     start = Start(model, init, seed)
     if experts:
         stack_experts(model)
-    layers = {each: wrap(model, each) for each in own_ranks}
-    for layer_name, layer in layers.items():
-        start.check(layer_name, layer.shape, own_ranks[layer_name])
-    for layer_name, layer in layers.items():
-        adapter = Adapter(
-            layer.shape,
-            own_ranks[layer_name],
-            alphas.get(layer_name, alpha),
-            scaling=scaling,
-            dropout=dropout,
-            square_O=row_squares(layer.base) if dora else None,
-            dtype=dtype,
-            device=_device(layer.base),
-        )
-        start.fill(adapter, layer_name, layer.base)
-        layer.adapters[name] = adapter.train(layer.training)
-    for module_name in modules:
-        train_module(model, module_name, name)
-    if ids:
-        train_rows(model, ids, name)
-    use_adapter(model, name)
+    with whole_or_nothing(model, name):
+        for layer_name, own_rank in own_ranks.items():
+            layer = wrap(model, layer_name)
+            start.check(layer_name, layer.shape, own_rank)
+            adapter = Adapter(
+                layer.shape,
+                own_rank,
+                alphas.get(layer_name, alpha),
+                scaling=scaling,
+                dropout=dropout,
+                square_O=row_squares(layer.base) if dora else None,
+                dtype=dtype,
+                device=device_of(layer.base),
+            )
+            start.fill(adapter, layer_name, layer.base)
+            layer.adapters[name] = adapter.train(layer.training)
+        for module_name in modules:
+            train_module(model, module_name, name)
+        if added_tokens:
+            train_rows(model, sorted(set(added_tokens)), name)
+        use_adapter(model, name)
     report = lora_report(model, name)
     return replace(report, notes=tuple(_notes(model, name, report.total)))
 
@@ -180,6 +183,7 @@ def rank_of_experts(model: PreTrainedModel, rank: int) -> int:
 def wrap(model: PreTrainedModel, layer_name: str) -> LoraLayer:
     """The layer of that name as one that can carry adapters; with none in use it runs as before, bit for bit."""
     module: Any = model.get_submodule(layer_name)
+    assert isinstance(module, LoraLayer) or not isinstance(module, Carrier), f"{layer_name} carries something else"
     if not isinstance(module, LoraLayer):
         kind = LoraExperts if isinstance(module, ExpertStack) else LoraLinear
         module = kind(module).train(module.training)
@@ -218,17 +222,15 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
         )
 
 
-def _check_settings(rank: int, alpha: float, dropout: float, scaling: str, init: str) -> None:
+def _check_settings(rank: int, alpha: float, dropout: float, scaling: str, init: str, dtype: torch.dtype) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise AdapterError(f"rank must be a whole number of at least 1, found {rank!r}")
-    if not 0 < alpha < math.inf:
+    if not is_number(alpha) or not 0 < alpha < LARGEST_ALPHA:
         raise AdapterError(f"alpha must be a number above 0, found {alpha!r}")
-    if not 0 <= dropout < 1:
+    if not is_number(dropout) or not 0 <= dropout < 1:
         raise AdapterError(f"dropout must be at least 0 and below 1, found {dropout!r}")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise AdapterError(f"dtype must be a floating one of 16 bits or more, found {dtype}")
     for what, value, known in (("scaling", scaling, get_args(Scaling)), ("init", init, get_args(Init))):
         if value not in known:
             raise AdapterError(f"{what} must be one of {', '.join(known)}, found {value!r}")
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(tensor.device for tensor in (*module.buffers(), *module.parameters()))

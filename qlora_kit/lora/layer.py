@@ -28,6 +28,14 @@ from qlora_kit.ops import Decode, dora_linear, lora_linear, row_norms
 
 Scaling = Literal["standard", "rslora"]
 
+LARGEST_ALPHA = 1e9
+"""Above it a scale is a mistake, and the update no number any more."""
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a finite number, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
 
 class Adapter(nn.Module):
     """One low-rank update of one layer.
@@ -110,6 +118,16 @@ class Adapter(nn.Module):
     def take_norms(self, weight_OI: Tensor) -> None:
         """Let DoRA's trained norms be those of W + scale B A as they are now; `weight_OI` is W, fp32."""
         cast(Tensor, self.magnitude_O).copy_((weight_OI + self.delta()).norm(dim=1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
+        """Follow `.to(device)`; a change of dtype reaches A and B and not DoRA's norms."""
+        before = self.square_O, self.magnitude_O
+        norms = None if before[1] is None else before[1].detach().clone()
+        super()._apply(fn, recurse)
+        if self.square_O is not None and self.magnitude_O is not None and self.square_O.dtype != torch.float32:
+            self.square_O = cast(Tensor, before[0]).to(self.square_O.device)
+            self.magnitude_O.data = cast(Tensor, norms).to(self.magnitude_O.device)
+        return self
 
     def forward(self, x: Tensor, decode: Decode, bias: Tensor | None) -> Tensor:
         """What the adapted layer makes of x, (..., in) -> (..., out).
@@ -206,17 +224,6 @@ class LoraLinear(LoraLayer):
         if self.active is None:
             return lora_linear(x, read, bias)
         return self.adapter(self.active).forward(x, read, bias)
-
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The weight with the adapter in use added, (out, in), fp32: decode(Wq) + scale B A, rounded nowhere."""
-        weight = decode(self.base, torch.float32)
-        if self.active is None:
-            return weight
-        adapter = self.adapter(self.active)
-        factors_O = adapter.row_factors(weight)
-        merged = weight + adapter.delta()
-        return merged if factors_O is None else merged * factors_O[:, None]
 
 
 def weight_shape(base: Any) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """adapter_config.json, PEFT's description of an adapter: written, read, and every field of it judged."""
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +14,9 @@ from qlora_kit.base.dense import is_transposed
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.load import head_of
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import LoraLinear, carriers, lora_layers
+from qlora_kit.lora.layer import LARGEST_ALPHA, LoraLinear, carriers, is_number, lora_layers
 from qlora_kit.lora.targets import adaptable_linears
-from qlora_kit.lora.vocabulary import RowsEmbedding, RowsHead
+from qlora_kit.lora.vocabulary import RowsEmbedding, RowsHead, end_names
 from qlora_kit.lora.whole import WholeModule, module_names, modules_named
 
 # Fields of PEFT's configuration with the value under which they change nothing here; any other value changes the model.
@@ -27,6 +26,7 @@ _NEUTRAL: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
+    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -70,7 +70,6 @@ _INERT: dict[str, tuple[object, ...]] = {
     "loftq_config": (),
     "runtime_config": ({"ephemeral_gpu_offload": False},),
     "qalora_group_size": (16,),
-    "ensure_weight_tying": (),
     "megatron_core": ("megatron.core",),
 }
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -174,7 +173,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def ignored_fields(config: Mapping[str, Any]) -> list[str]:
     """Fields with something in them that changes nothing here, as `key=value`."""
-    silent = ("revision", "peft_version")
+    silent = ("revision", "peft_version", "auto_mapping")
     return [
         f"{key}={config[key]!r}"
         for key, usual in _INERT.items()
@@ -182,8 +181,8 @@ def ignored_fields(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _is_alpha(value: Any) -> bool:
+    return is_number(value) and abs(value) < LARGEST_ALPHA
 
 
 def _is_rank(value: object) -> bool:
@@ -222,12 +221,12 @@ def _maps_patterns(is_fit: Callable[[object], bool]) -> Callable[[object], bool]
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "r": _is_rank,
-    "lora_alpha": _is_number,
-    "lora_dropout": lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+    "lora_alpha": _is_alpha,
+    "lora_dropout": lambda value: value is None or (is_number(value) and 0 <= value < 1),
     "use_rslora": lambda value: value in (None, True, False),
     "use_dora": lambda value: value in (None, True, False),
     "rank_pattern": _maps_patterns(_is_rank),
-    "alpha_pattern": _maps_patterns(_is_number),
+    "alpha_pattern": _maps_patterns(_is_alpha),
     "target_modules": lambda value: value is None or _is_choice(value),
     "target_parameters": lambda value: value is None or (isinstance(value, list) and _is_choice(value)),
     "modules_to_save": lambda value: value is None or (isinstance(value, list) and _is_choice(value)),
@@ -282,13 +281,12 @@ def saved_modules(model: PreTrainedModel, config: Mapping[str, Any]) -> list[str
 def saved_tokens(model: PreTrainedModel, config: Mapping[str, Any]) -> dict[str, list[int]]:
     """Dotted name of the embedding or the head -> token ids whose rows the file holds, in the file's order.
 
-    A name that is neither comes as it is: the file can hold nothing for it that fits.
+    A name that is neither comes as it is.
     """
     asked = config.get("trainable_token_indices") or {}
-    names = {module: name for name, module in model.named_modules()}
+    ends = end_names(model)
     if isinstance(asked, list):
-        return {names[model.get_input_embeddings()]: asked}
-    ends = [names.get(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+        return {ends[0]: asked}
     found: dict[str, list[int]] = {}
     for entry, ids in asked.items():
         found |= dict.fromkeys([key for key in modules_named(model, entry) if key in ends] or [entry], ids)

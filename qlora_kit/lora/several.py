@@ -54,6 +54,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for _, carrier in carriers(model):  # those too that came in the block
+            carrier.active = None
         for carrier, active in before:
             carrier.active = active
 
@@ -65,10 +67,32 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         AdapterError: there is no adapter of that name.
     """
     _check_known(model, [name])
-    for _, carrier in carriers(model):
+    _forget(model, name)
+
+
+@contextmanager
+def whole_or_nothing(model: nn.Module, name: str) -> Iterator[None]:
+    """If the block ends in an error, whatever of the adapter `name` came onto the model goes again."""
+    in_use = [(carrier, carrier.active) for _, carrier in carriers(model)]
+    is_whole = False
+    try:
+        yield
+        is_whole = True
+    finally:
+        if not is_whole:
+            _forget(model, name)
+            for carrier, active in in_use:
+                carrier.active = active
+
+
+def _forget(model: nn.Module, name: str) -> None:
+    """Take all of an adapter away, and what carries nothing any more with it."""
+    for carrier_name, carrier in list(carriers(model)):
         if name in carrier.adapters:
             del carrier.adapters[name]
             carrier.active = None if carrier.active == name else carrier.active
+        if not carrier.adapters:
+            model.set_submodule(carrier_name, carrier.base)
 
 
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> None:

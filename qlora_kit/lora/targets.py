@@ -1,7 +1,6 @@
 """Which layers and modules a name means; a name that means nothing is an error that names the nearest."""
 
 import difflib
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,16 +11,20 @@ from transformers import PreTrainedModel
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.load import body_linears
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import LoraExperts, LoraLayer, bare, carriers
-from qlora_kit.lora.vocabulary import head_is_tied, head_name
+from qlora_kit.lora.layer import LARGEST_ALPHA, LoraExperts, LoraLayer, bare, carriers, is_number
+from qlora_kit.lora.vocabulary import end_names, head_is_tied, head_name
 from qlora_kit.lora.whole import check_module, modules_named
 
 GROUPS = ("all-linear", "attention", "mlp", "experts", "head")
 
 
 def adaptable_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Linear layers by dotted name, adapted or not: those of the body in order, then the head."""
+    """Linear layers by dotted name, adapted or not: those of the body in order, then the head.
+
+    Those inside a module that adapters train whole are not among them: a copy takes their place.
+    """
     linears = {name.removesuffix(".base"): module for name, module in body_linears(model)}
+    linears = {name: module for name, module in linears.items() if "base" not in name.split(".")}
     head = head_name(model)
     if head is not None:
         linears[head] = bare(model.get_submodule(head))
@@ -54,14 +57,16 @@ def match_targets(
     Raises:
         AdapterError: an entry matches no linear layer; all such entries are named, each with the nearest name.
     """
-    entries = [targets] if isinstance(targets, str) else list(targets)
+    entries = [targets] if isinstance(targets, str) else targets
+    if not isinstance(entries, Sequence) or not all(isinstance(entry, str) for entry in entries):
+        raise AdapterError(f"lora.targets must be a name or a list of names, found {targets!r}")
     chosen: set[str] = set()
     faults: list[str] = []
     for entry in entries:
         found = _match_one(model, linears, entry)
         chosen |= found
         if not found:
-            faults.append(_no_match(linears, entry))
+            faults.append(_no_match(linears, entry, "targets"))
     if faults or not entries:
         raise AdapterError("; ".join(faults) or "targets is empty; use all-linear, or name layers")
     _check_tie(model, chosen, "lora.targets", untie_head)
@@ -96,6 +101,9 @@ def match_modules(
         chosen |= dict.fromkeys(found)
     for name in chosen:
         check_module(model, name)
+        inner = [other for other in chosen if other.startswith(f"{name}.")]
+        if inner:
+            raise AdapterError(f"lora.also_train names {name} and {inner[0]}, which is a part of it; leave one out")
         both = [target for target in targets if target == name or target.startswith(f"{name}.")]
         if both:
             raise AdapterError(f"{both[0]} is in lora.targets and in lora.also_train; leave it out of one of them")
@@ -124,9 +132,7 @@ def _match_one(model: PreTrainedModel, linears: Mapping[str, nn.Module], entry: 
 
 def _check_tie(model: PreTrainedModel, chosen: Collection[str], key: str, untie_head: bool) -> None:
     """Refuse to change one of two matrices that are the same, unless that is said to be meant."""
-    ends = {name for name, module in model.named_modules()
-            if module in (model.get_output_embeddings(), model.get_input_embeddings())}  # fmt: skip
-    tied = sorted(ends & set(chosen)) if head_is_tied(model) else []
+    tied = sorted(set(end_names(model)) & set(chosen)) if head_is_tied(model) else []
     if tied and not untie_head:
         raise AdapterError(
             f"{key} names {tied[0]}, but embedding and head are tied in this model, and one would change without the "
@@ -151,7 +157,11 @@ def pattern_values(linears: Mapping[str, nn.Module], pattern: Mapping[str, float
     """
     values: dict[str, float] = {}
     for entry, value in pattern.items():
-        if not 0 < value < math.inf or (key == "rank_pattern" and not isinstance(value, int)):
+        if (
+            not is_number(value)
+            or not 0 < value < LARGEST_ALPHA
+            or (key == "rank_pattern" and not isinstance(value, int))
+        ):
             kind = "whole number" if key == "rank_pattern" else "number"
             raise AdapterError(f"lora.{key} gives {entry!r} the value {value}; it must be a {kind} above 0")
         if entry.startswith("re:"):
@@ -160,7 +170,7 @@ def pattern_values(linears: Mapping[str, nn.Module], pattern: Mapping[str, float
         else:
             found = [name for name in linears if name == entry or name.rpartition(".")[2] == entry]
         if not found:
-            raise AdapterError(_no_match(linears, entry).replace("lora.targets", f"lora.{key}"))
+            raise AdapterError(_no_match(linears, entry, key))
         values.update(dict.fromkeys(found, value))
     return values
 
@@ -172,8 +182,8 @@ def _compiled(entry: str, key: str) -> re.Pattern[str]:
         raise AdapterError(f"lora.{key} has {entry!r}, which is no regular expression: {error}") from error
 
 
-def _no_match(linears: Mapping[str, nn.Module], entry: str) -> str:
+def _no_match(linears: Mapping[str, nn.Module], entry: str, key: str) -> str:
     leaves = sorted({name.rpartition(".")[2] for name in linears})
     nearest = difflib.get_close_matches(entry, [*leaves, *GROUPS], n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"lora.targets names {entry!r}, which is no linear layer of this model; {hint}there are: {', '.join(leaves)}"
+    return f"lora.{key} names {entry!r}, which is no linear layer of this model; {hint}there are: {', '.join(leaves)}"

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import is_linear
+from qlora_kit.base.dense import device_of, is_linear
 from qlora_kit.base.record import base_record
-from qlora_kit.base.vocabulary import QuantizedEmbedding, embedding_scale, read_rows, row_count, scaled
+from qlora_kit.base.vocabulary import are_tied, embedding_scale, read_rows, row_count, scaled
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import Carrier, bare
 
@@ -78,12 +78,15 @@ def head_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
+def end_names(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the input embedding and, where the model has one, of the output head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [next(name for name, module in model.named_modules() if module is end) for end in ends if end is not None]
+
+
 def head_is_tied(model: PreTrainedModel) -> bool:
     """Whether the output head and the input embedding are one matrix, whatever they carry."""
-    embedding, head = bare(model.get_input_embeddings()), bare(model.get_output_embeddings())
-    if isinstance(embedding, QuantizedEmbedding):
-        return embedding.is_tied
-    return head is not None and getattr(head, "weight", None) is embedding.weight
+    return are_tied(bare(model.get_input_embeddings()), bare(model.get_output_embeddings()))
 
 
 def train_rows(model: PreTrainedModel, ids: Sequence[int], name: str) -> None:
@@ -99,9 +102,19 @@ def train_rows(model: PreTrainedModel, ids: Sequence[int], name: str) -> None:
         rows_of_head(model, ids, name)
 
 
-def rows_of_embedding(model: PreTrainedModel, ids: Sequence[int], name: str) -> TokenRows:
-    """The rows of the input embedding alone, used by a head that is tied to it, too; they start as the base's."""
-    embedding, head, is_one = model.get_input_embeddings(), model.get_output_embeddings(), head_is_tied(model)
+def rows_of_embedding(
+    model: PreTrainedModel, ids: Sequence[int], name: str, *, for_tied_head: bool = True
+) -> TokenRows:
+    """The rows of the input embedding alone, which start as the base's.
+
+    Args:
+        model: frozen.
+        ids: ascending, each once; `check_rows` has seen them.
+        name: of the adapter.
+        for_tied_head: let a head that is tied to the embedding use them, too.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_one = for_tied_head and head_is_tied(model)
     rows = _start(model, bare(embedding), ids)
     _carrier(model, embedding, RowsEmbedding).adapters[name] = rows
     if is_one:
@@ -122,7 +135,7 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], taken: Collection[str
 
     Args:
         model: frozen.
-        ids: ascending, each once.
+        ids: of the tokens.
         taken: dotted names of the layers and modules that the adapter trains otherwise.
 
     Raises:
@@ -131,15 +144,18 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], taken: Collection[str
     """
     if not ids:
         return
+    strange = [each for each in ids if isinstance(each, bool) or not isinstance(each, int)]
+    if strange:
+        raise AdapterError(f"added_tokens has {strange[0]!r}, wanted ids of tokens, which are whole numbers")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     embedding_scale(bare(embedding))
     rows = row_count(bare(embedding))
-    if not 0 <= ids[0] <= ids[-1] < rows:
-        odd = ids[0] if ids[0] < 0 else ids[-1]
+    odd = next((each for each in ids if not 0 <= each < rows), None)
+    if odd is not None:
         raise AdapterError(f"added_tokens has the id {odd}, and the embedding has {rows} rows; extend it at loading")
-    names = {name for name, module in model.named_modules() if module in (embedding, head)}
     others = [module for module in (embedding, head) if isinstance(module, Carrier)]
-    if names & set(taken) or any(not isinstance(module, RowsEmbedding | RowsHead) for module in others):
+    is_taken = any(end == name or end.startswith(f"{name}.") for end in end_names(model) for name in taken)
+    if is_taken or any(not isinstance(module, RowsEmbedding | RowsHead) for module in others):
         raise AdapterError(
             "embedding or head carry other parts of an adapter; their rows cannot be trained as well: leave out "
             "lora.added_tokens, or the head in lora.targets and lora.also_train"
@@ -147,8 +163,7 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], taken: Collection[str
 
 
 def _start(model: PreTrainedModel, matrix: Any, ids: Sequence[int]) -> TokenRows:
-    device = next(tensor.device for tensor in (*matrix.parameters(), *matrix.buffers(), *model.parameters()))
-    ids_K = torch.tensor(list(ids), device=device)
+    ids_K = torch.tensor(list(ids), device=device_of(matrix))
     return TokenRows(ids_K, read_rows(matrix, ids_K, base_record(model).dtype))
 
 

@@ -60,7 +60,8 @@ class _SlicedLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         g_TO = grad.reshape(-1, ctx.shape[0])
-        dx_TI = g_TO.new_zeros(len(g_TO), ctx.shape[1])
+        # In fp32: many slices, added up in 16 bits, would be rounded as often.
+        dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=torch.float32, device=grad.device)
         for rows in _slices(ctx.shape):
-            dx_TI.addmm_(g_TO[:, rows], ctx.decode_rows(rows, grad.dtype))
-        return dx_TI.view(*grad.shape[:-1], -1), None, None, None
+            dx_TI.add_(g_TO[:, rows] @ ctx.decode_rows(rows, grad.dtype))
+        return dx_TI.to(grad.dtype).view(*grad.shape[:-1], -1), None, None, None
