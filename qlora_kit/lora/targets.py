@@ -13,7 +13,7 @@ from qlora_kit.base.load import body_linears
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import LARGEST_ALPHA, LoraExperts, LoraLayer, bare, carriers, is_number
 from qlora_kit.lora.vocabulary import end_names, head_is_tied, head_name
-from qlora_kit.lora.whole import check_module, modules_named
+from qlora_kit.lora.whole import check_module, module_names, modules_named
 
 GROUPS = ("all-linear", "attention", "mlp", "experts", "head")
 
@@ -94,8 +94,8 @@ def match_modules(
     for entry in entries:
         found = modules_named(model, entry)
         if not found:
-            leaves = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if name})
-            nearest = difflib.get_close_matches(entry, leaves, n=1)
+            names = module_names(model)
+            nearest = difflib.get_close_matches(entry, [*names, *(name.rpartition(".")[2] for name in names)], n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise AdapterError(f"lora.also_train names {entry!r}, which is no module of this model{hint}")
         chosen |= dict.fromkeys(found)
