@@ -209,6 +209,20 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(recipe):
     assert all((whole[key] == parts[key]).all() for key in whole)
 
 
+def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe):
+    free = ["train.micro_batch=auto", "train.accumulation=auto"]
+    ample = json.loads(call("plan", recipe, *free, "--json").stdout)
+    budget = round(0.8 * ample["methods"]["qlora"]["peak_bytes"])
+    result = call("train", recipe, *free, f"memory.budget={budget}B")
+    assert result.exit_code == 0, result.output
+    plan, memory = (json.loads((recipe.parent / "run" / name).read_text()) for name in ("plan.json", "memory.json"))
+    assert plan["micro_batch"] < ample["micro_batch"] or plan["activations"] != ample["activations"]
+    assert plan["micro_batch"] * plan["accumulation"] == ample["micro_batch"] * ample["accumulation"]
+    assert memory["measured"]["peak_bytes"] <= budget
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert plan["pace"]["micro_batch"] == plan["micro_batch"]
+
+
 def test_added_tokens_and_all_else_that_an_adapter_trains_go_through_every_verb(recipe):
     """New tokens, a norm trained whole, a PiSSA start and a quantised head: planned, resumed, exported."""
     run, rows = recipe.parent / "run", recipe.parent / "rows.jsonl"

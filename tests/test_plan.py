@@ -284,7 +284,7 @@ def test_a_plan_holds_what_the_run_folder_promises(plan):
         assert set(method["by_category"]) == set(CATEGORIES)
         assert set(method["peak_by_phase"]) >= {"forward", "loss", "backward", "optimizer"}
     assert set(plan["methods"]["full_finetune"]["assumes"]) == {"optimizer", "master_weights", "activations", "loss"}
-    assert {"tokens_per_s", "hours"} == set(plan["estimates"])
+    assert {"tokens_per_s", "hours", "next"} == set(plan["estimates"])
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
 
 

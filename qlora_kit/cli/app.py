@@ -94,6 +94,7 @@ def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="Memory that the run may take, such as 24GiB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help='Plan for this card, such as "RTX 4090"; none need be here.')] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -107,7 +108,7 @@ def plan(
     from qlora_kit.run import check_budget, plan_memory
 
     screen = Screen(to_stderr=as_json)
-    planned = plan_memory(checked, screen, trust_remote_code=trust_remote_code)
+    planned = plan_memory(checked, screen, gpu=gpu, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps({"schema": 1, **planned}, indent=2))
     else:

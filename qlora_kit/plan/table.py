@@ -1,6 +1,7 @@
 """The plan of a recipe: its own step beside 16-bit LoRA and full fine-tuning of the same model, batch and length."""
 
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.plan.dry_run import Workload, dry_run
+from qlora_kit.plan.solve import Setting, Solution, settings, solve
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.activations import Policy
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import parse_bytes
 
 
-def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int) -> dict[str, Any]:
+def plan_methods(
+    recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int, card: str | None = None
+) -> dict[str, Any]:
     """All that plan.json holds.
 
     Args:
@@ -24,24 +27,32 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
         config: of the base; its weights are not needed.
         pace: micro-batch, steps and so on.
         tokens: of the longest row.
+        card: for which the plan is made, where that is not this machine's device.
 
     Returns:
-        The object described under plan.json in the documentation of the run folder. `activations` says what the
-        recipe's `auto` became: keep where that fits the budget, otherwise recompute.
+        The object described under plan.json in the documentation of the run folder. `activations`, `micro_batch` and
+        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `next` says what more
+        memory would buy, and `with_quantized_head` what the smallest would take so, where nothing fits.
     """
     device = resolve_device(recipe.base.device)
     budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)
     if budget is None and device.type == "cuda":
         budget = available_bytes(device)
-    policy, qlora = _fitting(recipe, config, pace, tokens, budget or available_bytes(device))
-    work = _workload(recipe, pace, tokens, policy)
+    room = budget or available_bytes(device)
+    solution = _solve(recipe, config, pace, tokens, room)
+    setting, qlora = solution.setting, solution.planned
+    policy = setting.activations
+    pace = replace(pace, micro_batch=setting.micro_batch, accumulation=setting.accumulation)
+    work = _workload(recipe, setting, tokens)
     # Like with like: who asks for float32 (a CPU has no fast 16 bits) would train the dense model in float32, too.
     peers = replace(work, quantization=Quantization("none"), dtype=_peer_dtype(recipe))
     methods = {"qlora": qlora, "lora_16bit": dry_run(config, peers), "full_finetune": _full_finetune(config, peers)}
     parameters = methods["qlora"]["parameters"]
     for method in methods.values():
         method.pop("parameters")
-    speed = estimated_tokens_per_s(parameters["total"], policy == "recompute", matmul_rate(device, work.dtype))
+    speed = None
+    if card is None:
+        speed = estimated_tokens_per_s(parameters["total"], policy == "recompute", matmul_rate(device, work.dtype))
     return {
         "parameters": parameters,
         "bits_per_quantized_parameter": _bits(work.quantization, config),
@@ -55,32 +66,52 @@ def plan_methods(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: i
         "accumulation": pace.accumulation,
         "tokens": tokens,
         "planned_on": "fake tensors, CPU operators",
-        "device_profile": device_name(device),
+        "device_profile": card or device_name(device),
         "pace": asdict(pace),
         "steps": pace.steps,
         "tokens_per_s": speed,
-        "hours": pace.tokens / speed / 3600,
-        "estimates": ["tokens_per_s", "hours"],
+        "hours": None if speed is None else pace.tokens / speed / 3600,
+        "estimates": ["tokens_per_s", "hours", "next"],
+        "next": _next(solution),
+        "with_quantized_head": _quantized_head(recipe, config, solution, tokens, room),
     }
 
 
-def _fitting(
-    recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int, budget: int
-) -> tuple[Policy, dict[str, Any]]:
-    """The recipe's own step; under `activations: auto` the fastest policy that fits."""
-    asked = recipe.memory.activations
-    if asked in ("keep", "recompute"):
-        return asked, dry_run(config, _workload(recipe, pace, tokens, asked))
-    kept = dry_run(config, _workload(recipe, pace, tokens, "keep"))
-    if kept["peak_bytes"] <= budget:
-        return "keep", kept
-    return "recompute", dry_run(config, _workload(recipe, pace, tokens, "recompute"))
+def _solve(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int, room: int) -> Solution:
+    """The recipe's own step; where it leaves a choice, the fastest that fits."""
+    # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
+    may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
+    choices = settings(recipe.memory.activations, pace.micro_batch, pace.rows_a_step, may_split=may_split)
+    return solve(choices, tokens, room, cache(lambda setting: dry_run(config, _workload(recipe, setting, tokens))))
 
 
-def _workload(recipe: Recipe, pace: Pace, tokens: int, policy: Policy) -> Workload:
+def _workload(recipe: Recipe, setting: Setting, tokens: int) -> Workload:
     return Workload.of(
-        recipe, micro_batch=pace.micro_batch, accumulation=pace.accumulation, tokens=tokens, activations=policy
+        recipe,
+        micro_batch=setting.micro_batch,
+        accumulation=setting.accumulation,
+        tokens=tokens,
+        activations=setting.activations,
     )
+
+
+def _next(solution: Solution) -> dict[str, Any] | None:
+    """What more memory would buy."""
+    if solution.faster is None:
+        return None
+    setting, peak = solution.faster
+    return {"settings": setting.words(), "peak_bytes": peak, "times_as_fast": round(solution.gain, 2)}
+
+
+def _quantized_head(recipe: Recipe, config: PretrainedConfig, solution: Solution, tokens: int, room: int) -> int | None:
+    """The peak with embedding and head quantised, where that is a way out: nothing fits, and the width allows it."""
+    base, width = recipe.base, config.get_text_config().hidden_size
+    is_possible = base.quantization != "none" and not base.quantize_head and width % base.block_size == 0
+    if solution.planned["peak_bytes"] <= room or not is_possible:
+        return None
+    work = replace(_workload(recipe, solution.setting, tokens), quantize_head=True)
+    peak: int = dry_run(config, work)["peak_bytes"]
+    return peak
 
 
 def _full_finetune(config: PretrainedConfig, work: Workload) -> dict[str, Any]:

@@ -80,6 +80,9 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
         spare = budget - plan["methods"]["qlora"]["peak_bytes"]
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
         said.append(f"Budget {format_bytes(budget)}: {verdict}.")
+    if more := plan.get("next"):
+        wanted = format_bytes(more["peak_bytes"])
+        said.append(f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate).")
     if plan.get("steps") and plan.get("hours") and plan.get("tokens_per_s"):
         duration = format_seconds(3600 * plan["hours"])
         said.append(f"Estimate: {plan['steps']:,} steps at {plan['tokens_per_s']:,.0f} tokens/s, {duration}.")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qlora_kit.export import trained_against
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import plan_methods
+from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
@@ -60,18 +61,31 @@ class Result:
     seconds: float
 
 
-def plan_memory(recipe: Recipe, watch: Watch | None = None, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def plan_memory(
+    recipe: Recipe, watch: Watch | None = None, *, gpu: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """What plan.json would hold: nothing is loaded but the model's configuration and, where they are, the rows.
 
     Without the rows every row is taken to be `data.max_tokens` long, and how many steps they make is not known.
+
+    Args:
+        recipe: the run.
+        watch: is told what happens.
+        gpu: plan for this card, of which none need be here: in what it computes, and within its memory where the recipe
+            has no budget.
+        trust_remote_code: let the model folder's own code run.
 
     Raises:
         QloraKitError: as `train`, as far as it gets.
     """
     watch = watch or Watch()
+    card = None if gpu is None else find_card(gpu)
+    if card is not None:
+        recipe = _for_card(recipe, card)
+    name = None if card is None else card.name
     if not _rows_are_missing(recipe):
         prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
-        return plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest)
+        return plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest, name)
     watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
@@ -84,7 +98,17 @@ def plan_memory(recipe: Recipe, watch: Watch | None = None, *, trust_remote_code
         trained_tokens=ROWS_A_STEP * tokens,
         parameters=count_parameters(config),
     )
-    return plan_methods(recipe, config, pace, tokens) | {"steps": None, "hours": None}
+    return plan_methods(recipe, config, pace, tokens, name) | {"steps": None, "hours": None}
+
+
+def _for_card(recipe: Recipe, card: Card) -> Recipe:
+    """The recipe as that card would take it: its memory, and what it computes in."""
+    base, memory = recipe.base, recipe.memory
+    if base.compute_dtype == "auto":
+        base = base.model_copy(update={"compute_dtype": card.compute_dtype})
+    if memory.budget is None:
+        memory = memory.model_copy(update={"budget": f"{card.usable_bytes}B"})
+    return recipe.model_copy(update={"base": base, "memory": memory})
 
 
 def train(
@@ -115,6 +139,8 @@ def train(
     plan = plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest)
     watch.planned(plan)
     check_budget(plan)
+    chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
+    prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
     with run_folder(folder):
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
         model, report = _load_and_adapt(recipe, prepared, plan, watch, trust_remote_code)
@@ -141,9 +167,12 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     """
     peak, budget = plan["methods"]["qlora"]["peak_bytes"], plan["budget"]
     if budget is not None and peak > budget:
+        small = plan["with_quantized_head"]
+        head = f", or {format_bytes(small)} with base.quantize_head=true" if small else ""
         raise FitError(
-            f"the plan needs {format_bytes(peak)}, memory.budget is {format_bytes(budget)}; "
-            f"lower train.micro_batch (now {plan['micro_batch']}) or data.max_tokens; or memory.activations=recompute"
+            f"memory.budget is {format_bytes(budget)}; the least that the recipe allows is {format_bytes(peak)}, with "
+            f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}{head}; lower "
+            f"data.max_tokens (longest row now {plan['tokens']:,}), or raise the budget"
         )
 
 

@@ -1,0 +1,99 @@
+"""Common cards and the memory that their drivers report, so that a run can be planned for a card that is not here.
+
+Source: the totals that nvidia-smi prints on these cards. Where error correction is on by default (T4, L4, A10, A40,
+L40S), they are a sixteenth below what the card is sold with.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from qlora_kit.errors import RecipeError
+from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
+from qlora_kit.units import MIB
+
+TOTAL_MIB = {
+    "GTX 1080 Ti": 11264,
+    "RTX 2080 Ti": 11264,
+    "RTX 3060": 12288,
+    "RTX 3070": 8192,
+    "RTX 3080": 10240,
+    "RTX 3090": 24576,
+    "RTX 3090 Ti": 24564,
+    "RTX 4060": 8188,
+    "RTX 4060 Ti": 8188,
+    "RTX 4060 Ti 16GB": 16380,
+    "RTX 4070": 12282,
+    "RTX 4070 Super": 12282,
+    "RTX 4070 Ti": 12282,
+    "RTX 4070 Ti Super": 16376,
+    "RTX 4080": 16376,
+    "RTX 4080 Super": 16376,
+    "RTX 4090": 24564,
+    "RTX 5070": 12227,
+    "RTX 5070 Ti": 16303,
+    "RTX 5080": 16303,
+    "RTX 5090": 32607,
+    "RTX A4000": 16376,
+    "RTX A6000": 49140,
+    "RTX 6000 Ada": 49140,
+    "T4": 15360,
+    "L4": 23034,
+    "A10": 23028,
+    "A10G": 23028,
+    "A40": 46068,
+    "L40S": 46068,
+    "A100 40GB": 40960,
+    "A100 80GB": 81920,
+    "H100 80GB": 81559,
+    "H200": 143771,
+}
+
+WITHOUT_BF16 = ("GTX 1080 Ti", "RTX 2080 Ti", "T4")
+"""Cards older than Ampere, which multiply no bf16."""
+
+_NOISE = {"nvidia", "geforce", "tesla", "rtx", "gtx", "gpu", "pcie", "sxm", "laptop"}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A card as a target of plans.
+
+    Attributes:
+        name: as in the table.
+        usable_bytes: what its driver reports less what CUDA itself takes (`CUDA_RESERVE_BYTES`).
+        compute_dtype: what `compute_dtype: auto` is there.
+    """
+
+    name: str
+    usable_bytes: int
+    compute_dtype: str
+
+
+def find_card(name: str) -> Card:
+    """The card that a person means: `4090`, `rtx4090` and `NVIDIA GeForce RTX 4090` are one.
+
+    Raises:
+        RecipeError: none in the table has all the words of the name, or several that differ in memory have.
+    """
+    words = _words(name)
+    found = [card for card in TOTAL_MIB if words and words <= _words(card)]
+    exact = [card for card in found if words == _words(card)]
+    chosen = exact or found
+    if not chosen:
+        nearest = difflib.get_close_matches(name, TOTAL_MIB, n=3, cutoff=0.3) or list(TOTAL_MIB)
+        raise RecipeError(
+            f"the card {name!r} is not in the table; nearest: {', '.join(nearest)}; or give its memory with --budget"
+        )
+    if len({TOTAL_MIB[card] for card in chosen}) > 1:
+        raise RecipeError(f"the card {name!r} may be one of {', '.join(chosen)}; write which")
+    card = chosen[0]
+    dtype = "float16" if card in WITHOUT_BF16 else "bfloat16"
+    return Card(card, TOTAL_MIB[card] * MIB - CUDA_RESERVE_BYTES, dtype)
+
+
+def _words(name: str) -> frozenset[str]:
+    """Words and numbers of a name, apart from those that say nothing; `4060ti` is two."""
+    parts = re.findall(r"[a-z]+\d+[a-z]*|\d+\s*gb|\d+|[a-z]+", name.lower())
+    split = [word for part in parts for word in re.sub(r"^(rtx|gtx)(?=\d)", "", part).split()]
+    return frozenset(word for word in split if word.rstrip("0123456789") not in _NOISE)
