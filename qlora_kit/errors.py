@@ -5,6 +5,13 @@ exits with `exit_code`. Each class is also the nearest class of the standard lib
 interface can catch what they already know.
 """
 
+from collections.abc import Sequence
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a sentence, the first five and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
 
 class QloraKitError(Exception):
     """Something that the user can mend. `exit_code` is what the command line exits with."""

@@ -1,5 +1,6 @@
 """Bytes, tokens and seconds: how numbers with units are read and written. GiB is 2**30 bytes, GB is 10**9."""
 
+import math
 import re
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -71,3 +72,8 @@ def format_seconds(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {int(seconds % 60)} s"
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a finite number, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -223,6 +223,24 @@ def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe
     assert plan["pace"]["micro_batch"] == plan["micro_batch"]
 
 
+def test_a_resumed_run_keeps_its_micro_batches_though_memory_has_become_short(recipe, monkeypatch):
+    run, command = recipe.parent / "run", ["train", recipe, "train.micro_batch=auto", "train.save_every=2"]
+    assert call(*command).exit_code == 0
+    whole, before = (
+        load_file(run / "adapter" / "adapter_model.safetensors"),
+        json.loads((run / "plan.json").read_text()),
+    )
+    (run / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"damaged")
+    monkeypatch.setattr("qlora_kit.plan.table.available_bytes", lambda device: 2**16)
+    short = json.loads(call("plan", *command[1:], "--json").stdout)
+    assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
+    result = call(*command, "--resume")
+    assert result.exit_code == 0, result.output
+    assert json.loads((run / "plan.json").read_text())["micro_batch"] == before["micro_batch"]
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all((whole[key] == again[key]).all() for key in whole)
+
+
 def test_added_tokens_and_all_else_that_an_adapter_trains_go_through_every_verb(recipe):
     """New tokens, a norm trained whole, a PiSSA start and a quantised head: planned, resumed, exported."""
     run, rows = recipe.parent / "run", recipe.parent / "rows.jsonl"

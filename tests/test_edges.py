@@ -1,7 +1,6 @@
 """Where parts of the core meet: odd files, mixed adapters, failures in the middle, other kinds of checkpoint."""
 
 import copy
-import json
 
 import pytest
 import tiny
@@ -32,7 +31,6 @@ from qlora_kit.lora import (
     load_adapter,
     lora_layers,
     save_adapter,
-    use_adapter,
 )
 from qlora_kit.lora.layer import Carrier, carriers
 
@@ -43,11 +41,7 @@ LOAD = {"compute_dtype": "float32", "device": "cpu"}
 def peft_file(base, make, folder, **settings):
     """An adapter that PEFT saved, every trained part of it moved, and PEFT's own logits."""
     theirs = get_peft_model(dense_twin(make, base), LoraConfig(**{"r": 4, "lora_alpha": 8, **settings})).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tiny.shake_peft(theirs)
     theirs.save_pretrained(folder)
     return tiny.logits(theirs, ids_with_tokens())
 
@@ -61,8 +55,7 @@ def is_bare(model):
 
 def test_rows_of_another_embedding_are_not_taken_for_those_of_words(tmp_path):
     base = base_of(tiny.gpt2)
-    wanted = peft_file(base, tiny.gpt2, tmp_path, target_modules=["c_attn"], trainable_token_indices={"wpe": [1, 5]})
-    assert wanted is not None
+    peft_file(base, tiny.gpt2, tmp_path, target_modules=["c_attn"], trainable_token_indices={"wpe": [1, 5]})
     with pytest.raises(AdapterError, match="wpe, neither embedding nor head"):
         load_adapter(base, tmp_path)
     assert is_bare(base)
@@ -161,8 +154,6 @@ def test_the_inside_of_a_module_that_is_trained_whole_gets_no_update():
     report = add_lora(model, **FP32, name="second")
     assert report.matched
     assert not any("mlp" in name for name in report.matched)
-    use_adapter(model, "default")
-    assert any(isinstance(carrier.adapters["default"], torch.nn.Module) for _, carrier in carriers(model))
 
 
 # --- failures in the middle ---
@@ -371,4 +362,3 @@ def test_impossible_labels_are_one_line(tmp_path):
         load_base(tmp_path, **LOAD, head="classification", labels=0)
     with pytest.raises(ModelError, match=r"other shapes than its config.json says \(with 5 labels\)"):
         load_base(tmp_path, **LOAD, head="classification", labels=5)
-    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 97

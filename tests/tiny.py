@@ -141,6 +141,15 @@ def wake_peft(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def shake_peft(model: nn.Module) -> None:
+    """Move everything that a model of PEFT trains, whole modules and rows too."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@torch.no_grad()
 def read_out(dense: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
     """Give linear layers and experts of `dense` the weights that `base` decodes to: the oracle without quantisation."""
     for name, module in list(dense.named_modules()):

@@ -34,7 +34,7 @@ from qlora_kit.base.hub import locate_model
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
-from qlora_kit.errors import DeviceError, ModelError
+from qlora_kit.errors import DeviceError, ModelError, listed
 
 Head = Literal["causal", "classification"]
 """What a model says: the next token, or which of several labels a text has."""
@@ -157,9 +157,9 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) ->
     return model
 
 
-def brings_code(config: PretrainedConfig) -> bool:
-    """Whether a model is of a class from its own folder, and not of one from transformers."""
-    return type(config).__module__.startswith("transformers_modules.")
+def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
+    """Whether a configuration or a model is of a class from its own folder, and not of one from transformers."""
+    return type(made).__module__.startswith("transformers_modules.")
 
 
 def read_config(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> PretrainedConfig:
@@ -341,9 +341,9 @@ def _load(
     untrained = _untrained_modules(model, missing) if head == "classification" else ()
     lost = [key for key in missing if not key.startswith(tuple(f"{name}." for name in untrained))]
     if lost:
-        shown = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         raise ModelError(
-            f"{folder} has no tensor for {shown}: its weights are incomplete, and a base is never filled up at random"
+            f"{folder} has no tensor for {listed(lost)}: its weights are incomplete, and a base is never filled up at "
+            "random"
         )
     return model, untrained
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
-from qlora_kit.base.load import DTYPES, head_of, load_base
+from qlora_kit.base.load import DTYPES, brings_code, head_of, load_base
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
@@ -126,7 +126,7 @@ def export_merged(
     adapters, weight_dtype = parts_in_use(model), _torch_dtype(dtype)
     if not adapters:
         raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
-    if type(model).__module__.startswith("transformers_modules."):
+    if brings_code(model):
         raise RunError(
             f"{model.config._name_or_path} runs code of its own, which a merged export would have to bring along: "
             "not built yet; export --to adapter"

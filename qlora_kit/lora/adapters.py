@@ -19,7 +19,7 @@ from qlora_kit.base.dense import decode, device_of
 from qlora_kit.base.experts import expert_stacks, stack_experts
 from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.base.vocabulary import row_width
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, listed
 from qlora_kit.lora.inject import LoraReport, lora_report, wrap
 from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, row_squares, weight_shape
 from qlora_kit.lora.peft_config import (
@@ -50,8 +50,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAMES = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight", "magnitude_O": "lora_magnitude_vector"}
 _ROWS = "token_adapter.trainable_tokens_delta"
-_FINGERPRINT, _WEIGHTS_MARK = "qlora_kit.base_fingerprint", "qlora_kit.base_weights_mark"
 """What PEFT calls the tensors of an adapter, in its files."""
+_FINGERPRINT, _WEIGHTS_MARK = "qlora_kit.base_fingerprint", "qlora_kit.base_weights_mark"
+"""Under which the metadata keeps what `BaseRecord` knows of the base."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,7 +82,7 @@ def save_adapter(
     tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in _tensors(model, name)}
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:
-        raise AdapterError(f"adapter {name!r} holds NaN or infinity in {_listed(broken)}; it is not saved")
+        raise AdapterError(f"adapter {name!r} holds NaN or infinity in {listed(broken)}; it is not saved")
     record = base_record(model)
     metadata = {"format": "pt", _FINGERPRINT: record.fingerprint, _WEIGHTS_MARK: record.weights_mark}
     metadata = {key: value for key, value in metadata.items() if value} | dict(provenance or {})
@@ -166,7 +167,7 @@ def _check_replaceable(folder: Path) -> None:
         raise AdapterError(f"{folder} is a file; give a folder for the adapter")
     others = sorted({path.name for path in folder.glob("*")} - {CONFIG, WEIGHTS})
     if others:
-        raise AdapterError(f"{folder} holds {_listed(others)}, which saving would delete; give a folder of its own")
+        raise AdapterError(f"{folder} holds {listed(others)}, which saving would delete; give a folder of its own")
 
 
 def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts) -> Adapter:
@@ -247,7 +248,7 @@ def _sorted(
     tokens = saved_tokens(model, config)
     strange = [key for key in tokens if key not in ends]
     if strange:
-        contents.faults.append(f"trainable_token_indices names {_listed(strange)}, neither embedding nor head here")
+        contents.faults.append(f"trainable_token_indices names {listed(strange)}, neither embedding nor head here")
     for key, value in tensors.items():
         if _is_the_bases_own(key, value, weights):
             continue
@@ -275,13 +276,13 @@ def _sorted(
             contents.layers.setdefault(stems.get(stem, stem), {})[leaf] = value
     lonely = [key for key, parts in contents.layers.items() if len(parts) < len(wanted)]
     if lonely:
-        contents.faults.append(f"one of {', '.join(wanted.values())} is missing for {_listed(lonely)}")
+        contents.faults.append(f"one of {', '.join(wanted.values())} is missing for {listed(lonely)}")
     contents.layers = {key: parts for key, parts in contents.layers.items() if len(parts) == len(wanted)}
     lost = [key for key in whole if key not in contents.modules]
     lost += [key for key in tokens if key in ends and key not in contents.rows
              and not (contents.rows and _is_tied_head(model, key))]  # fmt: skip
     if lost:
-        contents.faults.append(f"the file has no tensors for {_listed(lost)} (modules_to_save or trained rows)")
+        contents.faults.append(f"the file has no tensors for {listed(lost)} (modules_to_save or trained rows)")
     return contents
 
 
@@ -342,10 +343,10 @@ def _fit_faults(
     faults = []
     absent = [key for key in layers if key not in weights]
     if absent:
-        faults.append(f"the model has no linear layer {_listed(absent)}")
+        faults.append(f"the model has no linear layer {listed(absent)}")
     taken = sorted({key for key, carrier in carriers(model) if not isinstance(carrier, LoraLayer)} & layers.keys())
     if taken:
-        faults.append(f"{_listed(taken)} carries a whole module or rows of another adapter")
+        faults.append(f"{listed(taken)} carries a whole module or rows of another adapter")
     for key, parts in layers.items():
         if key in weights:
             experts, out, width = (1, *weight_shape(weights[key]))[-3:]
@@ -360,7 +361,7 @@ def _fit_faults(
     targeted |= set(targeted_experts(model, config))
     lacking = [key for key in weights if key in targeted and key not in layers]
     if lacking:
-        faults.append(f"the file has no matrices for {_listed(lacking)}")
+        faults.append(f"the file has no matrices for {listed(lacking)}")
     return faults or ([] if layers else ["the file holds no LoRA matrices"])
 
 
@@ -371,7 +372,3 @@ def _is_the_bases_own(key: str, value: Tensor, weights: Mapping[str, Any]) -> bo
         return False
     weight = decode(layer, layer.weight.dtype if isinstance(layer, nn.Linear) else torch.float32)
     return torch.equal(value.to(weight.device, weight.dtype), weight)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

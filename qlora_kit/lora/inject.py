@@ -1,7 +1,7 @@
 """How an adapter comes onto a model: layers wrapped, matrices made, and a report of what was covered."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -23,7 +23,6 @@ from qlora_kit.lora.layer import (
     LoraLinear,
     Scaling,
     adapter_parameters,
-    is_number,
     lora_layers,
     row_squares,
 )
@@ -32,6 +31,7 @@ from qlora_kit.lora.targets import adaptable_weights, match_modules, match_targe
 from qlora_kit.lora.vocabulary import check_rows, train_rows
 from qlora_kit.lora.whole import train_module
 from qlora_kit.recipe import Lora
+from qlora_kit.units import is_number
 
 WORTH_SAYING = 0.01
 """Share of the weights from which on it is said that they stay as they are."""
@@ -116,7 +116,7 @@ def add_lora(
     weights = adaptable_weights(model)
     chosen = match_targets(model, weights, targets, untie_head=untie_head)
     chosen = {each for each in chosen if not each.startswith(tuple(f"{new}." for new in record.untrained))}
-    ranks = pattern_values(weights, rank_pattern or {}, "rank_pattern")
+    ranks = _ranks(model, weights, chosen, rank, rank_pattern or {})
     alphas = pattern_values(weights, alpha_pattern or {}, "alpha_pattern")
     named = [also_train] if isinstance(also_train, str) else also_train
     modules = match_modules(model, [*named, *record.untrained], chosen, untie_head=untie_head)
@@ -124,13 +124,11 @@ def add_lora(
     experts = chosen & expert_stacks(model).keys()
     if dora and experts:
         raise AdapterError(f"dora is not possible on experts ({min(experts)}); name other targets, or use dora=False")
-    usual = dict.fromkeys(chosen, rank) | dict.fromkeys(experts, rank_of_experts(model, rank))
-    own_ranks = {each: int(ranks.get(each, usual[each])) for each in weights if each in chosen}
     start = Start(model, init, seed)
     if experts:
         stack_experts(model)
     with whole_or_nothing(model, name):
-        for layer_name, own_rank in own_ranks.items():
+        for layer_name, own_rank in ranks.items():
             layer = wrap(model, layer_name)
             start.check(layer_name, layer.shape, own_rank)
             adapter = Adapter(
@@ -174,6 +172,15 @@ def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_
     )
 
 
+def _ranks(
+    model: PreTrainedModel, weights: Mapping[str, Any], chosen: Collection[str], rank: int, pattern: Mapping[str, int]
+) -> dict[str, int]:
+    """The rank of each layer that gets an update, in the order of the model."""
+    own = pattern_values(weights, pattern, "rank_pattern")
+    shared = dict.fromkeys(expert_stacks(model), rank_of_experts(model, rank))
+    return {name: int(own.get(name, shared.get(name, rank))) for name in weights if name in chosen}
+
+
 def rank_of_experts(model: PreTrainedModel, rank: int) -> int:
     """The rank of each expert whose adapters together are worth one of rank `rank` to a token."""
     active = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
@@ -208,8 +215,8 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
     ]
     if full:
         yield (
-            f"rank {full[0][1]} is above both widths of {full[0][0]} (and of {len(full) - 1} more layers): a smaller "
-            "rank can do as much there"
+            f"rank {full[0][1]} is above the smaller width of {full[0][0]} (and of {len(full) - 1} more layers): as "
+            "much can be done there with a rank of that width"
         )
     dense = left_dense(model)
     share = sum(parameter.numel() for parameter in dense.values()) / total

@@ -32,11 +32,6 @@ LARGEST_ALPHA = 1e9
 """Above it a scale is a mistake, and the update no number any more."""
 
 
-def is_number(value: object) -> bool:
-    """Whether this is a finite number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 class Adapter(nn.Module):
     """One low-rank update of one layer.
 

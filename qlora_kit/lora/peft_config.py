@@ -1,6 +1,5 @@
 """adapter_config.json, PEFT's description of an adapter: written, read, and every field of it judged."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +12,13 @@ from transformers import PreTrainedModel
 from qlora_kit.base.dense import is_transposed
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.load import head_of
-from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import LARGEST_ALPHA, LoraLinear, carriers, is_number, lora_layers
+from qlora_kit.errors import AdapterError, RunError
+from qlora_kit.lora.layer import LARGEST_ALPHA, LoraLinear, carriers, lora_layers
 from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.lora.vocabulary import RowsEmbedding, RowsHead, end_names
 from qlora_kit.lora.whole import WholeModule, module_names, modules_named
+from qlora_kit.storage import read_json
+from qlora_kit.units import is_number
 
 # Fields of PEFT's configuration with the value under which they change nothing here; any other value changes the model.
 _NEUTRAL: dict[str, Any] = {
@@ -142,12 +143,10 @@ def read_config(path: Path) -> dict[str, Any]:
             value that it cannot have.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"{path} is missing: {path.parent} is no adapter") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        config = read_json(path)
+    except RunError as error:
+        raise AdapterError(f"{error}: {path.parent} is no LoRA adapter") from error
+    if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path} describes no LoRA adapter (wanted peft_type LORA)")
     unknown = [
         f"{key}={value!r}"

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.load import body_linears
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import LARGEST_ALPHA, LoraExperts, LoraLayer, bare, carriers, is_number
+from qlora_kit.lora.layer import LARGEST_ALPHA, LoraExperts, LoraLayer, bare, carriers
 from qlora_kit.lora.vocabulary import end_names, head_is_tied, head_name
 from qlora_kit.lora.whole import check_module, module_names, modules_named
+from qlora_kit.units import is_number
 
 GROUPS = ("all-linear", "attention", "mlp", "experts", "head")
 

@@ -107,14 +107,15 @@ def row_norms(square_O: Tensor, aw_RO: Tensor, a_RI: Tensor, b_OR: Tensor, scale
     return square_O.add(crossed, alpha=2 * scale).add_(own, alpha=scale**2).clamp_min_(_TINY).sqrt_()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an operator on x computes: its own, under autocast autocast's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _own(x_adapter: Tensor | None) -> Tensor | None:
     """The update's own input, which no other layer keeps: cast before, it is kept in the compute dtype."""
-    return None if x_adapter is None else x_adapter.to(_compute_dtype(x_adapter))
+    return None if x_adapter is None else x_adapter.to(compute_dtype(x_adapter))
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,7 +181,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.decode, ctx.scale, ctx.has_own = decode, scale, x_adapter is not None
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         x_TI = _rows(x, dtype)
         w_OI = decode(dtype)
         y_TO = F.linear(x_TI, w_OI, None if bias is None else bias.to(dtype))

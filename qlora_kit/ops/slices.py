@@ -1,7 +1,7 @@
 """y = x W^T + bias with a frozen W that is decoded a few rows at a time: for the output head, the tallest matrix.
 
-Decoded at once, the head of an 8B model takes 1.2 GB beside the logits. The slices cost nothing: each is as large as
-many a layer of the body. Backward decodes them once more, dx = sum over slices of g_slice W_slice.
+Decoded at once, the head of an 8B model takes 1.2 GB beside the logits; a slice is smaller than a layer of its body.
+Backward decodes them once more, dx = sum over slices of g_slice W_slice.
 
 Axes: T tokens, I in, O out (the vocabulary).
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qlora_kit.ops.lora_linear import compute_dtype
 
 DecodeRows = Callable[[slice, torch.dtype], Tensor]
 """Gives some rows of the frozen weight, (rows, in), in the dtype asked for."""
@@ -31,10 +33,7 @@ def sliced_linear(x: Tensor, decode_rows: DecodeRows, shape: tuple[int, int], bi
     Returns:
         (..., out) in the compute dtype.
     """
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    return _SlicedLinear.apply(x, decode_rows, shape, bias)
+    return _SlicedLinear.apply(x.to(compute_dtype(x)), decode_rows, shape, bias)
 
 
 def _slices(shape: tuple[int, int]) -> Iterator[slice]:
@@ -60,8 +59,9 @@ class _SlicedLinear(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         g_TO = grad.reshape(-1, ctx.shape[0])
-        # In fp32: many slices, added up in 16 bits, would be rounded as often.
-        dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=torch.float32, device=grad.device)
+        # Not in 16 bits, where the sum would be rounded at every slice.
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=dtype, device=grad.device)
         for rows in _slices(ctx.shape):
             dx_TI.add_(g_TO[:, rows] @ ctx.decode_rows(rows, grad.dtype))
         return dx_TI.to(grad.dtype).view(*grad.shape[:-1], -1), None, None, None

@@ -21,6 +21,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
     ADAPTER,
+    PLAN,
     check_run_folder,
     clear_run_folder,
     describe_run,
@@ -31,7 +32,7 @@ from qlora_kit.run.folder import (
 from qlora_kit.run.prepare import Prepared, added_ids, count_parameters, eval_batches, pad_id, prepare
 from qlora_kit.run.score import score
 from qlora_kit.run.use import load_recipe_base
-from qlora_kit.storage import write_json
+from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
 from qlora_kit.train.loop import Job, check_trackers, rehearse_longest, train_loop
@@ -135,8 +136,9 @@ def train(
     resolve_device(recipe.base.device)
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
-    prepared = prepare(recipe, watch, weights=True, trust_remote_code=trust_remote_code)
-    plan = plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest)
+    begun = _as_begun(recipe, folder) if resume else recipe
+    prepared = prepare(begun, watch, weights=True, trust_remote_code=trust_remote_code)
+    plan = plan_methods(begun, prepared.config, prepared.pace, prepared.train.longest)
     watch.planned(plan)
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
@@ -157,6 +159,15 @@ def train(
             watch.scored(scores)
         write_report(folder)
     return Result(folder, finished, progress.step, scores, time.monotonic() - started)
+
+
+def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the micro-batches that its run began with: in others the same sums would be rounded otherwise."""
+    plan, train = read_json(folder / PLAN), recipe.train
+    if train.micro_batch == "auto" and train.accumulation == "auto":
+        split = {key: plan[key] for key in ("micro_batch", "accumulation")}
+        return recipe.model_copy(update={"train": train.model_copy(update=split)})
+    return recipe
 
 
 def check_budget(plan: Mapping[str, Any]) -> None:
@@ -229,11 +240,7 @@ def _train(
         stop_requested=watch.stop_requested,
     )
     if resume:
-        newest, faults = newest_checkpoint(folder / "checkpoints")
-        for fault in faults:
-            watch.note(f"left out a damaged checkpoint: {fault}")
-        job.progress = load_checkpoint(newest, job.kept, optimizer)
-        watch.note(f"going on from {newest.name}")
+        _go_on(job, watch)
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
     with PeakCounter(model.device) as counter:
         ledger = Ledger(model)
@@ -254,3 +261,12 @@ def _train(
             metrics.close()
             write_memory(folder, plan["methods"]["qlora"], ledger, counter)
     return finished, job.progress
+
+
+def _go_on(job: Job, watch: Watch) -> None:
+    """Put a job where its newest sound checkpoint was written."""
+    newest, faults = newest_checkpoint(job.folder / "checkpoints")
+    for fault in faults:
+        watch.note(f"left out a damaged checkpoint: {fault}")
+    job.progress = load_checkpoint(newest, job.kept, job.optimizer)
+    watch.note(f"going on from {newest.name}")
