@@ -30,6 +30,11 @@ Place = tuple[str, str]
 """A phase, and in it a block of the model; "" outside of blocks."""
 
 
+def whole(phase: str) -> str:
+    """The phase that a part such as `evaluate/answer` belongs to; parts have peaks of their own by place."""
+    return phase.partition("/")[0]
+
+
 @dataclass(slots=True, eq=False)
 class Allocation:
     """One storage.
@@ -73,7 +78,7 @@ class Allocation:
         return {
             "bytes": self.nbytes,
             "category": self.owner(),
-            "phase": self.phase or "",
+            "phase": whole(self.phase or ""),
             "module": self.module,
             "operator": str(self.operator).removesuffix(".default"),
             "shape": list(self.shape),
@@ -110,17 +115,17 @@ class History:
         peaks: dict[str, int] = {}
         for total, phase, _ in self._totals():
             if phase is not None:
-                peaks[phase] = max(peaks.get(phase, 0), total)
+                peaks[whole(phase)] = max(peaks.get(whole(phase), 0), total)
         return peaks
 
-    def host_peak_bytes(self) -> int:
-        """The most that was alive at one moment in memory that is counted apart."""
-        total = peak = 0
-        for allocation, sign, _, _ in self._events:
+    def host_peak_by_phase(self) -> dict[str, int]:
+        """The most that was alive at one moment of each phase in memory that is counted apart."""
+        total, peaks = 0, dict[str, int]()
+        for allocation, sign, phase, _ in self._events:
             if allocation is not None and allocation.is_apart:
                 total += sign * allocation.nbytes
-                peak = max(peak, total)
-        return peak
+            peaks[whole(phase or "")] = max(peaks.get(whole(phase or ""), 0), total)
+        return peaks
 
     def by_category(self) -> dict[str, int]:
         """Whose the bytes at the peak were; they sum to it."""
@@ -149,10 +154,11 @@ class History:
         fullest: list[tuple[int, str, dict[str, int]]] = []
         bucket = max(1, -(-len(self._events) // SAMPLES))
         for index, (total, phase, _, counts) in enumerate(self._counted()):
+            sample = total, whole(phase or ""), dict(counts)
             if index % bucket == 0:
-                fullest.append((total, phase or "", dict(counts)))
+                fullest.append(sample)
             elif total > fullest[-1][0]:
-                fullest[-1] = (total, phase or "", dict(counts))
+                fullest[-1] = sample
         return [{"phase": phase, "bytes": counts} for _, phase, counts in fullest]
 
     def _totals(self) -> Iterator[tuple[int, str | None, str]]:

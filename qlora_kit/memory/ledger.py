@@ -80,7 +80,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens in the block belongs to the phase `name`, one of `PHASES`."""
+        """What happens in the block belongs to `name`, one of `PHASES` or a part of one (`evaluate/answer`)."""
         before, self._phase = self._phase, name
         self.history.mark(name, self._place())
         try:
@@ -90,6 +90,12 @@ class Ledger(TorchDispatchMode):
                 self._own_gradients()
                 self._backward_block = ""
             self._phase = before
+
+    @contextmanager
+    def watch(self, phase: str) -> Iterator[None]:
+        """Count what happens in the block, all of it in one phase."""
+        with self, self.phase(phase):
+            yield
 
     def current(self) -> int:
         """Bytes alive now."""
@@ -115,7 +121,7 @@ class Ledger(TorchDispatchMode):
             "resident_bytes": self.current(),
             "by_category": self.by_category(),
             "peak_by_phase": self.peak_by_phase(),
-            "host_peak_bytes": self.history.host_peak_bytes(),
+            "host_peak_bytes": max(self.history.host_peak_by_phase().values(), default=0),
             "paged_bytes": self.paged_bytes,
         }
 

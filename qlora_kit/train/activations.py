@@ -31,11 +31,21 @@ class Blocks(NamedTuple):
         """All of `count` blocks under one policy."""
         return cls(**{policy: count})
 
+    @classmethod
+    def of(cls, asked: "Policy | Blocks", count: int) -> "Blocks":
+        """What is asked for, as counts."""
+        return asked if isinstance(asked, Blocks) else cls.alike(asked, count)
+
+    @property
+    def all(self) -> int:
+        """All blocks."""
+        return sum(self)
+
     @property
     def policy(self) -> Policy | None:
         """The one that all blocks have; None for a mixture."""
         (policy, count) = max(self._asdict().items(), key=lambda each: each[1])
-        return policy if count == sum(self) else None  # type: ignore[return-value]
+        return policy if count == self.all else None  # type: ignore[return-value]
 
     @property
     def words(self) -> str:
@@ -64,11 +74,11 @@ def set_activation_policy(model: nn.Module, policy: Policy | Blocks) -> int:
         ModelError: other than keep is asked for and the model has no blocks that can do it, or not as many.
     """
     blocks = activation_blocks(model)
-    if policy not in ("keep", Blocks(keep=0)) and not blocks:
+    if policy not in ("keep", Blocks()) and not blocks:
         raise ModelError(f"{type(model).__name__} has no blocks that can be recomputed; set memory.activations=keep")
-    counts = policy if isinstance(policy, Blocks) else Blocks.alike(policy, len(blocks))
-    if sum(counts) != len(blocks):
-        raise ModelError(f"{type(model).__name__} has {len(blocks)} blocks, and {counts.words} are {sum(counts)}")
+    counts = Blocks.of(policy, len(blocks))
+    if counts.all != len(blocks):
+        raise ModelError(f"{type(model).__name__} has {len(blocks)} blocks, and {counts.words} are {counts.all}")
     each = [name for name, count in counts._asdict().items() for _ in range(count)]
     for block, name in zip(blocks, each, strict=True):
         block.gradient_checkpointing = name != "keep"
