@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from tiny import llama
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from qlora_kit.base.load import default_compute_dtype
 from qlora_kit.cli.app import app
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
@@ -148,7 +150,9 @@ def test_the_merged_export_loads_in_plain_transformers_and_is_audited(finished, 
         json.loads(call("eval", folder, "--json", *more).stdout)
         for folder, more in ((tmp_path / "merged", ("--data", run.parent / "rows.jsonl")), (run, ()))
     )
-    assert exported["loss"] == pytest.approx(trained["loss"], abs=2e-6)  # fp32, another order of additions
+    # In fp32 another order of additions; where the processor computes in bf16, the merged weight is rounded to 8 bits.
+    is_fp32 = default_compute_dtype(torch.device("cpu")) == torch.float32
+    assert exported["loss"] == pytest.approx(trained["loss"], abs=2e-6 if is_fp32 else 2e-3)
 
 
 def test_the_adapter_export_has_a_card(finished, tmp_path):

@@ -95,8 +95,9 @@ def _check_4bit(codes: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> 
 def _decode_4bit_cpu(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
     _check_4bit(codes, absmax, block_size, out)
     rows, columns = out.shape
-    if columns % 64 != 0:
-        # bitsandbytes 0.50.2 decodes rows that are a multiple of 16 but not of 64 wrongly on AVX-512 processors.
+    if columns % max(64, block_size) != 0:
+        # On AVX-512 processors bitsandbytes 0.50.2 decodes rows wrongly that are a multiple of 16 but not of 64, and
+        # those in which a block of constants does not end: it takes a new block at every row.
         rows, columns = 1, out.numel()
     if columns % 64 != 0 or out.dtype not in _C_NAMES:
         return decode_4bit_plain(codes, absmax, block_size, kind, out)
