@@ -3,7 +3,7 @@
 Real and fake differ in three places, each a seam of its own:
 - where weights come from: a model built from its configuration, instead of a checkpoint;
 - the optimizer's arithmetic: bitsandbytes reads values, so `AdapterOptimizer.rehearse` does all but that;
-- values: nothing here asks whether a loss is finite, and that rows are not packed is told, not read (`_unpacked`).
+- values: nothing here asks whether a loss is finite, and whether rows are packed is told, not read (`_told_packing`).
 
 Layers are alike, so a deep model is planned from two shallow ones: every number is a straight line in the depth.
 """
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from transformers.initialization import no_init_weights
 
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
+from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_parameters, add_recipe_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Lora, Recipe
 from qlora_kit.train.activations import Policy, set_activation_policy
+from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer, MasterWeights, definite_masters
 from qlora_kit.train.step import accumulate_gradients
 
@@ -52,6 +53,9 @@ class Workload:
         master_weights: fp32, stochastic or none.
         skip: linear layers that stay dense.
         quantize_head: whether embedding and head are quantised, too.
+        packing: whether a row may hold several documents; then `tokens` are those of the fullest.
+        task: pretrain and sft are one and the same step.
+        is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
     """
 
     quantization: Quantization
@@ -66,6 +70,9 @@ class Workload:
     master_weights: MasterWeights
     skip: tuple[str, ...] = ()
     quantize_head: bool = False
+    packing: bool = False
+    task: Literal["sft", "pretrain", "classify"] = "sft"
+    is_padded: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy) -> "Workload":
@@ -84,6 +91,7 @@ class Workload:
             master_weights=definite_masters(recipe.train.master_weights),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head,
+            packing=recipe.data.packing is True,
         )
 
 
@@ -91,6 +99,8 @@ class Workload:
 class _FakeRows:
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
 
 
 def dry_run(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
@@ -103,6 +113,9 @@ def dry_run(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     Returns:
         `peak_bytes`, `resident_bytes`, `by_category`, `peak_by_phase` as the run folder's plan.json has them, and
         `parameters` {total, trainable, quantized}.
+
+    Raises:
+        ModelError: rows are packed, and the model does not keep them apart.
     """
     depth = getattr(config, "num_hidden_layers", 0)
     if depth <= SHALLOW[1] + 2 or not _is_uniform(config):
@@ -112,7 +125,7 @@ def dry_run(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
 
 
 def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
-    with _quiet(), _unpacked(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _quiet(), _told_packing(work.packing) as asked, FakeTensorMode(allow_non_fake_inputs=True):
         model, parameters = _build(config, work)
         optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
         ledger = Ledger(model)
@@ -121,6 +134,8 @@ def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str,
             for _ in range(2):  # a second step finds what the first one left behind
                 _step(model, parameters, optimizer, work, ledger)
         summary = ledger.summary()
+    if work.packing and not asked:
+        raise no_packing(model)
     trainable = sum(parameter.numel() for _, parameter in parameters)
     total = parameter_count(model) - (trainable if work.lora is not None else 0)
     quantized = sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight))
@@ -129,7 +144,8 @@ def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str,
 
 def _build(config: PretrainedConfig, work: Workload) -> tuple[PreTrainedModel, list[tuple[str, torch.nn.Parameter]]]:
     with no_init_weights():
-        model = build_model(config, work.dtype, work.attention)
+        head: Head = "classification" if work.task == "classify" else "causal"
+        model = build_model(config, work.dtype, work.attention, head)
     cpu = torch.device("cpu")
     freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
     if work.lora is None:
@@ -151,15 +167,21 @@ def _step(
     work: Workload,
     ledger: Ledger,
 ) -> None:
-    shape = (work.micro_batch, work.tokens)
-    rows = [
-        _FakeRows(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
-        for _ in range(min(2, work.accumulation))
-    ]
-    accumulate_gradients(model, rows, trained_tokens=shape[0] * shape[1], phase=ledger.phase)
+    rows = [_rows(work) for _ in range(min(2, work.accumulation))]
+    accumulate_gradients(model, rows, trained_tokens=work.micro_batch * work.tokens, phase=ledger.phase)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
         optimizer.rehearse()
+
+
+def _rows(work: Workload) -> _FakeRows:
+    shape, is_text = (work.micro_batch, work.tokens), work.task == "classify"
+    return _FakeRows(
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        labels=torch.zeros(shape[:1] if is_text else shape, dtype=torch.int64),
+        position_ids=torch.zeros(shape, dtype=torch.int64) if work.packing else None,
+        attention_mask=torch.zeros(shape, dtype=torch.bool) if is_text and work.is_padded else None,
+    )
 
 
 def _extrapolate(low: Any, high: Any, factor: float) -> Any:
@@ -184,13 +206,20 @@ def _is_uniform(config: PretrainedConfig) -> bool:
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
-    """transformers reads off the positions whether a row holds several sequences. It cannot on fake tensors, takes the
-    worst, and builds a mask with which attention keeps more than in the real step: so the answer is given here."""
-    ask = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def _told_packing(is_packed: bool) -> Iterator[list[bool]]:
+    """transformers reads off the positions whether a row holds several documents. It cannot on fake tensors, takes the
+    worst, and builds a mask with which attention keeps more than in an unpacked step: there the answer is given here.
+
+    What is yielded fills with an entry a question: a model that never asks does not keep documents apart."""
+    ask, asked = masking_utils.find_packed_sequence_indices, list[bool]()
+
+    def answer(position_ids: Tensor) -> Tensor | None:
+        asked.append(True)
+        return ask(position_ids) if is_packed else None
+
+    masking_utils.find_packed_sequence_indices = answer
     try:
-        yield
+        yield asked
     finally:
         masking_utils.find_packed_sequence_indices = ask
 

@@ -35,6 +35,7 @@ from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, check_trackers, rehearse_longest, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
@@ -86,7 +87,7 @@ def plan_memory(
     name = None if card is None else card.name
     if not _rows_are_missing(recipe):
         prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
-        return plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest, name)
+        return plan_methods(recipe, prepared.config, prepared.pace, prepared.longest, name)
     watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
@@ -138,7 +139,7 @@ def train(
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
     prepared = prepare(begun, watch, weights=True, trust_remote_code=trust_remote_code)
-    plan = plan_methods(begun, prepared.config, prepared.pace, prepared.train.longest)
+    plan = plan_methods(begun, prepared.config, prepared.pace, prepared.longest)
     watch.planned(plan)
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
@@ -238,7 +239,10 @@ def _train(
         folder=folder,
         watch=watch.row,
         stop_requested=watch.stop_requested,
+        packed_tokens=prepared.packed_tokens,
     )
+    if job.packed_tokens is not None:
+        check_isolation(model)
     if resume:
         _go_on(job, watch)
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
