@@ -135,15 +135,17 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
 
 
 def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:
-    """Sequences of the first epoch, and the share of their places that is no padding."""
+    """Sequences of the first epoch, and the share of their places that is no padding; of a long one, of 1,000 steps."""
     pace, lengths = prepared.pace, prepared.train.lengths
     sampler = Sampler(len(lengths), recipe.train.seed)
     micro_batches: list[list[list[int]]] = []
-    for _ in range(min(pace.steps, math.ceil(len(lengths) / pace.rows_a_step))):
+    steps = min(pace.steps, math.ceil(len(lengths) / pace.rows_a_step), 1000)
+    for _ in range(steps):
         rows = sampler.next_rows(pace.rows_a_step)
         arranged = arrange([lengths[row] for row in rows], pace.micro_batch, tokens)
         micro_batches += [[[rows[row] for row in pack] for pack in packs] for packs in arranged]
     return {
+        "steps": steps,
         "sequences": sum(len(packs) for packs in micro_batches),
         "longest": tokens,
         "efficiency": efficiency(lengths, micro_batches),
