@@ -1,10 +1,12 @@
 """Models that read a text and give it one of several labels: quantised bodies, dense classifiers that train whole."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
     AutoModelForMaskedLM,
@@ -17,9 +19,11 @@ from transformers import (
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.load import freeze_and_quantize, load_base
 from qlora_kit.base.record import base_record
+from qlora_kit.data import collate_texts
 from qlora_kit.errors import ModelError
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
+from qlora_kit.train.step import accumulate_gradients, loss_sum
 
 COMMON = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -188,3 +192,50 @@ def test_a_quantised_embedding_serves_a_classifier(tmp_path):
     )  # fmt: skip
     assert not small.get_input_embeddings().is_tied
     assert 0 < tiny.relative(answers(small), plain) < 1
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+CLASSES = [0, 2, 1, 2]
+LENGTHS = (11, 4, 7, 11)
+
+
+def texts():
+    return [ids[:length] for ids, length in zip(tiny.tokens(4).tolist(), LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_a_step_is_transformers_own(family):
+    """Times the texts, since transformers takes the mean; both softmaxes are fp32."""
+    model = dense_model(family)
+    batch = collate_texts(texts(), CLASSES, pad_id=0)
+    assert batch.attention_mask.tolist() == [[t < length for t in range(11)] for length in LENGTHS]
+    own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=torch.tensor(CLASSES))
+    assert own.loss > 0.1
+    assert loss_sum(model, batch).item() == pytest.approx(4 * own.loss.item(), rel=1e-6)
+    assert loss_sum(model, replace(batch, attention_mask=None)).item() != pytest.approx(4 * own.loss.item(), rel=1e-5)
+    ignored = replace(batch, labels=torch.tensor([0, -100, 1, 2]))
+    without = F.cross_entropy(own.logits[1:2], torch.tensor([2])).item()
+    assert loss_sum(model, ignored).item() == pytest.approx(4 * own.loss.item() - without, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_side_by_side_have_the_loss_and_gradients_of_texts_alone(family):
+    model = tiny.quantized(dense_model(family))
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32, also_train=["classifier"])
+    tiny.wake(model)
+
+    def gradients(groups):
+        for _, parameter in adapter_parameters(model):
+            parameter.grad = None
+        batches = [collate_texts([texts()[i] for i in group], [CLASSES[i] for i in group], 0) for group in groups]
+        loss = accumulate_gradients(model.train(), batches, trained_tokens=4)
+        assert [batch.attention_mask is None for batch in batches] == [len(group) == 1 for group in groups]
+        return loss.item(), torch.cat([parameter.grad.flatten() for _, parameter in adapter_parameters(model)])
+
+    alone, wanted = gradients([[0], [1], [2], [3]])
+    together, found = gradients([[0, 1, 2, 3]])
+    assert alone > 0.1
+    assert wanted.norm() > 0.01
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert tiny.relative(found, wanted) < 2e-6

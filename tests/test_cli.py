@@ -98,6 +98,20 @@ def finished(tmp_path_factory, model_folder):
     return folder / "run", result.output
 
 
+def test_a_packed_run_takes_the_memory_that_was_planned_for_it(recipe):
+    result = call("train", recipe, "data.packing=true", "train.micro_batch=2", "train.accumulation=4")
+    assert result.exit_code == 0, result.output
+    run = recipe.parent / "run"
+    packing = json.loads((run / "data.json").read_text())["packing"]
+    assert packing["steps"] == 1
+    assert packing["sequences"] < 7, "of seven rows"
+    assert packing["longest"] == 32
+    assert 0.8 < packing["efficiency"] <= 1
+    memory = json.loads((run / "memory.json").read_text())
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert json.loads((run / "plan.json").read_text())["tokens"] == 32
+
+
 def test_a_run_fills_its_folder_as_documented(finished):
     run, _ = finished
     assert {path.name for path in run.iterdir()} - {".lock"} == RUN_FILES

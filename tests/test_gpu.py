@@ -10,6 +10,7 @@ from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.load import freeze_and_quantize
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
+from qlora_kit.train.isolation import leaked_gradient
 from qlora_kit.train.optim import AdapterOptimizer
 
 pytestmark = pytest.mark.gpu
@@ -78,6 +79,14 @@ def test_forward_and_backward_decode_into_one_buffer_though_they_are_two_threads
     x = torch.randn(4, 128, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
     assert (len(threads), len(addresses)) == (2, 1)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_gradient_flows_between_packed_documents_on_the_gpu(dtype, attention):
+    model = llama(hidden_size=128, intermediate_size=256)
+    model.set_attn_implementation(attention)
+    assert leaked_gradient(freeze_and_quantize(model, Quantization(), dtype, CUDA)) == 0.0
 
 
 def test_the_counter_reads_the_allocators_peak():

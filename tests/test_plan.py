@@ -1,5 +1,6 @@
 """The plan is the program, run on nothing: its bytes are the real step's bytes, and it leaves the process as it was."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -8,11 +9,19 @@ import pytest
 import tiny
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GPT2Config, LlamaConfig, Qwen3Config, masking_utils
+from transformers import (
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    masking_utils,
+)
 
 from qlora_kit.base import Quantization, formats, kernels
 from qlora_kit.base.load import build_model, freeze_and_quantize
-from qlora_kit.data import Encoded, collate
+from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, dry_run, plan_methods
@@ -20,10 +29,12 @@ from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_r
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
 from qlora_kit.report.text import plan_text
 from qlora_kit.train.activations import set_activation_policy
+from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
+from qlora_kit.train.step import accumulate_gradients
 
 dry_run_room = sys.modules["qlora_kit.plan.dry_run"]  # its function bears the same name
 CPU = torch.device("cpu")
@@ -35,7 +46,11 @@ CONFIGS = {
     "gpt2": GPT2Config(
         vocab_size=512, n_positions=64, n_embd=128, n_layer=2, n_head=4, resid_pdrop=0.1, attn_pdrop=0.0
     ),
-}
+    "mixtral": MixtralConfig(**{**tiny.LLAMA, **SHAPE}, num_local_experts=4, num_experts_per_tok=2),
+    "gemma3": Gemma3TextConfig(**{**tiny.LLAMA, **SHAPE}, head_dim=16, sliding_window=8,
+                               layer_types=["sliding_attention", "full_attention"]),
+    "bert": BertConfig(**{**tiny.LLAMA, **SHAPE}, attention_probs_dropout_prob=0.0),
+}  # fmt: skip
 WORK = Workload(
     quantization=Quantization("nf4"),
     lora=Lora(rank=8),
@@ -54,11 +69,13 @@ WORK = Workload(
 def real_model(config, work, ledger):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build_model(config, work.dtype, work.attention)
+        head = "classification" if work.task == "classify" else "causal"
+        model = build_model(config, work.dtype, work.attention, head)
     ledger.ignore(model.parameters())
+    also = work.lora.also_train
     with ledger.watch("load"):
         freeze_and_quantize(model, work.quantization, work.dtype, CPU, work.skip)
-        add_lora(model, rank=work.lora.rank, alpha=work.lora.alpha, dropout=work.lora.dropout)
+        add_lora(model, rank=work.lora.rank, alpha=work.lora.alpha, dropout=work.lora.dropout, also_train=also)
     ledger.adopt(model)
     set_activation_policy(model, work.activations)
     return model.train()
@@ -75,7 +92,8 @@ def real_step(config, work, folder):
     model = real_model(config, work, ledger)
     parameters = dict(adapter_parameters(model))
     optimizer = AdapterOptimizer(list(parameters.items()), work.optimizer, master_weights=work.master_weights)
-    ids = tiny.tokens(work.micro_batch * work.accumulation, work.tokens, vocab=config.vocab_size).tolist()
+    length = work.tokens // 3 if work.packing else work.tokens
+    ids = tiny.tokens(work.micro_batch * work.accumulation * 3, length, vocab=config.vocab_size).tolist()
     job = Job(
         model=model,
         parameters=parameters,
@@ -86,6 +104,7 @@ def real_step(config, work, folder):
         pace=Pace(1, work.micro_batch, work.accumulation, 1, None, 1e-3, "the test", 0, 0),
         train=Train(),
         folder=folder,
+        packed_tokens=work.tokens if work.packing else None,
     )
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     metrics = MetricsLog(folder / "metrics.jsonl")
@@ -142,6 +161,64 @@ def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro
 def test_other_families_and_settings_agree_too(family, changes, tmp_path):
     work = replace(WORK, **changes)
     assert_agrees(dry_run(CONFIGS[family], work), real_step(CONFIGS[family], work, tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("llama", "sdpa"), ("gpt2", "eager"), ("gemma3", "sdpa"),
+     *(pytest.param(family, attention, marks=pytest.mark.slow) for family, attention in [
+         ("llama", "eager"), ("gpt2", "sdpa"), ("gemma3", "eager"), ("qwen3", "sdpa"), ("qwen3", "eager"),
+         ("mixtral", "sdpa"), ("mixtral", "eager")])],
+)  # fmt: skip
+def test_a_planned_step_of_packed_rows_takes_the_bytes_of_the_real_one(family, attention, tmp_path):
+    dtype = torch.bfloat16 if family == "mixtral" else torch.float32
+    work = replace(WORK, packing=True, attention=attention, dtype=dtype)
+    measured, _ = real_step(CONFIGS[family], work, tmp_path)
+    assert_agrees(dry_run(CONFIGS[family], work), measured)
+    if attention == "sdpa":
+        plain = dry_run(CONFIGS[family], replace(work, packing=False))
+        assert measured["peak_bytes"] > plain["peak_bytes"], "the mask is there"
+
+
+def real_classification(config, work, lengths):
+    """What the ledger says of two real steps on texts of these lengths."""
+    ledger = Ledger()
+    model = real_model(config, work, ledger)
+    parameters = list(adapter_parameters(model))
+    optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
+    ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
+    texts = [ids[:length] for ids, length in zip(tiny.tokens(len(lengths), TOKENS).tolist(), lengths, strict=True)]
+    with ledger:
+        for _ in range(2):
+            batch = collate_texts(texts, [0, 2, 1, 0][: len(texts)], 0)
+            loss = accumulate_gradients(model, [batch], batch.trained_tokens, phase=ledger.phase)
+            with ledger.phase("optimizer"):
+                torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
+                optimizer.step(1e-3)
+        with ledger.phase("save"):
+            rehearse_checkpoint(dict(parameters), optimizer, on_card=False)
+    assert 0.1 < loss.item() < 3
+    return ledger.summary()
+
+
+PADDED, LEVEL = (TOKENS, 9, 30, 22), (TOKENS,) * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "lengths"),
+    [("bert", "sdpa", PADDED), ("bert", "eager", PADDED), ("bert", "sdpa", LEVEL), ("llama", "sdpa", PADDED),
+     *(pytest.param(family, attention, lengths, marks=pytest.mark.slow) for family, attention, lengths in [
+         ("bert", "sdpa", (TOKENS,)), ("bert", "eager", LEVEL), ("llama", "sdpa", LEVEL), ("llama", "eager", PADDED)])],
+)  # fmt: skip
+def test_a_planned_classification_takes_the_bytes_of_the_real_one(family, attention, lengths):
+    config = copy.deepcopy(CONFIGS[family])
+    config.num_labels = 3
+    lora = Lora(rank=8, also_train=[{"bert": "classifier", "llama": "score"}[family]])
+    shape = {"micro_batch": len(lengths), "is_padded": min(lengths) < TOKENS, "eval_shape": None}
+    work = replace(WORK, task="classify", attention=attention, lora=lora, **shape)
+    measured = real_classification(config, work, lengths)
+    assert_agrees(dry_run(config, work), measured)
+    assert measured["by_category"]["other"] < 0.01 * measured["peak_bytes"]
 
 
 # --- the process is left as it was ------------------------------------------------------------------------------------

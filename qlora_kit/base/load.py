@@ -145,7 +145,7 @@ def head_of(model: PreTrainedModel) -> Head:
     return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:
     """The same model with no weights read: what the dry run uses under fake tensors.
 
     Code that the model's folder brings runs only if the configuration is of a class from there, which `read_config`
@@ -153,7 +153,7 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str) ->
     """
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = _AUTO[head].from_config(
         config,
         dtype=dtype,
         attn_implementation=attention,

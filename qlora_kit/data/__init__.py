@@ -1,14 +1,15 @@
 """Data: from files to batches, and every row on the way accounted for.
 
-load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, collate
+load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 (files)        (held out)      (token ids)      (batches)
 """
 
-from qlora_kit.data.collate import Batch, Sampler, collate
+from qlora_kit.data.collate import Batch, Sampler, collate, collate_packs, collate_texts
 from qlora_kit.data.encode import Counts, EncodedSet, encode_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
+from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
 from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
 
 __all__ = [
@@ -24,12 +25,19 @@ __all__ = [
     "Sampler",
     "Source",
     "Text",
+    "arrange",
+    "best_fit",
     "check_turn_tokens",
     "collate",
+    "collate_packs",
+    "collate_texts",
+    "efficiency",
     "encode",
     "encode_rows",
     "find_template",
+    "full_packs",
     "load_rows",
+    "longest_pack",
     "read_row",
     "split_eval",
 ]

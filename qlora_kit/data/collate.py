@@ -1,10 +1,11 @@
 """Collate: which rows come next, and several rows as one batch.
 
-    B rows of a batch, T tokens of the longest
+    B sequences of a batch, T tokens of the longest, L labels that a text may have
 
-Rows are padded on the right and no attention mask is made: in a causal model no real token sees a pad that follows it,
-and the label of a pad does not count. Everything that a step must know about lengths is a plain number here, so that
-no step reads a value off a tensor.
+Sequences are padded on the right and a causal model gets no attention mask: no real token sees a pad that follows it,
+and the label of a pad does not count. Where a sequence holds several documents, positions that begin anew tell
+transformers to keep them apart. Everything that a step must know about lengths is a plain number here, so that no step
+reads a value off a tensor.
 """
 
 import random
@@ -27,13 +28,16 @@ class Batch:
     """(B, T), int64."""
     labels: torch.Tensor
     """(B, T), int64, not shifted: the id where the loss counts its prediction, otherwise IGNORED. The first of a
-    row is always ignored, since nothing predicts it."""
-    position_ids: torch.Tensor
-    """(B, T), int64: 0, 1, ... in every row, through its padding."""
+    document is always ignored, since nothing predicts it. (B,) of a classification: the class of each text."""
     lengths: tuple[int, ...]
-    """Tokens of each row without padding."""
+    """Tokens of each sequence without padding."""
     trained_tokens: int
-    """Labels that count, in all rows."""
+    """Labels that count, in all sequences."""
+    position_ids: torch.Tensor | None = None
+    """(B, T), int64: 0, 1, ... in every document, the last one's through the padding. None where no sequence holds
+    several."""
+    attention_mask: torch.Tensor | None = None
+    """(B, T), bool: False at the padding. None for causal models, and where there is none."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -41,7 +45,8 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device),
             labels=self.labels.to(device),
-            position_ids=self.position_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
         )
 
 
@@ -55,16 +60,59 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
     Returns:
         a `Batch` of (B, T) on the CPU, T the length of the longest row.
     """
-    lengths = tuple(len(row.input_ids) for row in rows)
-    B, T = len(rows), max(lengths)
-    input_ids = torch.full((B, T), pad_id, dtype=torch.int64)
-    labels = torch.full((B, T), IGNORED, dtype=torch.int64)
-    for b, (row, tokens) in enumerate(zip(rows, lengths, strict=True)):
-        ids = torch.tensor(row.input_ids, dtype=torch.int64)
-        input_ids[b, :tokens] = ids
-        labels[b, 1:tokens] = ids[1:].where(torch.tensor(row.trained[1:], dtype=torch.bool), IGNORED)
-    position_ids = torch.arange(T).expand(B, T).contiguous()
-    return Batch(input_ids, labels, position_ids, lengths, sum(row.trained_tokens for row in rows))
+    return collate_packs([[row] for row in rows], pad_id)
+
+
+def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
+    """Put packed rows side by side: in each sequence one document after the other, then the padding.
+
+    Args:
+        packs: the rows of B sequences, B >= 1; see `qlora_kit.data.pack`.
+        pad_id: as for `collate`.
+    """
+    lengths = tuple(sum(len(row.input_ids) for row in pack) for pack in packs)
+    shape = len(packs), max(lengths)
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for b, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            end = start + len(row.input_ids)
+            ids = torch.tensor(row.input_ids, dtype=torch.int64)
+            input_ids[b, start:end] = ids
+            labels[b, start + 1 : end] = ids[1:].where(torch.tensor(row.trained[1:], dtype=torch.bool), IGNORED)
+            start = end
+    positions = _positions(packs, shape[1]) if any(len(pack) > 1 for pack in packs) else None
+    trained_tokens = sum(row.trained_tokens for pack in packs for row in pack)
+    return Batch(input_ids, labels, lengths, trained_tokens, positions)
+
+
+def _positions(packs: Sequence[Sequence[Encoded]], T: int) -> torch.Tensor:
+    """(B, T): anew from 0 in every document; the padding goes on from the last."""
+    position_ids = torch.empty((len(packs), T), dtype=torch.int64)
+    for b, pack in enumerate(packs):
+        start = 0
+        for row in pack:
+            position_ids[b, start:] = torch.arange(T - start)
+            start += len(row.input_ids)
+    return position_ids
+
+
+def collate_texts(texts: Sequence[Sequence[int]], classes: Sequence[int], pad_id: int) -> Batch:
+    """Put texts to be classified side by side, padded on the right; a model that looks both ways gets a mask.
+
+    Texts of one length get none: transformers drops a mask of ones when it has read it, which a dry run cannot.
+
+    Args:
+        texts: token ids of B texts, B >= 1.
+        classes: of each, 0 to L - 1.
+        pad_id: the model's own pad token: some models look for it.
+    """
+    lengths = tuple(len(text) for text in texts)
+    T = max(lengths)
+    input_ids = torch.tensor([[*text, *[pad_id] * (T - len(text))] for text in texts], dtype=torch.int64)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None] if min(lengths) < T else None
+    return Batch(input_ids, torch.tensor(classes, dtype=torch.int64), lengths, len(texts), attention_mask=mask)
 
 
 class Sampler:

@@ -53,7 +53,12 @@ class EncodedSet:
     @property
     def longest(self) -> int:
         """Tokens of the longest row that is kept."""
-        return max(len(row.input_ids) for row in self.rows)
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row that is kept."""
+        return [len(row.input_ids) for row in self.rows]
 
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those in which nothing is trained."""

@@ -73,5 +73,5 @@ def _by_token(p_NV: Tensor, q_NV: Tensor, label_N: Tensor) -> Tensor:
 def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits for the labelled tokens of a batch, (N, V)."""
     batch = batch.to(model.device)
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits
     return logits[:, :-1][batch.labels[:, 1:] != IGNORED]

@@ -4,7 +4,7 @@ Real and fake differ in four places, each a seam of its own:
 - where weights come from: a model built from its configuration, instead of the pages of a checkpoint;
 - the optimizer's arithmetic: bitsandbytes reads values, so `AdapterOptimizer.rehearse` does all but that;
 - the writer: `rehearse_checkpoint`, and an export's rehearsal, make what is written and write nothing;
-- values: nothing here asks whether a loss is finite, and that rows are not packed is told, not read (`_unpacked`).
+- values: nothing here asks whether a loss is finite, and whether rows are packed is told, not read (`_told_packing`).
 
 Layers are alike, so a deep model is planned from two shallow ones (`depths.py`).
 """
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
+from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, Ledger
 from qlora_kit.plan.depths import block_bytes, deepen, find_shallow, moments, peaks, role, with_depth
@@ -32,6 +32,7 @@ from qlora_kit.recipe import Lora, Recipe
 from qlora_kit.train.activations import Blocks, Policy, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.evaluate import rehearse_evaluation
+from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer, MasterWeights, definite_masters
 from qlora_kit.train.step import accumulate_gradients
 
@@ -58,6 +59,9 @@ class Workload:
         quantize_head: whether embedding and head are quantised, too.
         eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
         on_card: whether the device is a card: what lies in the host's memory is counted by itself then.
+        packing: whether a row may hold several documents; then `tokens` are those of the fullest.
+        task: pretrain and sft are one and the same step.
+        is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
     """
 
     quantization: Quantization
@@ -74,6 +78,9 @@ class Workload:
     quantize_head: bool = False
     eval_shape: tuple[int, int] | None = None
     on_card: bool = False
+    packing: bool = False
+    task: Literal["sft", "pretrain", "classify"] = "sft"
+    is_padded: bool = False
 
     @classmethod
     def of(
@@ -94,6 +101,7 @@ class Workload:
             master_weights=definite_masters(recipe.train.master_weights),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head,
+            packing=recipe.data.packing is True,
         )
 
 
@@ -101,6 +109,8 @@ class Workload:
 class _FakeRows:
     input_ids: Tensor
     labels: Tensor
+    position_ids: Tensor | None
+    attention_mask: Tensor | None
 
 
 def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
@@ -115,6 +125,9 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
         `peak_bytes`, `resident_bytes` (after the step), `by_category`, `peak_by_phase`, `host_peak_bytes`,
         `paged_bytes` as plan.json has them, and `parameters` {total, trainable, quantized}; for the solver `layers`,
         `moments` (peaks by phase and side of the model) and `block_bytes` (what a block leaves for its backward pass).
+
+    Raises:
+        ModelError: rows are packed, and the model does not keep them apart.
     """
     shallow = find_shallow(config, work.activations)
     runs = [_fake_run(config, replace(work, activations=blocks), after) for blocks, _ in shallow.steps]
@@ -137,17 +150,20 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
     """All phases at the depth that the blocks of `work` are."""
     blocks = work.activations
     config = with_depth(config, blocks.all) if isinstance(blocks, Blocks) and blocks.all else config
-    with _quiet(), _unpacked(), FakeTensorMode(allow_non_fake_inputs=True):
+    with _quiet(), _told_packing(False), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(host_apart=work.on_card)
         model, parameters = _build(config, work, ledger)
         optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
         with ledger:
-            _step(model, parameters, optimizer, work, ledger)
+            with _told_packing(work.packing) as asked:
+                _step(model, parameters, optimizer, work, ledger)
+            if work.packing and not asked:
+                raise no_packing(model)
             resident = ledger.current()
             if work.eval_shape is not None:
-                rehearse_evaluation(model, _rows(work.eval_shape), ledger.phase)
+                rehearse_evaluation(model, _rows(work.eval_shape, replace(work, packing=False)), ledger.phase)
             with ledger.phase("save"):
                 kept = dict(parameters) | dict(adapter_constants(model))
                 rehearse_checkpoint(kept, optimizer, on_card=work.on_card)
@@ -179,7 +195,8 @@ def _count_parameters(model: PreTrainedModel, parameters: Named, work: Workload)
 def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[PreTrainedModel, Named]:
     """The model as loading leaves it, with its adapter; the dense weights themselves are pages of a file."""
     with no_init_weights():
-        model = build_model(config, work.dtype, work.attention)
+        head: Head = "classification" if work.task == "classify" else "causal"
+        model = build_model(config, work.dtype, work.attention, head)
     ledger.ignore(model.parameters())
     cpu = torch.device("cpu")
     with ledger, ledger.phase("load"):
@@ -204,24 +221,37 @@ def _step(
             parameter.grad = torch.zeros_like(parameter)
         ledger.own("gradients", (parameter.grad for _, parameter in parameters if parameter.grad is not None))
     shape = (work.micro_batch, work.tokens)
-    accumulate_gradients(model, [_rows(shape)], trained_tokens=shape[0] * shape[1], phase=ledger.phase)
+    accumulate_gradients(model, [_rows(shape, work)], trained_tokens=shape[0] * shape[1], phase=ledger.phase)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
         optimizer.rehearse()
 
 
-def _rows(shape: tuple[int, int]) -> _FakeRows:
-    return _FakeRows(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
+def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:
+    is_text = work.task == "classify"
+    return _FakeRows(
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        labels=torch.zeros(shape[:1] if is_text else shape, dtype=torch.int64),
+        position_ids=torch.zeros(shape, dtype=torch.int64) if work.packing else None,
+        attention_mask=torch.zeros(shape, dtype=torch.bool) if is_text and work.is_padded else None,
+    )
 
 
 @contextmanager
-def _unpacked() -> Iterator[None]:
-    """transformers reads off the positions whether a row holds several sequences. It cannot on fake tensors, takes the
-    worst, and builds a mask with which attention keeps more than in the real step: so the answer is given here."""
-    ask = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+def _told_packing(is_packed: bool) -> Iterator[list[bool]]:
+    """transformers reads off the positions whether a row holds several documents. It cannot on fake tensors, takes the
+    worst, and builds a mask with which attention keeps more than in an unpacked step: there the answer is given here.
+
+    What is yielded fills with an entry a question: a model that never asks does not keep documents apart."""
+    ask, asked = masking_utils.find_packed_sequence_indices, list[bool]()
+
+    def answer(position_ids: Tensor) -> Tensor | None:
+        asked.append(True)
+        return ask(position_ids) if is_packed else None
+
+    masking_utils.find_packed_sequence_indices = answer
     try:
-        yield
+        yield asked
     finally:
         masking_utils.find_packed_sequence_indices = ask
 

@@ -33,7 +33,6 @@ ROWS = (
     NotYet("data.train[].format", _PLAIN_FORMATS, _FORMATS),
     NotYet("data.format", _PLAIN_FORMATS, _FORMATS),
     NotYet("data.over_length", _all_but("split"), "built: drop, truncate, error"),
-    NotYet("data.packing", _all_but(True), "built: false, and auto, which is false for now"),
     NotYet("data.thinking", _only("keep"), "built: keep"),
     NotYet("data.on_error", _only("stop"), "built: stop"),
     NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),

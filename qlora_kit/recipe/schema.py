@@ -186,7 +186,7 @@ class Data(Section):
     over_length: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to a longer row; every one is counted."""
     packing: bool | Auto = "auto"
-    """Put several rows into one sequence; auto: where task and attention allow it and it is faster."""
+    """Rows of a step share sequences of at most max_tokens; auto: false, since a dense mask is not always faster."""
     loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
     """The tokens that are learnt: those of the assistant, its last turn, the completion, or all."""
     template: TemplateName = "auto"

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from qlora_kit.base.load import resolve_device
+from qlora_kit.data import Sampler, arrange, efficiency
 from qlora_kit.errors import RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
@@ -127,7 +129,27 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
     data: dict[str, Any] = {"chats": prepared.train.has_chats, "train": asdict(prepared.train.counts)}
     if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)
+    if prepared.packed_tokens is not None:
+        data["packing"] = _packing(recipe, prepared, prepared.packed_tokens)
     write_json(folder / DATA, data)
+
+
+def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:
+    """Sequences of the first epoch, and the share of their places that is no padding; of a long one, of 1,000 steps."""
+    pace, lengths = prepared.pace, prepared.train.lengths
+    sampler = Sampler(len(lengths), recipe.train.seed)
+    micro_batches: list[list[list[int]]] = []
+    steps = min(pace.steps, math.ceil(len(lengths) / pace.rows_a_step), 1000)
+    for _ in range(steps):
+        rows = sampler.next_rows(pace.rows_a_step)
+        arranged = arrange([lengths[row] for row in rows], pace.micro_batch, tokens)
+        micro_batches += [[[rows[row] for row in pack] for pack in packs] for packs in arranged]
+    return {
+        "steps": steps,
+        "sequences": sum(len(packs) for packs in micro_batches),
+        "longest": tokens,
+        "efficiency": efficiency(lengths, micro_batches),
+    }
 
 
 def provenance_of(recipe: Recipe) -> dict[str, str]:

@@ -21,6 +21,7 @@ from qlora_kit.data import (
     encode_rows,
     find_template,
     load_rows,
+    longest_pack,
     split_eval,
 )
 from qlora_kit.errors import DataError
@@ -39,6 +40,7 @@ class Prepared:
         train: encoded training rows.
         eval: encoded held-out rows; empty where the recipe wants none.
         pace: steps and batch sizes.
+        packed_tokens: most tokens of a sequence where rows are packed; None where every row is its own.
     """
 
     config: PretrainedConfig
@@ -46,6 +48,12 @@ class Prepared:
     train: EncodedSet
     eval: EncodedSet
     pace: Pace
+    packed_tokens: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that no sequence exceeds."""
+        return self.train.longest if self.packed_tokens is None else self.packed_tokens
 
 
 def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: bool = False) -> Prepared:
@@ -63,16 +71,17 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
-    counts = train_rows.counts
+    counts, is_packed = train_rows.counts, recipe.data.packing is True
     pace = set_pace(
         recipe.train,
         rows=counts.rows,
-        longest=train_rows.longest,
+        longest=max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest,
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
         parameters=count_parameters(config),
     )
-    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace)
+    packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
+    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
     watch.prepared(prepared)
     if pace.warning is not None:
         watch.note(pace.warning)

@@ -44,6 +44,7 @@ from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, set_activation_policy
 from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
@@ -119,7 +120,7 @@ def _plan(recipe: Recipe, prepared: Prepared, card: str | None = None) -> dict[s
         recipe,
         prepared.config,
         prepared.pace,
-        prepared.train.longest,
+        prepared.longest,
         card,
         eval_shape=largest_eval_shape(prepared.eval.rows),
         after={"export": rehearse_merge},
@@ -275,7 +276,10 @@ def _train(
         folder=folder,
         watch=watch.row,
         stop_requested=watch.stop_requested,
+        packed_tokens=prepared.packed_tokens,
     )
+    if job.packed_tokens is not None:
+        check_isolation(model)
     if resume:
         _go_on(job, watch)
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)

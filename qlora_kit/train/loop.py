@@ -1,8 +1,8 @@
 """The training loop, on accelerate: rows to micro-batches to steps, with evaluation, metrics and checkpoints between.
 
 The rows of a step are a function of the seed and of how many rows were consumed, so a resumed run sees what it would
-have seen. Within a step rows of like length share a micro-batch; since a step's loss is weighted by tokens, that
-changes nothing but the padding.
+have seen. Within a step rows may share a sequence, and sequences of like length share a micro-batch; since a step's
+loss is weighted by tokens, that changes nothing but the padding.
 """
 
 import math
@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel
 
-from qlora_kit.data import Batch, Encoded, Sampler, collate
+from qlora_kit.data import Batch, Encoded, Sampler, arrange, collate_packs, full_packs
 from qlora_kit.errors import DeviceError, RunError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
@@ -51,6 +51,7 @@ class Job:
         progress: where to start.
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
+        packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
+    packed_tokens: int | None = None
 
     @property
     def kept(self) -> dict[str, torch.Tensor]:
@@ -123,8 +125,7 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     Returns:
         names of the parameters that no gradient reached: the model does not use them on these rows.
     """
-    longest = sorted(job.rows, key=lambda row: len(row.input_ids), reverse=True)[: job.pace.micro_batch]
-    batch = collate(longest, job.pad_id).to(job.device)
+    batch = _longest(job)
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         job.model.train()
@@ -138,6 +139,16 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     with ledger.phase("save"):
         rehearse_checkpoint(job.kept, job.optimizer, on_card=job.device.type == "cuda")
     return untouched
+
+
+def _longest(job: Job) -> Batch:
+    """A micro-batch that none of the run exceeds."""
+    if job.packed_tokens is not None:
+        packs = full_packs(job.rows, job.pace.micro_batch, job.packed_tokens)
+    else:
+        by_length = sorted(job.rows, key=lambda row: len(row.input_ids), reverse=True)
+        packs = [[row] for row in by_length[: job.pace.micro_batch]]
+    return collate_packs(packs, job.pad_id).to(job.device)
 
 
 def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:
@@ -215,10 +226,10 @@ def _take_step(
 
 
 def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
-    """The rows of a step, longest first, cut into micro-batches."""
-    rows = sorted((job.rows[index] for index in indices), key=lambda row: len(row.input_ids), reverse=True)
-    for start in range(0, len(rows), job.pace.micro_batch):
-        yield collate(rows[start : start + job.pace.micro_batch], job.pad_id).to(job.device)
+    """The rows of a step, cut into micro-batches."""
+    rows = [job.rows[index] for index in indices]
+    for packs in arrange([len(row.input_ids) for row in rows], job.pace.micro_batch, job.packed_tokens):
+        yield collate_packs([[rows[row] for row in pack] for pack in packs], job.pad_id).to(job.device)
 
 
 def _evaluate(job: Job) -> dict[str, Any]:

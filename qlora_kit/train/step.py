@@ -1,7 +1,8 @@
 """One optimizer step: the same code on real tensors and, in the dry run, on fake ones.
 
 So nothing here reads a value off a tensor: counts come from the host, and whether a loss is finite is asked elsewhere.
-A causal model gets no attention mask: rows are padded on the right, and no real token looks to its right.
+A causal model gets no attention mask: rows are padded on the right, and no real token looks to its right. Where rows
+are packed, it gets positions that begin anew at every document, from which transformers makes the mask.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.train.objectives import causal_loss_sum
+from qlora_kit.train.objectives import causal_loss_sum, classification_loss_sum
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Marks a block as one phase of the step, for a ledger."""
@@ -26,7 +27,15 @@ class Rows(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """(batch, tokens), int64, -100 where not trained."""
+        """(batch, tokens), int64, -100 where not trained; or (batch,): the class of each text."""
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """(batch, tokens), int64, of packed rows."""
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(batch, tokens), bool, for padded rows of a model that looks both ways."""
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
@@ -37,9 +46,16 @@ def no_phase(name: str) -> AbstractContextManager[None]:
 def loss_sum(model: nn.Module, rows: Rows, phase: Phase = no_phase) -> Tensor:
     """Forward pass and loss of one micro-batch: fp32 scalar, summed over its trained tokens, in nats."""
     with phase("forward"):
-        logits = model(input_ids=rows.input_ids, use_cache=False).logits
+        logits = model(input_ids=rows.input_ids, **_structure(rows), use_cache=False).logits
     with phase("loss"):
-        return causal_loss_sum(logits, rows.labels)
+        objective = classification_loss_sum if rows.labels.ndim == 1 else causal_loss_sum
+        return objective(logits, rows.labels)
+
+
+def _structure(rows: Rows) -> dict[str, Tensor]:
+    """What the model must be told beside the tokens."""
+    told = {"position_ids": rows.position_ids, "attention_mask": rows.attention_mask}
+    return {name: tensor for name, tensor in told.items() if tensor is not None}
 
 
 def accumulate_gradients(
