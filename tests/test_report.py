@@ -10,19 +10,32 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from typer.testing import CliRunner
 
+from qlora_kit.cli.app import app
 from qlora_kit.errors import RunError
 from qlora_kit.report import (
+    PhaseBar,
     Series,
+    card_groups,
+    cards_sentence,
+    compare_runs,
+    comparison_facts,
+    comparison_text,
     judge_curve,
     line_chart,
     memory_check_text,
     memory_table,
+    phase_bars,
     plan_text,
     read_run,
     render,
+    render_comparison,
+    report_facts,
     scores_text,
     stacked_bars,
+    timeline,
+    write_comparison,
     write_report,
 )
 from qlora_kit.report.curve import smooth, thin
@@ -99,6 +112,47 @@ def example_documents():
     }
 
 
+PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluate", "save", "export")
+USABLE = {"RTX 4060": 7.4, "RTX 3060": 11.4, "RTX 4070": 11.39, "RTX 4090": 23.4, "H100 80GB": 79.1}
+
+
+def moments():
+    """Two micro-batches and a step: 40 moments whose fullest is in the backward phase."""
+    phases = [*["load"] * 6, *(["forward"] * 6 + ["loss"] + ["backward"] * 6) * 2, *["optimizer"] * 2, "evaluate"]
+    phases += [*["evaluate"] * 3, "save"]
+    held = {"forward": 1.0, "loss": 2.0, "backward": 2.85}
+    return [
+        {"phase": phase, "bytes": {"base_weights": 5 * GIB, "activations": int(GIB * held.get(phase, 0)), "other": 0}}
+        for phase in phases
+    ]
+
+
+def full_documents():
+    """A run folder with every key that there is."""
+    documents = example_documents()
+    plan, memory = documents["plan.json"], documents["memory.json"]
+    for method, factor in zip(plan["methods"].values(), (1, 2, 9), strict=True):
+        method["peak_by_phase"] = {phase: factor * (5 * GIB + 100 * MIB * index) for index, phase in enumerate(PHASES)}
+    plan["methods"]["qlora"] |= {"host_peak_bytes": 2 * GIB, "paged_bytes": 256 * MIB}
+    plan |= {"activations": "recompute 30, keep 2", "blocks": {"keep": 2, "recompute": 30, "offload": 0}}
+    plan |= {"loss_chunk": 1024, "micro_batch": 2, "accumulation": 8, "floor": {"bytes": 6 * GIB, "ratio": 1.38}}
+    plan["allocator"] = {"rounding_bytes": 64 * MIB, "library_bytes": 96 * MIB, "context_bytes": 480 * MIB}
+    plan["cards"] = [
+        {"name": name, "usable_bytes": int(usable * GIB), "qlora": usable > 9, "lora_16bit": usable > 20,
+         "full_finetune": False}
+        for name, usable in USABLE.items()
+    ]  # fmt: skip
+    memory["measured"]["peak_by_phase"] = {phase: 5 * GIB + 101 * MIB * index for index, phase in enumerate(PHASES[:5])}
+    memory["measured"]["peak_by_phase"]["backward"] = int(7.85 * GIB)
+    memory |= {"timeline": moments(), "paged_bytes": 256 * MIB}
+    memory["largest"] = [
+        {"bytes": (20 - index) * MIB, "category": "workspace", "phase": "backward", "operator": "aten.mm",
+         "module": f"model.layers.{index}.mlp" if index else "", "shape": [2048, 4096], "dtype": "bfloat16"}
+        for index in range(10)
+    ]  # fmt: skip
+    return documents
+
+
 def write_run(folder, documents=None, rows=None, recipe="base:\n  model: Qwen/Qwen3-8B\n  quantization: nf4\n"):
     folder.mkdir(exist_ok=True)
     for name, document in (example_documents() if documents is None else documents).items():
@@ -144,7 +198,8 @@ class Page(HTMLParser):
 
 def drawings(page):
     """The outermost SVG elements of a page, parsed as XML."""
-    found = re.findall(r"<svg class=\"(?:bars|chart)\".*?</svg>(?=<(?:/figure|table|/section))", page, re.DOTALL)
+    kinds = "bars|chart|phases|chart timeline"
+    found = re.findall(rf"<svg class=\"(?:{kinds})\".*?</svg>(?=<(?:/figure|table|/section))", page, re.DOTALL)
     return [ElementTree.fromstring(one) for one in found]
 
 
@@ -165,7 +220,7 @@ def test_page_is_well_formed_and_holds_every_section(run):
         "Recipe",
         "Environment",
     ]
-    assert [drawing.get("role") for drawing in drawings(page)] == ["img"] * 4
+    assert [drawing.get("role") for drawing in drawings(page)] == ["img"] * 6
     assert all(drawing.find("title").text for drawing in drawings(page))
     assert "Qwen/Qwen3-8B" in parsed.text
 
@@ -191,8 +246,13 @@ def test_page_loads_nothing_and_runs_nothing(run):
 
 
 def test_whatever_the_run_says_stays_text(tmp_path):
-    documents = example_documents()
+    documents = full_documents()
     plan, memory = documents["plan.json"], documents["memory.json"]
+    plan["cards"][0]["name"] = plan["activations"] = HOSTILE
+    plan["blocks"] = {HOSTILE: 1, "keep": 1}
+    memory["timeline"][3] = {"phase": HOSTILE, "bytes": {HOSTILE: GIB}}
+    memory["largest"][0] |= dict.fromkeys(("category", "phase", "module", "operator", "dtype"), HOSTILE)
+    memory["measured"]["peak_by_phase"][HOSTILE] = 1
     plan["planned_on"] = plan["methods"]["full_finetune"]["assumes"][HOSTILE] = HOSTILE
     plan["methods"]["qlora"]["by_category"][HOSTILE] = 1
     plan["methods"]["qlora"]["peak_by_phase"][HOSTILE] = 1
@@ -203,10 +263,10 @@ def test_whatever_the_run_says_stays_text(tmp_path):
     documents["env.json"][HOSTILE] = HOSTILE
     page = render(write_run(tmp_path / "run", documents, recipe=f"base:\n  model: {HOSTILE}\n"))
     parsed = Page(page)
-    assert parsed.text.count("<script>alert(1)</script>") >= 12
+    assert parsed.text.count("<script>alert(1)</script>") >= 18
     assert not {"script", "img"} & set(parsed.tags)
     assert not any(name.startswith("on") for name, _ in parsed.attributes)
-    assert len(drawings(page)) == 4
+    assert len(drawings(page)) == 7
 
 
 def test_characters_that_xml_and_utf8_cannot_hold_are_replaced(tmp_path):

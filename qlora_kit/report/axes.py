@@ -36,8 +36,17 @@ class Frame:
 def drawing(kind: str, title: str, height: int, *parts: Markup, **attributes: str) -> Markup:
     """A drawing of class `kind`, as wide as the page and `height` pixels high."""
     named = element("title", title)
-    attributes |= {"class_": kind, "role": "img", "aria_label": title, "width": "100%"}
-    return element("svg", named, *parts, height=height, **attributes)
+    return element(
+        "svg",
+        named,
+        *parts,
+        class_=kind,
+        role="img",
+        aria_label=title,
+        width="100%",
+        height=height,
+        **attributes,
+    )
 
 
 def stretched(height: int, *parts: Markup) -> Markup:

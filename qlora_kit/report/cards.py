@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from qlora_kit.report.text import METHODS, method_names
+from qlora_kit.report.text import METHODS, method_names, own_method
 from qlora_kit.units import GIB
 
 COUNTED = "The driver's context is counted: usable is what a card reports less that."
@@ -39,13 +39,14 @@ def cards_sentence(plan: dict[str, Any]) -> str:
     """The smallest card for each method; "" where the plan has no cards.
 
     >>> card = {"name": "RTX 4060", "usable_bytes": 7 * GIB, "qlora": True, "lora_16bit": False}
-    >>> cards_sentence({"cards": [card]})
+    >>> cards_sentence({"cards": [card], "methods": {}})
     'Fits on: every card of the table; LoRA 16-bit: none of the table.'
     """
     groups, said = card_groups(plan), []
-    for method in METHODS:
+    own = own_method(plan)
+    for method in sorted(METHODS, key=lambda method: method != own):
         if any(method in group.fits for group in groups):
-            name = "" if method == "qlora" else f"{method_names(plan)[method]}: "
+            name = "" if method == own else f"{method_names(plan)[method]}: "
             said.append(name + _from_which_on(groups, method))
     return f"Fits on: {'; '.join(said)}." if said else ""
 

@@ -9,14 +9,15 @@ import yaml
 
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import yaml12
+from qlora_kit.report.bars import category_class, stacked_bars
 from qlora_kit.report.curve import curve, finite, smooth, window_for
 from qlora_kit.report.facts import report_facts
 from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.judge import judge_curve
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
-from qlora_kit.report.page import chart, check_place, lead, page, section, table, wide, write_page
-from qlora_kit.report.text import Table, aligned, saving
+from qlora_kit.report.page import chart, check_place, figure, lead, legend, page, section, table, wide, write_page
+from qlora_kit.report.text import Table, aligned, categories, in_words, own_method, own_plan, saving
 from qlora_kit.units import format_bytes
 
 LONGEST_NAME = 24
@@ -62,7 +63,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         "header",
         element("p", "Training runs compared", class_="eyebrow"),
         element("h1", f"{len(runs)} runs"),
-        element("ul", *map(_key, range(len(runs)), names), class_="legend runs"),
+        element("div", *_best_of(runs, names), class_="figures"),
     )
     verdicts = [
         element("div", element("dt", _sign(index), name), element("dd", judge_curve(run.rows, run.kept_steps)))
@@ -74,7 +75,8 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         head,
         section("Scores and memory", wide(table(runs_table(runs), "scores and memory of each run", kind="runs"))),
         _differences(runs),
-        section("Training", *_charts(runs, names), element("dl", *verdicts, class_="verdicts")),
+        section("Training", element("dl", *verdicts, class_="verdicts"), *_charts(runs, names)),
+        _memory(runs, names),
     )
 
 
@@ -170,7 +172,7 @@ def _measured(run: RunFolder) -> str | None:
 
 
 def _saving(run: RunFolder) -> str | None:
-    saved = saving(run.plan, "qlora", "full_finetune")
+    saved = saving(run.plan, own_method(run.plan), "full_finetune")
     return None if saved is None else f"{100 * saved:.0f} %"
 
 
@@ -180,11 +182,60 @@ _COLUMNS: tuple[tuple[str, Callable[[RunFolder], str | None]], ...] = (
     ("accuracy", _score("accuracy")),
     ("steps", _steps),
     ("tok/s", _speed),
-    ("planned", lambda run: format_bytes(run.plan["methods"]["qlora"]["peak_bytes"])),
+    ("planned", lambda run: format_bytes(own_plan(run.plan)["peak_bytes"])),
     ("measured", _measured),
     ("vs full", _saving),
 )
 """Heading and cell; the scores are the adapter's on held-out rows, the saving is the planned one."""
+
+
+def _best_of(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Markup]:
+    """The headline: which run has the lowest loss, the most exact matches, and the smallest peak."""
+    said = []
+    for meaning, value, cell in (
+        ("lowest held-out loss", _known_score("loss", 1), _score("loss")),
+        ("most exact matches", _known_score("exact_match", -1), _score("exact_match")),
+        ("smallest measured peak", _known_peak, _measured),
+    ):
+        ranked = [(rank, index) for index, run in enumerate(runs) if (rank := value(run)) is not None]
+        if ranked:
+            _, best = min(ranked)
+            said.append(figure(cell(runs[best]) or "-", f"{meaning}: {names[best]}"))
+    return said
+
+
+def _known_score(name: str, sign: int) -> Callable[[RunFolder], float | None]:
+    """The adapter's score, so turned that less is better."""
+
+    def value(run: RunFolder) -> float | None:
+        score: float | None = (run.scores or {}).get("adapter", {}).get(name)
+        return None if score is None else sign * score
+
+    return value
+
+
+def _known_peak(run: RunFolder) -> float | None:
+    peak: float | None = None if run.memory is None else run.memory["measured"]["peak_bytes"]
+    return peak
+
+
+def _memory(runs: Sequence[RunFolder], names: Sequence[str]) -> Markup:
+    """Measured bytes by category, one bar a run; those of runs that were not measured as planned."""
+    methods = {
+        name if run.memory else clipped(f"{name} (planned)", LONGEST_NAME): (
+            run.memory["measured"] if run.memory else own_plan(run.plan)
+        )
+        for name, run in zip(names, runs, strict=True)
+    }
+    order = [
+        name for name in categories(methods.values()) if any(one["by_category"].get(name) for one in methods.values())
+    ]
+    bars = {name: {each: one["by_category"].get(each, 0) for each in order} for name, one in methods.items()}
+    return section(
+        "Memory at the peak",
+        legend(((in_words(name), category_class(name)) for name in order), "swatch"),
+        stacked_bars(bars, title="Memory at the peak of each run, by category"),
+    )
 
 
 def _differences(runs: Sequence[RunFolder]) -> Markup:
@@ -228,7 +279,3 @@ def _style(index: int) -> str:
 
 def _sign(index: int) -> Markup:
     return element("i", class_=f"key {_style(index)}")
-
-
-def _key(index: int, name: str) -> Markup:
-    return element("li", _sign(index), name)

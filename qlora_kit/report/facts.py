@@ -7,7 +7,7 @@ from qlora_kit.report.cards import card_groups
 from qlora_kit.report.curve import curve, finite
 from qlora_kit.report.folder import RunFolder
 from qlora_kit.report.judge import best_evaluation, judge_curve
-from qlora_kit.report.text import METHODS, peak_error, saving
+from qlora_kit.report.text import METHODS, own_method, peak_error, saving
 
 _OF_A_METHOD = ("peak_bytes", "by_category", "peak_by_phase", "host_peak_bytes", "paged_bytes")
 
@@ -16,23 +16,21 @@ def report_facts(run: RunFolder) -> dict[str, Any]:
     """What the report of `run` says.
 
     Returns:
-        `run` (its folder), `model`, `steps`, `tokens_per_s` (median), `savings` (shares, by the method compared with),
-        `planned` (by method) and `measured` (of the run, or null) in bytes, `error` (relative: `peak`, and by category
-        and phase what is known), `scores` (base and adapter, or null), `best_evaluation` (step, loss and whether its
-        parameters are kept, or null), `fits` (cards by method) and `verdict`, the sentence on the curve.
+        `run` (its folder), `model`, `method` (its own), `steps`, `tokens_per_s` (median), `savings` (of QLoRA, as
+        shares, by the method compared with), `planned` (by method) and `measured` (of the run, or null) in bytes,
+        `error` (relative: `peak`, and by category and phase what is known), `scores` (base and adapter, or null),
+        `best_evaluation` (step, loss and whether its parameters are kept, or null), `fits` (cards by method) and
+        `verdict`, the sentence on the curve.
     """
     methods = {name: _numbers(run.plan["methods"][name]) for name in METHODS if name in run.plan["methods"]}
     steps = [step for step, _ in curve(run.rows, "loss")]
     return {
         "run": str(run.path),
         "model": run.model,
+        "method": own_method(run.plan),
         "steps": steps[-1] if steps else 0,
         "tokens_per_s": _median_speed(run),
-        "savings": {
-            name: saved
-            for name in ("full_finetune", "lora_16bit")
-            if (saved := saving(run.plan, "qlora", name)) is not None
-        },
+        "savings": {name: saved for name in METHODS if (saved := saving(run.plan, "qlora", name)) is not None},
         "planned": methods,
         "measured": None if run.memory is None else _numbers(run.memory["measured"]),
         "error": None if run.memory is None else _errors(run.memory),

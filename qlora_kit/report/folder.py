@@ -54,6 +54,7 @@ METHOD = {
 }
 CARD = {"name": TEXT, "usable_bytes": COUNT, "qlora?": FLAG, "lora_16bit?": FLAG, "full_finetune?": FLAG}
 PLAN = {
+    "method?": SCALAR,
     "methods": {"qlora": METHOD, "lora_16bit?": METHOD, "full_finetune?": METHOD},
     "parameters?": {"total": COUNT, "trainable": COUNT, "quantized": COUNT},
     "bits_per_quantized_parameter?": MAYBE_COUNT,
@@ -124,7 +125,7 @@ class RunFolder:
     env: dict[str, Any] | None
     recipe: str | None
     kept_steps: frozenset[float]
-    """Steps whose parameters are in the folder: of complete checkpoints, and the last one if its adapter is there."""
+    """Steps whose parameters are in the folder: of complete checkpoints, and the last of adapter/ or model/."""
 
     @property
     def name(self) -> str:
@@ -138,12 +139,6 @@ class RunFolder:
         if name.startswith(("/", ".", "~")):
             name = Path(name).name
         return name or "an unknown model"
-
-    @property
-    def trained(self) -> str:
-        """What was trained, in words that the model's name follows."""
-        is_full = _recipe_value(self.recipe or "", "train", "full_finetune") == "true"
-        return "full fine-tuning of" if is_full else "a LoRA adapter for"
 
 
 def read_run(folder: str | Path) -> RunFolder:
@@ -172,7 +167,8 @@ def _kept_steps(folder: Path, rows: list[dict[str, Any]]) -> frozenset[float]:
     names = (path.parent.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*/manifest.json"))
     steps = {float(name) for name in names if re.fullmatch("[0-9]{1,12}", name)}
     trained = [row["step"] for row in rows if "loss" in row]
-    return frozenset(steps | set(trained[-1:] if (folder / "adapter").is_dir() else []))
+    has_end = (folder / "adapter").is_dir() or (folder / "model").is_dir()
+    return frozenset(steps | set(trained[-1:] if has_end else []))
 
 
 def _text(path: Path) -> str:

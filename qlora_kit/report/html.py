@@ -5,7 +5,7 @@ A section is empty if the run has no such file. Those on memory have a file of t
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_kit.report.curve import curve, finite, smooth, window_for
 from qlora_kit.report.folder import RunFolder, read_run
@@ -14,7 +14,7 @@ from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.memory_sections import memory_sections
 from qlora_kit.report.page import chart, check_place, figure, lead, page, section, table, write_page
-from qlora_kit.report.text import in_words, method_names, saving, scores_table
+from qlora_kit.report.text import in_words, method_names, own_method, own_plan, saving, scores_table
 from qlora_kit.units import format_bytes, format_count
 
 MOST_SAMPLES = 12
@@ -52,8 +52,21 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 
+class _Words(NamedTuple):
+    """What was trained: before the model's name, and beside the base's."""
+
+    of: str
+    name: str
+
+
+_TRAINED = {
+    "qlora": _Words("a LoRA adapter for", "adapter"),
+    "full_finetune": _Words("full fine-tuning of", "as trained"),
+}
+
+
 def _headline(run: RunFolder) -> Markup:
-    peak, source = run.plan["methods"]["qlora"]["peak_bytes"], "planned"
+    peak, source = own_plan(run.plan)["peak_bytes"], "planned"
     if run.memory is not None:
         peak, source = run.memory["measured"]["peak_bytes"], "measured"
     figures = [*_savings(run), figure(format_bytes(peak), f"peak memory, {source}")]
@@ -65,13 +78,24 @@ def _headline(run: RunFolder) -> Markup:
         )
     return element(
         "header",
-        element("p", f"Training report: {run.trained} {clipped(run.model, 120)}", class_="eyebrow"),
+        element(
+            "p", f"Training report: {_TRAINED[own_method(run.plan)][0]} {clipped(run.model, 120)}", class_="eyebrow"
+        ),
         element("h1", clipped(run.name, 120)),
         element("div", *figures, class_="figures"),
     )
 
 
+def _words(run: RunFolder) -> _Words:
+    return _TRAINED[own_method(run.plan)]
+
+
 def _savings(run: RunFolder) -> Iterator[Markup]:
+    if own_method(run.plan) == "full_finetune":  # it saves nothing, and what the other would save is said as such
+        saved = saving(run.plan, "qlora", "full_finetune")
+        if saved is not None and saved > 0:
+            yield figure(f"{saved:.0%}".replace("%", " %"), "less memory is what QLoRA is planned to take")
+        return
     for method in ("full_finetune", "lora_16bit"):
         saved = saving(run.plan, "qlora", method)
         if saved is not None:
@@ -84,23 +108,27 @@ def _scores(run: RunFolder) -> Markup:
         return Markup()
     rows = run.scores.get("rows")
     said = "Before and after" + ("." if rows is None else f", on {rows:,.0f} held-out rows.")
-    return section("Scores", lead(said), table(scores_table(run.scores), "scores before and after"))
+    return section(
+        "Scores",
+        lead(said),
+        table(scores_table(run.scores, _words(run).name), "scores before and after"),
+    )
 
 
 def _samples(run: RunFolder) -> Markup:
     samples = (run.scores or {}).get("samples", [])
     if not samples:
         return Markup()
-    shown = [_sample(sample) for sample in samples[:MOST_SAMPLES]]
+    shown = [_sample(sample, _words(run).name) for sample in samples[:MOST_SAMPLES]]
     left = len(samples) - len(shown)
     rest = [lead(f"{left:,} more are in scores.json.")] if left else []
-    return section("Samples", lead("The same prompts, answered without and with the adapter."), *shown, *rest)
+    return section("Samples", lead("The same prompts, answered before and after training."), *shown, *rest)
 
 
-def _sample(sample: dict[str, str]) -> Markup:
+def _sample(sample: dict[str, str], trained: str) -> Markup:
     answers = [
         element("div", element("h3", heading), _quote(sample[key]), class_=f"answer {key}")
-        for key, heading in (("reference", "Reference"), ("base", "Base"), ("adapter", "Adapter"))
+        for key, heading in (("reference", "Reference"), ("base", "Base"), ("adapter", trained.capitalize()))
         if key in sample
     ]
     prompt = element("div", element("h3", "Prompt"), _quote(sample["prompt"]), class_="prompt")

@@ -16,6 +16,7 @@ from qlora_kit.report.text import (
     memory_check_table,
     memory_table,
     method_names,
+    own_plan,
     phase_check_table,
     phase_table,
     plan_sentences,
@@ -60,7 +61,7 @@ def _planned_phases(run: RunFolder) -> Markup:
     phases = phase_table(run.plan)
     if not phases[1:]:
         return Markup()
-    own = run.plan["methods"]["qlora"].get("peak_by_phase", {})
+    own = own_plan(run.plan).get("peak_by_phase", {})
     bars = phase_bars({name: PhaseBar({"": count}) for name, count in own.items()}, title="Planned peak by phase")
     return part("Planned peak of each phase, this recipe", bars, table(phases, "planned peak by phase and method"))
 

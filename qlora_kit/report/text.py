@@ -4,6 +4,7 @@ Functions that end in `_table` give rows of cells, the header first; those that 
 terminal. `plan`, `memory` and `scores` are the documents plan.json, memory.json and scores.json of a run folder.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from textwrap import wrap
 from typing import Any
@@ -44,7 +45,22 @@ def memory_table(plan: dict[str, Any]) -> Table:
 
 def method_names(plan: dict[str, Any]) -> dict[str, str]:
     """What the methods are called: a recipe that computes in float32 is compared with what trains in float32."""
-    return METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+    names = METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+    if own_method(plan) == "full_finetune":
+        names |= {"qlora": "QLoRA", "full_finetune": "full fine-tuning (this recipe)"}
+    return names
+
+
+def own_method(plan: dict[str, Any]) -> str:
+    """Which of the plan's methods the run itself is; plans of earlier versions are all of QLoRA."""
+    is_full = plan.get("method") == "full_finetune" and "full_finetune" in plan["methods"]
+    return "full_finetune" if is_full else "qlora"
+
+
+def own_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan of the run itself."""
+    method: dict[str, Any] = plan["methods"][own_method(plan)]
+    return method
 
 
 def phase_table(plan: dict[str, Any]) -> Table:
@@ -61,17 +77,19 @@ def phase_table(plan: dict[str, Any]) -> Table:
 
 
 def plan_text(plan: dict[str, Any], *more: str) -> str:
-    """The plan as an aligned table with its sentences and `more` of them; the last line says what QLoRA saves."""
+    """The plan as an aligned table with its sentences and `more` of them; the last line says what QLoRA saves, or
+    would save.
+    """
     table = aligned(memory_table(plan), rules_before=("peak",))
     saved = saving(plan, "qlora", "full_finetune")
-    last = [] if saved is None else [_needs(1 - saved)]
+    last = [] if saved is None else [_needs(1 - saved, own_method(plan))]
     after = wrapped(filter(None, [phases_sentence(plan), *more]))
     return "\n".join([*wrapped(plan_sentences(plan)), "", table, "", *after, *last]).strip("\n")
 
 
 def phases_sentence(plan: dict[str, Any]) -> str:
     """The peak of each phase of this recipe; "" if it has fewer than two."""
-    peaks = plan["methods"]["qlora"].get("peak_by_phase", {})
+    peaks = own_plan(plan).get("peak_by_phase", {})
     said = ", ".join(f"{in_words(name)} {format_bytes(count)}" for name, count in peaks.items())
     return f"Peak by phase: {said}." if len(peaks) > 1 else ""
 
@@ -82,7 +100,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
         *_parameters(plan),
         *setting_sentences(plan),
         *_room(plan),
-        *_beside_the_peak(plan["methods"]["qlora"], plan.get("allocator") or {}),
+        *_beside_the_peak(own_plan(plan), plan.get("allocator") or {}),
         *_duration(plan),
         *_compared(plan),
     ]
@@ -120,7 +138,7 @@ def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
 def _room(plan: dict[str, Any]) -> Iterator[str]:
     """The budget, the least that is possible, and what more would buy."""
     if budget := plan.get("budget"):
-        spare = budget - plan["methods"]["qlora"]["peak_bytes"]
+        spare = budget - own_plan(plan)["peak_bytes"]
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
         yield f"Budget {format_bytes(budget)}: {verdict}."
     if floor := plan.get("floor"):
@@ -131,7 +149,6 @@ def _room(plan: dict[str, Any]) -> Iterator[str]:
         yield f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate)."
 
 
-_ON_HOST = "offloaded activations, copies for checkpoints, what loading holds"
 _ALLOCATOR = {"context_bytes": "the driver's context", "library_bytes": "libraries", "rounding_bytes": "rounding"}
 
 
@@ -143,7 +160,8 @@ def _beside_the_peak(method: dict[str, Any], allocator: dict[str, Any]) -> Itera
     if paged := method.get("paged_bytes"):
         yield f"Of the optimizer's state {format_bytes(paged)} are paged: they may move to the host's memory."
     if host := method.get("host_peak_bytes"):
-        yield f"The host's memory holds up to {format_bytes(host)}: {_ON_HOST}."
+        what = "offloaded activations, copies for checkpoints, what loading holds"
+        yield f"The host's memory holds up to {format_bytes(host)}: {what}."
 
 
 def _duration(plan: dict[str, Any]) -> Iterator[str]:
@@ -157,7 +175,8 @@ def _compared(plan: dict[str, Any]) -> Iterator[str]:
     if own != others:
         yield f"QLoRA computes in {own} on this device, which takes more; the others are planned in {others}."
     if assumed := plan["methods"].get("full_finetune", {}).get("assumes"):
-        yield f"Full fine-tuning assumes {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}."
+        who = "Full fine-tuning assumes" if own_method(plan) == "qlora" else "This run trains every weight, with"
+        yield f"{who} {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}."
 
 
 def saving(plan: dict[str, Any], method: str, against: str) -> float | None:
@@ -218,10 +237,11 @@ def memory_check_sentences(memory: dict[str, Any]) -> list[str]:
         said.append(f"The planned peak is {side if round(error, 3) else 'equal to'} the measured one.")
     if counter := memory.get("device_counter"):
         said.append(f"The device's own counter ({counter['name']}) peaked at {format_bytes(counter['peak_bytes'])}.")
-    if host := memory["measured"].get("host_peak_bytes"):
-        said.append(f"The host's memory held up to {format_bytes(host)}: {_ON_HOST}.")
-    if paged := memory.get("paged_bytes") or memory["measured"].get("paged_bytes"):
-        said.append(f"Of the optimizer's state {format_bytes(paged)} are paged.")
+    host, paged = (memory["measured"].get(key) or memory.get(key) for key in ("host_peak_bytes", "paged_bytes"))
+    beside = [f"the host held up to {format_bytes(host)}"] if host else []
+    beside += [f"{format_bytes(paged)} of the optimizer's state are paged"] if paged else []
+    if beside:
+        said.append(f"Beside it {', and '.join(beside)}.")
     if backed := memory.get("file_backed_bytes"):
         said.append(f"Besides, {format_bytes(backed)} are backed by files, and can be dropped when memory is short.")
     return said
@@ -249,12 +269,12 @@ def where_made(allocation: dict[str, Any]) -> str:
     return ", ".join([*made, f"{shape} {allocation.get('dtype') or ''}".strip()]).rstrip(", ") or "unknown"
 
 
-def scores_table(scores: dict[str, Any]) -> Table:
-    """Each score of the base beside the adapter's, and the change; not how many rows and tokens were scored."""
+def scores_table(scores: dict[str, Any], trained: str = "adapter") -> Table:
+    """Each score of the base beside that of what was `trained`, and the change; not how many rows and tokens."""
     base, adapter = scores["base"], scores["adapter"]
     names = [name for name in (base | adapter) if name not in ("schema", "rows", "tokens")]
     return [
-        ["", "base", "adapter", "change"],
+        ["", "base", trained, "change"],
         *([in_words(name), *_score_cells(name, base.get(name), adapter.get(name))] for name in names),
     ]
 
@@ -279,7 +299,9 @@ def in_words(name: str) -> str:
 
 def wrapped(sentences: Iterable[str]) -> list[str]:
     """Sentences as lines of a terminal."""
-    return [line for sentence in sentences for line in wrap(sentence, TERMINAL_COLUMNS)]
+    # A number stays on one line with its unit.
+    joined = (re.sub(r"(?<=\d) (?=[KMGT]?i?B\b)", "\N{NO-BREAK SPACE}", sentence) for sentence in sentences)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for each in joined for line in wrap(each, TERMINAL_COLUMNS)]
 
 
 def aligned(table: Table, rules_before: tuple[str, ...] = ()) -> str:
@@ -298,9 +320,11 @@ def aligned(table: Table, rules_before: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def _needs(share: float) -> str:
-    difference = f"{abs(1 - share):.0%}".replace("%", " %")
-    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference} {'less' if share <= 1 else 'more'}."
+def _needs(share: float, own: str) -> str:
+    difference = f"{abs(1 - share):.0%}".replace("%", " %") + (" less" if share <= 1 else " more")
+    if own == "full_finetune":
+        return f"This run is full fine-tuning; QLoRA would need {share:.2f} of it: {difference}."
+    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference}."
 
 
 def _error(recorded: float | None, planned: float, measured: float) -> str:
