@@ -73,11 +73,11 @@ def _segments(name: str, parts: Mapping[str, float], total: float, longest: floa
     """The parts of a bar, one after the other."""
     segments, start = [], 0.0
     for category, count in parts.items():
-        share = f" ({count / (total or 1):.1%})" if category else ""
+        said = f"{in_words(category)} {format_bytes(count)} ({count / (total or 1):.1%})" if category else ""
         segments.append(
             element(
                 "rect",
-                element("title", f"{name}: {in_words(category)} ".lstrip() + format_bytes(count) + share),
+                element("title", f"{name}: {said or format_bytes(count)}"),
                 class_=f"part {category_class(category)}",
                 x=percent(start / longest),
                 width=percent(count / longest),

@@ -1,7 +1,7 @@
 """Several runs beside each other: scores and memory in a table, what the recipes differ in, curves over each other."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from qlora_kit.report.judge import judge_curve
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.page import chart, check_place, figure, lead, legend, page, section, table, wide, write_page
-from qlora_kit.report.text import Table, aligned, categories, in_words, own_method, own_plan, saving
+from qlora_kit.report.text import Table, aligned, categories, in_words, own_method, own_plan, saving, wrapped
 from qlora_kit.units import format_bytes
 
 LONGEST_NAME = 24
@@ -26,6 +26,8 @@ COLOURS = 7
 """Of curves; the eighth run has the first one's colour in a broken line."""
 _OWN = ("output",)
 """Keys in which every run differs."""
+_OF_THE_ROWS = ("data.", "base.model", "train.task")
+"""Keys that may change which tokens a held-out loss is the mean of."""
 
 
 def compare_runs(folders: Sequence[str | Path]) -> list[RunFolder]:
@@ -86,9 +88,17 @@ def comparison_text(runs: Sequence[RunFolder]) -> str:
     parts = [aligned(runs_table(runs))]
     if differences[1:]:
         parts.append(aligned([[clipped(cell, LONGEST_NAME) for cell in row] for row in differences]))
-    else:
-        parts.append("The recipes are the same.")
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, "\n".join(wrapped([on_recipes(recipe_differences(runs))]))])
+
+
+def on_recipes(differences: Mapping[str, object]) -> str:
+    """Whether recipes differ, and whether their losses may be compared."""
+    if not differences:
+        return "The recipes are the same."
+    said = "Only what differs is shown; the rest of the recipes is the same."
+    if any(key.startswith(_OF_THE_ROWS) for key in differences):
+        said += " The held-out tokens may not be the same: compare losses with care."
+    return said
 
 
 def comparison_facts(runs: Sequence[RunFolder]) -> dict[str, Any]:
@@ -240,11 +250,9 @@ def _memory(runs: Sequence[RunFolder], names: Sequence[str]) -> Markup:
 
 def _differences(runs: Sequence[RunFolder]) -> Markup:
     cells = differences_table(runs)
-    if not cells[1:]:
-        return section("Recipes", lead("The recipes are the same."))
     shown = [[clipped(cell, 60) for cell in row] for row in cells]
-    said = lead("Only what differs is shown; the rest of the recipes is the same.")
-    return section("Recipes", said, wide(table(shown, "what the recipes differ in", kind="runs")))
+    drawn = [wide(table(shown, "what the recipes differ in", kind="runs"))] if shown[1:] else []
+    return section("Recipes", lead(on_recipes(recipe_differences(runs))), *drawn)
 
 
 def _charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Markup]:

@@ -69,8 +69,7 @@ def _best(run: RunFolder) -> dict[str, Any] | None:
     best = best_evaluation(run.rows)
     if best is None:
         return None
-    is_kept = best.step == best.last_step or best.step in run.kept_steps
-    return {"step": best.step, "loss": best.loss, "is_kept": is_kept}
+    return {"step": best.step, "loss": best.loss, "is_kept": best.step in run.kept_steps}
 
 
 def _fits(plan: dict[str, Any]) -> dict[str, list[str]]:
