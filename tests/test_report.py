@@ -6,23 +6,39 @@ import random
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from typer.testing import CliRunner
 
+from qlora_kit.cli.app import app
 from qlora_kit.errors import RunError
 from qlora_kit.report import (
+    PhaseBar,
     Series,
+    card_groups,
+    cards_sentence,
+    compare_runs,
+    comparison_facts,
+    comparison_text,
     judge_curve,
     line_chart,
     memory_check_text,
     memory_table,
+    phase_bars,
     plan_text,
     read_run,
     render,
+    render_comparison,
+    report_facts,
     scores_text,
     stacked_bars,
+    timeline,
+    write_comparison,
     write_report,
 )
 from qlora_kit.report.curve import smooth, thin
@@ -30,6 +46,7 @@ from qlora_kit.report.text import CATEGORIES, METHODS
 from qlora_kit.units import GIB, MIB
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"
+WIDTHS = (320, 390, 1280)
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -99,6 +116,47 @@ def example_documents():
     }
 
 
+PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluate", "save", "export")
+USABLE = {"RTX 4060": 7.4, "RTX 3060": 11.4, "RTX 4070": 11.39, "RTX 4090": 23.4, "H100 80GB": 79.1}
+
+
+def moments():
+    """Two micro-batches and a step: 40 moments whose fullest is in the backward phase."""
+    phases = [*["load"] * 6, *(["forward"] * 6 + ["loss"] + ["backward"] * 6) * 2, *["optimizer"] * 2, "evaluate"]
+    phases += [*["evaluate"] * 3, "save"]
+    held = {"forward": 1.0, "loss": 2.0, "backward": 2.85}
+    return [
+        {"phase": phase, "bytes": {"base_weights": 5 * GIB, "activations": int(GIB * held.get(phase, 0)), "other": 0}}
+        for phase in phases
+    ]
+
+
+def full_documents():
+    """A run folder with every key that there is."""
+    documents = example_documents()
+    plan, memory = documents["plan.json"], documents["memory.json"]
+    for method, factor in zip(plan["methods"].values(), (1, 2, 9), strict=True):
+        method["peak_by_phase"] = {phase: factor * (5 * GIB + 100 * MIB * index) for index, phase in enumerate(PHASES)}
+    plan["methods"]["qlora"] |= {"host_peak_bytes": 2 * GIB, "paged_bytes": 256 * MIB}
+    plan |= {"activations": "recompute 30, keep 2", "blocks": {"keep": 2, "recompute": 30, "offload": 0}}
+    plan |= {"loss_chunk": 1024, "micro_batch": 2, "accumulation": 8, "floor": {"bytes": 6 * GIB, "ratio": 1.38}}
+    plan["allocator"] = {"rounding_bytes": 64 * MIB, "library_bytes": 96 * MIB, "context_bytes": 480 * MIB}
+    plan["cards"] = [
+        {"name": name, "usable_bytes": int(usable * GIB), "qlora": usable > 9, "lora_16bit": usable > 20,
+         "full_finetune": False}
+        for name, usable in USABLE.items()
+    ]  # fmt: skip
+    memory["measured"]["peak_by_phase"] = {phase: 5 * GIB + 101 * MIB * index for index, phase in enumerate(PHASES[:5])}
+    memory["measured"]["peak_by_phase"]["backward"] = int(7.85 * GIB)
+    memory |= {"timeline": moments(), "paged_bytes": 256 * MIB}
+    memory["largest"] = [
+        {"bytes": (20 - index) * MIB, "category": "workspace", "phase": "backward", "operator": "aten.mm",
+         "module": f"model.layers.{index}.mlp" if index else "", "shape": [2048, 4096], "dtype": "bfloat16"}
+        for index in range(10)
+    ]  # fmt: skip
+    return documents
+
+
 def write_run(folder, documents=None, rows=None, recipe="base:\n  model: Qwen/Qwen3-8B\n  quantization: nf4\n"):
     folder.mkdir(exist_ok=True)
     for name, document in (example_documents() if documents is None else documents).items():
@@ -144,7 +202,8 @@ class Page(HTMLParser):
 
 def drawings(page):
     """The outermost SVG elements of a page, parsed as XML."""
-    found = re.findall(r"<svg class=\"(?:bars|chart)\".*?</svg>(?=<(?:/figure|table|/section))", page, re.DOTALL)
+    kinds = "bars|chart|phases|chart timeline"
+    found = re.findall(rf"<svg class=\"(?:{kinds})\".*?</svg>(?=<(?:/figure|table|/section))", page, re.DOTALL)
     return [ElementTree.fromstring(one) for one in found]
 
 
@@ -165,7 +224,7 @@ def test_page_is_well_formed_and_holds_every_section(run):
         "Recipe",
         "Environment",
     ]
-    assert [drawing.get("role") for drawing in drawings(page)] == ["img"] * 4
+    assert [drawing.get("role") for drawing in drawings(page)] == ["img"] * 6
     assert all(drawing.find("title").text for drawing in drawings(page))
     assert "Qwen/Qwen3-8B" in parsed.text
 
@@ -191,8 +250,13 @@ def test_page_loads_nothing_and_runs_nothing(run):
 
 
 def test_whatever_the_run_says_stays_text(tmp_path):
-    documents = example_documents()
+    documents = full_documents()
     plan, memory = documents["plan.json"], documents["memory.json"]
+    plan["cards"][0]["name"] = plan["activations"] = HOSTILE
+    plan["blocks"] = {HOSTILE: 1, "keep": 1}
+    memory["timeline"][3] = {"phase": HOSTILE, "bytes": {HOSTILE: GIB}}
+    memory["largest"][0] |= dict.fromkeys(("category", "phase", "module", "operator", "dtype"), HOSTILE)
+    memory["measured"]["peak_by_phase"][HOSTILE] = 1
     plan["planned_on"] = plan["methods"]["full_finetune"]["assumes"][HOSTILE] = HOSTILE
     plan["methods"]["qlora"]["by_category"][HOSTILE] = 1
     plan["methods"]["qlora"]["peak_by_phase"][HOSTILE] = 1
@@ -203,10 +267,10 @@ def test_whatever_the_run_says_stays_text(tmp_path):
     documents["env.json"][HOSTILE] = HOSTILE
     page = render(write_run(tmp_path / "run", documents, recipe=f"base:\n  model: {HOSTILE}\n"))
     parsed = Page(page)
-    assert parsed.text.count("<script>alert(1)</script>") >= 12
+    assert parsed.text.count("<script>alert(1)</script>") >= 18
     assert not {"script", "img"} & set(parsed.tags)
     assert not any(name.startswith("on") for name, _ in parsed.attributes)
-    assert len(drawings(page)) == 4
+    assert len(drawings(page)) == 7
 
 
 def test_characters_that_xml_and_utf8_cannot_hold_are_replaced(tmp_path):
@@ -249,6 +313,76 @@ def test_the_model_is_named_without_the_folders_above_it(tmp_path):
     assert "a LoRA adapter for my model<" in page
     (tmp_path / "run" / "recipe.yaml").unlink()
     assert "a LoRA adapter for an unknown model<" in render(tmp_path / "run")
+
+
+def test_a_folder_with_every_key_has_every_section(tmp_path):
+    page = render(write_run(tmp_path / "run", full_documents()))
+    text = Page(page).text
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings[2:7] == [
+        "Memory",
+        "Planned and measured",
+        "Timeline",
+        "Largest allocations",
+        "Which card it fits on",
+    ]
+    for said in (
+        "Setting: activations kept in 2, recomputed in 30 blocks; 2 rows at a time, 8 times a step; the loss in chunks",
+        "The peak is 1.38 times the least that the mathematics needs (6.00 GiB)",
+        "CUDA adds about 480 MiB for the driver's context, 96.0 MiB for libraries, 64.0 MiB for rounding (estimates",
+        "Of the optimizer's state 256 MiB are paged",
+        "The host's memory holds up to 2.00 GiB: offloaded activations",
+        "the peak, 7.85 GiB, is in the backward phase",
+        "The driver's context is counted",
+    ):
+        assert said in text
+
+
+@pytest.mark.parametrize("document", ["plan.json", "memory.json"])
+def test_what_is_null_reads_as_what_is_not_there(run, document):
+    before = render(run)
+    new = full_documents()[document].keys() - example_documents()[document].keys()
+    assert len(new) >= 3
+    (run / document).write_text(json.dumps(example_documents()[document] | dict.fromkeys(new)))
+    assert render(run) == before
+
+
+@pytest.mark.parametrize(
+    ("document", "change", "said"),
+    [
+        ("plan.json", {"cards": [{"name": "T4"}]}, "cards[0].usable_bytes is missing"),
+        ("plan.json", {"cards": [{"name": "T4", "usable_bytes": 1, "qlora": 1}]}, "wanted true, false or null"),
+        ("memory.json", {"timeline": [{"phase": "load"}]}, "timeline[0].bytes is missing"),
+        ("memory.json", {"largest": [{"bytes": -1}]}, "largest[0].bytes is -1, wanted"),
+        ("memory.json", {"largest": {}}, "largest is {}, wanted a list"),
+    ],
+)
+def test_a_wrong_new_value_is_named(run, document, change, said):
+    (run / document).write_text(json.dumps(example_documents()[document] | change))
+    with pytest.raises(RunError, match=re.escape(said)):
+        render(run)
+
+
+def test_the_largest_allocations_are_ten_rows_with_the_module_that_made_them(tmp_path):
+    documents = full_documents()
+    documents["memory.json"]["largest"] *= 2
+    page = render(write_run(tmp_path / "run", documents))
+    listing = page[page.index('<table class="listing">') :].split("</table>")[0]
+    modules = re.findall(r"<code>(.*?)</code>", listing)
+    assert modules == ["outside of any module", *(f"model.layers.{index}.mlp" for index in range(1, 10))]
+    assert "aten.mm, 2048x4096 bfloat16, backward" in listing
+
+
+def test_a_run_that_trains_every_weight_is_called_so(tmp_path):
+    documents = full_documents()
+    plan = documents["plan.json"]
+    plan["method"] = "full_finetune"
+    run = write_run(tmp_path / "run", documents)
+    assert "full fine-tuning of Qwen/Qwen3-8B" in Page(render(run)).text
+    assert "as trained" in render(run)
+    assert report_facts(read_run(run))["method"] == "full_finetune"
+    assert cards_sentence(plan).startswith("Fits on: none of the table; ")
+    assert plan_text(plan).endswith("This run is full fine-tuning; QLoRA would need 0.09 of it: 91 % less.")
 
 
 # What is wrong with a folder
@@ -356,6 +490,74 @@ def test_scores_text_shows_before_after_and_change():
     ]
 
 
+def test_terminal_text_says_phases_setting_cards_and_the_largest_allocations():
+    documents = full_documents()
+    plan, memory = documents["plan.json"], documents["memory.json"]
+    planned = plan_text(plan, cards_sentence(plan)).splitlines()
+    assert max(map(len, planned)) <= 80
+    assert any(line.startswith("Peak by phase: load 5.00 GiB, forward 5.10 GiB") for line in planned)
+    assert any(line.startswith("Setting: activations kept in 2, recomputed in 30 blocks") for line in planned)
+    assert any(line.startswith("Fits on: RTX 3060 and larger; LoRA 16-bit: RTX 4090 and larger") for line in planned)
+    checked = memory_check_text(memory).splitlines()
+    assert max(map(len, checked)) <= 80
+    assert checked[-4] == "Largest at the peak:"
+    assert checked[-2] == "  19.0 MiB model.layers.1.mlp, aten.mm, 2048x4096 bfloat16"
+    assert len(checked) - len(memory_check_text(example_documents()["memory.json"]).splitlines()) <= 5
+
+
+def test_a_plan_of_one_phase_says_nothing_of_phases_in_the_terminal():
+    assert "Peak by phase" not in plan_text(example_plan())
+
+
+def test_cards_are_grouped_by_memory_and_none_is_lost():
+    plan = full_documents()["plan.json"]
+    groups = card_groups(plan)
+    assert [group.names for group in groups] == [["RTX 4060"], ["RTX 3060", "RTX 4070"], ["RTX 4090"], ["H100 80GB"]]
+    assert groups[1].usable_bytes == int(11.39 * GIB)
+    assert [group.fits["qlora"] for group in groups] == [False, True, True, True]
+    plan["cards"][2]["qlora"] = False
+    assert [group.names for group in card_groups(plan)][1:3] == [["RTX 4070"], ["RTX 3060"]]
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        ("00000", "none of the table"),
+        ("11111", "every card of the table"),
+        ("01111", "RTX 3060 and larger"),
+        ("00001", "only H100 80GB"),
+        ("01110", "3 cards, the smallest RTX 3060"),
+    ],
+)
+def test_the_cards_sentence_names_the_smallest_that_fits(fits, said):
+    cards = [
+        {"name": name, "usable_bytes": int(usable * GIB), "qlora": fit == "1"}
+        for (name, usable), fit in zip(USABLE.items(), fits, strict=True)
+    ]
+    assert cards_sentence({"cards": cards, "methods": {}}) == f"Fits on: {said}."
+    assert cards_sentence({"cards": [], "methods": {}}) == cards_sentence({"methods": {}}) == ""
+
+
+def test_facts_are_the_numbers_of_the_report(tmp_path):
+    documents = full_documents()
+    plan, memory = documents["plan.json"], documents["memory.json"]
+    facts = report_facts(read_run(write_run(tmp_path / "run", documents)))
+    assert json.loads(json.dumps(facts)) == facts
+    full, own = (plan["methods"][name]["peak_bytes"] for name in ("full_finetune", "qlora"))
+    assert facts["savings"]["full_finetune"] == pytest.approx(1 - own / full)
+    assert facts["error"]["peak"] == -0.012  # as recorded
+    planned, measured = (memory[kind]["peak_by_phase"]["backward"] for kind in ("planned", "measured"))
+    assert facts["error"]["by_phase"]["backward"] == pytest.approx(planned / measured - 1)
+    assert facts["error"]["by_phase"].keys() == set(PHASES[:5])
+    assert facts["fits"] == {
+        "qlora": ["RTX 3060", "RTX 4070", "RTX 4090", "H100 80GB"],
+        "lora_16bit": ["RTX 4090", "H100 80GB"],
+        "full_finetune": [],
+    }
+    assert facts["best_evaluation"] == {"step": 60, "loss": pytest.approx(1.1 + math.exp(-3)), "is_kept": False}
+    assert facts["verdict"] in Page(render(tmp_path / "run")).text
+
+
 # Drawings
 
 
@@ -372,6 +574,72 @@ def test_bars_are_as_long_as_their_bytes():
     starts = [float(rect.get("x").rstrip("%")) for rect in parts]
     assert all(ends[i] == pytest.approx(starts[i + 1], abs=2e-3) for i in range(len(parts) - 1) if starts[i + 1])
     assert float(drawing.find("g/line").get("x1").rstrip("%")) == pytest.approx(100 * 24 * GIB / longest, abs=1e-3)
+
+
+def lengths(*values):
+    return [float(value.rstrip("%")) for value in values]
+
+
+def test_phase_bars_are_as_long_as_their_bytes_and_the_stroke_stands_at_the_plan():
+    bars = {"load": PhaseBar({"": 2 * GIB}, mark=3 * GIB), "loss": PhaseBar({"activations": GIB, "other": 3 * GIB})}
+    drawing = ElementTree.fromstring(phase_bars(bars, title="phases"))
+    assert lengths(*(rect.get("width") for rect in drawing.iter("rect"))) == [50, 25, 75]
+    assert [lengths(line.get("x1"), line.get("x2")) for line in drawing.iter("line")] == [[75, 75]]
+    assert [node.text for node in drawing.iter("text")] == ["load", "2.00 GiB", "loss", "4.00 GiB"]
+    ElementTree.fromstring(phase_bars({}, title="none"))
+
+
+def test_a_phase_is_shown_by_category_only_where_the_timeline_comes_near_its_peak(tmp_path):
+    documents = full_documents()
+    documents["memory.json"]["measured"]["peak_by_phase"]["forward"] = 7 * GIB  # the fullest moment holds 6 GiB
+    page = render(write_run(tmp_path / "run", documents))
+    measured = next(one for one in drawings(page) if one.find("title").text == "Measured peak by phase, by category")
+    said = [node.text for node in measured.iterfind("rect/title")]
+    assert "forward: 7.00 GiB" in said
+    assert "backward: activations 2.85 GiB (36.3%)" in said
+
+
+def corners(path):
+    return [tuple(map(float, pair.split())) for pair in re.split("[MLZ]", path.get("d")) if pair]
+
+
+def test_the_areas_of_the_timeline_lie_on_each_other_and_reach_the_totals():
+    samples = moments()
+    drawing = ElementTree.fromstring(timeline(samples, title="memory"))
+    layers = [node for node in drawing.iter("path") if "layer" in node.get("class")]
+    assert [node.get("class") for node in layers] == ["layer base-weights", "layer activations"]
+    ticks = [node for node in drawing.iter("text") if node.get("text-anchor") == "end" and node.get("x") == "-10"]
+    top = max(float(node.text) for node in ticks) * GIB
+    upper = corners(layers[1])
+    for index, sample in enumerate(samples):
+        middle = 1000 * (index + 0.5) / len(samples)
+        heights = [y for (x0, y), (x1, y1) in pairwise(upper) if x0 <= middle < x1 and y == y1]
+        assert heights == [pytest.approx(1000 * (1 - sum(sample["bytes"].values()) / top), abs=0.06)]
+    level = pytest.approx(1000 * (1 - 5 * GIB / top), abs=0.06)
+    assert corners(layers[0])[:2] == [(0, level), (1000, level)]
+
+
+def test_each_phase_of_the_timeline_is_named_once_and_no_name_runs_into_another():
+    """Letters are taken to be 7 px wide and the frame 280 px, as on a phone."""
+    drawing = ElementTree.fromstring(timeline(moments(), title="memory"))
+    names = [node for node in drawing.iter("text") if node.get("class") == "phase"]
+    assert sorted(node.text for node in names) == sorted({moment["phase"] for moment in moments()})
+    rows = {}
+    for node in names:
+        width, x = 7 * len(node.text), 2.8 * lengths(node.get("x"))[0]
+        start = x - {"start": 0, "middle": width / 2, "end": width}[node.get("text-anchor")]
+        rows.setdefault(node.get("y"), []).append((start, start + width))
+    assert len(rows) > 1
+    for spans in rows.values():
+        spans.sort()
+        assert spans[0][0] >= 0
+        assert spans[-1][1] <= 280
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("samples", [[{"bytes": {}}], [{"phase": None, "bytes": {"other": 0}}] * 3, moments()[:1]])
+def test_a_timeline_of_hardly_anything_stays_drawable(samples):
+    ElementTree.fromstring(timeline(samples, title="memory"))
 
 
 def test_bars_of_nothing_and_of_long_names_stay_drawable():
@@ -483,6 +751,34 @@ def test_losses_that_are_not_finite_are_told():
     assert judge_curve(rows).endswith("; the loss was not finite at 1 step, first at step 3.")
 
 
+@pytest.mark.parametrize(
+    ("losses", "kept", "said"),
+    [
+        ((2.0, 1.4, 1.0), {30}, "the best evaluation, 1.000 at step 30, is the run's end and kept"),
+        (
+            (2.0, 1.4, 1.6),
+            {20, 30},
+            "the best evaluation, 1.400 at step 20, is kept as a checkpoint, the end is step 30",
+        ),
+        ((2.0, 1.4, 1.6), {30}, "the best evaluation, 1.400 at step 20, is not kept: there is only the end, step 30"),
+        ((2.0, 1.4, 1.405), {30}, "is not kept, but the end, step 30, is within 1 % of it"),
+        ((2.0, 1.4, 1.6), set(), "is not kept, nor is the end"),
+        ((2.0, 1.4, 1.4), {30}, "the best evaluation, 1.400 at step 30, is the run's end and kept"),
+    ],
+)
+def test_the_sentence_says_what_is_left_of_the_best_evaluation(losses, kept, said):
+    assert judge_curve(evaluated(*losses), kept).endswith(f"{said}.")
+
+
+def test_what_is_kept_is_read_from_the_folder(run):
+    assert read_run(run).kept_steps == frozenset()
+    (run / "checkpoints" / "step-000040").mkdir(parents=True)
+    assert read_run(run).kept_steps == frozenset()  # a folder without a manifest is not complete
+    (run / "checkpoints" / "step-000040" / "manifest.json").write_text("{}")
+    (run / "adapter").mkdir()
+    assert read_run(run).kept_steps == {40, 60}
+
+
 def test_a_curve_of_no_or_one_point_is_not_judged():
     assert judge_curve([]) == "No loss has been recorded."
     assert judge_curve([{"step": 1, "loss": 2.3}]) == "Too few points to judge: the training loss at step 1 is 2.300."
@@ -512,6 +808,134 @@ def test_nan_in_a_row_is_a_gap(tmp_path):
     assert [row["loss"] for row in read_run(write_run(tmp_path / "run", rows=rows)).rows] == [None, None, 1.0]
 
 
+# Several runs
+
+
+def recipe(model="Qwen/Qwen3-8B", rank=16, lr="2e-4", output="runs/a"):
+    return f"base:\n  model: {model}\nlora:\n  rank: {rank}\ntrain:\n  lr: {lr}\noutput: {output}\n"
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Runs that differ in rank and learning rate; the second has the lowest loss, the third the smallest peak."""
+    folders = []
+    for index, (rank, lr) in enumerate([(16, "2e-4"), (64, "2e-4"), (16, "5e-5")]):
+        documents = full_documents()
+        documents["scores.json"]["adapter"]["loss"] = (1.3, 1.1, 1.2)[index]
+        documents["memory.json"]["measured"]["peak_bytes"] = (9 - index) * GIB
+        text = recipe(rank=rank, lr=lr, output=f"runs/{index}")
+        folders.append(write_run(tmp_path / f"run-{index}", documents, recipe=text))
+    return folders
+
+
+def test_a_comparison_holds_the_scores_the_differences_and_every_curve(three):
+    runs = compare_runs(three)
+    page = render_comparison(runs)
+    parsed = Page(page)
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Scores and memory", "Recipes", "Training", "Memory at the peak"]
+    assert re.findall(r"<strong>(.*?)</strong><span>(.*?)</span>", page) == [
+        ("1.100", "lowest held-out loss: run-1"),
+        ("43.8 %", "most exact matches: run-0"),
+        ("7.00 GiB", "smallest measured peak: run-2"),
+    ]
+    charts = {drawing.find("title").text: drawing for drawing in drawings(page)}
+    assert len(charts) == 4
+    for title in ("Evaluation loss over steps", "Training loss over steps, smoothed"):
+        curves = [node.get("class") for node in charts[title].iter("path")]
+        assert curves == ["line run-0", "line run-1", "line run-2"]
+    assert parsed.text.count("Improving") == 3
+    assert not {"script", "img", "link"} & set(parsed.tags)
+    assert "default-src 'none'" in page
+
+
+def test_recipe_differences_are_those_keys_that_differ_and_not_the_output(three):
+    runs = compare_runs(three)
+    assert comparison_facts(runs)["differences"] == {
+        "lora.rank": ["16", "64", "16"],
+        "train.lr": ["2e-4", "2e-4", "5e-5"],
+    }
+    lines = comparison_text(runs).splitlines()
+    assert lines[6].split() == ["lora.rank", "train.lr"]  # fewer keys than runs: a row a run
+    assert lines[8].split() == ["run-0", "16", "2e-4"]
+    assert comparison_text(runs[1:]).splitlines()[5].split() == ["run-1", "run-2"]
+    assert max(map(len, lines)) <= 80
+
+
+def test_runs_of_the_same_recipe_and_of_other_rows_are_told(three):
+    for folder in three:
+        (folder / "recipe.yaml").write_text(recipe())
+    assert comparison_text(compare_runs(three)).endswith("The recipes are the same.")
+    (three[0] / "recipe.yaml").write_text(recipe(model="gpt2"))
+    assert "compare losses with care" in " ".join(comparison_text(compare_runs(three)).split())
+
+
+def test_runs_of_one_name_are_told_apart_and_a_run_is_given_once(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        write_run(tmp_path / parent / "run")
+    text = comparison_text(compare_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"]))
+    assert text.splitlines()[2].startswith("a/run ")
+    assert text.splitlines()[3].startswith("b/run ")
+    with pytest.raises(RunError, match="given twice"):
+        compare_runs([tmp_path / "a" / "run", tmp_path / "a" / ".." / "a" / "run"])
+
+
+def test_old_folders_compare_too(tmp_path):
+    folders = [write_run(tmp_path / name, {"plan.json": example_plan()}, rows=[], recipe=None) for name in ("a", "b")]
+    Page(render_comparison(compare_runs(folders)))
+    assert "tok/s" not in comparison_text(compare_runs(folders))
+
+
+def test_whatever_runs_say_stays_text_in_a_comparison(three, tmp_path):
+    named = "<img src=x onerror=alert(2)>"
+    three[0].rename(tmp_path / named)
+    (tmp_path / named / "recipe.yaml").write_text(f"base: {{'{named}': '{named}'}}\n'{named}': 1\n")
+    parsed = Page(render_comparison(compare_runs([tmp_path / named, *three[1:]])))
+    assert parsed.text.count("<img src=x") >= 6
+    assert "img" not in parsed.tags
+
+
+def test_a_recipe_that_is_no_yaml_is_one_line(three):
+    (three[1] / "recipe.yaml").write_text("base: [")
+    with pytest.raises(RunError, match=r"run-1/recipe\.yaml:\d+: this is not YAML"):
+        render_comparison(compare_runs(three))
+
+
+def test_nothing_but_an_older_comparison_is_overwritten(three, tmp_path):
+    runs, mine = compare_runs(three), tmp_path / "mine.html"
+    assert write_comparison(runs, mine) == mine
+    write_comparison(runs[:2], mine)
+    assert mine.read_text(encoding="utf-8") == render_comparison(runs[:2])
+    report = write_report(three[0])
+    before = report.read_text(encoding="utf-8")
+    for path in (report, three[0] / "plan.json", three[0]):
+        with pytest.raises(RunError, match="is no comparison of qlora-kit; give another name with --out"):
+            write_comparison(runs, path)
+    assert report.read_text(encoding="utf-8") == before
+    with pytest.raises(RunError, match="is no report of qlora-kit"):
+        write_report(three[0], mine)
+
+
+def test_the_verb_writes_one_report_or_a_comparison_and_prints_json(three, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = CliRunner().invoke
+    assert call(app, ["report", "run-0"]).stdout.strip() == str(Path("run-0/report.html"))
+    assert call(app, ["report", "run-0", "--out", "one.html"]).stdout.strip() == "one.html"
+    facts = json.loads(call(app, ["report", "run-0", "--json"]).stdout)
+    assert (facts["schema"], facts["report"], facts["steps"]) == (1, "run-0/report.html", 60)
+    text = call(app, ["report", "run-0", "run-1"]).stdout
+    assert text.splitlines()[-1] == "report.html"
+    assert "lora.rank" in text
+    together = json.loads(call(app, ["report", "run-0", "run-1", "--json", "--out", "two.html"]).stdout)
+    assert [run["run"] for run in together["runs"]] == ["run-0", "run-1"]
+    assert (tmp_path / "two.html").exists()
+    (tmp_path / "report.html").write_text("my own")
+    refused = call(app, ["report", "run-0", "run-1"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: report.html is there and is no comparison")
+    assert (tmp_path / "report.html").read_text() == "my own"
+
+
 # In a browser
 
 
@@ -524,10 +948,43 @@ def test_a_browser_draws_the_page(run, tmp_path):
     assert drawn > 5 * empty
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_no_page_is_wider_than_a_phone_or_a_desk(three, tmp_path):
+    """Each page stands in frames of three widths; a script around them, not in them, measures what sticks out."""
+    names = ["x" * 200, "model.layers.0." + "very_long_name." * 12]
+    documents = full_documents()
+    documents["memory.json"]["largest"][0]["module"] = names[1]
+    documents["plan.json"]["cards"].append({"name": names[0], "usable_bytes": 0, "qlora": False})
+    report = render(write_run(tmp_path / "long", documents, recipe=recipe(model=names[0])))
+    pages = {"report": report, "comparison": render_comparison(compare_runs(three))}
+    pages["too wide"] = "<!doctype html><div style='width: 1300px'>wide</div>"
+    frames = [
+        f'<iframe title="{name}" style="border: 0; height: 400px; width: {width}px" srcdoc="{escape(text)}"></iframe>'
+        for name, text in pages.items()
+        for width in WIDTHS
+    ]
+    script = """addEventListener("load", () => { document.title = JSON.stringify(
+        [...document.querySelectorAll("iframe")].map(
+            frame => [frame.title, frame.contentDocument.documentElement.scrollWidth - frame.clientWidth])) })"""
+    around = tmp_path / "around.html"
+    around.write_text(f"<!doctype html><title>not run</title>{''.join(frames)}<script>{script}</script>")
+    dumped = chromium(tmp_path, "--dump-dom", around.as_uri()).decode()
+    found = json.loads(re.search(r"<title>(.*?)</title>", dumped)[1])
+    assert found == [
+        [name, max(0, 1300 + 8 - width) if name == "too wide" else 0] for name in pages for width in WIDTHS
+    ]
+
+
 def picture(page, folder):
     """A screenshot of `page`, as the bytes of a PNG."""
     path = folder / f"{page.stem}.png"
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    command += ["--disable-background-networking", f"--user-data-dir={folder / 'profile'}", "--window-size=900,3200"]
-    subprocess.run([*command, f"--screenshot={path}", page.as_uri()], check=True, capture_output=True, timeout=60)
+    chromium(folder, f"--screenshot={path}", page.as_uri())
     return path.read_bytes()
+
+
+def chromium(folder, *arguments):
+    """What a headless browser writes to standard output."""
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=900,3200", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, timeout=60).stdout

@@ -223,11 +223,37 @@ def export(
 
 @app.command()
 @reports_errors
-def report(run: RunFolder) -> None:
-    """Write report.html again from the run folder alone."""
-    from qlora_kit.report import write_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page to write; default: report.html in the run folder, or here if there are several. "
+            "Only an older page of the same kind is overwritten.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write report.html again from the run folder alone; of several runs, one page and table that compare them."""
+    from qlora_kit.report import (
+        compare_runs,
+        comparison_facts,
+        comparison_text,
+        read_run,
+        report_facts,
+        write_comparison,
+        write_report,
+    )
 
-    typer.echo(str(write_report(run)))
+    if len(runs) == 1:
+        path = write_report(runs[0], out)
+        text, facts = str(path), report_facts(read_run(runs[0])) if as_json else {}
+    else:
+        compared = compare_runs(runs)
+        path = write_comparison(compared, out or Path("report.html"))
+        text, facts = f"{comparison_text(compared)}\n\n{path}", comparison_facts(compared) if as_json else {}
+    typer.echo(json.dumps({"schema": 1, "report": str(path), **facts}, indent=2) if as_json else text)
 
 
 @app.command()

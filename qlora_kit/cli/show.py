@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.text import memory_check_text, plan_text
 from qlora_kit.units import format_bytes, format_count, format_seconds
 from qlora_kit.watch import Watch
@@ -85,8 +86,9 @@ class Screen(Watch):
         self._steps = pace.steps
 
     def planned(self, plan: Mapping[str, Any]) -> None:
-        """The memory table."""
-        self.console.print(f"\n{escape(plan_text({'schema': 1, **plan}))}\n")
+        """The memory table, and the cards that the plan fits on."""
+        document = {"schema": 1, **plan}
+        self.console.print(f"\n{escape(plan_text(document, cards_sentence(document)))}\n")
 
     def adapted(self, report: "LoraReport") -> None:
         """What the adapter covers, and the start of the bar."""

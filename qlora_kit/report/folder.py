@@ -6,6 +6,7 @@ Infinities and NaN are no JSON, but some writers make them: they are read as nul
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,32 +30,69 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and abs(value) < 1e100
 
 
+class Maybe(NamedTuple):
+    """A container that may be null."""
+
+    shape: Any
+
+
 TEXT = Leaf("text", lambda value: isinstance(value, str))
 NUMBER = Leaf("a number", _is_number)
 COUNT = Leaf("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
 MAYBE_NUMBER = Leaf("a number or null", lambda value: value is None or _is_number(value))
 MAYBE_COUNT = Leaf("a number of 0 or more, or null", lambda value: value is None or COUNT.accepts(value))
+FLAG = Leaf("true, false or null", lambda value: value is None or isinstance(value, bool))
 SCALAR = Leaf("text, a number, true, false or null", lambda value: not isinstance(value, dict | list))
 
-METHOD = {"peak_bytes": COUNT, "by_category": {"*": COUNT}, "peak_by_phase?": {"*": COUNT}, "assumes?": {"*": SCALAR}}
+METHOD = {
+    "peak_bytes": COUNT,
+    "by_category": {"*": COUNT},
+    "peak_by_phase?": {"*": COUNT},
+    "host_peak_bytes?": MAYBE_COUNT,
+    "paged_bytes?": MAYBE_COUNT,
+    "assumes?": {"*": SCALAR},
+}
+CARD = {"name": TEXT, "usable_bytes": COUNT, "qlora?": FLAG, "lora_16bit?": FLAG, "full_finetune?": FLAG}
 PLAN = {
+    "method?": SCALAR,
     "methods": {"qlora": METHOD, "lora_16bit?": METHOD, "full_finetune?": METHOD},
     "parameters?": {"total": COUNT, "trainable": COUNT, "quantized": COUNT},
     "bits_per_quantized_parameter?": MAYBE_COUNT,
     "savings_vs_full?": MAYBE_NUMBER,
     "budget?": MAYBE_COUNT,
+    "activations?": SCALAR,
+    "blocks?": Maybe({"*": MAYBE_COUNT}),
+    "loss_chunk?": MAYBE_COUNT,
+    "micro_batch?": MAYBE_COUNT,
+    "accumulation?": MAYBE_COUNT,
+    "allocator?": Maybe({"*": MAYBE_COUNT}),
+    "floor?": Maybe({"bytes": COUNT, "ratio": COUNT}),
+    "next?": Maybe({"settings": SCALAR, "peak_bytes": COUNT, "times_as_fast": COUNT}),
+    "cards?": Maybe([CARD]),
     "planned_on?": SCALAR,
     "device_profile?": SCALAR,
     "steps?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
     "hours?": MAYBE_COUNT,
 }
+ALLOCATION = {
+    "bytes": COUNT,
+    "category?": SCALAR,
+    "phase?": SCALAR,
+    "module?": SCALAR,
+    "operator?": SCALAR,
+    "shape?": [COUNT],
+    "dtype?": SCALAR,
+}
 MEMORY = {
     "planned": METHOD,
     "measured": METHOD,
     "error?": {"*": MAYBE_NUMBER},
+    "timeline?": Maybe([{"phase?": SCALAR, "bytes": {"*": COUNT}}]),
+    "largest?": Maybe([ALLOCATION]),
     "device_counter?": {"name": SCALAR, "peak_bytes": COUNT},
     "file_backed_bytes?": MAYBE_COUNT,
+    "paged_bytes?": MAYBE_COUNT,
 }
 METRICS_ROW = {
     "step": COUNT,
@@ -86,6 +124,8 @@ class RunFolder:
     data: dict[str, Any] | None
     env: dict[str, Any] | None
     recipe: str | None
+    kept_steps: frozenset[float]
+    """Steps whose parameters are in the folder: of complete checkpoints, and the last of adapter/ or model/."""
 
     @property
     def name(self) -> str:
@@ -112,14 +152,23 @@ def read_run(folder: str | Path) -> RunFolder:
         name: _document(folder / f"{name}.json", shape) if (folder / f"{name}.json").exists() else None
         for name, shape in (("memory", MEMORY), ("scores", SCORES), ("data", DATA), ("env", ENV))
     }
-    recipe = folder / "recipe.yaml"
+    recipe, rows = folder / "recipe.yaml", _metrics_rows(folder / "metrics.jsonl")
     return RunFolder(
         path=folder,
         plan=_document(folder / "plan.json", PLAN),
-        rows=_metrics_rows(folder / "metrics.jsonl"),
+        rows=rows,
         recipe=_text(recipe) if recipe.exists() else None,
+        kept_steps=_kept_steps(folder, rows),
         **optional,
     )
+
+
+def _kept_steps(folder: Path, rows: list[dict[str, Any]]) -> frozenset[float]:
+    names = (path.parent.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*/manifest.json"))
+    steps = {float(name) for name in names if re.fullmatch("[0-9]{1,12}", name)}
+    trained = [row["step"] for row in rows if "loss" in row]
+    has_end = (folder / "adapter").is_dir() or (folder / "model").is_dir()
+    return frozenset(steps | set(trained[-1:] if has_end else []))
 
 
 def _text(path: Path) -> str:
@@ -178,6 +227,10 @@ def _check(value: Any, shape: Any, where: str, key: str = "") -> None:
     if isinstance(shape, Leaf):
         if not shape.accepts(value):
             raise RunError(f"{where}: {key} is {json.dumps(value)[:40]}, wanted {shape.wanted}")
+        return
+    if isinstance(shape, Maybe):
+        if value is not None:
+            _check(value, shape.shape, where, key)
         return
     container = "an object" if isinstance(shape, dict) else "a list"
     if not isinstance(value, type(shape)):

@@ -7,7 +7,7 @@ value the lowest lies one and a half below it already.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -25,8 +25,31 @@ class _Trend(NamedTuple):
     margin: float
 
 
-def judge_curve(rows: Sequence[dict[str, Any]]) -> str:
+class Best(NamedTuple):
+    """The best evaluation of a run."""
+
+    step: float
+    loss: float
+    last_step: float
+    """At which training ended: what was trained is of this step."""
+    last_loss: float
+    """Of the last evaluation."""
+
+
+def best_evaluation(rows: Sequence[dict[str, Any]]) -> Best | None:
+    """Of the lowest evaluation losses the latest; None if there is none."""
+    evaluated = finite(curve(rows, "eval_loss"))
+    if not evaluated:
+        return None
+    step, loss = min(evaluated, key=lambda point: (point[1], -point[0]))
+    trained = [row["step"] for row in rows if "loss" in row]
+    return Best(step, loss, max([*trained, evaluated[-1][0]]), evaluated[-1][1])
+
+
+def judge_curve(rows: Sequence[dict[str, Any]], kept: Collection[float] | None = None) -> str:
     """One sentence that judges the losses in `rows` (rows of metrics.jsonl, in order of steps).
+
+    With the steps whose parameters are `kept` it says as well what is left of the best evaluation.
 
     >>> judge_curve([{"step": s, "eval_loss": v} for s, v in ((10, 2.0), (20, 1.5), (30, 1.9))])
     'Overfitting since step 20: the evaluation loss has risen from 1.500 to 1.900.'
@@ -39,11 +62,27 @@ def judge_curve(rows: Sequence[dict[str, Any]]) -> str:
         verdict = f"Too few points to judge: the {trend.name} loss at step {step:,.0f} is {_said(loss)}"
     else:
         verdict = _verdict(trend, rows)
+    best = best_evaluation(rows)
+    if kept is not None and best is not None:
+        verdict += f"; {_what_is_left(best, kept)}"
     lost = [row["step"] for row in rows if row.get("nonfinite")]
     if lost:
         steps = "1 step" if len(lost) == 1 else f"{len(lost):,} steps"
         verdict += f"; the loss was not finite at {steps}, first at step {lost[0]:,.0f}"
     return verdict + "."
+
+
+def _what_is_left(best: Best, kept: Collection[float]) -> str:
+    """Where the best evaluation's parameters are: at the run's end, in a checkpoint, or nowhere."""
+    name, end = f"the best evaluation, {_said(best.loss)} at step {best.step:,.0f},", f"step {best.last_step:,.0f}"
+    if best.step in kept:
+        is_end = best.step == best.last_step
+        return f"{name} is the run's end and kept" if is_end else f"{name} is kept as a checkpoint, the end is {end}"
+    if best.last_step not in kept:
+        return f"{name} is not kept, nor is the end"
+    if best.last_loss - best.loss <= TOLERANCE * abs(best.loss):
+        return f"{name} is not kept, but the end, {end}, is within 1 % of it"
+    return f"{name} is not kept: there is only the end, {end}"
 
 
 def _trend(rows: Sequence[dict[str, Any]]) -> _Trend:

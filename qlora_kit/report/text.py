@@ -4,7 +4,9 @@ Functions that end in `_table` give rows of cells, the header first; those that 
 terminal. `plan`, `memory` and `scores` are the documents plan.json, memory.json and scores.json of a run folder.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from textwrap import wrap
 from typing import Any
 
 from qlora_kit.units import format_bytes, format_count, format_seconds
@@ -20,6 +22,7 @@ CATEGORIES = (
     "other",
 )
 METHODS = {"qlora": "QLoRA (this recipe)", "lora_16bit": "LoRA 16-bit", "full_finetune": "full fine-tuning"}
+TERMINAL_COLUMNS = 80
 _SHARES = ("exact_match", "accuracy", "f1")
 
 Table = list[list[str]]
@@ -42,7 +45,22 @@ def memory_table(plan: dict[str, Any]) -> Table:
 
 def method_names(plan: dict[str, Any]) -> dict[str, str]:
     """What the methods are called: a recipe that computes in float32 is compared with what trains in float32."""
-    return METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+    names = METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+    if own_method(plan) == "full_finetune":
+        names |= {"qlora": "QLoRA", "full_finetune": "full fine-tuning (this recipe)"}
+    return names
+
+
+def own_method(plan: dict[str, Any]) -> str:
+    """Which of the plan's methods the run itself is; plans of earlier versions are all of QLoRA."""
+    is_full = plan.get("method") == "full_finetune" and "full_finetune" in plan["methods"]
+    return "full_finetune" if is_full else "qlora"
+
+
+def own_plan(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan of the run itself."""
+    method: dict[str, Any] = plan["methods"][own_method(plan)]
+    return method
 
 
 def phase_table(plan: dict[str, Any]) -> Table:
@@ -58,40 +76,107 @@ def phase_table(plan: dict[str, Any]) -> Table:
     ]
 
 
-def plan_text(plan: dict[str, Any]) -> str:
-    """The plan as an aligned table with its sentences; the last line says what QLoRA saves."""
+def plan_text(plan: dict[str, Any], *more: str) -> str:
+    """The plan as an aligned table with its sentences and `more` of them; the last line says what QLoRA saves, or
+    would save.
+    """
     table = aligned(memory_table(plan), rules_before=("peak",))
     saved = saving(plan, "qlora", "full_finetune")
-    last = [] if saved is None else [_needs(1 - saved)]
-    return "\n".join([*plan_sentences(plan), "", table, "", *last]).strip("\n")
+    last = [] if saved is None else [_needs(1 - saved, own_method(plan))]
+    after = wrapped(filter(None, [phases_sentence(plan), *more]))
+    return "\n".join([*wrapped(plan_sentences(plan)), "", table, "", *after, *last]).strip("\n")
+
+
+def phases_sentence(plan: dict[str, Any]) -> str:
+    """The peak of each phase of this recipe; "" if it has fewer than two."""
+    peaks = own_plan(plan).get("peak_by_phase", {})
+    said = ", ".join(f"{in_words(name)} {format_bytes(count)}" for name, count in peaks.items())
+    return f"Peak by phase: {said}." if len(peaks) > 1 else ""
 
 
 def plan_sentences(plan: dict[str, Any]) -> list[str]:
-    """What the plan says besides its bytes: parameters, budget, duration, and what full fine-tuning assumes."""
-    said = []
+    """What the plan says besides its bytes: parameters, setting, budget, host, duration, and what others assume."""
+    return [
+        *_parameters(plan),
+        *setting_sentences(plan),
+        *_room(plan),
+        *_beside_the_peak(own_plan(plan), plan.get("allocator") or {}),
+        *_duration(plan),
+        *_compared(plan),
+    ]
+
+
+def _parameters(plan: dict[str, Any]) -> Iterator[str]:
     if counts := plan.get("parameters"):
         trained = counts["trainable"] / counts["total"] if counts["total"] else 0
-        said.append(f"{format_count(counts['total'])} parameters, {format_count(counts['trainable'])} trained")
-        said[-1] += f" ({100 * trained:.2g} %)"
+        said = f"{format_count(counts['total'])} parameters, {format_count(counts['trainable'])} trained"
+        said += f" ({100 * trained:.2g} %)"
         if counts["quantized"] and (bits := plan.get("bits_per_quantized_parameter")):
-            said[-1] += f", {format_count(counts['quantized'])} quantised to {bits:.4g} bits"
-        said[-1] += "."
+            said += f", {format_count(counts['quantized'])} quantised to {bits:.4g} bits"
+        yield f"{said}."
+
+
+def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
+    """What the recipe's `auto` became: activations by block, rows at a time, tokens of logits at a time."""
+    done = {"keep": "kept", "recompute": "recomputed", "offload": "offloaded"}
+    blocks = {name: count for name, count in (plan.get("blocks") or {}).items() if count}
+    said = []
+    if len(blocks) > 1:
+        counts = (f"{done.get(name, name)} in {count:,.0f}" for name, count in blocks.items())
+        said.append(f"activations {', '.join(counts)} blocks")
+    elif policy := plan.get("activations"):
+        said.append(f"activations {done.get(policy, policy)}")
+    if rows := plan.get("micro_batch"):
+        times = plan.get("accumulation") or 1
+        said.append(f"{rows:,.0f} {'row' if rows == 1 else 'rows'} at a time, {times:,.0f} times a step")
+    if chunk := plan.get("loss_chunk"):
+        said.append(f"the loss in chunks of {chunk:,.0f} tokens")
+    if said:
+        yield f"Setting: {'; '.join(said)}."
+
+
+def _room(plan: dict[str, Any]) -> Iterator[str]:
+    """The budget, the least that is possible, and what more would buy."""
     if budget := plan.get("budget"):
-        spare = budget - plan["methods"]["qlora"]["peak_bytes"]
+        spare = budget - own_plan(plan)["peak_bytes"]
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
-        said.append(f"Budget {format_bytes(budget)}: {verdict}.")
+        yield f"Budget {format_bytes(budget)}: {verdict}."
+    if floor := plan.get("floor"):
+        least = f"the least that the mathematics needs ({format_bytes(floor['bytes'])})"
+        yield f"The peak is {floor['ratio']:.2f} times {least} with all of it on the device."
     if more := plan.get("next"):
         wanted = format_bytes(more["peak_bytes"])
-        said.append(f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate).")
+        yield f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate)."
+
+
+_ALLOCATOR = {"context_bytes": "the driver's context", "library_bytes": "libraries", "rounding_bytes": "rounding"}
+
+
+def _beside_the_peak(method: dict[str, Any], allocator: dict[str, Any]) -> Iterator[str]:
+    """What comes on top of the peak on a card, and what lies or may go elsewhere."""
+    added = [f"{format_bytes(allocator[key])} for {name}" for key, name in _ALLOCATOR.items() if allocator.get(key)]
+    if added:
+        yield f"On the card CUDA adds about {', '.join(added)} (estimates, not in the peak)."
+    if paged := method.get("paged_bytes"):
+        yield f"Of the optimizer's state {format_bytes(paged)} are paged: they may move to the host's memory."
+    if host := method.get("host_peak_bytes"):
+        what = "offloaded activations, copies for checkpoints, what loading holds"
+        yield f"The host's memory holds up to {format_bytes(host)}: {what}."
+
+
+def _duration(plan: dict[str, Any]) -> Iterator[str]:
     if plan.get("steps") and plan.get("hours") and plan.get("tokens_per_s"):
         duration = format_seconds(3600 * plan["hours"])
-        said.append(f"Estimate: {plan['steps']:,} steps at {plan['tokens_per_s']:,.0f} tokens/s, {duration}.")
+        yield f"Estimate: {plan['steps']:,} steps at {plan['tokens_per_s']:,.0f} tokens/s, {duration}."
+
+
+def _compared(plan: dict[str, Any]) -> Iterator[str]:
     own, others = plan.get("computed_in"), plan.get("compared_in")
     if own != others:
-        said.append(f"QLoRA computes in {own} on this device, which takes more; the others are planned in {others}.")
+        yield f"QLoRA computes in {own} on this device, which takes more; the others are planned in {others}."
     if assumed := plan["methods"].get("full_finetune", {}).get("assumes"):
-        said.append(f"Full fine-tuning assumes {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}.")
-    return said
+        who = "Full fine-tuning assumes" if own_method(plan) == "qlora" else "This run trains every weight, with"
+        yield f"{who} {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}."
 
 
 def saving(plan: dict[str, Any], method: str, against: str) -> float | None:
@@ -126,35 +211,70 @@ def memory_check_table(memory: dict[str, Any]) -> Table:
     ]
 
 
+def phase_check_table(memory: dict[str, Any]) -> Table:
+    """The same by phase; only a header if no phase was measured."""
+    planned, measured = (memory[kind].get("peak_by_phase", {}) for kind in ("planned", "measured"))
+    return [
+        ["", "planned", "measured", "error"],
+        *(
+            [
+                in_words(name),
+                format_bytes(planned[name]) if name in planned else "-",
+                format_bytes(measured[name]) if name in measured else "-",
+                _error(None, planned[name], measured[name]) if name in planned and name in measured else "-",
+            ]
+            for name in (dict.fromkeys([*planned, *measured]) if measured else ())
+        ),
+    ]
+
+
 def memory_check_sentences(memory: dict[str, Any]) -> list[str]:
-    """How the planned peak compares, what the device itself counted, and what files back."""
+    """How the planned peak compares, what the device itself counted, what is paged, and what files back."""
     said = []
-    planned, measured = (memory[kind]["peak_bytes"] for kind in ("planned", "measured"))
-    error = memory.get("error", {}).get("peak")
-    if error is None and measured:
-        error = planned / measured - 1
+    error = peak_error(memory)
     if error is not None:
         side = f"{abs(error):.1%}".replace("%", " %") + (" above" if error > 0 else " below")
         said.append(f"The planned peak is {side if round(error, 3) else 'equal to'} the measured one.")
     if counter := memory.get("device_counter"):
         said.append(f"The device's own counter ({counter['name']}) peaked at {format_bytes(counter['peak_bytes'])}.")
+    host, paged = (memory["measured"].get(key) or memory.get(key) for key in ("host_peak_bytes", "paged_bytes"))
+    beside = [f"the host held up to {format_bytes(host)}"] if host else []
+    beside += [f"{format_bytes(paged)} of the optimizer's state are paged"] if paged else []
+    if beside:
+        said.append(f"Beside it {', and '.join(beside)}.")
     if backed := memory.get("file_backed_bytes"):
         said.append(f"Besides, {format_bytes(backed)} are backed by files, and can be dropped when memory is short.")
     return said
 
 
+def peak_error(memory: dict[str, Any]) -> float | None:
+    """Planned less measured peak, over measured: as recorded, else worked out; None if nothing was measured."""
+    planned, measured = (memory[kind]["peak_bytes"] for kind in ("planned", "measured"))
+    error: float | None = memory.get("error", {}).get("peak")
+    return planned / measured - 1 if error is None and measured else error
+
+
 def memory_check_text(memory: dict[str, Any]) -> str:
-    """Planned beside measured as an aligned table, with what the device counted."""
+    """Planned beside measured as an aligned table, with the largest allocations and what the device counted."""
     table = aligned(memory_check_table(memory), rules_before=("peak",))
-    return "\n".join([table, "", *memory_check_sentences(memory)]).strip("\n")
+    largest = [f"  {format_bytes(each['bytes'])} {where_made(each)}" for each in (memory.get("largest") or [])[:3]]
+    named = ["Largest at the peak:", *(line[:TERMINAL_COLUMNS] for line in largest)] if largest else []
+    return "\n".join([table, "", *wrapped(memory_check_sentences(memory)), *named]).strip("\n")
 
 
-def scores_table(scores: dict[str, Any]) -> Table:
-    """Each score of the base beside the adapter's, and the change; not how many rows and tokens were scored."""
+def where_made(allocation: dict[str, Any]) -> str:
+    """Module, operator, shape and dtype of one of memory.json's `largest`, as far as they are known."""
+    shape = "x".join(f"{size:.0f}" for size in allocation.get("shape") or ())
+    made = [str(allocation[key]) for key in ("module", "operator") if allocation.get(key)]
+    return ", ".join([*made, f"{shape} {allocation.get('dtype') or ''}".strip()]).rstrip(", ") or "unknown"
+
+
+def scores_table(scores: dict[str, Any], trained: str = "adapter") -> Table:
+    """Each score of the base beside that of what was `trained`, and the change; not how many rows and tokens."""
     base, adapter = scores["base"], scores["adapter"]
     names = [name for name in (base | adapter) if name not in ("schema", "rows", "tokens")]
     return [
-        ["", "base", "adapter", "change"],
+        ["", "base", trained, "change"],
         *([in_words(name), *_score_cells(name, base.get(name), adapter.get(name))] for name in names),
     ]
 
@@ -177,6 +297,13 @@ def in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def wrapped(sentences: Iterable[str]) -> list[str]:
+    """Sentences as lines of a terminal."""
+    # A number stays on one line with its unit.
+    joined = (re.sub(r"(?<=\d) (?=[KMGT]?i?B\b)", "\N{NO-BREAK SPACE}", sentence) for sentence in sentences)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for each in joined for line in wrap(each, TERMINAL_COLUMNS)]
+
+
 def aligned(table: Table, rules_before: tuple[str, ...] = ()) -> str:
     """`table` as lines: the first column to the left, the others to the right, a rule under the header.
 
@@ -193,9 +320,11 @@ def aligned(table: Table, rules_before: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def _needs(share: float) -> str:
-    difference = f"{abs(1 - share):.0%}".replace("%", " %")
-    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference} {'less' if share <= 1 else 'more'}."
+def _needs(share: float, own: str) -> str:
+    difference = f"{abs(1 - share):.0%}".replace("%", " %") + (" less" if share <= 1 else " more")
+    if own == "full_finetune":
+        return f"This run is full fine-tuning; QLoRA would need {share:.2f} of it: {difference}."
+    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference}."
 
 
 def _error(recorded: float | None, planned: float, measured: float) -> str:
