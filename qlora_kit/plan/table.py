@@ -1,5 +1,6 @@
 """The plan of a recipe: its own step beside 16-bit LoRA and full fine-tuning of the same model, batch and length."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -11,6 +12,7 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.plan.dry_run import Workload, dry_run
+from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Setting, Solution, settings, solve
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.pace import Pace
@@ -31,8 +33,9 @@ def plan_methods(
 
     Returns:
         The object described under plan.json in the documentation of the run folder. `activations`, `micro_batch` and
-        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `next` says what more
-        memory would buy, and `with_quantized_head` what the smallest would take so, where nothing fits.
+        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `floor` says how far the
+        peak is from the least possible, `next` what more memory would buy, and `with_quantized_head` what the smallest
+        would take so, where nothing fits.
     """
     device = resolve_device(recipe.base.device)
     budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)
@@ -58,6 +61,7 @@ def plan_methods(
         "bits_per_quantized_parameter": _bits(work.quantization, config),
         "methods": methods,
         "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
+        "floor": _floor(config, work, parameters, qlora["peak_bytes"]),
         "budget": budget,
         "activations": policy,
         "computed_in": str(work.dtype).removeprefix("torch."),
@@ -112,6 +116,26 @@ def _quantized_head(recipe: Recipe, config: PretrainedConfig, solution: Solution
     work = replace(_workload(recipe, solution.setting, tokens), quantize_head=True)
     peak: int = dry_run(config, work)["peak_bytes"]
     return peak
+
+
+def _floor(
+    config: PretrainedConfig, work: Workload, parameters: Mapping[str, int], peak: int
+) -> dict[str, float] | None:
+    """The least that such a step needs, and how many times that the peak is; None where no formula says it."""
+    if not work.quantization.is_4bit:
+        return None
+    least = floor_bytes(
+        config,
+        parameters,
+        tokens=work.tokens,
+        micro_batch=work.micro_batch,
+        accumulation=work.accumulation,
+        quantization=work.quantization,
+        optimizer=work.optimizer,
+        has_masters=work.master_weights == "fp32",
+        dense_width=work.dtype.itemsize,
+    )
+    return None if least is None else {"bytes": least, "ratio": round(peak / least, 4)}
 
 
 def _full_finetune(config: PretrainedConfig, work: Workload) -> dict[str, Any]:

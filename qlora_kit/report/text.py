@@ -80,6 +80,9 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
         spare = budget - plan["methods"]["qlora"]["peak_bytes"]
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
         said.append(f"Budget {format_bytes(budget)}: {verdict}.")
+    if floor := plan.get("floor"):
+        least = f"the least that the mathematics needs ({format_bytes(floor['bytes'])})"
+        said.append(f"The peak is {floor['ratio']:.2f} times {least} with all of it on the device.")
     if more := plan.get("next"):
         wanted = format_bytes(more["peak_bytes"])
         said.append(f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate).")
