@@ -111,6 +111,18 @@ def dry_run(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     return _extrapolate(low, high, (depth - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0]))
 
 
+def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
+    """What the base's weights alone take, with the constants of those that are quantised: the least of any step.
+
+    Args:
+        config: of the model.
+        work: whose quantisation and dtype are meant.
+    """
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = _build_base(config, work)
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     with _quiet(), _unpacked(), FakeTensorMode(allow_non_fake_inputs=True):
         model, parameters = _build(config, work)
@@ -127,11 +139,15 @@ def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str,
     return {**summary, "parameters": {"total": total, "trainable": trainable, "quantized": quantized}}
 
 
-def _build(config: PretrainedConfig, work: Workload) -> tuple[PreTrainedModel, list[tuple[str, torch.nn.Parameter]]]:
+def _build_base(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
     with no_init_weights():
         model = build_model(config, work.dtype, work.attention)
     cpu = torch.device("cpu")
-    freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
+    return freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
+
+
+def _build(config: PretrainedConfig, work: Workload) -> tuple[PreTrainedModel, list[tuple[str, torch.nn.Parameter]]]:
+    model = _build_base(config, work)
     if work.lora is None:
         model.requires_grad_(True)
         parameters = list(model.named_parameters())
