@@ -191,14 +191,11 @@ def test_gpt3_trains_what_table_15_counts(matrices, rank, exact, printed):
         assert cut(found) == printed
 
 
-def test_gpt3_at_its_full_depth_and_off_the_plan():
+def test_gpt3_at_its_full_depth_trains_ninety_six_times_what_a_layer_does():
     model, mode = fake(opt(*GPT3))
     with mode:
         report = add_lora(model, rank=2, targets=["v_proj"])
     assert (len(report.matched), report.trainable) == (96, 4_718_592)
-    lora = Lora(rank=64, targets=list(MATRICES.values()))
-    work = Workload(Quantization("none"), lora, torch.bfloat16, "sdpa", 1, 2, 1, "recompute", "adamw", "none")
-    assert dry_run(opt(*GPT3), work)["parameters"]["trainable"] == 603_979_776
 
 
 def test_erratum_table_15_cuts_digits_off_and_its_last_number_is_wrong_even_so():
