@@ -144,6 +144,7 @@ def test_one_ledger_inside_itself_counts_nothing_twice():
 def test_an_empty_ledger_answers_with_zeros():
     assert Ledger().summary() == {
         "peak_bytes": 0, "resident_bytes": 0, "by_category": dict.fromkeys(CATEGORIES, 0), "peak_by_phase": {},
+        "host_peak_bytes": 0, "paged_bytes": 0,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config, masking_utils
 
 from qlora_kit.base import Quantization, formats, kernels
 from qlora_kit.base.load import build_model, freeze_and_quantize
-from qlora_kit.data import Encoded
+from qlora_kit.data import Encoded, collate
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, dry_run, plan_methods
@@ -20,7 +20,7 @@ from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_r
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
 from qlora_kit.report.text import plan_text
 from qlora_kit.train.activations import set_activation_policy
-from qlora_kit.train.loop import Job, rehearse_longest, train_loop
+from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
@@ -47,22 +47,32 @@ WORK = Workload(
     activations="keep",
     optimizer="adamw_8bit",
     master_weights="fp32",
+    eval_shape=(1, 40),
 )
 
 
-def real_model(config, work):
+def real_model(config, work, ledger):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build_model(config, work.dtype, work.attention)
-    freeze_and_quantize(model, work.quantization, work.dtype, CPU, work.skip)
-    add_lora(model, rank=work.lora.rank, alpha=work.lora.alpha, dropout=work.lora.dropout)
+    ledger.ignore(model.parameters())
+    with ledger.watch("load"):
+        freeze_and_quantize(model, work.quantization, work.dtype, CPU, work.skip)
+        add_lora(model, rank=work.lora.rank, alpha=work.lora.alpha, dropout=work.lora.dropout)
+    ledger.adopt(model)
     set_activation_policy(model, work.activations)
     return model.train()
 
 
+def held_out(config, rows, length):
+    ids = tiny.tokens(rows, length, seed=1, vocab=config.vocab_size).tolist()
+    return collate([Encoded(row, [True] * length) for row in ids], 0)
+
+
 def real_step(config, work, folder):
     """What the ledger of a run says: the rehearsal and the first step of the loop itself, and that step's metrics."""
-    model = real_model(config, work)
+    ledger = Ledger(host_apart=work.on_card)
+    model = real_model(config, work, ledger)
     parameters = dict(adapter_parameters(model))
     optimizer = AdapterOptimizer(list(parameters.items()), work.optimizer, master_weights=work.master_weights)
     ids = tiny.tokens(work.micro_batch * work.accumulation, work.tokens, vocab=config.vocab_size).tolist()
@@ -71,17 +81,16 @@ def real_step(config, work, folder):
         parameters=parameters,
         optimizer=optimizer,
         rows=[Encoded(row, [True] * len(row)) for row in ids],
-        eval_batches=[],
+        eval_batches=[] if work.eval_shape is None else [held_out(config, *work.eval_shape)],
         pad_id=0,
         pace=Pace(1, work.micro_batch, work.accumulation, 1, None, 1e-3, "the test", 0, 0),
         train=Train(),
         folder=folder,
     )
-    ledger = Ledger(model)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     metrics = MetricsLog(folder / "metrics.jsonl")
     with ledger:
-        rehearse_longest(job, ledger)
+        rehearse(job, ledger)
     assert train_loop(job, metrics, PeakCounter(CPU), ledger)
     metrics.close()
     return ledger.summary(), metrics.rows[0]
@@ -133,44 +142,6 @@ def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro
 def test_other_families_and_settings_agree_too(family, changes, tmp_path):
     work = replace(WORK, **changes)
     assert_agrees(dry_run(CONFIGS[family], work), real_step(CONFIGS[family], work, tmp_path)[0])
-
-
-def test_two_shallow_depths_tell_a_deep_model(monkeypatch):
-    deep = LlamaConfig(**{**tiny.LLAMA, **SHAPE, "num_hidden_layers": 10})
-    work = replace(WORK, optimizer="adamw")
-    steps, run = [], dry_run_room._step_on_fake_tensors
-    monkeypatch.setattr(
-        dry_run_room,
-        "_step_on_fake_tensors",
-        lambda config, work: steps.append(config.num_hidden_layers) or run(config, work),
-    )
-    told = dry_run(deep, work)
-    assert steps == [2, 4]
-    whole = run(deep, work)
-    assert deep.num_hidden_layers == 10, "the caller's own configuration is left alone"
-    assert told["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.005)
-    assert told["resident_bytes"] == pytest.approx(whole["resident_bytes"], rel=0.005)
-    assert told["parameters"] == whole["parameters"]
-    for name, held in whole["by_category"].items():
-        assert told["by_category"][name] == pytest.approx(held, abs=0.005 * whole["peak_bytes"]), name
-    assert sum(told["by_category"].values()) == pytest.approx(told["peak_bytes"], abs=len(CATEGORIES))
-
-
-def test_layers_of_several_kinds_are_run_in_full(monkeypatch):
-    kinds = ["sliding_attention", "full_attention"] * 4
-    mixed = Qwen3Config(
-        **{**tiny.LLAMA, "num_hidden_layers": 8},
-        head_dim=12,
-        layer_types=kinds,
-        use_sliding_window=True,
-        sliding_window=8,
-    )
-    depths = []
-    monkeypatch.setattr(
-        dry_run_room, "_step_on_fake_tensors", lambda config, work: depths.append(config.num_hidden_layers)
-    )
-    dry_run(mixed, WORK)
-    assert depths == [8]
 
 
 # --- the process is left as it was ------------------------------------------------------------------------------------
@@ -238,7 +209,7 @@ def test_the_planned_optimizer_state_is_that_of_the_real_optimizer(kind, masters
 
 
 def test_the_plans_optimizer_state_is_that_of_the_run():
-    model = real_model(CONFIGS["llama"], WORK)
+    model = real_model(CONFIGS["llama"], WORK, Ledger())
     optimizer = AdapterOptimizer(list(adapter_parameters(model)), WORK.optimizer)
     wanted = sum(tensor.nbytes for name, tensor in optimizer.state_tensors() if name != "rounding")
     assert dry_run(CONFIGS["llama"], WORK)["by_category"]["optimizer_state"] == wanted
@@ -284,7 +255,7 @@ def test_a_plan_holds_what_the_run_folder_promises(plan):
         assert set(method["by_category"]) == set(CATEGORIES)
         assert set(method["peak_by_phase"]) >= {"forward", "loss", "backward", "optimizer"}
     assert set(plan["methods"]["full_finetune"]["assumes"]) == {"optimizer", "master_weights", "activations", "loss"}
-    assert {"tokens_per_s", "hours", "next"} == set(plan["estimates"])
+    assert {"tokens_per_s", "hours", "next", "traded"} == set(plan["estimates"])
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
 
 

@@ -13,65 +13,124 @@ from qlora_kit.errors import RecipeError
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.plan.cards import TOTAL_MIB, find_card
 from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
-from qlora_kit.plan.solve import DECODE_TOKENS, Setting, settings, solve
+from qlora_kit.plan.solve import Choices, Estimate, Setting, _more, solve
 from qlora_kit.recipe import read_recipe
+from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
+from qlora_kit.units import GIB
 
 MIB = 2**20
 
 
-def linear(setting: Setting) -> dict:
-    """A step whose memory is known by hand: 100 of weights, and rows times 10 where blocks keep, 2 where not."""
-    rows = setting.micro_batch * (10 if setting.activations == "keep" else 2)
-    phases = {"forward": 100 + rows, "loss": 90 + 3 * setting.micro_batch, "backward": 105 + rows}
-    return {"peak_bytes": max(phases.values()), "peak_by_phase": phases}
+LAYERS = 4
+KEPT, INPUT = 10, 1
+
+
+def by_hand(setting: Setting) -> dict:
+    """A step whose memory is known by hand: 100 of weights; a row leaves 10 in a block that keeps, 1 (its input) in one
+    that runs again, nothing in one whose input waits elsewhere; running a block takes 12 more a row, the loss 8."""
+    rows, blocks = setting.micro_batch, setting.blocks
+    standing, moments = 0, {("load", ""): 90}
+    for policy, count in blocks._asdict().items():
+        left = {"keep": KEPT, "recompute": INPUT, "offload": 0}[policy] * rows
+        standing += count * left
+        if count:
+            moments["backward", "last"] = max(moments.get(("backward", "last"), 0), 100 + standing + 12 * rows)
+            moments["backward", "first"] = 100 + left + 12 * rows
+    moments |= {("forward", "last"): 100 + standing + 5 * rows, ("loss", ""): 100 + standing + 8 * rows}
+    peak = max(moments.values())
+    block = {"keep": KEPT, "recompute": INPUT, "offload": 0}.get(blocks.policy, 0) * rows
+    return {"peak_bytes": peak, "needs_bytes": peak + 1, "moments": moments, "block_bytes": block}
 
 
 def chosen(budget, choices, tokens=512):
     calls = []
-    solution = solve(choices, tokens, budget, lambda setting: calls.append(setting) or linear(setting))
+    solution = solve(choices, tokens, budget, lambda setting: calls.append(setting) or by_hand(setting))
     return solution, calls
 
 
+def every_setting(choices):
+    for batch in choices.batches:
+        yield from (Setting(blocks, batch, choices.rows // batch) for blocks in choices.mixtures())
+
+
 def test_the_choices_make_the_same_step():
-    choices = settings("auto", 12, 12, may_split=True)
-    assert {choice.micro_batch for choice in choices} == {12, 6, 4, 3, 2, 1}
-    assert {choice.micro_batch * choice.accumulation for choice in choices} == {12}
-    assert {choice.activations for choice in choices} == {"keep", "recompute"}
-    assert settings("keep", 5, 15, may_split=False) == [Setting("keep", 5, 3)]
+    choices = Choices.of("auto", 12, 12, layers=LAYERS, may_split=True, has_host=True)
+    assert choices.batches == (12, 6, 4, 3, 2, 1)
+    found = list(every_setting(choices))
+    assert {each.micro_batch * each.accumulation for each in found} == {12}
+    assert len(set(found)) == len(found) == 6 * sum(range(1, LAYERS + 2)), "every count of kept and of offloaded blocks"
+    assert {each.blocks.all for each in found} == {LAYERS}
 
 
-@pytest.mark.parametrize("budget", range(100, 280, 7))
-def test_it_is_the_fastest_that_fits_by_trying_all(budget):
-    choices = settings("auto", 16, 16, may_split=True)
+def test_what_the_recipe_asks_for_is_what_all_blocks_do_and_a_cpu_offloads_nothing():
+    asked = Choices.of("offload", 5, 15, layers=LAYERS, may_split=False, has_host=False)
+    assert list(every_setting(asked)) == [Setting(Blocks(offload=LAYERS), 5, 3)]
+    on_cpu = Choices.of("auto", 5, 15, layers=LAYERS, may_split=False, has_host=False)
+    assert {each.blocks.offload for each in every_setting(on_cpu)} == {0}
+    assert list(every_setting(Choices.of("auto", 1, 1, layers=0, may_split=True, has_host=True))) == [
+        Setting(Blocks(), 1, 1)
+    ]
+
+
+@pytest.mark.parametrize("has_host", [False, True])
+@pytest.mark.parametrize("budget", range(105, 460, 9))
+def test_it_is_the_fastest_that_fits_by_trying_all(budget, has_host):
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=has_host)
     solution, _ = chosen(budget, choices)
-    fitting = [choice for choice in choices if linear(choice)["peak_bytes"] <= budget]
+    fitting = [each for each in every_setting(choices) if by_hand(each)["needs_bytes"] <= budget]
+    assert solution.fits == bool(fitting)
     if fitting:
-        assert solution.setting == min(fitting, key=lambda choice: choice.cost(512))
+        assert solution.setting.cost(512) == min(each.cost(512) for each in fitting)
+        assert solution.planned["needs_bytes"] <= budget
     else:
-        assert solution.setting == Setting("recompute", 1, 16)
-    assert solution.planned == linear(solution.setting)
+        assert solution.setting == choices.smallest()
+    assert solution.planned == by_hand(solution.setting)
 
 
-def test_what_more_memory_would_buy_is_the_nearest_faster_setting():
-    choices = settings("auto", 16, 16, may_split=True)
-    solution, _ = chosen(150, choices)
-    assert solution.setting == Setting("keep", 4, 4)
-    assert solution.faster == (Setting("keep", 8, 2), 185)
-    assert solution.gain == pytest.approx(4 * (4 * 512 + DECODE_TOKENS) / (2 * (8 * 512 + DECODE_TOKENS)))
-    assert chosen(10**6, choices)[0].faster is None
+def test_a_mixture_is_estimated_from_runs_in_which_all_blocks_are_alike():
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=True)
+    for setting, needs in Estimate(choices, by_hand).candidates(512):
+        assert needs == by_hand(setting)["needs_bytes"], setting
+
+
+def test_what_was_given_up_and_what_the_next_gib_buys_are_told():
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=True)
+    solution, _ = chosen(200, choices)
+    setting, needs = solution.fastest
+    assert setting == Setting(Blocks(keep=LAYERS), 8, 1)
+    assert needs == by_hand(setting)["needs_bytes"] > 200
+    assert solution.more == solution.fastest, "all of it is less than a GiB away"
+    assert (chosen(10**6, choices)[0].fastest, chosen(10**6, choices)[0].more) == (None, None)
+    far, bytes_of = chosen(200, choices)[0].setting, GIB  # where a GiB buys nothing, the least that buys something
+    costly = [(choices.fastest(512), 200 + 9 * bytes_of), (Setting(Blocks(0, 1, 3), 8, 1), 200 + 2 * bytes_of)]
+    assert _more(costly, far, 512, 200) == costly[1]
 
 
 def test_where_memory_is_ample_one_dry_run_is_made_and_where_it_is_short_a_few():
-    choices = settings("auto", 16, 16, may_split=True)
+    choices = Choices.of("auto", 16, 16, layers=LAYERS, may_split=True, has_host=True)
     assert len(chosen(10**6, choices)[1]) == 1
     assert len(chosen(100, choices)[1]) == 2
-    assert len(chosen(140, choices)[1]) <= 7
+    assert len(chosen(140, choices)[1]) <= 9
+
+
+def test_an_estimate_that_was_too_low_is_mended_by_the_run_itself():
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=False)
+
+    def worse(setting):
+        told = by_hand(setting)
+        return told | {"needs_bytes": told["needs_bytes"] + (0 if setting.blocks.policy else 7)}
+
+    budgets = range(130, 420, 11)
+    for budget in budgets:
+        solution = solve(choices, 512, budget, worse)
+        assert worse(solution.setting)["needs_bytes"] <= budget
+    assert any(solve(choices, 512, budget, worse).setting.blocks.policy is None for budget in budgets)
 
 
 def test_short_rows_would_rather_run_again_than_be_cut_up():
     """At 32 tokens decoding costs more than computing: whole micro-batches that recompute beat single kept rows."""
-    whole, cut = Setting("recompute", 16, 1), Setting("keep", 1, 16)
+    whole, cut = Setting(Blocks(recompute=LAYERS), 16, 1), Setting(Blocks(keep=LAYERS), 1, 16)
     assert whole.cost(32) < cut.cost(32)
     assert whole.cost(2048) > cut.cost(2048)
 
@@ -109,6 +168,14 @@ def test_what_the_recipe_says_is_not_changed():
     assert (fixed["activations"], fixed["micro_batch"]) == ("keep", 8)
     assert fixed["methods"]["qlora"]["peak_bytes"] > fixed["budget"]
     assert fixed["with_quantized_head"] < fixed["methods"]["qlora"]["peak_bytes"]
+
+
+def test_a_quantised_head_is_planned_where_the_recipe_asks_for_it():
+    dense, quantised = (planned("memory.activations=keep", f"base.quantize_head={word}") for word in ("false", "true"))
+    ends = 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert quantised["quantize_head"]
+    assert quantised["parameters"]["quantized"] - dense["parameters"]["quantized"] == ends
+    assert quantised["floor"]["bytes"] < dense["floor"]["bytes"]
 
 
 # --- cards ---

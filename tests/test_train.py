@@ -34,7 +34,7 @@ from qlora_kit.train.checkpoint import (
     verify_checkpoint,
 )
 from qlora_kit.train.evaluate import evaluate_loss, exact_match, generate_texts
-from qlora_kit.train.loop import Job, rehearse_longest, train_loop
+from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters, round_stochastically
 from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
@@ -285,7 +285,7 @@ def test_a_rehearsal_leaves_no_trace(tmp_path):
     before, base, random_state = values(job), tiny.stored(model), torch.get_rng_state()
     ledger = Ledger(model)
     with ledger:
-        rehearse_longest(job, ledger)
+        rehearse(job, ledger)
     assert ledger.peak_by_phase()["backward"] > ledger.current() > 0, "it ran"
     assert same(values(job), before)
     assert tiny.stored(model) == base

@@ -11,7 +11,8 @@ embedding and output head where that is asked for.
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +41,8 @@ from qlora_kit.errors import DeviceError, ModelError, listed
 Head = Literal["causal", "classification"]
 """What a model says: the next token, or which of several labels a text has."""
 
+Watching = Callable[[PreTrainedModel], AbstractContextManager[None]]
+
 _AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
 _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
@@ -65,6 +68,7 @@ def load_base(
     vocabulary: int = 0,
     head: Head = "causal",
     labels: int | None = None,
+    watching: Watching | None = None,
 ) -> PreTrainedModel:
     """Load a model, quantise its linear layers and freeze it.
 
@@ -84,6 +88,7 @@ def load_base(
             0 leaves it as it is.
         head: causal (the next token) or classification (one label a text).
         labels: of a classification; None takes what the model's configuration says.
+        watching: gives the block in which the dense model, as read, is quantised: for whoever counts its memory.
 
     Returns:
         A plain transformers model in evaluation mode. No parameter asks for a gradient.
@@ -109,14 +114,15 @@ def load_base(
         check_agreement(stored, asked)
     loaded, untrained = _load(folder, config, attention, head)
     keep_record(loaded, asked, dtype, folder, untrained, vocabulary)
-    extend_vocabulary(loaded, vocabulary)
-    if stored is not None:
-        adopt_layers(loaded, dtype, target)
-    new = tuple(f"{name}." for name in untrained)
-    skip = [*skip, *(name for name, _ in body_linears(loaded) if name.startswith(new))] if new else skip
-    return freeze_and_quantize(
-        loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None
-    )
+    with nullcontext() if watching is None else watching(loaded):
+        extend_vocabulary(loaded, vocabulary)
+        if stored is not None:
+            adopt_layers(loaded, dtype, target)
+        new = tuple(f"{name}." for name in untrained)
+        skip = [*skip, *(name for name, _ in body_linears(loaded) if name.startswith(new))] if new else skip
+        return freeze_and_quantize(
+            loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None
+        )
 
 
 def original_weights(model: PreTrainedModel) -> PreTrainedModel:

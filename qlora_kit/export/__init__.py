@@ -2,7 +2,7 @@
 
 from qlora_kit.export.audit import compare
 from qlora_kit.export.kinds import check_request, export_adapter, export_merged, merge
-from qlora_kit.export.merge import merged_tensors
+from qlora_kit.export.merge import merged_tensors, rehearse_merge
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
 from qlora_kit.export.trained_against import trained_against
 
@@ -14,6 +14,7 @@ __all__ = [
     "export_merged",
     "merge",
     "merged_tensors",
+    "rehearse_merge",
     "trained_against",
     "write_safetensors",
     "write_weights",

@@ -1,6 +1,8 @@
 """What memory holds: the ledger of live tensors, and the process's or the card's own counter beside it."""
 
 from qlora_kit.memory.counter import PeakCounter
+from qlora_kit.memory.history import whole
+from qlora_kit.memory.host import from_host, to_host
 from qlora_kit.memory.ledger import CATEGORIES, PHASES, Ledger
 
-__all__ = ["CATEGORIES", "PHASES", "Ledger", "PeakCounter"]
+__all__ = ["CATEGORIES", "PHASES", "Ledger", "PeakCounter", "from_host", "to_host", "whole"]

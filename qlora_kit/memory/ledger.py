@@ -6,13 +6,17 @@ allocates and frees inside itself is not seen.
 
 Whose a storage is follows from who holds it: the model's parameters and buffers, their gradients, the optimizer's
 state. The rest is decided with hindsight: what the forward pass leaves behind for the backward pass is an activation,
-what is gone before is workspace. So the ledger keeps the whole history of a step and is asked at its end.
+what is gone before is workspace. So the ledger keeps the whole history and is asked at its end (`history.py`).
+
+Where a storage was made follows from hooks: the module whose forward pass runs, and in the backward pass the block
+whose output's gradient has come. They stand only while the ledger watches.
 """
 
+import re
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,26 +24,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-CATEGORIES = (
-    "base_weights",
-    "quantization_state",
-    "adapters",
-    "gradients",
-    "optimizer_state",
-    "activations",
-    "workspace",
-    "other",
-)
-PHASES = ("load", "forward", "loss", "backward", "optimizer", "evaluate", "save", "export")
+from qlora_kit.memory.history import CATEGORIES, PHASES, Allocation, History
+from qlora_kit.memory.host import TO_HOST
 
+__all__ = ["CATEGORIES", "PHASES", "Ledger"]
 
-@dataclass(slots=True, eq=False)
-class _Allocation:
-    nbytes: int
-    phase: str | None
-    is_recorded: bool
-    category: str | None = None
-    outlives_forward: bool = True
+_BLOCK = re.compile(r"[^.0-9][^.]*(?:\.[^.0-9][^.]*)*\.\d+")
+"""A module's name down to its first number: `model.layers.3` of `model.layers.3.mlp.act_fn`."""
 
 
 class Ledger(TorchDispatchMode):
@@ -47,117 +38,173 @@ class Ledger(TorchDispatchMode):
 
     Args:
         model: its parameters and buffers are entered at the start, each under its category.
+        host_apart: count what `to_host` makes by itself, as where the device is a card; on a CPU it is the same memory.
+
+    Attributes:
+        history: what happened.
+        paged_bytes: of the optimizer's state, those that may leave the device for the host.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, host_apart: bool = False) -> None:
         super().__init__()
-        self._live: dict[weakref.ref[Any], _Allocation] = {}
-        self._events: list[tuple[_Allocation, int, str | None]] = []
+        self.history = History()
+        self.paged_bytes = 0
+        self._live: dict[weakref.ref[Any], Allocation] = {}
         self._phase: str | None = None
-        self._model = model
+        self._host_apart = host_apart
+        self._model: nn.Module | None = None
+        self._running: list[str] = []
+        self._backward_block = ""
+        self._watching = 0
+        self._hooks = ExitStack()
         if model is not None:
-            for category, tensor in _owned_by(model):
-                self.own(category, [tensor])
+            self.adopt(model)
 
-    def own(self, category: str, tensors: Iterable[Tensor]) -> None:
+    def adopt(self, model: nn.Module) -> None:
+        """Enter the parameters and buffers of `model`, and tell from now on in which of its modules things are made."""
+        self._model = model
+        for category, name, tensor in _owned_by(model):
+            self.own(category, [tensor], module=name)
+
+    def own(self, category: str, tensors: Iterable[Tensor], *, module: str = "") -> None:
         """Say whose these tensors are; storages not seen before are entered."""
         for tensor in tensors:
-            allocation = self._enter(tensor)
+            allocation = self._enter(tensor, "")
             allocation.category = category
+            allocation.module = module or allocation.module
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Count these storages never: they are pages of a file, which the system may drop."""
+        for tensor in tensors:
+            self._live[weakref.ref(tensor.untyped_storage(), self._live.pop)] = Allocation(0, None, False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What happens in the block belongs to the phase `name`, one of `PHASES`."""
+        """What happens in the block belongs to `name`, one of `PHASES` or a part of one (`evaluate/answer`)."""
         before, self._phase = self._phase, name
+        self.history.mark(name, self._place())
         try:
             yield
         finally:
             if name == "backward":
                 self._own_gradients()
+                self._backward_block = ""
             self._phase = before
+
+    @contextmanager
+    def watch(self, phase: str) -> Iterator[None]:
+        """Count what happens in the block, all of it in one phase."""
+        with self, self.phase(phase):
+            yield
 
     def current(self) -> int:
         """Bytes alive now."""
-        return sum(allocation.nbytes for allocation in self._live.values())
+        return sum(each.nbytes for each in self._live.values() if not each.is_apart)
 
     def peak(self) -> int:
         """The most bytes that were alive at one moment."""
-        return max(self._totals(), default=0)
+        return self.history.peak_bytes()
 
     def peak_by_phase(self) -> dict[str, int]:
         """The most bytes that were alive at one moment of each phase that there was."""
-        peaks: dict[str, int] = {}
-        for (_, _, phase), total in zip(self._events, self._totals(), strict=True):
-            if phase is not None:
-                peaks[phase] = max(peaks.get(phase, 0), total)
-        return peaks
+        return self.history.peak_by_phase()
 
     def by_category(self) -> dict[str, int]:
         """Whose the bytes at the peak were; they sum to `peak()`."""
-        totals = list(self._totals())
-        counts = dict.fromkeys(CATEGORIES, 0)
-        if totals:
-            for allocation, sign, _ in self._events[: totals.index(max(totals)) + 1]:
-                counts[_category(allocation)] += sign * allocation.nbytes
-        return counts
+        return self.history.by_category()
 
     def summary(self) -> dict[str, Any]:
-        """`peak_bytes`, `resident_bytes` (alive now), `by_category` and `peak_by_phase`, as run folders store them."""
+        """What run folders store: `peak_bytes`, `resident_bytes` (alive now), `by_category`, `peak_by_phase`,
+        `host_peak_bytes` (counted apart) and `paged_bytes` (of the optimizer's state)."""
         return {
             "peak_bytes": self.peak(),
             "resident_bytes": self.current(),
             "by_category": self.by_category(),
             "peak_by_phase": self.peak_by_phase(),
+            "host_peak_bytes": max(self.history.host_peak_by_phase().values(), default=0),
+            "paged_bytes": self.paged_bytes,
         }
+
+    def __enter__(self) -> "Ledger":
+        if self._watching == 0:
+            self._follow_modules()
+        self._watching += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._watching -= 1
+        if self._watching == 0:
+            self._hooks.close()
+            self._running.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):
             if isinstance(leaf, Tensor):
-                self._enter(leaf)
+                self._enter(leaf, func)
         return result
 
-    def _enter(self, tensor: Tensor) -> _Allocation:
+    def _enter(self, tensor: Tensor, operator: Any) -> Allocation:
         storage = tensor.untyped_storage()
         key = weakref.ref(storage, self._leave)
         found = self._live.get(key)
         if found is None:
             # Autograd records only where gradients are on, so inside a backward pass this marks what is recomputed.
-            found = _Allocation(storage.nbytes(), self._phase, torch.is_grad_enabled())
+            found = Allocation(storage.nbytes(), self._phase, torch.is_grad_enabled())
+            found.is_apart = self._host_apart and operator is TO_HOST
+            found.module = self._running[-1] if self._running else self._backward_block
+            found.operator, found.shape, found.dtype = operator, tensor.shape, tensor.dtype
             self._live[key] = found
-            self._events.append((found, 1, self._phase))
+            self.history.add(found, 1, self._phase, self._place())
         return found
 
     def _leave(self, key: "weakref.ref[Any]") -> None:
         allocation = self._live.pop(key)
         allocation.outlives_forward = self._phase not in ("forward", "loss", None)
-        self._events.append((allocation, -1, self._phase))
+        self.history.add(allocation, -1, self._phase, self._place())
+
+    def _place(self) -> str:
+        """The block that runs, forward or backward; "" outside of blocks."""
+        if self._backward_block:
+            return self._backward_block
+        return next((name for name in reversed(self._running) if _BLOCK.fullmatch(name)), "")
+
+    def _follow_modules(self) -> None:
+        for name, module in [] if self._model is None else self._model.named_modules():
+            begin = module.register_forward_pre_hook(partial(self._begin_module, name))
+            end = module.register_forward_hook(partial(self._end_module, name), always_call=True)
+            self._hooks.callback(begin.remove)
+            self._hooks.callback(end.remove)
+
+    def _begin_module(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _end_module(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if name in self._running:  # a recomputation that ends early leaves through an exception
+            del self._running[self._running.index(name) :]
+        if _BLOCK.fullmatch(name) and not self._backward_block:
+            for leaf in tree_iter(output):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    leaf.register_hook(partial(self._begin_backward_of, name))
+                    break
+
+    def _begin_backward_of(self, block: str, grad: Tensor) -> None:
+        self._backward_block = block
+        self.history.mark(self._phase, block)
 
     def _own_gradients(self) -> None:
         if self._model is not None:
-            self.own("gradients", [p.grad for p in self._model.parameters() if p.grad is not None])
-
-    def _totals(self) -> Iterator[int]:
-        total = 0
-        for allocation, sign, _ in self._events:
-            total += sign * allocation.nbytes
-            yield total
+            for name, parameter in self._model.named_parameters():
+                if parameter.grad is not None:
+                    self.own("gradients", [parameter.grad], module=name)
 
 
-def _category(allocation: _Allocation) -> str:
-    if allocation.category is not None:
-        return allocation.category
-    if allocation.phase in ("forward", "loss"):
-        return "activations" if allocation.outlives_forward else "workspace"
-    if allocation.phase == "backward":
-        return "activations" if allocation.is_recorded else "workspace"
-    return "workspace" if allocation.phase is not None else "other"
-
-
-def _owned_by(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _owned_by(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """The model's tensors by the names that the kit gives them: `.adapters.` in a path, `absmax` for constants."""
     for name, parameter in model.named_parameters():
-        yield ("adapters" if ".adapters." in name else "base_weights"), parameter
+        yield ("adapters" if ".adapters." in name else "base_weights"), name, parameter
     for name, buffer in model.named_buffers():
         is_constant = name.rpartition(".")[2].startswith("absmax")
-        yield ("quantization_state" if is_constant else "base_weights"), buffer
+        yield ("quantization_state" if is_constant else "base_weights"), name, buffer

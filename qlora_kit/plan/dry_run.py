@@ -1,18 +1,18 @@
 """One optimizer step on fake tensors: the very code of the real step, with a ledger, no weights and no accelerator.
 
-Real and fake differ in three places, each a seam of its own:
-- where weights come from: a model built from its configuration, instead of a checkpoint;
+Real and fake differ in four places, each a seam of its own:
+- where weights come from: a model built from its configuration, instead of the pages of a checkpoint;
 - the optimizer's arithmetic: bitsandbytes reads values, so `AdapterOptimizer.rehearse` does all but that;
+- the writer: `rehearse_checkpoint`, and an export's rehearsal, make what is written and write nothing;
 - values: nothing here asks whether a loss is finite, and that rows are not packed is told, not read (`_unpacked`).
 
-Layers are alike, so a deep model is planned from two shallow ones: every number is a straight line in the depth.
+Layers are alike, so a deep model is planned from two shallow ones (`depths.py`).
 """
 
-import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,19 +20,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
-from qlora_kit.lora import adapter_parameters, add_recipe_lora
-from qlora_kit.memory import Ledger
+from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
+from qlora_kit.memory import PHASES, Ledger
+from qlora_kit.plan.depths import block_bytes, deepen, find_shallow, moments, peaks, role, with_depth
 from qlora_kit.recipe import Lora, Recipe
-from qlora_kit.train.activations import Policy, set_activation_policy
+from qlora_kit.train.activations import Blocks, Policy, set_activation_policy
+from qlora_kit.train.checkpoint import rehearse_checkpoint
+from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.optim import AdapterOptimizer, MasterWeights, definite_masters
 from qlora_kit.train.step import accumulate_gradients
 
-SHALLOW = (2, 4)
-"""Depths from which deeper models are extrapolated."""
+After = Callable[[PreTrainedModel], None]
+Named = list[tuple[str, torch.nn.Parameter]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +51,13 @@ class Workload:
         micro_batch: rows in one forward pass.
         tokens: of the longest row.
         accumulation: micro-batches in one step; above 1 the gradients of the first stand through the second.
-        activations: keep or recompute.
+        activations: of all blocks, or how many have which policy.
         optimizer: a name of `train.optimizer`.
         master_weights: fp32, stochastic or none.
         skip: linear layers that stay dense.
         quantize_head: whether embedding and head are quantised, too.
+        eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
+        on_card: whether the device is a card: what lies in the host's memory is counted by itself then.
     """
 
     quantization: Quantization
@@ -61,14 +67,18 @@ class Workload:
     micro_batch: int
     tokens: int
     accumulation: int
-    activations: Policy
+    activations: Policy | Blocks
     optimizer: str
     master_weights: MasterWeights
     skip: tuple[str, ...] = ()
     quantize_head: bool = False
+    eval_shape: tuple[int, int] | None = None
+    on_card: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy) -> "Workload":
+    def of(
+        cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy | Blocks
+    ) -> "Workload":
         """The step that a recipe asks for, once its batch and its longest row are known."""
         base = recipe.base
         return cls(
@@ -93,22 +103,34 @@ class _FakeRows:
     labels: Tensor
 
 
-def dry_run(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
-    """Run one step on fake tensors and tell what it took.
+def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
+    """Load, train, evaluate and save on fake tensors, and tell what that took.
 
     Args:
         config: of the model; all that is needed of it.
         work: what the step works on.
+        after: what else is done with the trained model, by the phase that it makes, such as an export.
 
     Returns:
-        `peak_bytes`, `resident_bytes`, `by_category`, `peak_by_phase` as the run folder's plan.json has them, and
-        `parameters` {total, trainable, quantized}.
+        `peak_bytes`, `resident_bytes` (after the step), `by_category`, `peak_by_phase`, `host_peak_bytes`,
+        `paged_bytes` as plan.json has them, and `parameters` {total, trainable, quantized}; for the solver `layers`,
+        `moments` (peaks by phase and side of the model) and `block_bytes` (what a block leaves for its backward pass).
     """
-    depth = getattr(config, "num_hidden_layers", 0)
-    if depth <= SHALLOW[1] + 2 or not _is_uniform(config):
-        return _step_on_fake_tensors(config, work)
-    low, high = (_step_on_fake_tensors(_with_depth(config, shallow), work) for shallow in SHALLOW)
-    return _extrapolate(low, high, (depth - SHALLOW[0]) / (SHALLOW[1] - SHALLOW[0]))
+    shallow = find_shallow(config, work.activations)
+    runs = [_fake_run(config, replace(work, activations=blocks), after) for blocks, _ in shallow.steps]
+    base = _fake_run(config, replace(work, activations=shallow.base), after)
+    told = deepen(base, [(run, factor) for run, (_, factor) in zip(runs, shallow.steps, strict=True)])
+    places = told.pop("places")
+    by_phase, by_category = peaks(places)
+    return {
+        **told,
+        "host_peak_bytes": max(told["host_peak_bytes"].values(), default=0),
+        "peak_bytes": sum(by_category.values()),
+        "by_category": by_category,
+        "peak_by_phase": {phase: by_phase[phase] for phase in PHASES if phase in by_phase},
+        "moments": moments(places),
+        "block_bytes": block_bytes(places, Blocks.of(work.activations, told["layers"])),
+    }
 
 
 def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
@@ -119,84 +141,97 @@ def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
         work: whose quantisation and dtype are meant.
     """
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        model = _build_base(config, work)
+        model = _as_loaded(_dense(config, work), work)
         return sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _step_on_fake_tensors(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
+def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
+    """All phases at the depth that the blocks of `work` are."""
+    blocks = work.activations
+    config = with_depth(config, blocks.all) if isinstance(blocks, Blocks) and blocks.all else config
     with _quiet(), _unpacked(), FakeTensorMode(allow_non_fake_inputs=True):
-        model, parameters = _build(config, work)
+        ledger = Ledger(host_apart=work.on_card)
+        model, parameters = _build(config, work, ledger)
         optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
-        ledger = Ledger(model)
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
+        ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
         with ledger:
-            for _ in range(2):  # a second step finds what the first one left behind
-                _step(model, parameters, optimizer, work, ledger)
-        summary = ledger.summary()
+            _step(model, parameters, optimizer, work, ledger)
+            resident = ledger.current()
+            if work.eval_shape is not None:
+                rehearse_evaluation(model, _rows(work.eval_shape), ledger.phase)
+            with ledger.phase("save"):
+                kept = dict(parameters) | dict(adapter_constants(model))
+                rehearse_checkpoint(kept, optimizer, on_card=work.on_card)
+            del optimizer  # an export comes after the run, and holds no state of it
+            for phase, act in (after or {}).items():
+                with ledger.phase(phase):
+                    act(model)
+    names = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}
+    return {
+        "resident_bytes": resident,
+        "host_peak_bytes": ledger.history.host_peak_by_phase(),
+        "paged_bytes": ledger.paged_bytes,
+        "parameters": _count_parameters(model, parameters, work),
+        "layers": len(names),
+        "places": {(phase, roles.get(block)): held for (phase, block), held in ledger.history.peaks_by_place().items()},
+    }
+
+
+def _count_parameters(model: PreTrainedModel, parameters: Named, work: Workload) -> dict[str, int]:
     trainable = sum(parameter.numel() for _, parameter in parameters)
-    total = parameter_count(model) - (trainable if work.lora is not None else 0)
-    quantized = sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight))
-    return {**summary, "parameters": {"total": total, "trainable": trainable, "quantized": quantized}}
+    return {
+        "total": parameter_count(model) - (trainable if work.lora is not None else 0),
+        "trainable": trainable,
+        "quantized": sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight)),
+    }
 
 
-def _build_base(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
+def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[PreTrainedModel, Named]:
+    """The model as loading leaves it, with its adapter; the dense weights themselves are pages of a file."""
+    model = _dense(config, work)
+    ledger.ignore(model.parameters())
+    with ledger, ledger.phase("load"):
+        _as_loaded(model, work)
+        if work.lora is not None:
+            # What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
+            lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
+            add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)))
+    ledger.adopt(model)
+    if work.lora is None:
+        model.requires_grad_(True)
+    set_activation_policy(model, work.activations)
+    return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
+
+
+def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
     with no_init_weights():
-        model = build_model(config, work.dtype, work.attention)
+        return build_model(config, work.dtype, work.attention)
+
+
+def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
     cpu = torch.device("cpu")
     return freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
 
 
-def _build(config: PretrainedConfig, work: Workload) -> tuple[PreTrainedModel, list[tuple[str, torch.nn.Parameter]]]:
-    model = _build_base(config, work)
-    if work.lora is None:
-        model.requires_grad_(True)
-        parameters = list(model.named_parameters())
-    else:
-        # What is weighed is how many tokens are added, and not which; and no values are at hand that loftq would read.
-        lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
-        add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)))
-        parameters = list(adapter_parameters(model))
-    set_activation_policy(model, work.activations)
-    return model.train(), parameters
-
-
 def _step(
-    model: PreTrainedModel,
-    parameters: list[tuple[str, torch.nn.Parameter]],
-    optimizer: AdapterOptimizer,
-    work: Workload,
-    ledger: Ledger,
+    model: PreTrainedModel, parameters: Named, optimizer: AdapterOptimizer, work: Workload, ledger: Ledger
 ) -> None:
+    """The last micro-batch of a step: where there are several, the gradients of those before stand through it."""
+    if work.accumulation > 1:
+        for _, parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        ledger.own("gradients", (parameter.grad for _, parameter in parameters if parameter.grad is not None))
     shape = (work.micro_batch, work.tokens)
-    rows = [
-        _FakeRows(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
-        for _ in range(min(2, work.accumulation))
-    ]
-    accumulate_gradients(model, rows, trained_tokens=shape[0] * shape[1], phase=ledger.phase)
+    accumulate_gradients(model, [_rows(shape)], trained_tokens=shape[0] * shape[1], phase=ledger.phase)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
         optimizer.rehearse()
 
 
-def _extrapolate(low: Any, high: Any, factor: float) -> Any:
-    """low + factor * (high - low) through nested numbers."""
-    if isinstance(low, dict):
-        return {key: _extrapolate(low.get(key, 0), value, factor) for key, value in high.items()}
-    return round(low + factor * (high - low))
-
-
-def _with_depth(config: PretrainedConfig, depth: int) -> PretrainedConfig:
-    shallow = copy.deepcopy(config)
-    shallow.num_hidden_layers = depth
-    if getattr(shallow, "layer_types", None) is not None:
-        shallow.layer_types = shallow.layer_types[:depth]
-    return shallow
-
-
-def _is_uniform(config: PretrainedConfig) -> bool:
-    """Whether all layers are of one kind, so that two depths tell the rest."""
-    kinds = getattr(config, "layer_types", None)
-    return (kinds is None or len(set(kinds)) == 1) and not getattr(config, "is_encoder_decoder", False)
+def _rows(shape: tuple[int, int]) -> _FakeRows:
+    return _FakeRows(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
 
 
 @contextmanager

@@ -1,20 +1,32 @@
-"""The fastest setting that fits a budget: what blocks keep for the backward pass, and how many rows go at a time.
+"""The fastest setting that fits a budget: what each block keeps for the backward pass, and how many rows go at a time.
 
-    time of a step ~ passes x (tokens + micro-batches x DECODE_TOKENS)        passes: 2, or 3 where blocks run again
+    time of a step ~ passes x (tokens + micro-batches x DECODE_TOKENS)
+    passes: 2, and 1 more for the share of the blocks that run again
 
-since every pass over a micro-batch decodes every weight once. Memory is planned by running the step; where that would
-be done often, two micro-batches tell the rest, each phase of the step being a straight line in the rows.
+since every pass over a micro-batch decodes every weight once. Memory is planned by running the step. Settings are many
+and runs are few, so a mixture of blocks is estimated from runs in which all blocks are alike, at two numbers of rows:
+what stands at a moment of the step is a sum over the blocks, and every term a straight line in the rows. What is
+chosen is then run itself.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_kit.train.activations import Policy
+from qlora_kit.train.activations import Blocks, Policy
+from qlora_kit.units import GIB
 
 DECODE_TOKENS = 200
 """Tokens whose products take as long as decoding all weights once: 1.26 x FLOP/s over bytes/s, an estimate. It is 206
 on an RTX 4090 (165 TFLOP/s and 1,008 GB/s by its data sheet), and 190 to 230 on the cards around it."""
+OFFLOAD_PASSES = 0.06
+"""Passes that moving the inputs of all blocks to the host and back costs: 2 % of three passes, an estimate (published
+measurements range from a gain to 2.8 %)."""
+TRIES = 4
+"""Dry runs of chosen settings: each that does not fit moves the aim down by what it had too much."""
+
+Moment = tuple[str, str]
+"""A phase, and in it the side of the model: first block, last block, or outside of blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +34,90 @@ class Setting:
     """What may be chosen.
 
     Attributes:
-        activations: keep or recompute.
+        blocks: how many do what.
         micro_batch: rows in one forward pass.
         accumulation: micro-batches in a step.
     """
 
-    activations: Policy
+    blocks: Blocks
     micro_batch: int
     accumulation: int
 
     def cost(self, tokens: int) -> float:
         """Time of a step, in tokens going through the model once; `tokens` are those of a row."""
-        passes = 2 if self.activations == "keep" else 3
+        count = max(1, sum(self.blocks))
+        again = (self.blocks.recompute + self.blocks.offload) / count
+        passes = 2 + again + OFFLOAD_PASSES * self.blocks.offload / count
         return passes * self.accumulation * (self.micro_batch * tokens + DECODE_TOKENS)
 
     def words(self) -> str:
-        """As it is written on the command line."""
-        return f"memory.activations={self.activations} train.micro_batch={self.micro_batch}"
+        """As it is written on the command line, a mixture aside, which only the kit itself chooses."""
+        policy = self.blocks.policy
+        activations = f"memory.activations={policy}" if policy else f"activations {self.blocks.words}"
+        return f"{activations} train.micro_batch={self.micro_batch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What the recipe leaves open.
+
+    Attributes:
+        layers: blocks of the model.
+        policies: that a block may have.
+        batches: rows at a time that may be chosen.
+        rows: of a step.
+        may_mix: whether blocks may differ.
+    """
+
+    layers: int
+    policies: tuple[Policy, ...]
+    batches: tuple[int, ...]
+    rows: int
+    may_mix: bool
+
+    @classmethod
+    def of(cls, asked: str, micro_batch: int, rows: int, *, layers: int, may_split: bool, has_host: bool) -> "Choices":
+        """The choices under a recipe.
+
+        Args:
+            asked: memory.activations: auto, keep, recompute or offload.
+            micro_batch: rows at a time, at most.
+            rows: of a step.
+            layers: blocks of the model.
+            may_split: whether fewer rows at a time are allowed.
+            has_host: whether the host has memory of its own, so that something is won by moving there.
+        """
+        automatic: tuple[Policy, ...] = ("keep", "recompute", "offload") if has_host else ("keep", "recompute")
+        if layers == 0:
+            automatic = ("keep",)
+        policies = automatic if asked == "auto" else (asked,)
+        fewer = range(micro_batch, 0, -1) if may_split else [micro_batch]
+        return cls(layers, policies, tuple(b for b in fewer if rows % b == 0), rows, asked == "auto")  # type: ignore[arg-type]
+
+    def alike(self, policy: Policy, batch: int) -> Setting:
+        """All blocks under one policy."""
+        return Setting(Blocks.alike(policy, self.layers), batch, self.rows // batch)
+
+    def fastest(self, tokens: int) -> Setting:
+        """Of all, whatever it takes."""
+        return min((self.alike(p, b) for p in self.policies for b in self.batches), key=lambda each: each.cost(tokens))
+
+    def smallest(self) -> Setting:
+        """Of all, the one that takes least."""
+        return self.alike(self.policies[-1], self.batches[-1])
+
+    def mixtures(self) -> Iterator[Blocks]:
+        """Ways to spread the policies over the blocks, those that run again least often first; offloading by steps."""
+        if not self.may_mix:
+            yield from (Blocks.alike(policy, self.layers) for policy in self.policies)
+            return
+        for keep in range(self.layers, -1, -1):
+            again = self.layers - keep
+            if "recompute" not in self.policies and again:
+                return
+            step = max(1, self.layers // 16)
+            for offload in range(0, again + 1 if "offload" in self.policies else 1, step):
+                yield Blocks(offload, again - offload, keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,80 +127,127 @@ class Solution:
     Attributes:
         setting: the fastest that fits; the smallest there is where none does.
         planned: its dry run.
-        faster: of the faster ones that do not fit the smallest, with its peak in bytes (an estimate). None where there
-            is none, or nothing fits.
-        gain: how many times as fast that would be, an estimate.
+        fits: whether it does.
+        fastest: of all, with its peak in bytes; None where that is the setting itself.
+        more: what the next GiB would buy, or else the least that buys anything, with its peak (an estimate).
     """
 
     setting: Setting
     planned: dict[str, Any]
-    faster: tuple[Setting, int] | None = None
-    gain: float = 1.0
+    fits: bool
+    fastest: tuple[Setting, int] | None = None
+    more: tuple[Setting, int] | None = None
 
 
-def settings(asked: str, micro_batch: int, rows: int, *, may_split: bool) -> list[Setting]:
-    """All that may be chosen.
-
-    Args:
-        asked: memory.activations of the recipe: auto, keep or recompute.
-        micro_batch: rows at a time, at most.
-        rows: of a step.
-        may_split: whether fewer rows at a time are allowed.
-    """
-    policies: tuple[Policy, ...] = ("keep", "recompute") if asked == "auto" else (asked,)  # type: ignore[assignment]
-    fewer = range(micro_batch, 0, -1) if may_split else [micro_batch]
-    batches = [batch for batch in fewer if rows % batch == 0]
-    return [Setting(policy, batch, rows // batch) for policy in policies for batch in batches]
-
-
-def solve(choices: list[Setting], tokens: int, budget: int, plan: Callable[[Setting], dict[str, Any]]) -> Solution:
+def solve(choices: Choices, tokens: int, budget: int, plan: Callable[[Setting], dict[str, Any]]) -> Solution:
     """The fastest of the choices whose step fits.
 
     Args:
-        choices: from `settings`.
+        choices: what may be chosen.
         tokens: of the longest row.
         budget: in bytes.
-        plan: makes a dry run of a setting.
+        plan: makes a dry run of a setting: a dict with `needs_bytes`, and for settings with blocks alike also `moments`
+            and `block_bytes`.
     """
-    fastest, *others = sorted(choices, key=lambda choice: choice.cost(tokens))
+    fastest = choices.fastest(tokens)
     planned = plan(fastest)
-    if planned["peak_bytes"] <= budget:
-        return Solution(fastest, planned)
-    smallest = min(choices, key=lambda choice: (choice.activations == "keep", choice.micro_batch))
+    if planned["needs_bytes"] <= budget:
+        return Solution(fastest, planned, fits=True)
+    above = fastest, planned["needs_bytes"]
+    smallest = choices.smallest()
     least = plan(smallest)
-    if least["peak_bytes"] > budget:
-        return Solution(smallest, least)
-    estimate = _estimates(choices, plan)
-    too_large = [(fastest, planned["peak_bytes"])]
-    for choice in others:
-        expected = estimate(choice)
-        if expected <= budget:
-            planned = plan(choice)
-            if planned["peak_bytes"] <= budget:
-                nearest = min(too_large, key=lambda each: each[1])
-                return Solution(choice, planned, nearest, choice.cost(tokens) / nearest[0].cost(tokens))
-            expected = planned["peak_bytes"]
-        too_large.append((choice, expected))
-    return Solution(smallest, least)  # which was among them, but for a line that is not quite straight
+    if least["needs_bytes"] > budget:
+        return Solution(smallest, least, fits=False, fastest=above)
+    estimate = Estimate(choices, plan)
+    candidates = list(estimate.candidates(tokens))
+    aim = budget
+    for _ in range(TRIES):
+        chosen = _quickest(candidates, tokens, aim)
+        if chosen is None:
+            break
+        planned = plan(chosen)
+        if planned["needs_bytes"] <= budget:
+            return Solution(chosen, planned, fits=True, fastest=above, more=_more(candidates, chosen, tokens, budget))
+        aim -= planned["needs_bytes"] - budget
+    return Solution(smallest, least, fits=True, fastest=above, more=_more(candidates, smallest, tokens, budget))
 
 
-def _estimates(choices: list[Setting], plan: Callable[[Setting], dict[str, Any]]) -> Callable[[Setting], int]:
-    """Peaks of settings from two dry runs a policy: those with the fewest rows at a time, and the next."""
-    lines: dict[Policy, list[tuple[int, dict[str, int]]]] = {}
-
-    def estimate(choice: Setting) -> int:
-        policy = choice.activations
-        if policy not in lines:
-            alike = sorted((each for each in choices if each.activations == policy), key=lambda each: each.micro_batch)
-            lines[policy] = [(each.micro_batch, plan(each)["peak_by_phase"]) for each in alike[:2]]
-        return max(_on_lines(lines[policy], choice.micro_batch))
-
-    return estimate
+Candidates = list[tuple[Setting, int]]
 
 
-def _on_lines(points: list[tuple[int, dict[str, int]]], rows: int) -> Iterator[int]:
-    """Each phase's peak at `rows`, on the straight line through one or two points."""
-    (few, low), (more, high) = points[0], points[-1]
-    for phase, peak in low.items():
-        slope = (high[phase] - peak) / (more - few) if more > few else 0.0
-        yield round(peak + slope * (rows - few))
+def _quickest(candidates: Candidates, tokens: int, budget: int) -> Setting | None:
+    fitting = (setting for setting, needs in candidates if needs <= budget)
+    return min(fitting, key=lambda setting: setting.cost(tokens), default=None)
+
+
+def _more(candidates: Candidates, chosen: Setting, tokens: int, budget: int) -> tuple[Setting, int] | None:
+    """What the next GiB would buy; where it buys less than a fiftieth, the least that buys that."""
+    faster = [(s, needs) for s, needs in candidates if s.cost(tokens) < 0.98 * chosen.cost(tokens) and needs > budget]
+    near = [each for each in faster if each[1] <= budget + GIB]
+    if near:
+        return min(near, key=lambda each: (each[0].cost(tokens), each[1]))
+    return min(faster, key=lambda each: each[1], default=None)
+
+
+@dataclass(slots=True)
+class Estimate:
+    """What any setting takes, from dry runs in which all blocks are alike.
+
+    Attributes:
+        choices: of the recipe.
+        plan: makes the dry runs.
+    """
+
+    choices: Choices
+    plan: Callable[[Setting], dict[str, Any]]
+    _runs: dict[tuple[Policy, int], dict[str, Any]] = field(default_factory=dict)
+
+    def candidates(self, tokens: int) -> Iterator[tuple[Setting, int]]:
+        """Every setting, with what it takes."""
+        for batch in self.choices.batches:
+            told = {policy: self._at(policy, batch) for policy in self.choices.policies}
+            for blocks in self.choices.mixtures():
+                yield Setting(blocks, batch, self.choices.rows // batch), _needs(blocks, told)
+
+    def _at(self, policy: Policy, batch: int) -> dict[str, Any]:
+        """Moments and bytes a block at `batch` rows, on the line through the two smallest numbers of rows."""
+        few, *others = sorted(self.choices.batches)[:2]
+        low = self._run(policy, few)
+        if batch == few:
+            return low
+        return _on_line(low, self._run(policy, others[0]), (batch - few) / (others[0] - few))
+
+    def _run(self, policy: Policy, batch: int) -> dict[str, Any]:
+        if (policy, batch) not in self._runs:
+            planned = self.plan(self.choices.alike(policy, batch))
+            extra = planned["needs_bytes"] - planned["peak_bytes"]
+            self._runs[policy, batch] = {
+                "moments": planned["moments"], "block": planned["block_bytes"], "extra": extra
+            }  # fmt: skip
+        return self._runs[policy, batch]
+
+
+def _needs(blocks: Blocks, told: Mapping[Policy, dict[str, Any]]) -> int:
+    """The peak of a mixture: at each moment of a run with blocks alike, their activations replaced by the mixture's."""
+    counts: dict[Policy, int] = {policy: getattr(blocks, policy) for policy in told}
+    standing = sum(count * told[policy]["block"] for policy, count in counts.items())
+    earlier = 0
+    highest = 0
+    layers = blocks.all
+    for policy in ("offload", "recompute", "keep"):
+        if not counts.get(policy):
+            continue
+        alone = told[policy]
+        earlier += counts[policy] * alone["block"]
+        for (phase, side), total in alone["moments"].items():
+            # In the backward pass of its last block, later blocks are done with; nothing else depends on the order.
+            there = earlier if (phase, side) == ("backward", "last") else standing
+            is_moved = phase == "loss" or (phase in ("forward", "backward") and side != "first")
+            highest = max(highest, total + (there - layers * alone["block"] if is_moved else 0))
+    return highest + max(each["extra"] for each in told.values())
+
+
+def _on_line(low: Any, high: Any, factor: float) -> Any:
+    if isinstance(low, dict):
+        return {key: _on_line(value, high[key], factor) for key, value in low.items()}
+    return round(low + factor * (high - low))

@@ -1,7 +1,7 @@
 """The plan of a recipe: its own step beside 16-bit LoRA and full fine-tuning of the same model, batch and length."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -10,17 +10,28 @@ from transformers import PretrainedConfig
 
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
+from qlora_kit.plan.depths import count_layers
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
-from qlora_kit.plan.dry_run import Workload, dry_run
+from qlora_kit.plan.dry_run import After, Workload, dry_run
 from qlora_kit.plan.floor import floor_bytes
-from qlora_kit.plan.solve import Setting, Solution, settings, solve
+from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import parse_bytes
 
+STEP = ("forward", "loss", "backward", "optimizer")
+"""The phases that the floor speaks of."""
+
 
 def plan_methods(
-    recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int, card: str | None = None
+    recipe: Recipe,
+    config: PretrainedConfig,
+    pace: Pace,
+    tokens: int,
+    card: str | None = None,
+    *,
+    eval_shape: tuple[int, int] | None = None,
+    after: Mapping[str, After] | None = None,
 ) -> dict[str, Any]:
     """All that plan.json holds.
 
@@ -30,103 +41,150 @@ def plan_methods(
         pace: micro-batch, steps and so on.
         tokens: of the longest row.
         card: for which the plan is made, where that is not this machine's device.
+        eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
+        after: what else is done with the trained model, as `dry_run` takes it.
 
     Returns:
         The object described under plan.json in the documentation of the run folder. `activations`, `micro_batch` and
         `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `floor` says how far the
-        peak is from the least possible, `next` what more memory would buy, and `with_quantized_head` what the smallest
-        would take so, where nothing fits.
+        step is from the least possible, `next` what more memory would buy, `traded` what was given up, and
+        `with_quantized_head` what the smallest would take so, where nothing fits.
     """
     device = resolve_device(recipe.base.device)
+    on_card = card is not None or device.type == "cuda"
     budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)
     if budget is None and device.type == "cuda":
         budget = available_bytes(device)
     room = budget or available_bytes(device)
-    solution = _solve(recipe, config, pace, tokens, room)
+    makes = Workloads(recipe, tokens, on_card, eval_shape, recipe.base.quantize_head)
+    solution = _solve(config, makes, pace, room, after)
     setting, qlora = solution.setting, solution.planned
-    policy = setting.activations
-    pace = replace(pace, micro_batch=setting.micro_batch, accumulation=setting.accumulation)
-    work = _workload(recipe, setting, tokens)
+    work = makes.of(setting)
     # Like with like: who asks for float32 (a CPU has no fast 16 bits) would train the dense model in float32, too.
-    peers = replace(work, quantization=Quantization("none"), dtype=_peer_dtype(recipe))
-    methods = {"qlora": qlora, "lora_16bit": dry_run(config, peers), "full_finetune": _full_finetune(config, peers)}
-    parameters = methods["qlora"]["parameters"]
-    for method in methods.values():
-        method.pop("parameters")
+    peers = replace(work, quantization=Quantization("none"), dtype=_peer_dtype(recipe), quantize_head=False)
+    methods = {"qlora": qlora, "lora_16bit": dry_run(config, peers, after)}
+    methods["full_finetune"] = _full_finetune(config, peers, setting.blocks.words)
+    parameters = qlora["parameters"]
     speed = None
     if card is None:
-        speed = estimated_tokens_per_s(parameters["total"], policy == "recompute", matmul_rate(device, work.dtype))
+        again = setting.blocks.keep < setting.blocks.all
+        speed = estimated_tokens_per_s(parameters["total"], again, matmul_rate(device, work.dtype))
     return {
         "parameters": parameters,
         "bits_per_quantized_parameter": _bits(work.quantization, config),
-        "methods": methods,
+        "methods": {name: _public(method) for name, method in methods.items()},
         "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
-        "floor": _floor(config, work, parameters, qlora["peak_bytes"]),
+        "floor": _floor(config, work, qlora),
         "budget": budget,
-        "activations": policy,
+        "activations": setting.blocks.words,
+        "blocks": setting.blocks._asdict(),
+        "quantize_head": work.quantize_head,
         "computed_in": str(work.dtype).removeprefix("torch."),
         "compared_in": str(peers.dtype).removeprefix("torch."),
-        "micro_batch": pace.micro_batch,
-        "accumulation": pace.accumulation,
+        "micro_batch": setting.micro_batch,
+        "accumulation": setting.accumulation,
         "tokens": tokens,
         "planned_on": "fake tensors, CPU operators",
         "device_profile": card or device_name(device),
-        "pace": asdict(pace),
+        "pace": asdict(replace(pace, micro_batch=setting.micro_batch, accumulation=setting.accumulation)),
         "steps": pace.steps,
         "tokens_per_s": speed,
         "hours": None if speed is None else pace.tokens / speed / 3600,
-        "estimates": ["tokens_per_s", "hours", "next"],
-        "next": _next(solution),
-        "with_quantized_head": _quantized_head(recipe, config, solution, tokens, room),
+        "estimates": ["tokens_per_s", "hours", "next", "traded"],
+        "next": _other(solution, solution.more, tokens),
+        "traded": _other(solution, solution.fastest, tokens),
+        "with_quantized_head": _quantized_head(config, makes, solution, after),
     }
 
 
-def _solve(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int, room: int) -> Solution:
+@dataclass(frozen=True, slots=True)
+class Workloads:
+    """Makes the workload of a setting under one recipe.
+
+    Attributes:
+        recipe: the run.
+        tokens: of the longest row.
+        on_card: whether the device is a card.
+        eval_shape: rows and tokens of the largest batch that is evaluated.
+        quantize_head: whether embedding and head are quantised, too.
+    """
+
+    recipe: Recipe
+    tokens: int
+    on_card: bool
+    eval_shape: tuple[int, int] | None
+    quantize_head: bool
+
+    def of(self, setting: Setting) -> Workload:
+        """The step, and what comes with it, under a setting."""
+        work = Workload.of(
+            self.recipe,
+            micro_batch=setting.micro_batch,
+            accumulation=setting.accumulation,
+            tokens=self.tokens,
+            activations=setting.blocks.policy or setting.blocks,
+        )
+        return replace(work, on_card=self.on_card, eval_shape=self.eval_shape, quantize_head=self.quantize_head)
+
+
+def _solve(
+    config: PretrainedConfig, makes: Workloads, pace: Pace, room: int, after: Mapping[str, After] | None
+) -> Solution:
     """The recipe's own step; where it leaves a choice, the fastest that fits."""
+    recipe = makes.recipe
     # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
     may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
-    choices = settings(recipe.memory.activations, pace.micro_batch, pace.rows_a_step, may_split=may_split)
-    return solve(choices, tokens, room, cache(lambda setting: dry_run(config, _workload(recipe, setting, tokens))))
-
-
-def _workload(recipe: Recipe, setting: Setting, tokens: int) -> Workload:
-    return Workload.of(
-        recipe,
-        micro_batch=setting.micro_batch,
-        accumulation=setting.accumulation,
-        tokens=tokens,
-        activations=setting.activations,
+    choices = Choices.of(
+        recipe.memory.activations,
+        pace.micro_batch,
+        pace.rows_a_step,
+        layers=count_layers(config),
+        may_split=may_split,
+        has_host=makes.on_card,
     )
 
+    @cache
+    def plan(setting: Setting) -> dict[str, Any]:
+        planned = dry_run(config, makes.of(setting), after)
+        return planned | {"needs_bytes": planned["peak_bytes"]}
 
-def _next(solution: Solution) -> dict[str, Any] | None:
-    """What more memory would buy."""
-    if solution.faster is None:
+    return solve(choices, makes.tokens, room, plan)
+
+
+def _public(method: dict[str, Any]) -> dict[str, Any]:
+    """A method as plan.json has it, without what only the solver reads."""
+    hidden = ("parameters", "layers", "moments", "block_bytes", "needs_bytes")
+    return {key: value for key, value in method.items() if key not in hidden}
+
+
+def _other(solution: Solution, other: tuple[Setting, int] | None, tokens: int) -> dict[str, Any] | None:
+    """Another setting beside the chosen one: what it would take, and how many times as fast it would be."""
+    if other is None:
         return None
-    setting, peak = solution.faster
-    return {"settings": setting.words(), "peak_bytes": peak, "times_as_fast": round(solution.gain, 2)}
+    setting, peak = other
+    gain = solution.setting.cost(tokens) / setting.cost(tokens)
+    return {"settings": setting.words(), "peak_bytes": peak, "times_as_fast": round(gain, 2)}
 
 
-def _quantized_head(recipe: Recipe, config: PretrainedConfig, solution: Solution, tokens: int, room: int) -> int | None:
+def _quantized_head(
+    config: PretrainedConfig, makes: Workloads, solution: Solution, after: Mapping[str, After] | None
+) -> int | None:
     """The peak with embedding and head quantised, where that is a way out: nothing fits, and the width allows it."""
-    base, width = recipe.base, config.get_text_config().hidden_size
-    is_possible = base.quantization != "none" and not base.quantize_head and width % base.block_size == 0
-    if solution.planned["peak_bytes"] <= room or not is_possible:
+    base, width = makes.recipe.base, config.get_text_config().hidden_size
+    is_possible = base.quantization != "none" and not makes.quantize_head and width % base.block_size == 0
+    if solution.fits or not is_possible:
         return None
-    work = replace(_workload(recipe, solution.setting, tokens), quantize_head=True)
-    peak: int = dry_run(config, work)["peak_bytes"]
+    peak: int = dry_run(config, replace(makes, quantize_head=True).of(solution.setting), after)["peak_bytes"]
     return peak
 
 
-def _floor(
-    config: PretrainedConfig, work: Workload, parameters: Mapping[str, int], peak: int
-) -> dict[str, float] | None:
-    """The least that such a step needs, and how many times that the peak is; None where no formula says it."""
+def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) -> dict[str, float] | None:
+    """The least that such a step needs, and how many times that its peak is; None where no formula says it."""
     if not work.quantization.is_4bit:
         return None
     least = floor_bytes(
         config,
-        parameters,
+        planned["parameters"],
         tokens=work.tokens,
         micro_batch=work.micro_batch,
         accumulation=work.accumulation,
@@ -135,10 +193,11 @@ def _floor(
         has_masters=work.master_weights == "fp32",
         dense_width=work.dtype.itemsize,
     )
-    return None if least is None else {"bytes": least, "ratio": round(peak / least, 4)}
+    step = max(planned["peak_by_phase"][phase] for phase in STEP)
+    return None if least is None else {"bytes": least, "ratio": round(step / least, 4)}
 
 
-def _full_finetune(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
+def _full_finetune(config: PretrainedConfig, work: Workload, activations: str) -> dict[str, Any]:
     """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
     parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16."""
     full = replace(
@@ -151,7 +210,7 @@ def _full_finetune(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     assumes = {
         "optimizer": "AdamW, fp32 moments",
         "master_weights": f"none, {str(work.dtype).removeprefix('torch.')} weights and gradients",
-        "activations": work.activations,
+        "activations": activations,
         "loss": "whole logits",
     }
     return {**dry_run(config, full), "assumes": assumes}

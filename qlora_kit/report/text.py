@@ -82,7 +82,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
         said.append(f"Budget {format_bytes(budget)}: {verdict}.")
     if floor := plan.get("floor"):
         least = f"the least that the mathematics needs ({format_bytes(floor['bytes'])})"
-        said.append(f"The peak is {floor['ratio']:.2f} times {least} with all of it on the device.")
+        said.append(f"The step takes {floor['ratio']:.2f} times {least} with all of it on the device.")
     if more := plan.get("next"):
         wanted = format_bytes(more["peak_bytes"])
         said.append(f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate).")

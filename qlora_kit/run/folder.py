@@ -142,7 +142,8 @@ def provenance_of(recipe: Recipe) -> dict[str, str]:
 
 def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, counter: PeakCounter) -> None:
     """Write memory.json: the plan of the recipe's own method beside what the ledger and the device counted."""
-    measured = ledger.summary()
+    history = ledger.history
+    measured = ledger.summary() | {"timeline": history.timeline(), "largest": history.largest()}
     categories = measured["by_category"]
     error = {"peak": _relative(planned["peak_bytes"], measured["peak_bytes"])} | {
         name: _relative(planned["by_category"][name], count) for name, count in categories.items() if count

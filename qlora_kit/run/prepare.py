@@ -129,15 +129,24 @@ def held_out_rows(
 
 def eval_batches(rows: list[Encoded], pad: int, device: torch.device) -> list[Batch]:
     """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    batches, waiting = [], list[Encoded]()
-    for row in ordered:
-        tokens = (len(waiting) + 1) * len(row.input_ids)
-        if waiting and (tokens > TOKENS_A_MICRO_BATCH or len(waiting) == ROWS_A_STEP):
-            batches.append(collate(waiting, pad).to(device))
-            waiting = []
-        waiting.append(row)
-    return batches + ([collate(waiting, pad).to(device)] if waiting else [])
+    return [collate(group, pad).to(device) for group in _groups(rows)]
+
+
+def largest_eval_shape(rows: list[Encoded]) -> tuple[int, int] | None:
+    """Rows and tokens of the largest of `eval_batches`; None where there are no rows."""
+    shapes = ((len(group), len(group[-1].input_ids)) for group in _groups(rows))
+    return max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
+
+
+def _groups(rows: list[Encoded]) -> list[list[Encoded]]:
+    """Rows of a batch each, the longest of them last."""
+    groups: list[list[Encoded]] = [[]]
+    for row in sorted(rows, key=lambda row: len(row.input_ids)):
+        tokens = (len(groups[-1]) + 1) * len(row.input_ids)
+        if groups[-1] and (tokens > TOKENS_A_MICRO_BATCH or len(groups[-1]) == ROWS_A_STEP):
+            groups.append([])
+        groups[-1].append(row)
+    return groups if rows else []
 
 
 def count_parameters(config: PretrainedConfig) -> int:

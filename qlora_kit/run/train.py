@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.load import read_config, resolve_device
 from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
-from qlora_kit.export import trained_against
+from qlora_kit.export import rehearse_merge, trained_against
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
@@ -35,6 +36,7 @@ from qlora_kit.run.prepare import (
     added_ids,
     count_parameters,
     eval_batches,
+    largest_eval_shape,
     pad_id,
     positions_of,
     prepare,
@@ -42,12 +44,12 @@ from qlora_kit.run.prepare import (
 from qlora_kit.run.score import score
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
-from qlora_kit.train.activations import set_activation_policy
+from qlora_kit.train.activations import Blocks, set_activation_policy
 from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
-from qlora_kit.train.loop import Job, check_trackers, rehearse_longest, train_loop
+from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
-from qlora_kit.train.pace import ROWS_A_STEP, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
 from qlora_kit.units import format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
@@ -96,7 +98,7 @@ def plan_memory(
     if not _rows_are_missing(recipe):
         prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
         check_weights(recipe, prepared.config)
-        return plan_methods(recipe, prepared.config, prepared.pace, prepared.train.longest, name)
+        return _plan(recipe, prepared, name)
     watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
@@ -111,7 +113,22 @@ def plan_memory(
         trained_tokens=ROWS_A_STEP * tokens,
         parameters=count_parameters(config),
     )
-    return plan_methods(recipe, config, pace, tokens, name) | {"steps": None, "hours": None}
+    eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
+    planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after={"export": rehearse_merge})
+    return planned | {"steps": None, "hours": None}
+
+
+def _plan(recipe: Recipe, prepared: Prepared, card: str | None = None) -> dict[str, Any]:
+    """The plan of a run whose rows are known."""
+    return plan_methods(
+        recipe,
+        prepared.config,
+        prepared.pace,
+        prepared.train.longest,
+        card,
+        eval_shape=largest_eval_shape(prepared.eval.rows),
+        after={"export": rehearse_merge},
+    )
 
 
 def _for_card(recipe: Recipe, card: Card) -> Recipe:
@@ -151,19 +168,20 @@ def train(
     begun = _as_begun(recipe, folder) if resume else recipe
     prepared = prepare(begun, watch, weights=True, trust_remote_code=trust_remote_code)
     check_weights(begun, prepared.config)
-    plan = plan_methods(begun, prepared.config, prepared.pace, prepared.train.longest)
+    plan = _plan(begun, prepared)
     watch.planned(plan)
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
     prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
     with run_folder(folder):
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
-        model, report = _load_and_adapt(recipe, prepared, plan, watch, trust_remote_code)
+        ledger = Ledger(host_apart=resolve_device(recipe.base.device).type == "cuda")
+        model, report = _load_and_adapt(recipe, prepared, plan, ledger, watch, trust_remote_code)
         watch.adapted(report)
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        finished, progress = _train(recipe, prepared, plan, model, folder, watch, resume)
+        finished, progress = _train(recipe, prepared, plan, model, ledger, folder, watch, resume)
         save_adapter(model, folder / ADAPTER, provenance=trained_against(model) | provenance_of(recipe))
         scores = None
         if finished and prepared.eval.rows:
@@ -228,13 +246,24 @@ def _rows_are_missing(recipe: Recipe) -> bool:
 
 
 def _load_and_adapt(
-    recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], watch: Watch, trust_remote_code: bool
+    recipe: Recipe,
+    prepared: Prepared,
+    plan: Mapping[str, Any],
+    ledger: Ledger,
+    watch: Watch,
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, LoraReport]:
+    def loading(dense: PreTrainedModel) -> AbstractContextManager[None]:
+        ledger.ignore(dense.parameters())
+        return ledger.watch("load")
+
     folder = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code, notify=watch.note)
     tokens = prepared.tokenizer
-    model = load_recipe_base(recipe, folder, tokens, trust_remote_code=trust_remote_code)
-    report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=added_ids(tokens, recipe))
-    set_activation_policy(model, plan["activations"])
+    model = load_recipe_base(recipe, folder, tokens, trust_remote_code=trust_remote_code, watching=loading)
+    with ledger.watch("load"):
+        report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=added_ids(tokens, recipe))
+    ledger.adopt(model)
+    set_activation_policy(model, Blocks(**plan["blocks"]))
     return model, report
 
 
@@ -243,6 +272,7 @@ def _train(
     prepared: Prepared,
     plan: Mapping[str, Any],
     model: PreTrainedModel,
+    ledger: Ledger,
     folder: Path,
     watch: Watch,
     resume: bool,
@@ -277,11 +307,11 @@ def _train(
         _go_on(job, watch)
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
     with PeakCounter(model.device) as counter:
-        ledger = Ledger(model)
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
+        ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
         try:
             with ledger:
-                untouched = rehearse_longest(job, ledger)
+                untouched = rehearse(job, ledger)
             if untouched:
                 watch.note(f"no gradient reaches {len(untouched)} of {len(parameters)} tensors, first {untouched[0]}")
             finished = train_loop(job, metrics, counter, ledger)

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
+from qlora_kit.base.load import Watching
 from qlora_kit.errors import RunError
 from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import load_adapter
@@ -153,6 +154,7 @@ def load_recipe_base(
     *,
     device: str | None = None,
     trust_remote_code: bool = False,
+    watching: Watching | None = None,
 ) -> PreTrainedModel:
     """The base that a recipe names, quantised as it says.
 
@@ -162,6 +164,7 @@ def load_recipe_base(
         tokenizer: with the tokens that the recipe adds.
         device: other than the recipe's.
         trust_remote_code: let the model folder's own code run.
+        watching: as `load_base` takes it.
     """
     base = recipe.base
     model = load_base(
@@ -176,6 +179,7 @@ def load_recipe_base(
         attention=base.attention,
         vocabulary=rows_needed(tokenizer, recipe),
         trust_remote_code=trust_remote_code,
+        watching=watching,
     )
     model.config._name_or_path = base.model  # a hub id, where transformers would keep the cache's path
     return model

@@ -8,7 +8,7 @@ read.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_kit.errors import RunError
+from qlora_kit.memory import to_host
 from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json, write_tensors
 from qlora_kit.train.optim import AdapterOptimizer
 
@@ -57,11 +58,12 @@ def save_checkpoint(
     """
     final = folder / f"step-{progress.step:06d}"
     progress.numbers = optimizer.state_numbers()
-    if _device(parameters).type == "cuda":
-        torch.cuda.synchronize(_device(parameters))  # the CPU reads paged state below: the card must be done with it
     with staged_folder(final) as staged:
-        write_tensors(staged / "parameters.safetensors", _on_cpu(parameters))
-        write_tensors(staged / "optimizer.safetensors", _on_cpu(dict(optimizer.state_tensors())))
+        _wait(parameters)  # paged state is the card's until it is done
+        for name, copies in _host_copies(parameters, optimizer, _device(parameters).type == "cuda"):
+            _wait(parameters)  # copies are queued
+            write_tensors(staged / f"{name}.safetensors", copies)
+            copies.clear()
         write_tensors(staged / "random.safetensors", _random_states(_device(parameters)))
         write_json(staged / "state.json", asdict(progress))
         checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
@@ -71,6 +73,17 @@ def save_checkpoint(
     for other in standing[: max(0, newer - keep)] + standing[newer:]:
         remove_folder(other)
     return final
+
+
+def rehearse_checkpoint(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer, *, on_card: bool) -> None:
+    """What writing a checkpoint allocates, without the files: for the dry run, and before the first step.
+
+    Args:
+        parameters: as `save_checkpoint` takes them, like the optimizer.
+        on_card: whether they lie on a card, or in a dry run would.
+    """
+    for _, copies in _host_copies(parameters, optimizer, on_card):
+        copies.clear()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -144,8 +157,22 @@ def _device(parameters: Mapping[str, Tensor]) -> torch.device:
     return next(iter(parameters.values())).device
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def _wait(parameters: Mapping[str, Tensor]) -> None:
+    device = _device(parameters)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _host_copies(
+    parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer, on_card: bool
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The content of each file in the host's memory, one file after the other: clear the one before the next comes.
+
+    What lies in it already is written from where it lies.
+    """
+    bring = to_host if on_card else Tensor.contiguous
+    yield "parameters", {name: bring(tensor.detach()) for name, tensor in parameters.items()}
+    yield "optimizer", {name: bring(tensor) for name, tensor in optimizer.state_tensors()}
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from qlora_kit.data import Batch, Encoded, Sampler, collate
 from qlora_kit.errors import DeviceError, RunError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
-from qlora_kit.train.checkpoint import Progress, save_checkpoint
-from qlora_kit.train.evaluate import evaluate_loss
+from qlora_kit.train.checkpoint import Progress, rehearse_checkpoint, save_checkpoint
+from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
@@ -114,10 +114,11 @@ def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accele
     return accelerator
 
 
-def rehearse_longest(job: Job, ledger: Ledger) -> list[str]:
-    """Run forward and backward on the longest rows and forget it: what does not fit fails here, in the first minute.
+def rehearse(job: Job, ledger: Ledger) -> list[str]:
+    """Do once, with the longest rows, all that the run will do, and forget it: what does not fit fails now.
 
-    Parameters, optimizer and random states stay as they were.
+    That is a step but for the optimizer's, an evaluation, and what a checkpoint holds. Parameters, optimizer and random
+    states stay as they were.
 
     Returns:
         names of the parameters that no gradient reached: the model does not use them on these rows.
@@ -129,9 +130,13 @@ def rehearse_longest(job: Job, ledger: Ledger) -> list[str]:
         job.model.train()
         batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
         accumulate_gradients(job.model, batches, batch.trained_tokens, phase=ledger.phase)
-    untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
-    for parameter in job.parameters.values():
-        parameter.grad = None
+        untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
+        for parameter in job.parameters.values():
+            parameter.grad = None
+        if job.eval_batches:
+            rehearse_evaluation(job.model, max(job.eval_batches, key=lambda each: each.input_ids.numel()), ledger.phase)
+    with ledger.phase("save"):
+        rehearse_checkpoint(job.kept, job.optimizer, on_card=job.device.type == "cuda")
     return untouched
 
 

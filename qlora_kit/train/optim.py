@@ -19,6 +19,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 MasterWeights = Literal["fp32", "stochastic", "none"]
 
+_PAGED_ELEMENTS = 100_000
+"""bitsandbytes pages no smaller state (`Optimizer8bit.get_state_buffer`, 0.50)."""
+
 _BETAS = (0.9, 0.999)  # QLoRA's released scripts
 
 
@@ -47,6 +50,7 @@ class AdapterOptimizer:
         self.names = [name for name, _ in parameters]
         self.parameters = [parameter for _, parameter in parameters]
         device = self.parameters[0].device
+        self.kind = kind
         self.effective_kind = kind if device.type == "cuda" else kind.removeprefix("paged_")
         self.master_weights = master_weights
         self._generator = torch.Generator(device).manual_seed(seed)
@@ -85,6 +89,13 @@ class AdapterOptimizer:
                 if isinstance(value, Tensor) and not key.startswith("qmap"):
                     yield f"{name}/{key}", value
         yield "rounding", self._generator.get_state()
+
+    def pageable(self) -> Iterator[Tensor]:
+        """State that paged kinds keep in memory which may move to the host: that of all but small matrices."""
+        if self.kind.startswith("paged_"):
+            for stepped in self._stepped:
+                if stepped.numel() >= _PAGED_ELEMENTS:
+                    yield from (value for key, value in self.inner.state[stepped].items() if key.startswith("state"))
 
     def state_numbers(self) -> dict[str, int | float]:
         """What is kept beside the tensors: each parameter's step count, named like them."""

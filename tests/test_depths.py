@@ -1,0 +1,102 @@
+"""Shallow runs tell a deep model: what repeats in its layers is found, and every number lies on its straight line."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from test_plan import SHAPE, WORK
+from transformers import DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig
+
+from qlora_kit.base.formats import Quantization
+from qlora_kit.memory import CATEGORIES
+from qlora_kit.plan.depths import find_shallow, role, shallow_depths, with_depth
+from qlora_kit.plan.dry_run import _fake_run, dry_run, peaks
+from qlora_kit.train.activations import Blocks
+
+DEEP = {**tiny.LLAMA, **SHAPE, "num_hidden_layers": 12}
+LLAMA = LlamaConfig(**DEEP)
+GEMMA = Gemma3TextConfig(
+    **{**DEEP, "num_hidden_layers": 14}, head_dim=16, sliding_window=16,
+    layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 4 + ["sliding_attention"] * 2,
+)  # fmt: skip
+GPT2 = GPT2Config(vocab_size=512, n_positions=64, n_embd=128, n_layer=12, n_head=4)
+MIXTRAL = MixtralConfig(**{**tiny.EXPERTS, "num_hidden_layers": 10}, intermediate_size=32, num_local_experts=4)
+DEEPSEEK = DeepseekV3Config(
+    **{**DEEP, "num_hidden_layers": 10, "num_key_value_heads": 4}, first_k_dense_replace=3, n_routed_experts=4,
+    n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32, kv_lora_rank=16, q_lora_rank=16,
+    qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kinds", "wanted"), [
+    ("L" * 32, (2, 3)), ("LLLLLG" * 8, (6, 12)), ("LLLLLG" * 4 + "LL", (8, 14)), ("DDD" + "M" * 40, (4, 5)),
+    ("LG" * 13, (2, 4)), ("D" + "LG" * 6, (3, 5)), ("ABCD", None), ("L" * 5, None), ("", None), ("L", None),
+])  # fmt: skip
+def test_what_repeats_is_found(kinds, wanted):
+    assert shallow_depths(kinds) == wanted
+
+
+def test_a_model_is_cut_with_its_lists_and_the_callers_own_is_left_alone():
+    cut = with_depth(GEMMA, 5)
+    assert (cut.num_hidden_layers, len(cut.layer_types)) == (5, 5)
+    assert (GEMMA.num_hidden_layers, len(GEMMA.layer_types)) == (14, 14)
+
+
+def test_blocks_have_the_same_role_at_every_depth():
+    few, many = Blocks(0, 2, 3), Blocks(0, 5, 4)
+    names = [[role(index, blocks) for index in range(blocks.all)] for blocks in (few, many)]
+    assert names[0] == [("recompute", 0), ("recompute", -1), ("keep", 0), ("keep", -2), ("keep", -1)]
+    assert set(names[0]) <= set(names[1])
+    assert len(set(names[1])) == many.all
+
+
+def full_run(config, work):
+    told = _fake_run(config, work, None)
+    by_phase, by_category = peaks(told.pop("places"))
+    return told, by_phase, by_category
+
+
+FULL = {"quantization": Quantization("none"), "lora": None, "optimizer": "adamw_32bit", "master_weights": "none",
+        "dtype": torch.bfloat16}  # fmt: skip
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (LLAMA, {"activations": "keep"}),
+        (LLAMA, {"activations": "keep", **FULL}),
+        (LLAMA, {"activations": "recompute", **FULL, "micro_batch": 8}),
+        (LLAMA, {"activations": Blocks(0, 7, 5)}),
+        (GEMMA, {"activations": "recompute"}),
+        slow(LLAMA, {"activations": "recompute", "accumulation": 2}),
+        slow(LLAMA, {"activations": "offload", "on_card": True}),
+        slow(LLAMA, {"activations": "recompute", **FULL}),
+        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 30}), {"activations": Blocks(0, 10, 20), **FULL}),
+        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 40}), {"activations": Blocks(9, 20, 11), "on_card": True}),
+        slow(GEMMA, {"activations": "keep"}),
+        slow(GPT2, {"activations": "recompute"}),
+        slow(MIXTRAL, {"activations": "keep"}),
+        slow(DEEPSEEK, {"activations": "recompute"}),
+    ],
+    ids=lambda each: type(each).__name__ if not isinstance(each, dict) else str(each["activations"]),
+)
+def test_shallow_runs_tell_what_the_full_depth_takes(config, changes):
+    """Asked are 0.5 %; where the line is exact, what is left is the rounding of a byte a category and run."""
+    work = replace(WORK, quantization=Quantization("nf4"), micro_batch=1, eval_shape=(1, 40))
+    work = replace(work, **changes)
+    assert find_shallow(config, work.activations).steps, "the claim is about models that are not run in full"
+    told = dry_run(config, work)
+    whole, by_phase, by_category = full_run(config, work)
+    peak = sum(by_category.values())
+    assert told["peak_bytes"] == pytest.approx(peak, rel=0.005)
+    assert told["peak_by_phase"] == pytest.approx(by_phase, abs=0.005 * peak)
+    assert told["resident_bytes"] == pytest.approx(whole["resident_bytes"], rel=0.005)
+    assert told["host_peak_bytes"] == pytest.approx(max(whole["host_peak_bytes"].values()), rel=0.005)
+    assert told["parameters"] == whole["parameters"]
+    for name in CATEGORIES:
+        assert told["by_category"][name] == pytest.approx(by_category[name], abs=0.005 * peak), name
