@@ -185,7 +185,7 @@ def test_report_can_be_made_again_from_the_folder_alone(finished):
 def test_plan_prints_json_and_exits_3_above_the_budget(recipe):
     result = call("plan", recipe, "--json")
     assert json.loads(result.stdout).keys() >= PLAN_KEYS
-    refused = call("plan", recipe, "--budget", "64KiB")
+    refused = call("plan", recipe, "--budget", "200KiB")
     assert refused.exit_code == 3
     assert "memory.budget" in refused.stderr
     assert "full fine-tuning" in refused.stdout

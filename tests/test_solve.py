@@ -170,6 +170,14 @@ def test_what_the_recipe_says_is_not_changed():
     assert fixed["with_quantized_head"] < fixed["methods"]["qlora"]["peak_bytes"]
 
 
+def test_a_quantised_head_is_planned_where_the_recipe_asks_for_it():
+    dense, quantised = (planned("memory.activations=keep", f"base.quantize_head={word}") for word in ("false", "true"))
+    ends = 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert quantised["quantize_head"]
+    assert quantised["parameters"]["quantized"] - dense["parameters"]["quantized"] == ends
+    assert quantised["floor"]["bytes"] < dense["floor"]["bytes"]
+
+
 # --- cards ---
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -43,6 +44,10 @@ Head = Literal["causal", "classification"]
 Watching = Callable[[PreTrainedModel], AbstractContextManager[None]]
 
 _AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+_MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
+              StrictDataclassError)  # fmt: skip
+"""What transformers raises over a config.json whose values no model can have."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -150,15 +155,22 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, he
 
     Code that the model's folder brings runs only if the configuration is of a class from there, which `read_config`
     makes when it may.
+
+    Raises:
+        ModelError: nothing can be built so.
     """
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
-    model: PreTrainedModel = _AUTO[head].from_config(
-        config,
-        dtype=dtype,
-        attn_implementation=attention,
-        trust_remote_code=brings_code(config),
-    )
+    try:
+        model: PreTrainedModel = _AUTO[head].from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=brings_code(config),
+        )
+    except _MALFORMED as error:
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelError(f"config.json describes a {config.model_type} that cannot be built ({why})") from error
     model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
     return model
 
@@ -178,7 +190,7 @@ def read_config(folder: Path, *, head: Head = "causal", trust_remote_code: bool 
         raise ModelError(f"head {head!r} is not known; choose one of {', '.join(get_args(Head))}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except _MALFORMED as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
     _check_config(folder, config, head)
     return config
@@ -306,9 +318,13 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
 
     Raises:
         ModelError: the model is quantised by another library, has no such head, is a causal model that reads in both
-            directions, or an encoder with a decoder.
+            directions, an encoder with a decoder, or a model of no size.
     """
     stored_quantization(config)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        size = getattr(config.get_text_config(), name, None)
+        if isinstance(size, int) and size < 1:
+            raise ModelError(f"{folder / 'config.json'} says {name}={size}; it must be at least 1")
     auto = _AUTO[head]
     own = getattr(config, "auto_map", {})
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
@@ -392,4 +408,6 @@ def _resolve_skip(model: PreTrainedModel, skip: Sequence[str]) -> set[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first line that says something, and the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -102,7 +102,7 @@ def plan(
     from qlora_kit.cli.show import Screen, quiet_libraries
     from qlora_kit.recipe import read_recipe
 
-    changes = [*(overrides or []), *([f"memory.budget={budget}"] if budget else [])]
+    changes = [*(overrides or []), *([] if budget is None else [f"memory.budget={json.dumps(budget)}"])]
     checked = read_recipe(recipe, changes)
     quiet_libraries()
     from qlora_kit.run import check_budget, plan_memory

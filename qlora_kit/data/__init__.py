@@ -5,7 +5,7 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 """
 
 from qlora_kit.data.collate import Batch, Sampler, collate, collate_packs, collate_texts
-from qlora_kit.data.encode import Counts, EncodedSet, encode_rows
+from qlora_kit.data.encode import Counts, EncodedSet, check_lengths, encode_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
@@ -27,6 +27,7 @@ __all__ = [
     "Text",
     "arrange",
     "best_fit",
+    "check_lengths",
     "check_turn_tokens",
     "collate",
     "collate_packs",

@@ -103,7 +103,7 @@ def encode_rows(
         DataError: if max_tokens is above max_positions, a row cannot be encoded or has a token that the model has not,
             a row is too long and `over_length` is error, or no row is left.
     """
-    _check_lengths(max_tokens, max_positions)
+    check_lengths(max_tokens, max_positions)
     has_chats = any(isinstance(example, Chat) for example in examples)
     if has_chats:
         check_template(tokenizer, template)
@@ -127,7 +127,12 @@ def encode_rows(
     return encoded
 
 
-def _check_lengths(max_tokens: int, max_positions: int | None) -> None:
+def check_lengths(max_tokens: int, max_positions: int | None) -> None:
+    """See that rows of `max_tokens` can be trained on, where the model has `max_positions`; None if it has no limit.
+
+    Raises:
+        DataError: they are too short to predict a token, or longer than the model's positions.
+    """
     if max_tokens < 2:
         raise DataError(f"data.max_tokens={max_tokens}: a row needs two tokens for one to be predicted")
     if max_positions is not None and max_tokens > max_positions:

@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
+from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, Ledger
 from qlora_kit.plan.depths import block_bytes, deepen, find_shallow, moments, peaks, role, with_depth
@@ -146,6 +146,18 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
     }
 
 
+def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
+    """What the base's weights alone take, with the constants of those that are quantised: the least of any step.
+
+    Args:
+        config: of the model.
+        work: whose quantisation and dtype are meant.
+    """
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = _as_loaded(_dense(config, work), work)
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
+
+
 def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
     """All phases at the depth that the blocks of `work` are."""
     blocks = work.activations
@@ -194,13 +206,10 @@ def _count_parameters(model: PreTrainedModel, parameters: Named, work: Workload)
 
 def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[PreTrainedModel, Named]:
     """The model as loading leaves it, with its adapter; the dense weights themselves are pages of a file."""
-    with no_init_weights():
-        head: Head = "classification" if work.task == "classify" else "causal"
-        model = build_model(config, work.dtype, work.attention, head)
+    model = _dense(config, work)
     ledger.ignore(model.parameters())
-    cpu = torch.device("cpu")
     with ledger, ledger.phase("load"):
-        freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
+        _as_loaded(model, work)
         if work.lora is not None:
             # What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
             lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
@@ -210,6 +219,17 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
         model.requires_grad_(True)
     set_activation_policy(model, work.activations)
     return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
+
+
+def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
+    head: Head = "classification" if work.task == "classify" else "causal"
+    with no_init_weights():
+        return build_model(config, work.dtype, work.attention, head)
+
+
+def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
+    cpu = torch.device("cpu")
+    return freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
 
 
 def _step(

@@ -13,10 +13,14 @@ from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.depths import count_layers
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.plan.dry_run import After, Workload, dry_run
+from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import parse_bytes
+
+STEP = ("forward", "loss", "backward", "optimizer")
+"""The phases that the floor speaks of."""
 
 
 def plan_methods(
@@ -42,9 +46,9 @@ def plan_methods(
 
     Returns:
         The object described under plan.json in the documentation of the run folder. `activations`, `micro_batch` and
-        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `next` says what more
-        memory would buy, `traded` what was given up, and `with_quantized_head` what the smallest would take so, where
-        nothing fits.
+        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `floor` says how far the
+        step is from the least possible, `next` what more memory would buy, `traded` what was given up, and
+        `with_quantized_head` what the smallest would take so, where nothing fits.
     """
     device = resolve_device(recipe.base.device)
     on_card = card is not None or device.type == "cuda"
@@ -52,7 +56,7 @@ def plan_methods(
     if budget is None and device.type == "cuda":
         budget = available_bytes(device)
     room = budget or available_bytes(device)
-    makes = Workloads(recipe, tokens, on_card, eval_shape)
+    makes = Workloads(recipe, tokens, on_card, eval_shape, recipe.base.quantize_head)
     solution = _solve(config, makes, pace, room, after)
     setting, qlora = solution.setting, solution.planned
     work = makes.of(setting)
@@ -70,6 +74,7 @@ def plan_methods(
         "bits_per_quantized_parameter": _bits(work.quantization, config),
         "methods": {name: _public(method) for name, method in methods.items()},
         "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
+        "floor": _floor(config, work, qlora),
         "budget": budget,
         "activations": setting.blocks.words,
         "blocks": setting.blocks._asdict(),
@@ -108,7 +113,7 @@ class Workloads:
     tokens: int
     on_card: bool
     eval_shape: tuple[int, int] | None
-    quantize_head: bool = False
+    quantize_head: bool
 
     def of(self, setting: Setting) -> Workload:
         """The step, and what comes with it, under a setting."""
@@ -171,6 +176,25 @@ def _quantized_head(
         return None
     peak: int = dry_run(config, replace(makes, quantize_head=True).of(solution.setting), after)["peak_bytes"]
     return peak
+
+
+def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) -> dict[str, float] | None:
+    """The least that such a step needs, and how many times that its peak is; None where no formula says it."""
+    if not work.quantization.is_4bit:
+        return None
+    least = floor_bytes(
+        config,
+        planned["parameters"],
+        tokens=work.tokens,
+        micro_batch=work.micro_batch,
+        accumulation=work.accumulation,
+        quantization=work.quantization,
+        optimizer=work.optimizer,
+        has_masters=work.master_weights == "fp32",
+        dense_width=work.dtype.itemsize,
+    )
+    step = max(planned["peak_by_phase"][phase] for phase in STEP)
+    return None if least is None else {"bytes": least, "ratio": round(step / least, 4)}
 
 
 def _full_finetune(config: PretrainedConfig, work: Workload, activations: str) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qlora_kit import units
 
+LARGEST_SIZE = 2**50
+"""A budget above a PiB is a slip of the pen."""
+
 
 class Says:
     """Stands in a type beside its check and says in words what passes: one phrase for each alternative."""
@@ -36,9 +39,11 @@ def _is_block_size(size: int) -> int:
 
 def _is_size(text: str) -> str:
     try:
-        units.parse_bytes(text)
+        count = units.parse_bytes(text)
     except (ValueError, OverflowError):
         raise ValueError from None
+    if count > LARGEST_SIZE:
+        raise ValueError(f"no device has more than {units.format_bytes(LARGEST_SIZE)}")
     return text
 
 

@@ -164,6 +164,12 @@ def count_parameters(config: PretrainedConfig) -> int:
         return parameter_count(build_model(config, torch.bfloat16, "eager"))
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The longest row that the model was made for; None if it has no such limit."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def _read_rows(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> tuple[EncodedSet, EncodedSet]:
@@ -191,14 +197,13 @@ def _encode(
     config: PretrainedConfig,
     may_be_empty: bool = False,
 ) -> EncodedSet:
-    text_config = config.get_text_config()
     return encode_rows(
         examples,
         tokenizer,
         loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
         max_tokens=recipe.data.max_tokens,
         over_length=recipe.data.over_length,
-        vocab_size=text_config.vocab_size,
-        max_positions=getattr(text_config, "max_position_embeddings", None),
+        vocab_size=config.get_text_config().vocab_size,
+        max_positions=positions_of(config),
         may_be_empty=may_be_empty,
     )

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.load import read_config, resolve_device
+from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge, trained_against
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
-from qlora_kit.plan import plan_methods
+from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
@@ -37,6 +38,7 @@ from qlora_kit.run.prepare import (
     eval_batches,
     largest_eval_shape,
     pad_id,
+    positions_of,
     prepare,
 )
 from qlora_kit.run.score import score
@@ -49,7 +51,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
-from qlora_kit.units import format_bytes
+from qlora_kit.units import format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
 
@@ -96,11 +98,14 @@ def plan_memory(
     name = None if card is None else card.name
     if not _rows_are_missing(recipe):
         prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
+        check_weights(recipe, prepared.config)
         return _plan(recipe, prepared, name)
     watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_lengths(tokens, positions_of(config))
+    check_weights(recipe, config)
     pace = set_pace(
         recipe.train,
         rows=ROWS_A_STEP,
@@ -163,6 +168,7 @@ def train(
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
     prepared = prepare(begun, watch, weights=True, trust_remote_code=trust_remote_code)
+    check_weights(begun, prepared.config)
     plan = _plan(begun, prepared)
     watch.planned(plan)
     check_budget(plan)
@@ -194,6 +200,27 @@ def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
         split = {key: plan[key] for key in ("micro_batch", "accumulation")}
         return recipe.model_copy(update={"train": train.model_copy(update=split)})
     return recipe
+
+
+def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Hold the base's weights against the budget, before anything is planned: below them nothing fits.
+
+    Raises:
+        FitError: they are above it.
+    """
+    if recipe.memory.budget is None:
+        return
+    base, budget = recipe.base, parse_bytes(recipe.memory.budget)
+    work = Workload.of(recipe, micro_batch=1, accumulation=1, tokens=1, activations="recompute")
+    weights = weight_bytes(config, work)
+    if weights > budget:
+        smaller = "" if base.quantize_head else ", set base.quantize_head=true"
+        smaller = smaller if work.quantization.is_4bit else ", set base.quantization=nf4"
+        raise FitError(
+            f"memory.budget is {format_bytes(budget)}, and the weights of {base.model} alone take "
+            f"{format_bytes(weights)} (base.quantization={base.quantization}); raise the budget{smaller}, or take a "
+            "smaller base"
+        )
 
 
 def check_budget(plan: Mapping[str, Any]) -> None:

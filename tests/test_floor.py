@@ -1,0 +1,168 @@
+"""The floor of a step: the published table comes out, and no planned step is below it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
+
+from qlora_kit.base import Quantization
+from qlora_kit.base.load import body_linears, build_model, read_config
+from qlora_kit.plan import Workload, dry_run, plan_methods, table
+from qlora_kit.plan.floor import floor_bytes
+from qlora_kit.recipe import Lora, read_recipe
+from qlora_kit.report.text import plan_text
+from qlora_kit.train.pace import Pace
+from qlora_kit.units import format_bytes
+
+GIB = 2**30
+MODELS = Path(__file__).parent.parent / "benchmarks" / "models"
+SHAPES = {
+    # hidden, inner, layers, heads, heads of keys, words
+    "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+    "Mistral-7B": (4096, 14336, 32, 32, 8, 32768),
+    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
+    "Qwen3-8B": (4096, 12288, 36, 32, 8, 151936),
+    "Llama-2-13B": (5120, 13824, 40, 40, 40, 32000),
+    "CodeLlama-34B": (8192, 22016, 48, 64, 8, 32000),
+    "Llama-3.1-70B": (8192, 28672, 80, 64, 8, 128256),
+}
+TABLE = {
+    # GiB at 512, 2,048 and 8,192 tokens; NF4 with double quantisation, rank 16, bf16, 8-bit Adam, no fp32 masters
+    "Llama-2-7B": (4.10, 4.66, 6.92),
+    "Llama-3.1-8B": (5.86, 6.42, 8.72),
+    "Mistral-7B": (4.39, 4.97, 7.26),
+    "Qwen2.5-7B": (5.71, 6.21, 8.27),
+    "Qwen3-8B": (6.27, 6.80, 9.22),
+    "Llama-2-13B": (7.47, 8.29, 11.58),
+    "CodeLlama-34B": (18.38, 19.84, 25.69),
+    "Llama-3.1-70B": (39.17, 41.44, 50.51),
+}
+
+
+def config_of(name):
+    hidden, inner, layers, heads, keys, words = SHAPES[name]
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": words,
+             "num_attention_heads": heads, "num_key_value_heads": keys, "tie_word_embeddings": False}  # fmt: skip
+    kind = {"Qwen2.5-7B": "qwen2", "Qwen3-8B": "qwen3", "Mistral-7B": "mistral"}.get(name, "llama")
+    return AutoConfig.for_model(kind, **sizes)
+
+
+def counted(config, rank=16):
+    """What a dry run says of parameters, counted on a model without storage."""
+    with torch.device("meta"):
+        model = build_model(config, torch.bfloat16, "eager")
+    shapes = [module.weight.shape for _, module in body_linears(model)]
+    return {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "quantized": sum(out * width for out, width in shapes),
+        "trainable": sum(rank * (out + width) for out, width in shapes),
+    }
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_published_floors_come_out_to_their_two_digits(name):
+    config = config_of(name)
+    parameters = counted(config)
+    floors = [floor_bytes(config, parameters, tokens=tokens) / GIB for tokens in (512, 2048, 8192)]
+    assert tuple(round(floor, 2) for floor in floors) == TABLE[name]
+
+
+def test_a_floor_is_the_sum_of_its_parts_by_hand():
+    """Two layers of 64 x 192 and 100 words, 8 tokens in 2 rows of 4, so few that the loss is the smaller part."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=100, tie_word_embeddings=False)  # fmt: skip
+    linear = 2 * 64 * (64 + 32 + 32 + 64 + 3 * 192)
+    parameters = {"total": linear + 2 * 100 * 64 + 5 * 64, "quantized": linear, "trainable": 1024}
+    resident = linear * (4 + (8 + 32 / 256) / 64) / 8 + (parameters["total"] - linear) * 2
+    adam, checkpoints = 2 * (1 + 4 / 256), 2 * 64 * 8 * 2
+    work = (64 + 64 + 32 + 32 + 64 + 64 + 64 + 3 * 192 + 64) * 8 * 2 + 192 * 64 * 2 + 192 * 64 // 64 * 4
+    loss = 2 * 64 * 8 * 2 + 8 * 100 * 6
+    assert work > loss
+    expected = resident + checkpoints + work + 1024 * (2 + 2 + adam)
+    assert floor_bytes(config, parameters, tokens=4, micro_batch=2) == pytest.approx(expected, abs=1)
+
+    whole = floor_bytes(config, parameters, tokens=8)
+    assert whole == pytest.approx(expected, abs=1), "rows and tokens weigh the same"
+    assert floor_bytes(config, parameters, tokens=8, has_masters=True) == whole + 4 * 1024
+    assert floor_bytes(config, parameters, tokens=8, optimizer="paged_adamw_8bit") == whole
+    assert floor_bytes(config, parameters, tokens=8, optimizer="adamw_32bit") - whole == pytest.approx(
+        1024 * (8 - adam), abs=1
+    )
+    assert floor_bytes(config, parameters, tokens=8, optimizer="lion_8bit") - whole == pytest.approx(
+        -1024 * adam / 2, abs=1
+    )
+    simple = Quantization("nf4", double_quant=False)
+    assert floor_bytes(config, parameters, tokens=8, quantization=simple) - whole == pytest.approx(
+        linear * 0.5 / 8 - linear * (8 + 32 / 256) / 64 / 8, abs=1
+    )
+    once = (
+        resident + 1024 * (2 + adam) + max(checkpoints + loss, work + max(checkpoints + 1024, checkpoints / 2 + 2048))
+    )
+    assert floor_bytes(config, parameters, tokens=8, accumulation=1) == pytest.approx(once, abs=1)
+    assert once < expected, "in a single micro-batch not all gradients stand beside all checkpoints"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_layer=2),
+        MixtralConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, vocab_size=100),
+        AutoConfig.for_model("gpt_neox", hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+                             num_attention_heads=4, vocab_size=100),
+    ],
+    ids=["gpt2", "mixtral", "gpt_neox"],
+)  # fmt: skip
+def test_no_floor_is_told_of_a_model_of_other_parts(config):
+    assert floor_bytes(config, counted(config), tokens=8) is None
+
+
+def test_a_tied_head_is_counted_once():
+    tied, loose = (
+        Qwen3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+                    num_key_value_heads=2, vocab_size=1000, tie_word_embeddings=is_tied)
+        for is_tied in (True, False)
+    )  # fmt: skip
+    floors = [floor_bytes(config, counted(config), tokens=8) for config in (tied, loose)]
+    assert floors[1] - floors[0] == 2 * 64 * 1000
+
+
+# --- the plan beside it ---
+
+
+@pytest.mark.parametrize(("model", "accumulation"), [("llama-2-7b", 1), ("llama-3.1-8b", 2)])
+def test_no_planned_step_is_below_its_floor(model, accumulation):
+    config = read_config(MODELS / model)
+    work = Workload(Quantization("nf4"), Lora(), torch.bfloat16, "sdpa", 1, 512, accumulation, "recompute",
+                    "paged_adamw_8bit", "none")  # fmt: skip
+    planned = dry_run(config, work)
+    least = floor_bytes(config, planned["parameters"], tokens=512, accumulation=accumulation)
+    assert planned["parameters"] == counted(config), "both count the same model"
+    assert 1 <= planned["peak_bytes"] / least < 1.2
+
+
+RECIPE = ("base.model=./nowhere", "data.train=rows.jsonl", "base.device=cpu", "base.compute_dtype=bfloat16")
+PACE = Pace(200, 2, 2, 20, None, 2e-4, "the test", 5000, 1000)
+
+
+def test_a_plan_says_how_far_from_its_floor_it_is(monkeypatch):
+    config = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False)  # fmt: skip
+    phases = {"load": 9_000_000, "forward": 1, "loss": 2, "backward": 3_000_000, "optimizer": 3}
+    told = {"peak_bytes": 9_000_000, "resident_bytes": 1, "by_category": {}, "peak_by_phase": phases,
+            "parameters": counted(config)}  # fmt: skip
+    monkeypatch.setattr(table, "dry_run", lambda config, work, after=None: dict(told))
+    plan, other = (
+        plan_methods(read_recipe("default", [*RECIPE, setting]), config, PACE, 48, card="none")
+        for setting in ("train.master_weights=fp32", "base.quantization=int8")
+    )
+    least = floor_bytes(config, told["parameters"], tokens=48, micro_batch=2, has_masters=True)
+    assert plan["floor"] == {"bytes": least, "ratio": round(3_000_000 / least, 4)}
+    share = f"The step takes {3_000_000 / least:.2f} times the least"
+    assert f"{share} that the mathematics needs ({format_bytes(least)})" in plan_text({"schema": 1, **plan})
+    assert other["floor"] is None
+    assert "mathematics" not in plan_text({"schema": 1, **other})
+    del plan["floor"]
+    assert "mathematics" not in plan_text({"schema": 1, **plan}), "older folders have none"
