@@ -26,7 +26,7 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_parameters, add_recipe_lora
 from qlora_kit.memory import Ledger
-from qlora_kit.recipe import Lora, Recipe
+from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Policy, set_activation_policy
 from qlora_kit.train.optim import AdapterOptimizer, MasterWeights, definite_masters
 from qlora_kit.train.step import accumulate_gradients
@@ -70,10 +70,10 @@ class Workload:
     @classmethod
     def of(cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy) -> "Workload":
         """The step that a recipe asks for, once its batch and its longest row are known."""
-        base = recipe.base
+        base, is_full = base_as_held(recipe), recipe.train.full_finetune
         return cls(
             quantization=Quantization(base.quantization, base.double_quant, base.block_size),
-            lora=recipe.lora,
+            lora=None if is_full else recipe.lora,
             dtype=resolve_dtype(base.compute_dtype, resolve_device(base.device)),
             attention=base.attention,
             micro_batch=micro_batch,
@@ -81,7 +81,7 @@ class Workload:
             accumulation=accumulation,
             activations=activations,
             optimizer=recipe.train.optimizer,
-            master_weights=definite_masters(recipe.train.master_weights),
+            master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head,
         )

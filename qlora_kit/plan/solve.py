@@ -1,6 +1,7 @@
 """The fastest setting that fits a budget: what blocks keep for the backward pass, and how many rows go at a time.
 
     time of a step ~ passes x (tokens + micro-batches x DECODE_TOKENS)        passes: 2, or 3 where blocks run again
+                                                                                  (one more where weights train)
 
 since every pass over a micro-batch decodes every weight once. Memory is planned by running the step; where that would
 be done often, two micro-batches tell the rest, each phase of the step being a straight line in the rows.
@@ -25,15 +26,17 @@ class Setting:
         activations: keep or recompute.
         micro_batch: rows in one forward pass.
         accumulation: micro-batches in a step.
+        trains_weights: whether the base wants gradients, too.
     """
 
     activations: Policy
     micro_batch: int
     accumulation: int
+    trains_weights: bool = False
 
     def cost(self, tokens: int) -> float:
         """Time of a step, in tokens going through the model once; `tokens` are those of a row."""
-        passes = 2 if self.activations == "keep" else 3
+        passes = (2 if self.activations == "keep" else 3) + self.trains_weights
         return passes * self.accumulation * (self.micro_batch * tokens + DECODE_TOKENS)
 
     def words(self) -> str:
@@ -59,7 +62,9 @@ class Solution:
     gain: float = 1.0
 
 
-def settings(asked: str, micro_batch: int, rows: int, *, may_split: bool) -> list[Setting]:
+def settings(
+    asked: str, micro_batch: int, rows: int, *, may_split: bool, trains_weights: bool = False
+) -> list[Setting]:
     """All that may be chosen.
 
     Args:
@@ -67,11 +72,12 @@ def settings(asked: str, micro_batch: int, rows: int, *, may_split: bool) -> lis
         micro_batch: rows at a time, at most.
         rows: of a step.
         may_split: whether fewer rows at a time are allowed.
+        trains_weights: whether the base wants gradients, too.
     """
     policies: tuple[Policy, ...] = ("keep", "recompute") if asked == "auto" else (asked,)  # type: ignore[assignment]
     fewer = range(micro_batch, 0, -1) if may_split else [micro_batch]
     batches = [batch for batch in fewer if rows % batch == 0]
-    return [Setting(policy, batch, rows // batch) for policy in policies for batch in batches]
+    return [Setting(policy, batch, rows // batch, trains_weights) for policy in policies for batch in batches]
 
 
 def solve(choices: list[Setting], tokens: int, budget: int, plan: Callable[[Setting], dict[str, Any]]) -> Solution:

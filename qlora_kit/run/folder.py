@@ -24,7 +24,7 @@ from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.storage import remove_folder, write_json, write_text
 
-ADAPTER, CHECKPOINTS, LOCK = "adapter", "checkpoints", ".lock"
+ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
 FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", "scores.json", "report.html")
 """What a run writes; an export that was put beside them is not among it."""
@@ -87,7 +87,7 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else that lies there."""
-    for name in (ADAPTER, CHECKPOINTS):
+    for name in (ADAPTER, MODEL, CHECKPOINTS):
         remove_folder(folder / name)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
 
 def _has_run(folder: Path) -> bool:
     """Whether there is anything to lose: a run that ended before its first checkpoint leaves none."""
-    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, CHECKPOINTS))
+    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, MODEL, CHECKPOINTS))
 
 
 def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], folder: Path) -> None:
@@ -128,6 +128,11 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
     if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)
     write_json(folder / DATA, data)
+
+
+def trained_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where a run leaves what it trained: adapter/, or model/ where that is every weight."""
+    return folder / (MODEL if recipe.train.full_finetune else ADAPTER)
 
 
 def provenance_of(recipe: Recipe) -> dict[str, str]:
