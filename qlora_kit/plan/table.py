@@ -31,9 +31,10 @@ def plan_methods(
 
     Returns:
         The object described under plan.json in the documentation of the run folder. `method` is the recipe's own, whose
-        plan the run is held to; `savings_vs_full` is QLoRA's against full fine-tuning, whichever it is. `activations`, `micro_batch` and
-        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `next` says what more
-        memory would buy, and `with_quantized_head` what the smallest would take so, where nothing fits.
+        plan the run is held to; `savings_vs_full` is QLoRA's against full fine-tuning, whichever it is.
+        `activations`, `micro_batch` and `accumulation` say what the recipe's `auto` became: the fastest that fits the
+        budget. `next` says what more memory would buy, and `with_quantized_head` what the smallest would take so,
+        where nothing fits.
     """
     device = resolve_device(recipe.base.device)
     budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)

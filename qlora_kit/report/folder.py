@@ -38,6 +38,7 @@ SCALAR = Leaf("text, a number, true, false or null", lambda value: not isinstanc
 
 METHOD = {"peak_bytes": COUNT, "by_category": {"*": COUNT}, "peak_by_phase?": {"*": COUNT}, "assumes?": {"*": SCALAR}}
 PLAN = {
+    "method?": SCALAR,
     "methods": {"qlora": METHOD, "lora_16bit?": METHOD, "full_finetune?": METHOD},
     "parameters?": {"total": COUNT, "trainable": COUNT, "quantized": COUNT},
     "bits_per_quantized_parameter?": MAYBE_COUNT,

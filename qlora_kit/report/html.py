@@ -23,6 +23,7 @@ from qlora_kit.report.text import (
     memory_check_table,
     memory_table,
     method_names,
+    own_method,
     phase_table,
     plan_sentences,
     saving,
@@ -88,8 +89,11 @@ def write_report(run_folder: str | Path) -> Path:
     return path
 
 
+_TRAINED = {"qlora": ("a LoRA adapter for", "adapter"), "full_finetune": ("full fine-tuning of", "as trained")}
+
+
 def _headline(run: RunFolder) -> Markup:
-    peak, source = run.plan["methods"]["qlora"]["peak_bytes"], "planned"
+    peak, source = run.plan["methods"][own_method(run.plan)]["peak_bytes"], "planned"
     if run.memory is not None:
         peak, source = run.memory["measured"]["peak_bytes"], "measured"
     figures = [*_savings(run), _figure(format_bytes(peak), f"peak memory, {source}")]
@@ -101,13 +105,20 @@ def _headline(run: RunFolder) -> Markup:
         )
     return element(
         "header",
-        element("p", f"Training report: a LoRA adapter for {clipped(run.model, 120)}", class_="eyebrow"),
+        element(
+            "p", f"Training report: {_TRAINED[own_method(run.plan)][0]} {clipped(run.model, 120)}", class_="eyebrow"
+        ),
         element("h1", clipped(run.name, 120)),
         element("div", *figures, class_="figures"),
     )
 
 
 def _savings(run: RunFolder) -> Iterator[Markup]:
+    if own_method(run.plan) == "full_finetune":  # it saves nothing, and what the other would save is said as such
+        saved = saving(run.plan, "qlora", "full_finetune")
+        if saved is not None and saved > 0:
+            yield _figure(f"{saved:.0%}".replace("%", " %"), "less memory is what QLoRA is planned to take")
+        return
     for method in ("full_finetune", "lora_16bit"):
         saved = saving(run.plan, "qlora", method)
         if saved is not None:
@@ -124,23 +135,27 @@ def _scores(run: RunFolder) -> Markup:
         return Markup()
     rows = run.scores.get("rows")
     lead = "Before and after" + ("." if rows is None else f", on {rows:,.0f} held-out rows.")
-    return _section("Scores", _lead(lead), _table(scores_table(run.scores), "scores before and after"))
+    return _section(
+        "Scores",
+        _lead(lead),
+        _table(scores_table(run.scores, _TRAINED[own_method(run.plan)][1]), "scores before and after"),
+    )
 
 
 def _samples(run: RunFolder) -> Markup:
     samples = (run.scores or {}).get("samples", [])
     if not samples:
         return Markup()
-    shown = [_sample(sample) for sample in samples[:MOST_SAMPLES]]
+    shown = [_sample(sample, _TRAINED[own_method(run.plan)][1]) for sample in samples[:MOST_SAMPLES]]
     left = len(samples) - len(shown)
     note = [_lead(f"{left:,} more are in scores.json.")] if left else []
-    return _section("Samples", _lead("The same prompts, answered without and with the adapter."), *shown, *note)
+    return _section("Samples", _lead("The same prompts, answered before and after training."), *shown, *note)
 
 
-def _sample(sample: dict[str, str]) -> Markup:
+def _sample(sample: dict[str, str], trained: str) -> Markup:
     answers = [
         element("div", element("h3", heading), _quote(sample[key]), class_=f"answer {key}")
-        for key, heading in (("reference", "Reference"), ("base", "Base"), ("adapter", "Adapter"))
+        for key, heading in (("reference", "Reference"), ("base", "Base"), ("adapter", trained.capitalize()))
         if key in sample
     ]
     prompt = element("div", element("h3", "Prompt"), _quote(sample["prompt"]), class_="prompt")

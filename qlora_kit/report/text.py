@@ -42,7 +42,15 @@ def memory_table(plan: dict[str, Any]) -> Table:
 
 def method_names(plan: dict[str, Any]) -> dict[str, str]:
     """What the methods are called: a recipe that computes in float32 is compared with what trains in float32."""
-    return METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+    names = METHODS | ({"lora_16bit": "LoRA 32-bit"} if plan.get("compared_in") == "float32" else {})
+    if own_method(plan) == "full_finetune":
+        names |= {"qlora": "QLoRA", "full_finetune": "full fine-tuning (this recipe)"}
+    return names
+
+
+def own_method(plan: dict[str, Any]) -> str:
+    """Which of the plan's methods the run itself is; plans of earlier versions are all of QLoRA."""
+    return "full_finetune" if plan.get("method") == "full_finetune" else "qlora"
 
 
 def phase_table(plan: dict[str, Any]) -> Table:
@@ -59,10 +67,10 @@ def phase_table(plan: dict[str, Any]) -> Table:
 
 
 def plan_text(plan: dict[str, Any]) -> str:
-    """The plan as an aligned table with its sentences; the last line says what QLoRA saves."""
+    """The plan as an aligned table with its sentences; the last line says what QLoRA saves, or would save."""
     table = aligned(memory_table(plan), rules_before=("peak",))
     saved = saving(plan, "qlora", "full_finetune")
-    last = [] if saved is None else [_needs(1 - saved)]
+    last = [] if saved is None else [_needs(1 - saved, own_method(plan))]
     return "\n".join([*plan_sentences(plan), "", table, "", *last]).strip("\n")
 
 
@@ -77,7 +85,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
             said[-1] += f", {format_count(counts['quantized'])} quantised to {bits:.4g} bits"
         said[-1] += "."
     if budget := plan.get("budget"):
-        spare = budget - plan["methods"]["qlora"]["peak_bytes"]
+        spare = budget - plan["methods"][own_method(plan)]["peak_bytes"]
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
         said.append(f"Budget {format_bytes(budget)}: {verdict}.")
     if more := plan.get("next"):
@@ -90,7 +98,8 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
     if own != others:
         said.append(f"QLoRA computes in {own} on this device, which takes more; the others are planned in {others}.")
     if assumed := plan["methods"].get("full_finetune", {}).get("assumes"):
-        said.append(f"Full fine-tuning assumes {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}.")
+        who = "Full fine-tuning assumes" if own_method(plan) == "qlora" else "This run trains every weight, with"
+        said.append(f"{who} {', '.join(f'{in_words(key)} {assumed[key]}' for key in assumed)}.")
     return said
 
 
@@ -149,12 +158,12 @@ def memory_check_text(memory: dict[str, Any]) -> str:
     return "\n".join([table, "", *memory_check_sentences(memory)]).strip("\n")
 
 
-def scores_table(scores: dict[str, Any]) -> Table:
-    """Each score of the base beside the adapter's, and the change; not how many rows and tokens were scored."""
+def scores_table(scores: dict[str, Any], trained: str = "adapter") -> Table:
+    """Each score of the base beside that of what was `trained`, and the change; not how many rows and tokens."""
     base, adapter = scores["base"], scores["adapter"]
     names = [name for name in (base | adapter) if name not in ("schema", "rows", "tokens")]
     return [
-        ["", "base", "adapter", "change"],
+        ["", "base", trained, "change"],
         *([in_words(name), *_score_cells(name, base.get(name), adapter.get(name))] for name in names),
     ]
 
@@ -193,9 +202,11 @@ def aligned(table: Table, rules_before: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
-def _needs(share: float) -> str:
-    difference = f"{abs(1 - share):.0%}".replace("%", " %")
-    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference} {'less' if share <= 1 else 'more'}."
+def _needs(share: float, own: str) -> str:
+    difference = f"{abs(1 - share):.0%}".replace("%", " %") + (" less" if share <= 1 else " more")
+    if own == "full_finetune":
+        return f"This run is full fine-tuning; QLoRA would need {share:.2f} of it: {difference}."
+    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference}."
 
 
 def _error(recorded: float | None, planned: float, measured: float) -> str:

@@ -157,9 +157,7 @@ def train(
         _save(model, recipe, prepared, folder)
         scores = None
         if finished and prepared.eval.rows:
-            is_changed = (
-                recipe.train.full_finetune
-            )  # then the base is read once more, in place of the optimizer's state
+            is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, watch, trust_remote_code) if is_changed else None
             scores = score(model, prepared, base)
             write_json(folder / "scores.json", scores)

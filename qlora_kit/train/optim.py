@@ -86,7 +86,15 @@ class AdapterOptimizer:
         """
         for pairs in self._stepped_together:
             self._lift(pairs)
+            for _, stepped in pairs:
+                self._take_scratch(stepped)
             self._lower(pairs)
+
+    def _take_scratch(self, stepped: Tensor) -> None:
+        """What torch's AdamW holds while it steps one tensor: the root of its second moment, twice. bitsandbytes works
+        in place."""
+        if self.effective_kind == "adamw" and stepped.grad is not None:
+            _ = [torch.empty_like(stepped) for _ in range(2)]
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that outlives a step, named by parameter and role; not the tables that bitsandbytes shares."""
