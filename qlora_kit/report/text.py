@@ -80,7 +80,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
     if counts := plan.get("parameters"):
         trained = counts["trainable"] / counts["total"] if counts["total"] else 0
         said.append(f"{format_count(counts['total'])} parameters, {format_count(counts['trainable'])} trained")
-        said[-1] += f" ({100 * trained:.2g} %)"
+        said[-1] += " (all)" if trained == 1 else f" ({100 * trained:.2g} %)"
         if counts["quantized"] and (bits := plan.get("bits_per_quantized_parameter")):
             said[-1] += f", {format_count(counts['quantized'])} quantised to {bits:.4g} bits"
         said[-1] += "."

@@ -42,6 +42,6 @@ def check_full_finetune(recipe: Recipe, config: PretrainedConfig, watch: Watch) 
     settings = ", ".join(not_read(recipe))
     if settings:
         watch.note(
-            f"train.full_finetune holds the base dense and trains every weight of it: {settings} are of no effect but "
-            "in the plan's comparison with QLoRA"
+            "train.full_finetune holds the base dense and trains every weight of it; of no effect but in the plan's "
+            f"comparison with QLoRA: {settings}"
         )
