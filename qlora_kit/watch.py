@@ -19,6 +19,9 @@ class Watch:
     def adapted(self, report: Any) -> None:
         """The base is loaded and carries its adapter: a `lora.LoraReport`."""
 
+    def loaded_whole(self, parameters: int) -> None:
+        """The base is loaded, and all of its parameters train."""
+
     def row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
 

@@ -331,7 +331,10 @@ def test_a_plan_holds_what_the_run_folder_promises(plan):
         assert set(method) >= {"peak_bytes", "resident_bytes", "by_category", "peak_by_phase"}
         assert set(method["by_category"]) == set(CATEGORIES)
         assert set(method["peak_by_phase"]) >= {"forward", "loss", "backward", "optimizer"}
-    assert set(plan["methods"]["full_finetune"]["assumes"]) == {"optimizer", "master_weights", "activations", "loss"}
+    assumed = plan["methods"]["full_finetune"]["assumes"]
+    assert set(assumed) == {"optimizer", "master_weights", "activations", "loss", "bytes_a_parameter"}
+    assert assumed["bytes_a_parameter"] == 12
+    assert plan["method"] == "qlora"
     assert {"tokens_per_s", "hours", "next", "traded"} == set(plan["estimates"])
     assert json.loads(json.dumps(plan, allow_nan=False)) == plan
 

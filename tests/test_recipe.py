@@ -123,10 +123,8 @@ NOT_BUILT = {
     "data.on_error": ["skip"],
     "train.task": ["classify", "dpo", "orpo", "kto"],
     "train.beta": ["0.2"],
-    "train.full_finetune": ["true"],
     "train.sample_every": ["5"],
     "train.early_stopping": ["3"],
-    "memory.activations": ["offload"],
     "memory.loss_chunk": ["512"],
 }
 

@@ -436,8 +436,10 @@ def test_bf16_adapters_end_at_the_loss_of_fp32_ones_within_noise(masters, tmp_pa
         assert losses[1] == pytest.approx(losses[0], rel=BF16_LOSS_RTOL)
 
 
-def test_auto_masters_are_fp32_ones():
+def test_auto_masters_are_fp32_ones_for_adapters_and_none_for_a_whole_model():
     assert definite_masters("auto") == "fp32"
+    assert definite_masters("auto", full_finetune=True) == "stochastic", "12 bytes a parameter, not 16"
+    assert definite_masters("fp32", full_finetune=True) == "fp32"
     assert [definite_masters(name) for name in ("fp32", "stochastic", "none")] == ["fp32", "stochastic", "none"]
 
 

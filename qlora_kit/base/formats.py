@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from qlora_kit.base.kernels import decode_4bit_into
 from qlora_kit.errors import ModelError
@@ -189,6 +189,6 @@ def block_constants(
 
 @functools.cache
 def _absmax_table(device: torch.device) -> Tensor:
-    """The 256 values in which bitsandbytes stores block constants, fp32, one real copy a device."""
-    with unset_fake_temporarily():
+    """The 256 values in which bitsandbytes stores block constants, fp32, one real copy a device, in nobody's ledger."""
+    with _disable_current_modes():
         return bnb.create_dynamic_map().to(device)

@@ -16,7 +16,7 @@ import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.cextension import lib
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 _C_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -156,5 +156,5 @@ def _c_decoder(kind: str, dtype: torch.dtype, block_size: int) -> Callable[..., 
 @functools.cache
 def table_4bit(kind: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format, fp32, one real copy a device."""
-    with unset_fake_temporarily():
+    with _disable_current_modes():
         return bnb.get_4bit_type(kind, device=device)

@@ -34,7 +34,7 @@ RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as lora.rank=32.", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder (the output of `qlora-kit train`).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-UseBase = Annotated[bool, typer.Option("--base", help="Leave the adapter away: the bare base.")]
+UseBase = Annotated[bool, typer.Option("--base", help="Leave away what was trained: the bare base.")]
 Force = Annotated[bool, typer.Option("--force", help="Take the adapter although it was trained on another base.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings.")
@@ -206,7 +206,7 @@ def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The new folder.")],
     to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
-    onto: Annotated[str, typer.Option(help="What the adapter is merged into: dequantized.")] = "dequantized",
+    onto: Annotated[str, typer.Option(help="What an adapter is merged into: dequantized.")] = "dequantized",
     dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,

@@ -63,7 +63,7 @@ class Screen(Watch):
         self._steps = 0
         self._eval_loss: float | None = None
         self._eval_step = 0
-        self._is_training = False
+        self._is_training = self._trains_all = False
 
     def note(self, text: str) -> None:
         """One line that a person should know."""
@@ -100,6 +100,15 @@ class Screen(Watch):
         )
         for note in report.notes:
             self.note(note)
+        self._begin_bar()
+
+    def loaded_whole(self, parameters: int) -> None:
+        """That there is no adapter, and the start of the bar."""
+        self._is_training = self._trains_all = True
+        self.console.print(f"[bold]full[/]   all of {format_count(parameters)} parameters train; no adapter")
+        self._begin_bar()
+
+    def _begin_bar(self) -> None:
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]train[/] "),
@@ -134,7 +143,7 @@ class Screen(Watch):
         self._end_bar()
         if scores["samples"]:
             table = Table(title="Held-out rows, before and after", title_justify="left", show_lines=True)
-            for heading in ("prompt", "wanted", "base", "base + adapter"):
+            for heading in ("prompt", "wanted", "base", self._trained_name):
                 table.add_column(heading, overflow="fold")
             for sample in scores["samples"]:
                 texts = (sample[key] for key in ("prompt", "reference", "base", "adapter"))
@@ -142,7 +151,7 @@ class Screen(Watch):
             self.console.print()
             self.console.print(table)
         self.console.print(f"\n[bold]score on {scores['rows']} held-out rows[/]")
-        for name, label in (("base", "base"), ("adapter", "base + adapter")):
+        for name, label in (("base", "base"), ("adapter", self._trained_name)):
             fields = scores[name]
             exact = f"  exact match {fields['exact_match']:.1%}" if "exact_match" in fields else ""
             self.console.print(f"  {label:15} loss {fields['loss']:.3f}  perplexity {fields['perplexity']:,.2f}{exact}")
@@ -160,9 +169,17 @@ class Screen(Watch):
             return
         self.console.print(f"\n[bold]memory[/] planned beside measured\n{escape(_memory_text(folder))}")
         self.console.print(f"\n[green]done[/] in {format_seconds(result.seconds)}")
+        if self._trains_all:
+            self.console.print(f"  model    {shown / 'model'}  (plain transformers weights)")
+            self.console.print(f"  report   {shown / 'report.html'}")
+            return
         self.console.print(f"  adapter  {shown / 'adapter'}  (PEFT's format)")
         self.console.print(f"  report   {shown / 'report.html'}")
         self.console.print(f"  merge    qlora-kit export {shown} --to merged --out {shown / 'merged'}")
+
+    @property
+    def _trained_name(self) -> str:
+        return "as trained" if self._trains_all else "base + adapter"
 
     def stop_requested(self) -> bool:
         """Whether a signal came."""

@@ -1,7 +1,7 @@
 """Export: what was trained, as files that other programs read, each audited against the model as trained."""
 
 from qlora_kit.export.audit import compare
-from qlora_kit.export.kinds import check_request, export_adapter, export_merged, merge
+from qlora_kit.export.kinds import check_request, export_adapter, export_merged, export_trained, merge, save_model
 from qlora_kit.export.merge import merged_tensors, rehearse_merge
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
 from qlora_kit.export.trained_against import trained_against
@@ -12,9 +12,11 @@ __all__ = [
     "compare",
     "export_adapter",
     "export_merged",
+    "export_trained",
     "merge",
     "merged_tensors",
     "rehearse_merge",
+    "save_model",
     "trained_against",
     "write_safetensors",
     "write_weights",

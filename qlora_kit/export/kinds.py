@@ -1,6 +1,6 @@
 """The kinds of export, each a folder that is complete or absent and says how it differs from what was trained.
 
-    merged     a plain transformers checkpoint: W' = decode(Wq) + scale B A
+    merged     a plain transformers checkpoint: W' = decode(Wq) + scale B A, or W' as full fine-tuning left it
     adapter    PEFT's two files, and what they were trained against
 
 `export.json` is written last: the kind, the comparisons, and a checksum of every other file.
@@ -9,6 +9,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
 from qlora_kit.export.folder import library_versions, model_card, write_model_files, write_tokenizer
 from qlora_kit.export.merge import merged_tensors, parts_in_use
-from qlora_kit.export.stream import SHARD_BYTES, streamed, write_safetensors, write_weights
+from qlora_kit.export.stream import SHARD_BYTES, StreamedTensor, streamed, write_safetensors, write_weights
 from qlora_kit.export.trained_against import PREFIX, read_added_tokens, read_trained_against, trained_against
 from qlora_kit.lora.adapters import CONFIG, WEIGHTS, load_adapter, save_adapter
 from qlora_kit.lora.layer import Adapter, carriers
@@ -123,37 +124,135 @@ def export_merged(
         AdapterError: no adapter is in use, or a merged weight is NaN or infinite.
         RunError: `dtype` is not known, `out` is not empty, the disk has no room, or the model runs code of its own.
     """
-    adapters, weight_dtype = parts_in_use(model), _torch_dtype(dtype)
+    adapters = parts_in_use(model)
+    _torch_dtype(dtype)
     if not adapters:
         raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
-    if brings_code(model):
-        raise RunError(
-            f"{model.config._name_or_path} runs code of its own, which a merged export would have to bring along: "
-            "not built yet; export --to adapter"
-        )
+    against = trained_against(model)
+    sections: dict[str, Mapping[str, object]] = {
+        "Adapter": _settings(adapters),
+        "Trained against": _without_prefix(against),
+        "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
+    }
+    made = _Made("Merged model", "qlora", sections, {"onto": "dequantized", "trained_against": against})
+    return _export_dense(model, tokenizer, out, dtype, audit_batches, provenance, shard_bytes, made)
+
+
+def export_trained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    audit_batches: Iterable[Batch] | None = None,
+    provenance: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a model of which every weight was trained, like `export_merged`: there is no adapter to merge.
+
+    Args:
+        model: dense, without adapters.
+        tokenizer: as in `export_merged`, like the rest.
+        out: likewise.
+        dtype: likewise.
+        audit_batches: likewise.
+        provenance: likewise.
+        shard_bytes: likewise.
+
+    Returns:
+        what export.json holds.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+        RunError: as in `export_merged`.
+    """
+    trained_in = str(model.dtype).removeprefix("torch.")
+    sections: dict[str, Mapping[str, object]] = {"Weights": {"trained in": trained_in, "rounded to": dtype}}
+    made = _Made("Fully fine-tuned model", "full-finetuning", sections, {"onto": None, "trained_in": trained_in})
+    return _export_dense(model, tokenizer, out, dtype, audit_batches, provenance, shard_bytes, made)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a dense model as it stands, in its own dtype, as a plain transformers checkpoint and nothing else.
+
+    Args:
+        model: dense, without adapters.
+        tokenizer: saved with its chat template; None where there is none.
+        folder: complete or absent; one that stands there is replaced.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+        RunError: the disk has no room, or the model runs code of its own.
+    """
+    tensors = _checked_tensors(model, folder, model.dtype)
+    with staged_folder(folder) as staged:
+        _write_checkpoint(model, tokenizer, staged, tensors, model.dtype, SHARD_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """How the weights of an export were made, for its card and its export.json."""
+
+    title: str
+    tag: str
+    sections: Mapping[str, Mapping[str, object]]
+    facts: Mapping[str, object]
+
+
+def _export_dense(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: Path,
+    dtype: str,
+    audit_batches: Iterable[Batch] | None,
+    provenance: Mapping[str, str] | None,
+    shard_bytes: int,
+    made: _Made,
+) -> dict[str, Any]:
+    """A checkpoint in a folder of its own, audited, with its card and export.json."""
     is_classifier = head_of(model) == "classification"
     if is_classifier and audit_batches is not None:
         raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
     _check_vacant(out)
-    tensors = list(merged_tensors(model, weight_dtype))
-    _check_room(out, sum(tensor.stored_bytes for tensor in tensors) + TEXT_BYTES)
-    facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)
+    tensors = _checked_tensors(model, out, _torch_dtype(dtype))
+    facts = {"base": model.config._name_or_path, **(provenance or {})}
     with staged_folder(out) as staged:
-        write_weights(tensors, staged, shard_bytes=shard_bytes)
-        names = {tensor.name for tensor in tensors}
-        write_model_files(model, tokenizer, staged, dtype=weight_dtype, tensor_names=names)
+        _write_checkpoint(model, tokenizer, staged, tensors, _torch_dtype(dtype), shard_bytes)
         comparisons = {} if audit_batches is None else {"merged": _audit(model, staged, audit_batches)}
-        sections: dict[str, Mapping[str, object]] = {
+        sections = {
             "Provenance": facts,
-            "Adapter": _settings(adapters),
-            "Trained against": _without_prefix(against),
-            "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
+            **made.sections,
             "Audit: as trained against this export": comparisons.get("merged", {"result": "not audited"}),
         }
-        tags = ["qlora-kit", "qlora", "text-classification" if is_classifier else "text-generation"]
-        _write_card(staged, "Merged model", facts["base"], "transformers", tags, sections)
-        content = {"kind": "merged", "onto": "dequantized", "dtype": dtype, "comparisons": comparisons}
-        return _seal(staged, {**content, "provenance": facts, "trained_against": against})
+        tags = ["qlora-kit", made.tag, "text-classification" if is_classifier else "text-generation"]
+        _write_card(staged, made.title, facts["base"], "transformers", tags, sections)
+        content = {"kind": "merged", "dtype": dtype, "comparisons": comparisons, "provenance": facts}
+        return _seal(staged, {**content, **made.facts})
+
+
+def _checked_tensors(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> list[StreamedTensor]:
+    """What a plain checkpoint of the model holds, if it can be one and the disk has room for it."""
+    if brings_code(model):
+        raise RunError(
+            f"{model.config._name_or_path} runs code of its own, which plain weights would have to bring along: "
+            "not built yet; export --to adapter"
+        )
+    tensors = list(merged_tensors(model, dtype))
+    _check_room(out, sum(tensor.stored_bytes for tensor in tensors) + TEXT_BYTES)
+    return tensors
+
+
+def _write_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    tensors: list[StreamedTensor],
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:
+    write_weights(tensors, folder, shard_bytes=shard_bytes)
+    names = {tensor.name for tensor in tensors}
+    write_model_files(model, tokenizer, folder, dtype=dtype, tensor_names=names)
 
 
 def export_adapter(

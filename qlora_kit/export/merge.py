@@ -114,9 +114,10 @@ def _with_rows(base: Any, rows: TokenRows, dtype: torch.dtype) -> Iterator[Tenso
     """Slices of an embedding or a head with the trained rows in the place of the base's."""
     weight_VD = decode(base, torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach()
     for span in row_slices(weight_VD.shape):
-        inside = (rows.ids_K >= span.start) & (rows.ids_K < span.stop)
         part = weight_VD[span].to(dtype, copy=True)
-        part[rows.ids_K[inside] - span.start] = rows.rows_KD.detach()[inside].to(dtype)
+        if _has_values(part):
+            inside = (rows.ids_K >= span.start) & (rows.ids_K < span.stop)
+            part[rows.ids_K[inside] - span.start] = rows.rows_KD.detach()[inside].to(dtype)
         yield part
 
 
@@ -168,9 +169,14 @@ def _finite(
 ) -> Iterator[Tensor]:
     """The same slices, each looked through before it leaves."""
     for part in slices():
-        if not isinstance(part, FakeTensor) and not torch.isfinite(part).all():  # a rehearsal has no values
+        if _has_values(part) and not torch.isfinite(part).all():
             raise fault(f"{name} holds NaN or infinity as {str(part.dtype).removeprefix('torch.')}; it is not exported")
         yield part
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether this is an export, and not its rehearsal on fake tensors."""
+    return not isinstance(tensor, FakeTensor)
 
 
 def _join(name: str, leaf: str) -> str:

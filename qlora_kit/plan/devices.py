@@ -46,13 +46,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * side**3 * products / (time.perf_counter() - started)
 
 
-def estimated_tokens_per_s(parameters: int, is_recomputed: bool, rate: float) -> float:
-    """Tokens a second of a LoRA step: 2 N operations forward, 2 N backward for dx, 2 N more where blocks are
-    recomputed.
+def estimated_tokens_per_s(parameters: int, is_recomputed: bool, rate: float, *, trains_weights: bool = False) -> float:
+    """Tokens a second of a step: 2 N operations forward, 2 N backward for dx, 2 N more where blocks are recomputed,
+    and 2 N more for dW where the weights train.
 
-    The frozen weights want no gradient, which saves the third of a full step (LoRA Without Regret).
+    Frozen weights want no gradient, which saves LoRA the third of a full step (LoRA Without Regret).
     """
-    return EFFICIENCY * rate / ((6 if is_recomputed else 4) * parameters)
+    return EFFICIENCY * rate / (2 * (2 + is_recomputed + trains_weights) * parameters)
 
 
 def _wait(device: torch.device) -> None:

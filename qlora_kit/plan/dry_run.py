@@ -24,11 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
+from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, Ledger
 from qlora_kit.plan.depths import block_bytes, deepen, find_shallow, moments, peaks, role, with_depth
-from qlora_kit.recipe import Lora, Recipe
+from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.evaluate import rehearse_evaluation
@@ -87,10 +87,10 @@ class Workload:
         cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy | Blocks
     ) -> "Workload":
         """The step that a recipe asks for, once its batch and its longest row are known."""
-        base = recipe.base
+        base, is_full = base_as_held(recipe), recipe.train.full_finetune
         return cls(
             quantization=Quantization(base.quantization, base.double_quant, base.block_size),
-            lora=recipe.lora,
+            lora=None if is_full else recipe.lora,
             dtype=resolve_dtype(base.compute_dtype, resolve_device(base.device)),
             attention=base.attention,
             micro_batch=micro_batch,
@@ -98,7 +98,7 @@ class Workload:
             accumulation=accumulation,
             activations=activations,
             optimizer=recipe.train.optimizer,
-            master_weights=definite_masters(recipe.train.master_weights),
+            master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head,
             packing=recipe.data.packing is True,
@@ -162,7 +162,7 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
     """All phases at the depth that the blocks of `work` are."""
     blocks = work.activations
     config = with_depth(config, blocks.all) if isinstance(blocks, Blocks) and blocks.all else config
-    with _quiet(), _told_packing(False), FakeTensorMode(allow_non_fake_inputs=True):
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(host_apart=work.on_card)
         model, parameters = _build(config, work, ledger)
         optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
@@ -175,7 +175,8 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
                 raise no_packing(model)
             resident = ledger.current()
             if work.eval_shape is not None:
-                rehearse_evaluation(model, _rows(work.eval_shape, replace(work, packing=False)), ledger.phase)
+                with _told_packing(False):
+                    rehearse_evaluation(model, _rows(work.eval_shape, replace(work, packing=False)), ledger.phase)
             with ledger.phase("save"):
                 kept = dict(parameters) | dict(adapter_constants(model))
                 rehearse_checkpoint(kept, optimizer, on_card=work.on_card)
@@ -241,7 +242,8 @@ def _step(
             parameter.grad = torch.zeros_like(parameter)
         ledger.own("gradients", (parameter.grad for _, parameter in parameters if parameter.grad is not None))
     shape = (work.micro_batch, work.tokens)
-    accumulate_gradients(model, [_rows(shape, work)], trained_tokens=shape[0] * shape[1], phase=ledger.phase)
+    rows = [_rows(shape, work) for _ in range(work.accumulation)]  # all of a step are there from its start
+    accumulate_gradients(model, rows[:1], trained_tokens=shape[0] * shape[1], phase=ledger.phase)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
         optimizer.rehearse()

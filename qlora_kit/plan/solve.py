@@ -1,7 +1,7 @@
 """The fastest setting that fits a budget: what each block keeps for the backward pass, and how many rows go at a time.
 
     time of a step ~ passes x (tokens + micro-batches x DECODE_TOKENS)
-    passes: 2, and 1 more for the share of the blocks that run again
+    passes: 2, 1 more for the share of the blocks that run again, and 1 more where weights train
 
 since every pass over a micro-batch decodes every weight once. Memory is planned by running the step. Settings are many
 and runs are few, so a mixture of blocks is estimated from runs in which all blocks are alike, at two numbers of rows:
@@ -37,17 +37,19 @@ class Setting:
         blocks: how many do what.
         micro_batch: rows in one forward pass.
         accumulation: micro-batches in a step.
+        trains_weights: whether the base wants gradients, too.
     """
 
     blocks: Blocks
     micro_batch: int
     accumulation: int
+    trains_weights: bool = False
 
     def cost(self, tokens: int) -> float:
         """Time of a step, in tokens going through the model once; `tokens` are those of a row."""
-        count = max(1, sum(self.blocks))
+        count = max(1, self.blocks.all)
         again = (self.blocks.recompute + self.blocks.offload) / count
-        passes = 2 + again + OFFLOAD_PASSES * self.blocks.offload / count
+        passes = 2 + self.trains_weights + again + OFFLOAD_PASSES * self.blocks.offload / count
         return passes * self.accumulation * (self.micro_batch * tokens + DECODE_TOKENS)
 
     def words(self) -> str:
@@ -67,6 +69,7 @@ class Choices:
         batches: rows at a time that may be chosen.
         rows: of a step.
         may_mix: whether blocks may differ.
+        trains_weights: whether the base wants gradients, too.
     """
 
     layers: int
@@ -74,9 +77,20 @@ class Choices:
     batches: tuple[int, ...]
     rows: int
     may_mix: bool
+    trains_weights: bool = False
 
     @classmethod
-    def of(cls, asked: str, micro_batch: int, rows: int, *, layers: int, may_split: bool, has_host: bool) -> "Choices":
+    def of(
+        cls,
+        asked: str,
+        micro_batch: int,
+        rows: int,
+        *,
+        layers: int,
+        may_split: bool,
+        has_host: bool,
+        trains_weights: bool = False,
+    ) -> "Choices":
         """The choices under a recipe.
 
         Args:
@@ -86,17 +100,23 @@ class Choices:
             layers: blocks of the model.
             may_split: whether fewer rows at a time are allowed.
             has_host: whether the host has memory of its own, so that something is won by moving there.
+            trains_weights: whether the base wants gradients, too.
         """
         automatic: tuple[Policy, ...] = ("keep", "recompute", "offload") if has_host else ("keep", "recompute")
         if layers == 0:
             automatic = ("keep",)
         policies = automatic if asked == "auto" else (asked,)
         fewer = range(micro_batch, 0, -1) if may_split else [micro_batch]
-        return cls(layers, policies, tuple(b for b in fewer if rows % b == 0), rows, asked == "auto")  # type: ignore[arg-type]
+        batches = tuple(batch for batch in fewer if rows % batch == 0)
+        return cls(layers, policies, batches, rows, asked == "auto", trains_weights)  # type: ignore[arg-type]
 
     def alike(self, policy: Policy, batch: int) -> Setting:
         """All blocks under one policy."""
-        return Setting(Blocks.alike(policy, self.layers), batch, self.rows // batch)
+        return self.setting(Blocks.alike(policy, self.layers), batch)
+
+    def setting(self, blocks: Blocks, batch: int) -> Setting:
+        """These blocks, and `batch` rows at a time."""
+        return Setting(blocks, batch, self.rows // batch, self.trains_weights)
 
     def fastest(self, tokens: int) -> Setting:
         """Of all, whatever it takes."""
@@ -207,7 +227,7 @@ class Estimate:
         for batch in self.choices.batches:
             told = {policy: self._at(policy, batch) for policy in self.choices.policies}
             for blocks in self.choices.mixtures():
-                yield Setting(blocks, batch, self.choices.rows // batch), _needs(blocks, told)
+                yield self.choices.setting(blocks, batch), _needs(blocks, told)
 
     def _at(self, policy: Policy, batch: int) -> dict[str, Any]:
         """Moments and bytes a block at `batch` rows, on the line through the two smallest numbers of rows."""

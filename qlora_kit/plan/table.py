@@ -15,7 +15,8 @@ from qlora_kit.plan.devices import available_bytes, device_name, estimated_token
 from qlora_kit.plan.dry_run import After, Workload, dry_run
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import Recipe, base_as_held, method_of, with_adapters
+from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import parse_bytes
 
@@ -45,10 +46,11 @@ def plan_methods(
         after: what else is done with the trained model, as `dry_run` takes it.
 
     Returns:
-        The object described under plan.json in the documentation of the run folder. `activations`, `micro_batch` and
-        `accumulation` say what the recipe's `auto` became: the fastest that fits the budget. `floor` says how far the
-        step is from the least possible, `next` what more memory would buy, `traded` what was given up, and
-        `with_quantized_head` what the smallest would take so, where nothing fits.
+        The object described under plan.json in the documentation of the run folder. `method` is the recipe's own, whose
+        plan the run is held to; `savings_vs_full` is QLoRA's against full fine-tuning, whichever it is.
+        `activations`, `micro_batch` and `accumulation` say what the recipe's `auto` became: the fastest that fits the
+        budget. `floor` says how far the step is from the least possible, `next` what more memory would buy, `traded`
+        what was given up, and `with_quantized_head` what the smallest would take so, where nothing fits.
     """
     device = resolve_device(recipe.base.device)
     on_card = card is not None or device.type == "cuda"
@@ -56,31 +58,30 @@ def plan_methods(
     if budget is None and device.type == "cuda":
         budget = available_bytes(device)
     room = budget or available_bytes(device)
-    makes = Workloads(recipe, tokens, on_card, eval_shape, recipe.base.quantize_head)
+    makes = Workloads(recipe, tokens, on_card, eval_shape, base_as_held(recipe).quantize_head)
     solution = _solve(config, makes, pace, room, after)
-    setting, qlora = solution.setting, solution.planned
-    work = makes.of(setting)
-    # Like with like: who asks for float32 (a CPU has no fast 16 bits) would train the dense model in float32, too.
-    peers = replace(work, quantization=Quantization("none"), dtype=_peer_dtype(recipe), quantize_head=False)
-    methods = {"qlora": qlora, "lora_16bit": dry_run(config, peers, after)}
-    methods["full_finetune"] = _full_finetune(config, peers, setting.blocks.words)
-    parameters = qlora["parameters"]
+    setting, work = solution.setting, makes.of(solution.setting)
+    adapters = replace(makes, recipe=with_adapters(recipe)).of(setting)
+    methods = _methods(recipe, config, work, adapters, solution.planned, after)
+    own, parameters = methods[method_of(recipe)], solution.planned["parameters"]
     speed = None
     if card is None:
-        again = setting.blocks.keep < setting.blocks.all
-        speed = estimated_tokens_per_s(parameters["total"], again, matmul_rate(device, work.dtype))
+        again, trains = setting.blocks.keep < setting.blocks.all, recipe.train.full_finetune
+        rate = matmul_rate(device, work.dtype)
+        speed = estimated_tokens_per_s(parameters["total"], again, rate, trains_weights=trains)
     return {
+        "method": method_of(recipe),
         "parameters": parameters,
-        "bits_per_quantized_parameter": _bits(work.quantization, config),
+        "bits_per_quantized_parameter": _bits(adapters.quantization, config),
         "methods": {name: _public(method) for name, method in methods.items()},
-        "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
-        "floor": _floor(config, work, qlora),
+        "savings_vs_full": 1 - methods["qlora"]["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
+        "floor": _floor(config, work, own),
         "budget": budget,
         "activations": setting.blocks.words,
         "blocks": setting.blocks._asdict(),
         "quantize_head": work.quantize_head,
         "computed_in": str(work.dtype).removeprefix("torch."),
-        "compared_in": str(peers.dtype).removeprefix("torch."),
+        "compared_in": str(_peer_dtype(recipe, work)).removeprefix("torch."),
         "micro_batch": setting.micro_batch,
         "accumulation": setting.accumulation,
         "tokens": tokens,
@@ -127,6 +128,27 @@ class Workloads:
         return replace(work, on_card=self.on_card, eval_shape=self.eval_shape, quantize_head=self.quantize_head)
 
 
+def _methods(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    work: Workload,
+    adapters: Workload,
+    own: dict[str, Any],
+    after: Mapping[str, After] | None,
+) -> dict[str, dict[str, Any]]:
+    """The recipe's own plan, and the other two methods' of the same model, batch, length, activations and loss.
+
+    Like with like: who asks for float32 (a CPU has no fast 16 bits) would train the dense model in float32, too.
+    """
+    dtype = _peer_dtype(recipe, work)
+    peers = replace(adapters, quantization=Quantization("none"), dtype=dtype, quantize_head=False)
+    dense = dry_run(config, peers, after)
+    if method_of(recipe) == "qlora":
+        return {"qlora": own, "lora_16bit": dense, "full_finetune": _as_the_paper_counts(config, peers)}
+    full = {**own, "assumes": _assumed(work, own)}
+    return {"qlora": dry_run(config, adapters, after), "lora_16bit": dense, "full_finetune": full}
+
+
 def _solve(
     config: PretrainedConfig, makes: Workloads, pace: Pace, room: int, after: Mapping[str, After] | None
 ) -> Solution:
@@ -141,6 +163,7 @@ def _solve(
         layers=count_layers(config),
         may_split=may_split,
         has_host=makes.on_card,
+        trains_weights=recipe.train.full_finetune,
     )
 
     @cache
@@ -170,7 +193,7 @@ def _quantized_head(
     config: PretrainedConfig, makes: Workloads, solution: Solution, after: Mapping[str, After] | None
 ) -> int | None:
     """The peak with embedding and head quantised, where that is a way out: nothing fits, and the width allows it."""
-    base, width = makes.recipe.base, config.get_text_config().hidden_size
+    base, width = base_as_held(makes.recipe), config.get_text_config().hidden_size
     is_possible = base.quantization != "none" and not makes.quantize_head and width % base.block_size == 0
     if solution.fits or not is_possible:
         return None
@@ -197,26 +220,33 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
     return None if least is None else {"bytes": least, "ratio": round(step / least, 4)}
 
 
-def _full_finetune(config: PretrainedConfig, work: Workload, activations: str) -> dict[str, Any]:
+def _as_the_paper_counts(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
     parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16."""
-    full = replace(
-        work,
-        lora=None,
-        optimizer="adamw_32bit",
-        master_weights="none",
-        skip=(),
-    )
-    assumes = {
-        "optimizer": "AdamW, fp32 moments",
-        "master_weights": f"none, {str(work.dtype).removeprefix('torch.')} weights and gradients",
-        "activations": activations,
+    full = replace(work, lora=None, optimizer="adamw_32bit", master_weights="none", skip=())
+    planned = dry_run(config, full)
+    return {**planned, "assumes": {**_assumed(full, planned), "optimizer": "AdamW, fp32 moments"}}
+
+
+def _assumed(work: Workload, planned: dict[str, Any]) -> dict[str, Any]:
+    """What full fine-tuning is planned with, and what that takes of weights, gradients and state."""
+    dtype, masters = str(work.dtype).removeprefix("torch."), {"stochastic": "none (stochastic rounding)"}
+    kept = "none" if work.dtype == torch.float32 else masters.get(work.master_weights, work.master_weights)
+    state = planned["by_category"]["optimizer_state"] / planned["parameters"]["total"]
+    activations = work.activations
+    return {
+        "optimizer": work.optimizer,
+        "master_weights": f"{kept}, {dtype} weights and gradients",
+        "activations": activations.words if isinstance(activations, Blocks) else activations,
         "loss": "whole logits",
+        "bytes_a_parameter": round(2 * work.dtype.itemsize + state, 1),
     }
-    return {**dry_run(config, full), "assumes": assumes}
 
 
-def _peer_dtype(recipe: Recipe) -> torch.dtype:
+def _peer_dtype(recipe: Recipe, work: Workload) -> torch.dtype:
+    """What the others are planned in: what the run itself computes in where that is dense."""
+    if work.lora is None:
+        return work.dtype
     return torch.float32 if recipe.base.compute_dtype == "float32" else torch.bfloat16
 
 

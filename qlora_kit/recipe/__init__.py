@@ -1,5 +1,6 @@
 """What the user asks for, checked before anything is read or downloaded: recipes, their schema and their errors."""
 
+from qlora_kit.recipe.method import Method, base_as_held, method_of, not_read, with_adapters
 from qlora_kit.recipe.read import dump_recipe, read_recipe
 from qlora_kit.recipe.schema import Base, Data, Lora, Memory, Recipe, Source, Train
 from qlora_kit.recipe.shipped import find, folder, names, schema_text, summary
@@ -9,14 +10,19 @@ __all__ = [
     "Data",
     "Lora",
     "Memory",
+    "Method",
     "Recipe",
     "Source",
     "Train",
+    "base_as_held",
     "dump_recipe",
     "find",
     "folder",
+    "method_of",
     "names",
+    "not_read",
     "read_recipe",
     "schema_text",
     "summary",
+    "with_adapters",
 ]

@@ -216,7 +216,7 @@ class Train(Section):
     accumulation: Count | Auto = "auto"
     """Micro-batches a step; auto: about 16 rows (not packs) a step, as in QLoRA's scripts."""
     lr: Above0 | Auto = "auto"
-    """Peak learning rate; auto: 2e-4, and 1e-4 above 20 B parameters, as in QLoRA's scripts."""
+    """Peak learning rate; auto: 2e-4, and 1e-4 above 20 B parameters, as in QLoRA's scripts; a tenth if all train."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """Course of the learning rate after the warm-up; constant as in QLoRA and LoRA Without Regret."""
     warmup: Annotated[float, Field(ge=0, le=1), Says("a number from 0 to 1")] = 0.03
@@ -224,7 +224,7 @@ class Train(Section):
     optimizer: Optimizer = "paged_adamw_8bit"
     """The optimizer; paged: its state may move to the CPU's memory at a peak (QLoRA, section 3)."""
     master_weights: Literal["auto", "fp32", "stochastic", "none"] = "auto"
-    """How small updates reach bfloat16 adapters: a float32 copy, stochastic rounding, or not at all."""
+    """How small updates reach bfloat16: a float32 copy (auto), stochastic rounding (auto if all train), not at all."""
     weight_decay: Annotated[float, Field(ge=0), Says("a number of at least 0")] = 0.0
     """Decoupled weight decay, per step and unit of learning rate."""
     max_grad_norm: Above0 = 0.3
@@ -246,7 +246,7 @@ class Train(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Where metrics go beside metrics.jsonl."""
     full_finetune: bool = False
-    """Train every weight of the base in place of adapters."""
+    """Train every weight of the base, held dense whatever base.quantization says, in place of adapters."""
 
 
 class Memory(Section):

@@ -110,7 +110,7 @@ def _parameters(plan: dict[str, Any]) -> Iterator[str]:
     if counts := plan.get("parameters"):
         trained = counts["trainable"] / counts["total"] if counts["total"] else 0
         said = f"{format_count(counts['total'])} parameters, {format_count(counts['trainable'])} trained"
-        said += f" ({100 * trained:.2g} %)"
+        said += " (all)" if trained == 1 else f" ({100 * trained:.2g} %)"
         if counts["quantized"] and (bits := plan.get("bits_per_quantized_parameter")):
             said += f", {format_count(counts['quantized'])} quantised to {bits:.4g} bits"
         yield f"{said}."

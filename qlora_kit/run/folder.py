@@ -26,7 +26,7 @@ from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.storage import remove_folder, write_json, write_text
 
-ADAPTER, CHECKPOINTS, LOCK = "adapter", "checkpoints", ".lock"
+ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
 FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", "scores.json", "report.html")
 """What a run writes; an export that was put beside them is not among it."""
@@ -89,7 +89,7 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else that lies there."""
-    for name in (ADAPTER, CHECKPOINTS):
+    for name in (ADAPTER, MODEL, CHECKPOINTS):
         remove_folder(folder / name)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
 
 def _has_run(folder: Path) -> bool:
     """Whether there is anything to lose: a run that ended before its first checkpoint leaves none."""
-    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, CHECKPOINTS))
+    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, MODEL, CHECKPOINTS))
 
 
 def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], folder: Path) -> None:
@@ -150,6 +150,11 @@ def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:
         "longest": tokens,
         "efficiency": efficiency(lengths, micro_batches),
     }
+
+
+def trained_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where a run leaves what it trained: adapter/, or model/ where that is every weight."""
+    return folder / (MODEL if recipe.train.full_finetune else ADAPTER)
 
 
 def provenance_of(recipe: Recipe) -> dict[str, str]:

@@ -26,6 +26,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
+from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
 from qlora_kit.watch import Watch
 
@@ -68,6 +69,7 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)

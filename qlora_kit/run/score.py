@@ -18,11 +18,17 @@ SAMPLE_TOKENS = 64
 """Most tokens of a sample where answers are longer."""
 
 
-def score(model: PreTrainedModel, prepared: Prepared) -> dict[str, Any]:
-    """The base and the adapter on the held-out rows: losses, exact match where it says something, and a few answers."""
+def score(model: PreTrainedModel, prepared: Prepared, base_model: PreTrainedModel | None = None) -> dict[str, Any]:
+    """The base and what was trained on the held-out rows: losses, exact match where it says something, a few answers.
+
+    Args:
+        model: as trained; under `adapter` in the result, be it an adapter or every weight.
+        prepared: the rows.
+        base_model: the base as it was, where training changed the base; None takes the model without its adapters.
+    """
     batches = eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device)
     with adapters_off(model):
-        base, base_texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
+        base, base_texts = score_rows(base_model or model, prepared.tokenizer, prepared.eval.rows, batches)
     adapter, texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
     samples = [
         {

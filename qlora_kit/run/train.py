@@ -11,26 +11,28 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_kit.base import locate_model
+from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.load import read_config, resolve_device
 from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
-from qlora_kit.export import rehearse_merge, trained_against
-from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
+from qlora_kit.export import rehearse_merge, save_model, trained_against
+from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
-    ADAPTER,
     PLAN,
     check_run_folder,
     clear_run_folder,
     describe_run,
     provenance_of,
     run_folder,
+    trained_folder,
     write_memory,
 )
+from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import (
     Prepared,
     added_ids,
@@ -106,6 +108,7 @@ def plan_memory(
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_lengths(tokens, positions_of(config))
     check_weights(recipe, config)
+    check_full_finetune(recipe, config, watch)
     pace = set_pace(
         recipe.train,
         rows=ROWS_A_STEP,
@@ -177,16 +180,18 @@ def train(
     with run_folder(folder):
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
         ledger = Ledger(host_apart=resolve_device(recipe.base.device).type == "cuda")
-        model, report = _load_and_adapt(recipe, prepared, plan, ledger, watch, trust_remote_code)
-        watch.adapted(report)
+        model = _load(recipe, prepared, ledger, watch, trust_remote_code)
+        _make_trainable(model, recipe, prepared, plan, ledger, watch)
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
         finished, progress = _train(recipe, prepared, plan, model, ledger, folder, watch, resume)
-        save_adapter(model, folder / ADAPTER, provenance=trained_against(model) | provenance_of(recipe))
+        _save(model, recipe, prepared, folder)
         scores = None
         if finished and prepared.eval.rows:
-            scores = score(model, prepared)
+            is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
+            base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
+            scores = score(model, prepared, base)
             write_json(folder / "scores.json", scores)
             watch.scored(scores)
         write_report(folder)
@@ -229,10 +234,13 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     Raises:
         FitError: the peak is above it.
     """
-    peak, budget = plan["methods"]["qlora"]["peak_bytes"], plan["budget"]
+    method, budget = plan["method"], plan["budget"]
+    peak = plan["methods"][method]["peak_bytes"]
     if budget is not None and peak > budget:
         small = plan["with_quantized_head"]
         head = f", or {format_bytes(small)} with base.quantize_head=true" if small else ""
+        if method != "qlora":
+            head = f", or {format_bytes(plan['methods']['qlora']['peak_bytes'])} with train.full_finetune=false"
         raise FitError(
             f"memory.budget is {format_bytes(budget)}; the least that the recipe allows is {format_bytes(peak)}, with "
             f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}{head}; lower "
@@ -246,26 +254,45 @@ def _rows_are_missing(recipe: Recipe) -> bool:
     return isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists()
 
 
-def _load_and_adapt(
-    recipe: Recipe,
-    prepared: Prepared,
-    plan: Mapping[str, Any],
-    ledger: Ledger,
-    watch: Watch,
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel, LoraReport]:
+def _load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool) -> PreTrainedModel:
+    """The base, frozen."""
+
     def loading(dense: PreTrainedModel) -> AbstractContextManager[None]:
         ledger.ignore(dense.parameters())
         return ledger.watch("load")
 
     folder = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code, notify=watch.note)
-    tokens = prepared.tokenizer
-    model = load_recipe_base(recipe, folder, tokens, trust_remote_code=trust_remote_code, watching=loading)
-    with ledger.watch("load"):
-        report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=added_ids(tokens, recipe))
+    return load_recipe_base(recipe, folder, prepared.tokenizer, trust_remote_code=trust_remote_code, watching=loading)
+
+
+def _make_trainable(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    prepared: Prepared,
+    plan: Mapping[str, Any],
+    ledger: Ledger,
+    watch: Watch,
+) -> None:
+    """Put the adapter on the base, or let every weight train."""
+    if recipe.train.full_finetune:
+        model.requires_grad_(True)
+        watch.loaded_whole(parameter_count(model))
+    else:
+        ids = added_ids(prepared.tokenizer, recipe)
+        with ledger.watch("load"):
+            report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=ids)
+        watch.adapted(report)
     ledger.adopt(model)
     set_activation_policy(model, Blocks(**plan["blocks"]))
-    return model, report
+
+
+def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Path) -> None:
+    """Write what was trained: adapter/, or model/."""
+    trained = trained_folder(folder, recipe)
+    if recipe.train.full_finetune:
+        save_model(model, prepared.tokenizer, trained)
+    else:
+        save_adapter(model, trained, provenance=trained_against(model) | provenance_of(recipe))
 
 
 def _train(
@@ -281,11 +308,12 @@ def _train(
     torch.manual_seed(recipe.train.seed)
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
-    parameters = dict(adapter_parameters(model))
+    is_full = recipe.train.full_finetune
+    parameters = dict(model.named_parameters() if is_full else adapter_parameters(model))  # tied ones come once
     optimizer = AdapterOptimizer(
         list(parameters.items()),
         recipe.train.optimizer,
-        master_weights=definite_masters(recipe.train.master_weights),
+        master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
         lr_ratio=recipe.lora.lr_ratio,
         weight_decay=recipe.train.weight_decay,
         seed=recipe.train.seed,
@@ -327,7 +355,7 @@ def _train(
             ) from error
         finally:
             metrics.close()
-            write_memory(folder, plan["methods"]["qlora"], ledger, counter)
+            write_memory(folder, plan["methods"][plan["method"]], ledger, counter)
     return finished, job.progress
 
 

@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.base import load_base, locate_model
 from qlora_kit.base.load import Watching
 from qlora_kit.errors import RunError
-from qlora_kit.export import check_request, export_adapter, export_merged
+from qlora_kit.export import check_request, export_adapter, export_merged, export_trained
 from qlora_kit.lora import load_adapter
-from qlora_kit.recipe import Base, Data, Recipe, read_recipe
-from qlora_kit.run.folder import ADAPTER, DATA, RECIPE, provenance_of
+from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
+from qlora_kit.run.folder import DATA, RECIPE, provenance_of, trained_folder
 from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
@@ -29,28 +29,30 @@ def load_run(
     force: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Recipe]:
-    """A finished run as a model to use: its base, with its adapter unless the bare base is asked for.
+    """A finished run as a model to use: its base with its adapter, or the weights that it trained; or its bare base.
 
     Args:
         folder: the run folder.
         device: other than the recipe's.
-        bare_base: leave the adapter away.
+        bare_base: leave away what was trained.
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
 
     Raises:
-        RunError: the folder is no run, or has no adapter yet.
+        RunError: the folder is no run, or has no adapter or model yet.
     """
     if not (folder / RECIPE).is_file():
         raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
     recipe = read_recipe(folder / RECIPE)
-    if not bare_base and not (folder / ADAPTER).is_dir():
-        raise RunError(f"{folder} has no adapter yet; let the run finish with `qlora-kit train ... --resume`")
-    source = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
+    trained = trained_folder(folder, recipe)
+    if not bare_base and not trained.is_dir():
+        raise RunError(f"{folder} has no {trained.name} yet; let the run finish with `qlora-kit train ... --resume`")
+    is_whole = recipe.train.full_finetune and not bare_base
+    source = trained if is_whole else locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
     tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
     model = load_recipe_base(recipe, source, tokenizer, device=device, trust_remote_code=trust_remote_code)
-    if not bare_base:
-        load_adapter(model, folder / ADAPTER, force=force)
+    if not bare_base and not is_whole:
+        load_adapter(model, trained, force=force)
     return model, tokenizer, recipe
 
 
@@ -62,7 +64,7 @@ def evaluate(
     Args:
         folder: a run folder, or a model folder (then `data` must be given).
         data: rows in any format that training reads; None takes the run's held-out rows.
-        bare_base: leave the adapter away.
+        bare_base: leave away what was trained.
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
     """
@@ -133,11 +135,14 @@ def export_run(
     if onto != "dequantized":
         raise RunError(f"--onto {onto} is not built yet in this version; built: dequantized")
     check_request(out, dtype)
+    if to == "adapter" and (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).train.full_finetune:
+        raise RunError(f"{folder} trained every weight and has no adapter; export --to merged")
     model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
     if to == "adapter":
         return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
     rows = held_out_rows(recipe, tokenizer, model.config, None).rows
-    return export_merged(
+    write = export_trained if recipe.train.full_finetune else export_merged
+    return write(
         model,
         tokenizer,
         out,
@@ -156,17 +161,17 @@ def load_recipe_base(
     trust_remote_code: bool = False,
     watching: Watching | None = None,
 ) -> PreTrainedModel:
-    """The base that a recipe names, quantised as it says.
+    """The base that a recipe names, held as its run holds it.
 
     Args:
         recipe: the run.
-        folder: where `locate_model` found the base.
+        folder: where `locate_model` found the base, or a run's model/.
         tokenizer: with the tokens that the recipe adds.
         device: other than the recipe's.
         trust_remote_code: let the model folder's own code run.
         watching: as `load_base` takes it.
     """
-    base = recipe.base
+    base = base_as_held(recipe)
     model = load_base(
         folder,
         quantization=base.quantization,

@@ -38,7 +38,7 @@ class Job:
     """All that a loop works on.
 
     Attributes:
-        model: with its adapter; its trained parameters ask for gradients.
+        model: its trained parameters, an adapter's or all, ask for gradients.
         parameters: the trained ones by name.
         constants: what else of the adapter a checkpoint must hold.
         optimizer: of these parameters.
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def kept(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of the adapter."""
+        """What a checkpoint holds of what is trained."""
         return {**self.parameters, **self.constants}
 
     @property

@@ -5,6 +5,10 @@ of A do not move at a rate of 1e-5. So the step is taken on fp32 copies, which a
 - kept from step to step (`fp32`: master weights), 4 bytes a parameter; or
 - made for each step and rounded back up or down at random, in proportion (`stochastic`), which is right on average.
 
+In full fine-tuning the copies are the difference between 12 bytes a parameter (as the QLoRA paper counts: 2 of weight,
+2 of gradient, 8 of fp32 moments) and 16, so `auto` rounds stochastically there. Parameters are stepped some at a time,
+so that their gradients never stand in both precisions; each is stepped by itself, so that changes no bit.
+
 Sources: 8-bit optimizers, arXiv 2110.02861; paged ones, QLoRA section 3; stochastic rounding, Gupta et al., arXiv
 1502.02551.
 """
@@ -23,6 +27,11 @@ _PAGED_ELEMENTS = 100_000
 """bitsandbytes pages no smaller state (`Optimizer8bit.get_state_buffer`, 0.50)."""
 
 _BETAS = (0.9, 0.999)  # QLoRA's released scripts
+
+LIFTED_ELEMENTS = 2**24
+"""Elements of 16-bit parameters that are stepped together, unless a single one has more: 64 MiB for each fp32 copy."""
+
+_Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
 class AdapterOptimizer:
@@ -55,6 +64,7 @@ class AdapterOptimizer:
         self.master_weights = master_weights
         self._generator = torch.Generator(device).manual_seed(seed)
         self._stepped = [self._stepped_form(parameter) for parameter in self.parameters]
+        self._stepped_together = _cut(list(zip(self.parameters, self._stepped, strict=True)))
         self._ratios = [lr_ratio if name.endswith("b_OR") else 1.0 for name in self.names]
         groups = [
             {"params": [p for p, r in zip(self._stepped, self._ratios, strict=True) if r == ratio], "ratio": ratio}
@@ -68,17 +78,27 @@ class AdapterOptimizer:
         """Move the parameters by one step at the rate `lr` and let their gradients go."""
         for group in self.inner.param_groups:
             group["lr"] = lr * group["ratio"]
-        self._lift()
-        self.inner.step()
-        self._lower()
+        for pairs in self._stepped_together:
+            self._lift(pairs)
+            self.inner.step()  # passes over parameters without a gradient: those that are not lifted
+            self._lower(pairs)
 
     def rehearse(self) -> None:
         """Everything that a step allocates, without its arithmetic: for the dry run, where there are no values.
 
         bitsandbytes' `step` reads a number off a tensor, which fake tensors do not have.
         """
-        self._lift()
-        self._lower()
+        for pairs in self._stepped_together:
+            self._lift(pairs)
+            for _, stepped in pairs:
+                self._take_scratch(stepped)
+            self._lower(pairs)
+
+    def _take_scratch(self, stepped: Tensor) -> None:
+        """What torch's AdamW holds while it steps one tensor: the root of its second moment, twice. bitsandbytes works
+        in place."""
+        if self.effective_kind == "adamw" and stepped.grad is not None:
+            _ = [torch.empty_like(stepped) for _ in range(2)]
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that outlives a step, named by parameter and role; not the tables that bitsandbytes shares."""
@@ -132,8 +152,8 @@ class AdapterOptimizer:
         return nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device))
 
     @torch.no_grad()
-    def _lift(self) -> None:
-        for parameter, stepped in zip(self.parameters, self._stepped, strict=True):
+    def _lift(self, pairs: _Pairs) -> None:
+        for parameter, stepped in pairs:
             if stepped is not parameter and parameter.grad is not None:
                 if self.master_weights == "stochastic":
                     stepped.data = parameter.float()
@@ -141,8 +161,8 @@ class AdapterOptimizer:
                 parameter.grad = None  # one by one, so that both precisions never stand in full
 
     @torch.no_grad()
-    def _lower(self) -> None:
-        for parameter, stepped in zip(self.parameters, self._stepped, strict=True):
+    def _lower(self, pairs: _Pairs) -> None:
+        for parameter, stepped in pairs:
             if stepped is not parameter and stepped.grad is not None:
                 if self.master_weights == "stochastic":
                     round_stochastically(stepped.data, parameter.data, self._generator)
@@ -166,9 +186,14 @@ class AdapterOptimizer:
                     stepped.data = stepped.new_empty(0)  # it stands only while a step is taken
 
 
-def definite_masters(setting: Literal["auto", "fp32", "stochastic", "none"]) -> MasterWeights:
-    """What `train.master_weights` means: auto is fp32, the most accurate, for 4 bytes an adapter parameter."""
-    return "fp32" if setting == "auto" else setting
+def definite_masters(
+    setting: Literal["auto", "fp32", "stochastic", "none"], *, full_finetune: bool = False
+) -> MasterWeights:
+    """What `train.master_weights` means. auto is fp32 for adapters, the most accurate, for 4 bytes a parameter; in full
+    fine-tuning it is stochastic, which takes none."""
+    if setting != "auto":
+        return setting
+    return "stochastic" if full_finetune else "fp32"
 
 
 def round_stochastically(source: Tensor, target: Tensor, generator: torch.Generator) -> None:
@@ -182,6 +207,20 @@ def round_stochastically(source: Tensor, target: Tensor, generator: torch.Genera
     bits = source.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     target.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))
+
+
+def _cut(pairs: _Pairs) -> list[_Pairs]:
+    """Those that are stepped directly, then the others, some at a time and in their order."""
+    direct = [(parameter, stepped) for parameter, stepped in pairs if stepped is parameter]
+    cuts, elements = [direct] if direct else [], LIFTED_ELEMENTS
+    for parameter, stepped in pairs:
+        if stepped is not parameter:
+            elements += parameter.numel()
+            if elements > LIFTED_ELEMENTS:
+                cuts.append([])
+                elements = parameter.numel()
+            cuts[-1].append((parameter, stepped))
+    return cuts
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
