@@ -4,7 +4,7 @@ So nothing here reads a value off a tensor: counts come from the host, and wheth
 A causal model gets no attention mask: rows are padded on the right, and no real token looks to its right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -44,7 +44,7 @@ def loss_sum(model: nn.Module, rows: Rows, phase: Phase = no_phase) -> Tensor:
 
 def accumulate_gradients(
     model: nn.Module,
-    micro_batches: Sequence[Rows],
+    micro_batches: Iterable[Rows],
     trained_tokens: int,
     backward: Callable[[Tensor], None] = Tensor.backward,
     phase: Phase = no_phase,
