@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import OutOfMemoryError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from qlora_kit.base.load import default_compute_dtype
 from qlora_kit.cli.app import app
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
+from qlora_kit.memory import counter
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
              "device_profile", "steps", "tokens_per_s", "hours", "schema"}  # fmt: skip
@@ -239,6 +241,40 @@ def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe
     assert memory["measured"]["peak_bytes"] <= budget
     assert abs(memory["error"]["peak"]) < 0.01
     assert plan["pace"]["micro_batch"] == plan["micro_batch"]
+
+
+def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_go_on(recipe, tmp_path, monkeypatch):
+    """The process seems to grow by 2 GiB when the first checkpoint stands."""
+    run, real = tmp_path / "run", counter.resident_bytes
+
+    def grown():
+        anonymous, file_backed = real()
+        return anonymous + 2**31 * (run / "checkpoints" / "step-000002").is_dir(), file_backed
+
+    settings = ["memory.budget=1GiB", "train.save_every=2", "memory.activations=keep"]
+    with monkeypatch.context() as patch:
+        patch.setattr(counter, "resident_bytes", grown)
+        result = call("train", recipe, *settings)
+    assert_mistake(
+        result, "memory.budget is 1.00 GiB", "by step 3", "step-000002 is kept", "--resume", "memory.budget=2",
+        "memory.activations=recompute", "train.micro_batch (now 4)", code=3,
+    )  # fmt: skip
+    assert not (run / "adapter").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert json.loads((run / "memory.json").read_text())["device_counter"]["start_bytes"] > 0
+    gone_on = call("train", recipe, *settings, "--resume")
+    assert gone_on.exit_code == 0, gone_on.output
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_less(recipe, monkeypatch):
+    def fails(*_):
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(import_module("qlora_kit.run.train"), "rehearse_longest", fails)
+    result = call("train", recipe, "memory.activations=recompute")
+    assert_mistake(result, "ran out of memory", "start again with a lower train.micro_batch (now 4)", code=3)
+    assert "activations" not in result.stderr
 
 
 def test_a_resumed_run_keeps_its_micro_batches_though_memory_has_become_short(recipe, monkeypatch):

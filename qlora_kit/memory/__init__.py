@@ -1,8 +1,20 @@
 """What memory holds: the ledger of live tensors, and the process's or the card's own counter beside it."""
 
+from qlora_kit.memory.allocator import set_allocation_policy
 from qlora_kit.memory.counter import PeakCounter
 from qlora_kit.memory.history import whole
 from qlora_kit.memory.host import from_host, to_host
 from qlora_kit.memory.ledger import CATEGORIES, PHASES, Ledger
+from qlora_kit.memory.limit import Limit
 
-__all__ = ["CATEGORIES", "PHASES", "Ledger", "PeakCounter", "from_host", "to_host", "whole"]
+__all__ = [
+    "CATEGORIES",
+    "PHASES",
+    "Ledger",
+    "Limit",
+    "PeakCounter",
+    "from_host",
+    "set_allocation_policy",
+    "to_host",
+    "whole",
+]

@@ -14,16 +14,20 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakCounter:
-    """Counts the peak over a block; `peak_bytes` and `file_backed_bytes` may be read inside it and after it.
+    """Counts the peak over a block; what it says may be read inside the block and after it.
 
     Args:
         device: whose memory.
         interval_s: seconds between two samples on CPU.
+
+    Attributes:
+        start_bytes: counted when the block began: what was there before, of whomever.
+        file_backed_bytes: the most that was resident of mapped files, on CPU.
     """
 
     def __init__(self, device: torch.device, interval_s: float = 0.05) -> None:
         self.device, self._interval_s = device, interval_s
-        self._peak_bytes = self.file_backed_bytes = 0
+        self.start_bytes = self._peak_bytes = self.file_backed_bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, daemon=True)
 
@@ -37,10 +41,23 @@ class PeakCounter:
         """The highest count so far; on systems without /proc, 0."""
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._peak_bytes
 
+    @property
+    def taken_bytes(self) -> int:
+        """The highest count so far over what was there before the block."""
+        return max(0, self.peak_bytes - self.start_bytes)
+
+    def sample(self) -> None:
+        """Count now, on CPU."""
+        anonymous, file_backed = resident_bytes()
+        self._peak_bytes = max(self._peak_bytes, anonymous)
+        self.file_backed_bytes = max(self.file_backed_bytes, file_backed)
+
     def __enter__(self) -> "PeakCounter":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self.start_bytes = torch.cuda.memory_allocated(self.device)
         else:
+            self.start_bytes = resident_bytes()[0]
             self._thread.start()
         return self
 
@@ -53,9 +70,7 @@ class PeakCounter:
 
     def _sample_until_stopped(self) -> None:
         while True:
-            anonymous, file_backed = resident_bytes()
-            self._peak_bytes = max(self._peak_bytes, anonymous)
-            self.file_backed_bytes = max(self.file_backed_bytes, file_backed)
+            self.sample()
             if self._stop.wait(self._interval_s):
                 return
 

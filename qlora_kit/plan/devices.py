@@ -5,8 +5,8 @@ import time
 import psutil
 import torch
 
-CUDA_RESERVE_BYTES = 600 * 2**20
-"""Left free on a card: the CUDA context and loaded kernels take 0.3 to 0.6 GiB outside the allocator."""
+from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
+
 EFFICIENCY = 0.5
 """Share of the matrix-product rate that a whole training step reaches; an estimate, and named one wherever it shows."""
 

@@ -181,7 +181,11 @@ def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, count
             "planned": dict(planned),
             "measured": measured,
             "error": error,
-            "device_counter": {"name": counter.name, "peak_bytes": counter.peak_bytes},
+            "device_counter": {
+                "name": counter.name,
+                "peak_bytes": counter.peak_bytes,
+                "start_bytes": counter.start_bytes,
+            },
             "file_backed_bytes": counter.file_backed_bytes,
         },
     )

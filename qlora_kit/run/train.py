@@ -1,8 +1,9 @@
 """The main job: plan, load, adapt, train, score, report; each arrow is one function."""
 
+import math
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge, save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
-from qlora_kit.memory import Ledger, PeakCounter
+from qlora_kit.memory import Ledger, Limit, set_allocation_policy
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
+    CHECKPOINTS,
     PLAN,
     check_run_folder,
     clear_run_folder,
@@ -47,13 +49,13 @@ from qlora_kit.run.score import score
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, set_activation_policy
-from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from qlora_kit.train.checkpoint import Progress, checkpoints, load_checkpoint, newest_checkpoint
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
-from qlora_kit.units import format_bytes, parse_bytes
+from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
 
@@ -166,7 +168,7 @@ def train(
         QloraKitError: anything that the user can mend, one line each; a `FitError` if the plan is above the budget.
     """
     started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
-    resolve_device(recipe.base.device)
+    device = resolve_device(recipe.base.device)
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
@@ -177,7 +179,12 @@ def train(
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
     prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
-    with run_folder(folder):
+    if device.type == "cpu":
+        set_allocation_policy()
+    limit = Limit(device, plan["budget"])
+    if not limit.can_be_kept:
+        watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
+    with run_folder(folder), _one_line_if_it_does_not_fit(limit, plan, folder), limit:
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
         ledger = Ledger(host_apart=resolve_device(recipe.base.device).type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
@@ -185,7 +192,7 @@ def train(
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        finished, progress = _train(recipe, prepared, plan, model, ledger, folder, watch, resume)
+        finished, progress = _train(recipe, prepared, plan, model, ledger, folder, watch, resume, limit)
         _save(model, recipe, prepared, folder)
         scores = None
         if finished and prepared.eval.rows:
@@ -304,6 +311,7 @@ def _train(
     folder: Path,
     watch: Watch,
     resume: bool,
+    limit: Limit,
 ) -> tuple[bool, Progress]:
     torch.manual_seed(recipe.train.seed)
     if model.dtype == torch.float16:
@@ -332,31 +340,52 @@ def _train(
         watch=watch.row,
         stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
+        check_memory=limit.check,
     )
     if job.packed_tokens is not None:
         check_isolation(model)
     if resume:
         _go_on(job, watch)
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
-    with PeakCounter(model.device) as counter:
-        ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
-        ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
-        try:
-            with ledger:
-                untouched = rehearse(job, ledger)
-            if untouched:
-                watch.note(f"no gradient reaches {len(untouched)} of {len(parameters)} tensors, first {untouched[0]}")
-            finished = train_loop(job, metrics, counter, ledger)
-        except torch.OutOfMemoryError as error:
-            raise FitError(
-                f"{model.device} ran out of memory after step {job.progress.step}; go on with --resume and "
-                "memory.activations=recompute, or start again with --overwrite and a lower train.micro_batch (now "
-                f"{job.pace.micro_batch}) or data.max_tokens"
-            ) from error
-        finally:
-            metrics.close()
-            write_memory(folder, plan["methods"][plan["method"]], ledger, counter)
+    ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
+    ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
+    try:
+        with ledger:
+            untouched = rehearse(job, ledger)
+        if untouched:
+            watch.note(f"no gradient reaches {len(untouched)} of {len(parameters)} tensors, first {untouched[0]}")
+        finished = train_loop(job, metrics, limit.counter, ledger)
+    finally:
+        metrics.close()
+        write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
     return finished, job.progress
+
+
+@contextmanager
+def _one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Say what a run that met its limit had taken, and the way on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        when = f"in step {limit.step}" if limit.step else "while loading"
+        room = "" if limit.budget_bytes is None else f" of {format_bytes(limit.budget_bytes)}"
+        raise FitError(f"{limit.device} ran out of memory{room} {when}; {_way_on(limit, plan, folder)}") from error
+    except FitError as error:
+        raise FitError(f"{error}; {_way_on(limit, plan, folder)}") from error
+
+
+def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path) -> str:
+    """The settings that would take less, and how a run that has come so far is given them."""
+    changes = [] if plan["activations"] == "recompute" else ["memory.activations=recompute"]
+    if limit.device.type == "cpu" and limit.needed_bytes > 0:
+        enough = math.ceil(1.05 * limit.needed_bytes / MIB)  # what was seen may not have been the most
+        changes.insert(0, f"memory.budget={enough}MiB")
+    smaller = f"a lower train.micro_batch (now {plan['micro_batch']}) or data.max_tokens"
+    kept = checkpoints(folder / CHECKPOINTS) if limit.step else []  # before, they are those of an earlier run
+    if not kept:
+        return f"start again with {', '.join([*changes, smaller])}"
+    resumed = f"go on with --resume and {' or '.join(changes)}, or " if changes else ""
+    return f"{kept[-1].name} is kept: {resumed}start again with --overwrite and {smaller}"
 
 
 def _go_on(job: Job, watch: Watch) -> None:

@@ -7,7 +7,7 @@ loss is weighted by tokens, that changes nothing but the padding.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Job:
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
         packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
+        check_memory: is told the step before each of its micro-batches; it may end the run, which then saves nothing.
     """
 
     model: PreTrainedModel
@@ -68,6 +69,7 @@ class Job:
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
     packed_tokens: int | None = None
+    check_memory: Callable[[int], None] = lambda step: None
 
     @property
     def kept(self) -> dict[str, torch.Tensor]:
@@ -130,7 +132,8 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     with torch.random.fork_rng(devices):
         job.model.train()
         batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
-        accumulate_gradients(job.model, batches, batch.trained_tokens, phase=ledger.phase)
+        checked = _checked(job, batches, job.progress.step + 1)
+        accumulate_gradients(job.model, checked, batch.trained_tokens, phase=ledger.phase)
         untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
         for parameter in job.parameters.values():
             parameter.grad = None
@@ -204,7 +207,7 @@ def _take_step(
     epoch = sampler.position / len(job.rows)
     batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
     trained = sum(batch.trained_tokens for batch in batches)
-    mean = accumulate_gradients(model, batches, trained, accelerator.backward, phase)
+    mean = accumulate_gradients(model, _checked(job, batches, step), trained, accelerator.backward, phase)
     with phase("optimizer"):
         norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
     loss, grad_norm = mean.item(), float(norm)
@@ -230,6 +233,12 @@ def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
     rows = [job.rows[index] for index in indices]
     for packs in arrange([len(row.input_ids) for row in rows], job.pace.micro_batch, job.packed_tokens):
         yield collate_packs([[rows[row] for row in pack] for pack in packs], job.pad_id).to(job.device)
+
+
+def _checked(job: Job, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
+    for batch in batches:
+        job.check_memory(step)
+        yield batch
 
 
 def _evaluate(job: Job) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A causal model gets no attention mask: rows are padded on the right, and no real
 are packed, it gets positions that begin anew at every document, from which transformers makes the mask.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -60,7 +60,7 @@ def _structure(rows: Rows) -> dict[str, Tensor]:
 
 def accumulate_gradients(
     model: nn.Module,
-    micro_batches: Sequence[Rows],
+    micro_batches: Iterable[Rows],
     trained_tokens: int,
     backward: Callable[[Tensor], None] = Tensor.backward,
     phase: Phase = no_phase,
