@@ -128,7 +128,6 @@ NOT_BUILT = {
     "train.sample_every": ["5"],
     "train.early_stopping": ["3"],
     "memory.activations": ["offload"],
-    "memory.loss_chunk": ["512"],
 }
 
 

@@ -52,6 +52,7 @@ class Workload:
         master_weights: fp32, stochastic or none.
         skip: linear layers that stay dense.
         quantize_head: whether embedding and head are quantised, too.
+        loss_chunk: tokens whose logits stand at one time; None for whole logits.
     """
 
     quantization: Quantization
@@ -66,9 +67,19 @@ class Workload:
     master_weights: MasterWeights
     skip: tuple[str, ...] = ()
     quantize_head: bool = False
+    loss_chunk: int | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy) -> "Workload":
+    def of(
+        cls,
+        recipe: Recipe,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        tokens: int,
+        activations: Policy,
+        loss_chunk: int | None = None,
+    ) -> "Workload":
         """The step that a recipe asks for, once its batch and its longest row are known."""
         base = recipe.base
         return cls(
@@ -84,6 +95,7 @@ class Workload:
             master_weights=definite_masters(recipe.train.master_weights),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head,
+            loss_chunk=loss_chunk,
         )
 
 
@@ -156,7 +168,8 @@ def _step(
         _FakeRows(torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
         for _ in range(min(2, work.accumulation))
     ]
-    accumulate_gradients(model, rows, trained_tokens=shape[0] * shape[1], phase=ledger.phase)
+    trained = shape[0] * shape[1]
+    accumulate_gradients(model, rows, trained, phase=ledger.phase, loss_chunk=work.loss_chunk)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
         optimizer.rehearse()

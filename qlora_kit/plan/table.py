@@ -13,6 +13,7 @@ from qlora_kit.plan.devices import available_bytes, device_name, estimated_token
 from qlora_kit.plan.dry_run import Workload, dry_run
 from qlora_kit.plan.solve import Setting, Solution, settings, solve
 from qlora_kit.recipe import Recipe
+from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import parse_bytes
 
@@ -43,7 +44,7 @@ def plan_methods(
     setting, qlora = solution.setting, solution.planned
     policy = setting.activations
     pace = replace(pace, micro_batch=setting.micro_batch, accumulation=setting.accumulation)
-    work = _workload(recipe, setting, tokens)
+    work = _workload(recipe, config, setting, tokens)
     # Like with like: who asks for float32 (a CPU has no fast 16 bits) would train the dense model in float32, too.
     peers = replace(work, quantization=Quantization("none"), dtype=_peer_dtype(recipe))
     methods = {"qlora": qlora, "lora_16bit": dry_run(config, peers), "full_finetune": _full_finetune(config, peers)}
@@ -60,6 +61,7 @@ def plan_methods(
         "savings_vs_full": 1 - qlora["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
         "budget": budget,
         "activations": policy,
+        "loss_chunk": work.loss_chunk,
         "computed_in": str(work.dtype).removeprefix("torch."),
         "compared_in": str(peers.dtype).removeprefix("torch."),
         "micro_batch": pace.micro_batch,
@@ -82,16 +84,19 @@ def _solve(recipe: Recipe, config: PretrainedConfig, pace: Pace, tokens: int, ro
     # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
     may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
     choices = settings(recipe.memory.activations, pace.micro_batch, pace.rows_a_step, may_split=may_split)
-    return solve(choices, tokens, room, cache(lambda setting: dry_run(config, _workload(recipe, setting, tokens))))
+    plan = cache(lambda setting: dry_run(config, _workload(recipe, config, setting, tokens)))
+    return solve(choices, tokens, room, plan)
 
 
-def _workload(recipe: Recipe, setting: Setting, tokens: int) -> Workload:
+def _workload(recipe: Recipe, config: PretrainedConfig, setting: Setting, tokens: int) -> Workload:
+    asked = recipe.memory.loss_chunk
     return Workload.of(
         recipe,
         micro_batch=setting.micro_batch,
         accumulation=setting.accumulation,
         tokens=tokens,
         activations=setting.activations,
+        loss_chunk=automatic_chunk(config.get_text_config().vocab_size) if asked == "auto" else asked,
     )
 
 
@@ -109,7 +114,7 @@ def _quantized_head(recipe: Recipe, config: PretrainedConfig, solution: Solution
     is_possible = base.quantization != "none" and not base.quantize_head and width % base.block_size == 0
     if solution.planned["peak_bytes"] <= room or not is_possible:
         return None
-    work = replace(_workload(recipe, solution.setting, tokens), quantize_head=True)
+    work = replace(_workload(recipe, config, solution.setting, tokens), quantize_head=True)
     peak: int = dry_run(config, work)["peak_bytes"]
     return peak
 
@@ -128,7 +133,7 @@ def _full_finetune(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
         "optimizer": "AdamW, fp32 moments",
         "master_weights": f"none, {str(work.dtype).removeprefix('torch.')} weights and gradients",
         "activations": work.activations,
-        "loss": "whole logits",
+        "loss": "whole logits" if work.loss_chunk is None else f"logits of {work.loss_chunk} tokens at a time",
     }
     return {**dry_run(config, full), "assumes": assumes}
 

@@ -42,7 +42,6 @@ ROWS = (
     NotYet("train.early_stopping", _only(None), "built: null; the newest checkpoints are kept"),
     NotYet("train.full_finetune", _only(False), "built: false; the plan shows what true would take"),
     NotYet("memory.activations", _all_but("offload"), "built: auto, keep, recompute"),
-    NotYet("memory.loss_chunk", _only("auto"), "built: auto"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

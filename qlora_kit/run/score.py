@@ -18,12 +18,18 @@ SAMPLE_TOKENS = 64
 """Most tokens of a sample where answers are longer."""
 
 
-def score(model: PreTrainedModel, prepared: Prepared) -> dict[str, Any]:
-    """The base and the adapter on the held-out rows: losses, exact match where it says something, and a few answers."""
+def score(model: PreTrainedModel, prepared: Prepared, loss_chunk: int | None = None) -> dict[str, Any]:
+    """The base and the adapter on the held-out rows: losses, exact match where it says something, and a few answers.
+
+    Args:
+        model: as trained.
+        prepared: with the rows.
+        loss_chunk: tokens whose logits stand at one time, or None.
+    """
     batches = eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device)
     with adapters_off(model):
-        base, base_texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
-    adapter, texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
+        base, base_texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches, loss_chunk)
+    adapter, texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches, loss_chunk)
     samples = [
         {
             "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
@@ -44,10 +50,14 @@ def score(model: PreTrainedModel, prepared: Prepared) -> dict[str, Any]:
 
 
 def score_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded], batches: list[Batch]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Encoded],
+    batches: list[Batch],
+    loss_chunk: int | None = None,
 ) -> tuple[Score, list[str]]:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
-    measured = evaluate_loss(model, batches)
+    measured = evaluate_loss(model, batches, loss_chunk=loss_chunk)
     answered = answered_rows(rows)
     if not answered:
         return measured, []

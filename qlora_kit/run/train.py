@@ -39,6 +39,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse_longest, train_lo
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.pace import ROWS_A_STEP, set_pace
+from qlora_kit.train.probe import settled_chunk
 from qlora_kit.units import format_bytes
 from qlora_kit.watch import Watch
 
@@ -147,14 +148,17 @@ def train(
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
         model, report = _load_and_adapt(recipe, prepared, plan, watch, trust_remote_code)
         watch.adapted(report)
+        loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, plan["loss_chunk"])
+        if why_whole is not None:
+            watch.note(why_whole)
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        finished, progress = _train(recipe, prepared, plan, model, folder, watch, resume)
+        finished, progress = _train(recipe, prepared, plan, model, loss_chunk, folder, watch, resume)
         save_adapter(model, folder / ADAPTER, provenance=trained_against(model) | provenance_of(recipe))
         scores = None
         if finished and prepared.eval.rows:
-            scores = score(model, prepared)
+            scores = score(model, prepared, loss_chunk)
             write_json(folder / "scores.json", scores)
             watch.scored(scores)
         write_report(folder)
@@ -162,12 +166,14 @@ def train(
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the micro-batches that its run began with: in others the same sums would be rounded otherwise."""
-    plan, train = read_json(folder / PLAN), recipe.train
+    """The recipe with the micro-batches and the loss that its run began with: in others the same sums would be rounded
+    otherwise."""
+    plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
-        split = {key: plan[key] for key in ("micro_batch", "accumulation")}
-        return recipe.model_copy(update={"train": train.model_copy(update=split)})
-    return recipe
+        train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
+    if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
+        memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
+    return recipe.model_copy(update={"train": train, "memory": memory})
 
 
 def check_budget(plan: Mapping[str, Any]) -> None:
@@ -209,6 +215,7 @@ def _train(
     prepared: Prepared,
     plan: Mapping[str, Any],
     model: PreTrainedModel,
+    loss_chunk: int | None,
     folder: Path,
     watch: Watch,
     resume: bool,
@@ -235,6 +242,7 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
+        loss_chunk=loss_chunk,
         folder=folder,
         watch=watch.row,
         stop_requested=watch.stop_requested,

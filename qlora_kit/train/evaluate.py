@@ -52,18 +52,21 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def evaluate_loss(model: nn.Module, batches: Sequence[Rows], phase: Phase = no_phase) -> Score:
+def evaluate_loss(
+    model: nn.Module, batches: Sequence[Rows], phase: Phase = no_phase, loss_chunk: int | None = None
+) -> Score:
     """Mean loss over the trained tokens of all batches.
 
     Args:
         model: any causal language model.
         batches: with at least one trained token in all.
         phase: marker for a ledger.
+        loss_chunk: tokens whose logits stand at one time, or None.
     """
     total, tokens, rows = 0.0, 0, 0
     with evaluation_mode(model), phase("evaluate"):
         for batch in batches:
-            total += loss_sum(model, batch).item()
+            total += loss_sum(model, batch, loss_chunk=loss_chunk).item()
             tokens += int((batch.labels[:, 1:] != IGNORED).sum())
             rows += len(batch.labels)
     loss = total / tokens

@@ -47,6 +47,7 @@ class Job:
         pad_id: fills rows on the right.
         pace: steps and batch sizes.
         train: section of the recipe.
+        loss_chunk: tokens whose logits stand at one time; None for whole logits.
         folder: of the run.
         progress: where to start.
         watch: is given every row of metrics.
@@ -62,6 +63,7 @@ class Job:
     pace: Pace
     train: Train
     folder: Path
+    loss_chunk: int | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[dict[str, Any]], None] = lambda row: None
@@ -128,7 +130,7 @@ def rehearse_longest(job: Job, ledger: Ledger) -> list[str]:
     with torch.random.fork_rng(devices):
         job.model.train()
         batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
-        accumulate_gradients(job.model, batches, batch.trained_tokens, phase=ledger.phase)
+        accumulate_gradients(job.model, batches, batch.trained_tokens, phase=ledger.phase, loss_chunk=job.loss_chunk)
     untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
     for parameter in job.parameters.values():
         parameter.grad = None
@@ -188,7 +190,7 @@ def _take_step(
     epoch = sampler.position / len(job.rows)
     batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
     trained = sum(batch.trained_tokens for batch in batches)
-    mean = accumulate_gradients(model, batches, trained, accelerator.backward, phase)
+    mean = accumulate_gradients(model, batches, trained, accelerator.backward, phase, job.loss_chunk)
     with phase("optimizer"):
         norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
     loss, grad_norm = mean.item(), float(norm)
@@ -217,7 +219,7 @@ def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
-    return {"eval_loss": evaluate_loss(job.model, job.eval_batches).loss}
+    return {"eval_loss": evaluate_loss(job.model, job.eval_batches, loss_chunk=job.loss_chunk).loss}
 
 
 def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:
