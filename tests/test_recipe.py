@@ -125,7 +125,6 @@ NOT_BUILT = {
     "train.beta": ["0.2"],
     "train.sample_every": ["5"],
     "train.early_stopping": ["3"],
-    "memory.loss_chunk": ["512"],
 }
 
 

@@ -23,9 +23,15 @@ class WholeModule(Carrier):
         """The frozen weight, which some models ask for its dtype."""
         return self.base.weight
 
+    @property
+    def in_use(self) -> nn.Module:
+        """The module, or the copy in its place."""
+        module: nn.Module = self.base if self.active is None else self.adapters[self.active]
+        return module
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module or the copy in use gives."""
-        return (self.base if self.active is None else self.adapters[self.active])(*args, **kwargs)
+        return self.in_use(*args, **kwargs)
 
 
 def module_names(model: nn.Module) -> list[str]:

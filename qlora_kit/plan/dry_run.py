@@ -62,6 +62,7 @@ class Workload:
         packing: whether a row may hold several documents; then `tokens` are those of the fullest.
         task: pretrain and sft are one and the same step.
         is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
+        loss_chunk: tokens whose logits stand at one time; None for whole logits.
     """
 
     quantization: Quantization
@@ -82,9 +83,18 @@ class Workload:
     task: Literal["sft", "pretrain", "classify"] = "sft"
     is_padded: bool = False
 
+    loss_chunk: int | None = None
+
     @classmethod
     def of(
-        cls, recipe: Recipe, *, micro_batch: int, accumulation: int, tokens: int, activations: Policy | Blocks
+        cls,
+        recipe: Recipe,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        tokens: int,
+        activations: Policy | Blocks,
+        loss_chunk: int | None = None,
     ) -> "Workload":
         """The step that a recipe asks for, once its batch and its longest row are known."""
         base, is_full = base_as_held(recipe), recipe.train.full_finetune
@@ -102,6 +112,7 @@ class Workload:
             skip=tuple(base.skip),
             quantize_head=base.quantize_head,
             packing=recipe.data.packing is True,
+            loss_chunk=loss_chunk,
         )
 
 
@@ -176,7 +187,9 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
             resident = ledger.current()
             if work.eval_shape is not None:
                 with _told_packing(False):
-                    rehearse_evaluation(model, _rows(work.eval_shape, replace(work, packing=False)), ledger.phase)
+                    rehearse_evaluation(
+                        model, _rows(work.eval_shape, replace(work, packing=False)), ledger.phase, work.loss_chunk
+                    )
             with ledger.phase("save"):
                 kept = dict(parameters) | dict(adapter_constants(model))
                 rehearse_checkpoint(kept, optimizer, on_card=work.on_card)
@@ -243,7 +256,8 @@ def _step(
         ledger.own("gradients", (parameter.grad for _, parameter in parameters if parameter.grad is not None))
     shape = (work.micro_batch, work.tokens)
     rows = [_rows(shape, work) for _ in range(work.accumulation)]  # all of a step are there from its start
-    accumulate_gradients(model, rows[:1], trained_tokens=shape[0] * shape[1], phase=ledger.phase)
+    trained = shape[0] * shape[1]
+    accumulate_gradients(model, rows[:1], trained, phase=ledger.phase, loss_chunk=work.loss_chunk)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
         optimizer.rehearse()

@@ -17,6 +17,7 @@ from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.recipe import Recipe, base_as_held, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
+from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import parse_bytes
 
@@ -58,7 +59,9 @@ def plan_methods(
     if budget is None and device.type == "cuda":
         budget = available_bytes(device)
     room = budget or available_bytes(device)
-    makes = Workloads(recipe, tokens, on_card, eval_shape, base_as_held(recipe).quantize_head)
+    chunk = recipe.memory.loss_chunk
+    chunk = automatic_chunk(config.get_text_config().vocab_size) if chunk == "auto" else chunk
+    makes = Workloads(recipe, tokens, on_card, eval_shape, base_as_held(recipe).quantize_head, chunk)
     solution = _solve(config, makes, pace, room, after)
     setting, work = solution.setting, makes.of(solution.setting)
     adapters = replace(makes, recipe=with_adapters(recipe)).of(setting)
@@ -79,6 +82,7 @@ def plan_methods(
         "budget": budget,
         "activations": setting.blocks.words,
         "blocks": setting.blocks._asdict(),
+        "loss_chunk": work.loss_chunk,
         "quantize_head": work.quantize_head,
         "computed_in": str(work.dtype).removeprefix("torch."),
         "compared_in": str(_peer_dtype(recipe, work)).removeprefix("torch."),
@@ -108,6 +112,7 @@ class Workloads:
         on_card: whether the device is a card.
         eval_shape: rows and tokens of the largest batch that is evaluated.
         quantize_head: whether embedding and head are quantised, too.
+        loss_chunk: tokens whose logits stand at one time.
     """
 
     recipe: Recipe
@@ -115,6 +120,7 @@ class Workloads:
     on_card: bool
     eval_shape: tuple[int, int] | None
     quantize_head: bool
+    loss_chunk: int | None
 
     def of(self, setting: Setting) -> Workload:
         """The step, and what comes with it, under a setting."""
@@ -124,6 +130,7 @@ class Workloads:
             accumulation=setting.accumulation,
             tokens=self.tokens,
             activations=setting.blocks.policy or setting.blocks,
+            loss_chunk=self.loss_chunk,
         )
         return replace(work, on_card=self.on_card, eval_shape=self.eval_shape, quantize_head=self.quantize_head)
 
@@ -238,7 +245,7 @@ def _assumed(work: Workload, planned: dict[str, Any]) -> dict[str, Any]:
         "optimizer": work.optimizer,
         "master_weights": f"{kept}, {dtype} weights and gradients",
         "activations": activations.words if isinstance(activations, Blocks) else activations,
-        "loss": "whole logits",
+        "loss": "whole logits" if work.loss_chunk is None else f"logits of {work.loss_chunk} tokens at a time",
         "bytes_a_parameter": round(2 * work.dtype.itemsize + state, 1),
     }
 

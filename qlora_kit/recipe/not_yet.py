@@ -39,7 +39,6 @@ ROWS = (
     NotYet("train.beta", _only(0.1), "preference tasks, which read it, are not built either"),
     NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
     NotYet("train.early_stopping", _only(None), "built: null; the newest checkpoints are kept"),
-    NotYet("memory.loss_chunk", _only("auto"), "built: auto"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

@@ -257,7 +257,7 @@ class Memory(Section):
     activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
     """What happens to a block's activations until the backward pass; auto: the fastest that fits."""
     loss_chunk: Count | Auto = "auto"
-    """Tokens whose logits exist at one time; auto: chosen by the plan."""
+    """Tokens whose logits exist at one time; auto: as many as take 256 MiB."""
 
 
 class Recipe(Section):

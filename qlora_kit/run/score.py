@@ -18,18 +18,25 @@ SAMPLE_TOKENS = 64
 """Most tokens of a sample where answers are longer."""
 
 
-def score(model: PreTrainedModel, prepared: Prepared, base_model: PreTrainedModel | None = None) -> dict[str, Any]:
+def score(
+    model: PreTrainedModel,
+    prepared: Prepared,
+    base_model: PreTrainedModel | None = None,
+    loss_chunk: int | None = None,
+) -> dict[str, Any]:
     """The base and what was trained on the held-out rows: losses, exact match where it says something, a few answers.
 
     Args:
         model: as trained; under `adapter` in the result, be it an adapter or every weight.
         prepared: the rows.
         base_model: the base as it was, where training changed the base; None takes the model without its adapters.
+        loss_chunk: tokens whose logits stand at one time, or None.
     """
-    batches = eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device)
+    tokenizer, rows = prepared.tokenizer, prepared.eval.rows
+    batches = eval_batches(rows, pad_id(tokenizer), model.device)
     with adapters_off(model):
-        base, base_texts = score_rows(base_model or model, prepared.tokenizer, prepared.eval.rows, batches)
-    adapter, texts = score_rows(model, prepared.tokenizer, prepared.eval.rows, batches)
+        base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, loss_chunk)
+    adapter, texts = score_rows(model, tokenizer, rows, batches, loss_chunk)
     samples = [
         {
             "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
@@ -50,10 +57,14 @@ def score(model: PreTrainedModel, prepared: Prepared, base_model: PreTrainedMode
 
 
 def score_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded], batches: list[Batch]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Encoded],
+    batches: list[Batch],
+    loss_chunk: int | None = None,
 ) -> tuple[Score, list[str]]:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
-    measured = evaluate_loss(model, batches)
+    measured = evaluate_loss(model, batches, loss_chunk=loss_chunk)
     answered = answered_rows(rows)
     if not answered:
         return measured, []

@@ -55,6 +55,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
+from qlora_kit.train.probe import settled_chunk
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
@@ -189,16 +190,19 @@ def train(
         ledger = Ledger(host_apart=resolve_device(recipe.base.device).type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
+        loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, plan["loss_chunk"])
+        if why_whole is not None:
+            watch.note(why_whole)
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        finished, progress = _train(recipe, prepared, plan, model, ledger, folder, watch, resume, limit)
+        finished, progress = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
         _save(model, recipe, prepared, folder)
         scores = None
         if finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(model, prepared, base)
+            scores = score(model, prepared, base, loss_chunk)
             write_json(folder / "scores.json", scores)
             watch.scored(scores)
         write_report(folder)
@@ -206,12 +210,14 @@ def train(
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the micro-batches that its run began with: in others the same sums would be rounded otherwise."""
-    plan, train = read_json(folder / PLAN), recipe.train
+    """The recipe with the micro-batches and the loss that its run began with: in others the same sums would be rounded
+    otherwise."""
+    plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
-        split = {key: plan[key] for key in ("micro_batch", "accumulation")}
-        return recipe.model_copy(update={"train": train.model_copy(update=split)})
-    return recipe
+        train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
+    if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
+        memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
+    return recipe.model_copy(update={"train": train, "memory": memory})
 
 
 def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
@@ -307,6 +313,7 @@ def _train(
     prepared: Prepared,
     plan: Mapping[str, Any],
     model: PreTrainedModel,
+    loss_chunk: int | None,
     ledger: Ledger,
     folder: Path,
     watch: Watch,
@@ -336,6 +343,7 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
+        loss_chunk=loss_chunk,
         folder=folder,
         watch=watch.row,
         stop_requested=watch.stop_requested,

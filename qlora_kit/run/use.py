@@ -16,6 +16,8 @@ from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, p
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
 from qlora_kit.train.evaluate import Score, generate_texts
+from qlora_kit.train.head import automatic_chunk
+from qlora_kit.train.probe import settled_chunk
 
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
@@ -83,7 +85,10 @@ def evaluate(
         rows = held_out_rows(recipe, tokenizer, model.config, data)
     if not rows.rows:
         raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")
-    measured, _ = score_rows(model, tokenizer, rows.rows, eval_batches(rows.rows, pad_id(tokenizer), model.device))
+    batches = eval_batches(rows.rows, pad_id(tokenizer), model.device)
+    chunk = automatic_chunk(model.config.get_text_config().vocab_size)
+    loss_chunk, _ = settled_chunk(model, rows.rows[0].input_ids, chunk)
+    measured, _ = score_rows(model, tokenizer, rows.rows, batches, loss_chunk)
     return measured
 
 

@@ -56,31 +56,34 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def evaluate_loss(model: nn.Module, batches: Sequence[Rows], phase: Phase = no_phase) -> Score:
+def evaluate_loss(
+    model: nn.Module, batches: Sequence[Rows], phase: Phase = no_phase, loss_chunk: int | None = None
+) -> Score:
     """Mean loss over the trained tokens of all batches.
 
     Args:
         model: any causal language model.
         batches: with at least one trained token in all.
         phase: marker for a ledger.
+        loss_chunk: tokens whose logits stand at one time, or None.
     """
     total, tokens, rows = 0.0, 0, 0
     with evaluation_mode(model), phase("evaluate"):
         for batch in batches:
-            total += loss_sum(model, batch).item()
+            total += loss_sum(model, batch, loss_chunk=loss_chunk).item()
             tokens += int((batch.labels[:, 1:] != IGNORED).sum())
             rows += len(batch.labels)
     loss = total / tokens
     return Score(loss, math.exp(min(loss, 700.0)), tokens, rows)
 
 
-def rehearse_evaluation(model: PreTrainedModel, rows: Rows, phase: Phase) -> None:
+def rehearse_evaluation(model: PreTrainedModel, rows: Rows, phase: Phase, loss_chunk: int | None = None) -> None:
     """What an evaluation of one batch allocates, its values aside: for the dry run.
 
     Answers are generated over as many tokens: their keys and values stay in a cache, which grows by a copy a step.
     """
     with evaluation_mode(model), phase("evaluate"):
-        loss_sum(model, rows)
+        loss_sum(model, rows, loss_chunk=loss_chunk)
     body = model.base_model
     with evaluation_mode(model), phase("evaluate/answer"):
         begun = body(input_ids=rows.input_ids, use_cache=True)

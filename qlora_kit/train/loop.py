@@ -47,6 +47,7 @@ class Job:
         pad_id: fills rows on the right.
         pace: steps and batch sizes.
         train: section of the recipe.
+        loss_chunk: tokens whose logits stand at one time; None for whole logits.
         folder: of the run.
         progress: where to start.
         watch: is given every row of metrics.
@@ -64,6 +65,7 @@ class Job:
     pace: Pace
     train: Train
     folder: Path
+    loss_chunk: int | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[dict[str, Any]], None] = lambda row: None
@@ -133,12 +135,13 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
         job.model.train()
         batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
         checked = _checked(job, batches, job.progress.step + 1)
-        accumulate_gradients(job.model, checked, batch.trained_tokens, phase=ledger.phase)
+        accumulate_gradients(job.model, checked, batch.trained_tokens, phase=ledger.phase, loss_chunk=job.loss_chunk)
         untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
         for parameter in job.parameters.values():
             parameter.grad = None
         if job.eval_batches:
-            rehearse_evaluation(job.model, max(job.eval_batches, key=lambda each: each.input_ids.numel()), ledger.phase)
+            largest = max(job.eval_batches, key=lambda each: each.input_ids.numel())
+            rehearse_evaluation(job.model, largest, ledger.phase, job.loss_chunk)
     with ledger.phase("save"):
         rehearse_checkpoint(job.kept, job.optimizer, on_card=job.device.type == "cuda")
     return untouched
@@ -207,7 +210,8 @@ def _take_step(
     epoch = sampler.position / len(job.rows)
     batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
     trained = sum(batch.trained_tokens for batch in batches)
-    mean = accumulate_gradients(model, _checked(job, batches, step), trained, accelerator.backward, phase)
+    checked = _checked(job, batches, step)
+    mean = accumulate_gradients(model, checked, trained, accelerator.backward, phase, job.loss_chunk)
     with phase("optimizer"):
         norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
     loss, grad_norm = mean.item(), float(norm)
@@ -242,7 +246,7 @@ def _checked(job: Job, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
-    return {"eval_loss": evaluate_loss(job.model, job.eval_batches).loss}
+    return {"eval_loss": evaluate_loss(job.model, job.eval_batches, loss_chunk=job.loss_chunk).loss}
 
 
 def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.train.head import chunked_loss_sum, has_own_head
 from qlora_kit.train.objectives import causal_loss_sum, classification_loss_sum
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -43,13 +44,31 @@ def no_phase(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def loss_sum(model: nn.Module, rows: Rows, phase: Phase = no_phase) -> Tensor:
-    """Forward pass and loss of one micro-batch: fp32 scalar, summed over its trained tokens, in nats."""
+def loss_sum(
+    model: nn.Module, rows: Rows, phase: Phase = no_phase, loss_chunk: int | None = None, divisor: float = 1.0
+) -> Tensor:
+    """Forward pass and loss of one micro-batch.
+
+    Args:
+        model: whose logits are those of the next token.
+        rows: the micro-batch.
+        phase: marker for a ledger.
+        loss_chunk: tokens whose logits stand at one time; None, or a model without a head of its own, takes them whole.
+        divisor: of the sum; given here, since 16 bits are then rounded once less.
+
+    Returns:
+        fp32 scalar, summed over the trained tokens, in nats, and divided.
+    """
+    if loss_chunk is not None and rows.labels.ndim == 2 and has_own_head(model):
+        with phase("forward"):
+            hidden = model.base_model(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
+        with phase("loss"):
+            return chunked_loss_sum(model, hidden, rows.labels, loss_chunk, divisor)
     with phase("forward"):
         logits = model(input_ids=rows.input_ids, **_structure(rows), use_cache=False).logits
     with phase("loss"):
         objective = classification_loss_sum if rows.labels.ndim == 1 else causal_loss_sum
-        return objective(logits, rows.labels)
+        return objective(logits, rows.labels) / divisor
 
 
 def _structure(rows: Rows) -> dict[str, Tensor]:
@@ -64,6 +83,7 @@ def accumulate_gradients(
     trained_tokens: int,
     backward: Callable[[Tensor], None] = Tensor.backward,
     phase: Phase = no_phase,
+    loss_chunk: int | None = None,
 ) -> Tensor:
     """Add up the gradients of one optimizer step, weighted by tokens.
 
@@ -73,13 +93,14 @@ def accumulate_gradients(
         trained_tokens: in all of them together.
         backward: how a loss goes backward (accelerate has its own).
         phase: marker for a ledger.
+        loss_chunk: as for `loss_sum`.
 
     Returns:
         Mean loss in nats per trained token, fp32 scalar, without a graph.
     """
     losses = []
     for rows in micro_batches:
-        loss = loss_sum(model, rows, phase) / trained_tokens
+        loss = loss_sum(model, rows, phase, loss_chunk, trained_tokens)
         with phase("backward"):
             backward(loss)
         losses.append(loss.detach())
