@@ -114,10 +114,11 @@ def _with_rows(base: Any, rows: TokenRows, dtype: torch.dtype) -> Iterator[Tenso
     """Slices of an embedding or a head with the trained rows in the place of the base's."""
     weight_VD = decode(base, torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach()
     for span in row_slices(weight_VD.shape):
-        inside = (rows.ids_K >= span.start) & (rows.ids_K < span.stop)
-        part = weight_VD[span].to(dtype, copy=True)
-        part[rows.ids_K[inside] - span.start] = rows.rows_KD.detach()[inside].to(dtype)
-        yield part
+        # By comparison and not by selection, whose length would depend on values: a rehearsal has none.
+        ids = torch.arange(span.start, span.stop, device=rows.ids_K.device)
+        place = torch.searchsorted(rows.ids_K, ids).clamp_(max=len(rows.ids_K) - 1)
+        is_trained = (rows.ids_K[place] == ids)[:, None]
+        yield torch.where(is_trained, rows.rows_KD.detach()[place].to(dtype), weight_VD[span].to(dtype))
 
 
 def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.dtype) -> StreamedTensor:
