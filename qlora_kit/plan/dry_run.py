@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize, resolve_device, resolve_dtype
+from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, Ledger
 from qlora_kit.plan.depths import block_bytes, deepen, find_shallow, moments, peaks, role, with_depth
