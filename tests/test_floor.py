@@ -151,8 +151,8 @@ def test_a_plan_says_how_far_from_its_floor_it_is(monkeypatch):
     config = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False)  # fmt: skip
     phases = {"load": 9_000_000, "forward": 1, "loss": 2, "backward": 3_000_000, "optimizer": 3}
-    told = {"peak_bytes": 9_000_000, "resident_bytes": 1, "by_category": {}, "peak_by_phase": phases,
-            "parameters": counted(config)}  # fmt: skip
+    told = {"peak_bytes": 9_000_000, "resident_bytes": 1, "by_category": {"optimizer_state": 1},
+            "peak_by_phase": phases, "parameters": counted(config)}  # fmt: skip
     monkeypatch.setattr(table, "dry_run", lambda config, work, after=None: dict(told))
     plan, other = (
         plan_methods(read_recipe("default", [*RECIPE, setting]), config, PACE, 48, card="none")

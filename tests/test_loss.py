@@ -221,6 +221,8 @@ def full(model):
 class Batch:
     """Rows of several lengths, part of them trained."""
 
+    position_ids = attention_mask = None
+
     def __init__(self, rows=3, length=11, vocab=97):
         self.input_ids = (
             torch.zeros(rows, length, dtype=torch.int64) + torch.arange(rows * length).view(rows, -1) % vocab

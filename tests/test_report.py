@@ -328,7 +328,7 @@ def test_a_folder_with_every_key_has_every_section(tmp_path):
     ]
     for said in (
         "Setting: activations kept in 2, recomputed in 30 blocks; 2 rows at a time, 8 times a step; the loss in chunks",
-        "The peak is 1.38 times the least that the mathematics needs (6.00 GiB)",
+        "The step takes 1.38 times the least that the mathematics needs (6.00 GiB)",
         "CUDA adds about 480 MiB for the driver's context, 96.0 MiB for libraries, 64.0 MiB for rounding (estimates",
         "Of the optimizer's state 256 MiB are paged",
         "The host's memory holds up to 2.00 GiB: offloaded activations",

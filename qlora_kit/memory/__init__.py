@@ -2,7 +2,7 @@
 
 from qlora_kit.memory.allocator import set_allocation_policy
 from qlora_kit.memory.counter import PeakCounter
-from qlora_kit.memory.history import whole
+from qlora_kit.memory.history import History, whole
 from qlora_kit.memory.host import from_host, to_host
 from qlora_kit.memory.ledger import CATEGORIES, PHASES, Ledger
 from qlora_kit.memory.limit import Limit
@@ -10,6 +10,7 @@ from qlora_kit.memory.limit import Limit
 __all__ = [
     "CATEGORIES",
     "PHASES",
+    "History",
     "Ledger",
     "Limit",
     "PeakCounter",

@@ -6,7 +6,9 @@ L40S), they are a sixteenth below what the card is sold with.
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_kit.errors import RecipeError
 from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
@@ -90,6 +92,22 @@ def find_card(name: str) -> Card:
     card = chosen[0]
     dtype = "float16" if card in WITHOUT_BF16 else "bfloat16"
     return Card(card, TOTAL_MIB[card] * MIB - CUDA_RESERVE_BYTES, dtype)
+
+
+def fitting_cards(peaks: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Which cards have room for which method.
+
+    Args:
+        peaks: bytes by method.
+
+    Returns:
+        for each card of the table its name, `usable_bytes`, and by method whether the peak is below them.
+    """
+    usable = {name: find_card(name).usable_bytes for name in TOTAL_MIB}
+    return [
+        {"name": name, "usable_bytes": room, **{method: peak <= room for method, peak in peaks.items()}}
+        for name, room in usable.items()
+    ]
 
 
 def _words(name: str) -> frozenset[str]:

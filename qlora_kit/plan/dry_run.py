@@ -26,8 +26,9 @@ from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
-from qlora_kit.memory import PHASES, Ledger
-from qlora_kit.plan.depths import block_bytes, deepen, find_shallow, moments, peaks, role, with_depth
+from qlora_kit.memory import PHASES, History, Ledger
+from qlora_kit.memory.caching import replay
+from qlora_kit.plan.depths import block_bytes, count_layers, deepen, find_shallow, moments, peaks, role, with_depth
 from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
@@ -110,7 +111,7 @@ class Workload:
             optimizer=recipe.train.optimizer,
             master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
             skip=tuple(base.skip),
-            quantize_head=base.quantize_head,
+            quantize_head=bool(base.quantize_head),  # auto: as small as it may become
             packing=recipe.data.packing is True,
             loss_chunk=loss_chunk,
         )
@@ -141,8 +142,10 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
         ModelError: rows are packed, and the model does not keep them apart.
     """
     shallow = find_shallow(config, work.activations)
-    runs = [_fake_run(config, replace(work, activations=blocks), after) for blocks, _ in shallow.steps]
-    base = _fake_run(config, replace(work, activations=shallow.base), after)
+    all_runs = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
+    base, *runs = (_fake_run(config, replace(work, activations=blocks), after) for blocks in all_runs)
+    for run in (base, *runs):
+        del run["history"]
     told = deepen(base, [(run, factor) for run, (_, factor) in zip(runs, shallow.steps, strict=True)])
     places = told.pop("places")
     by_phase, by_category = peaks(places)
@@ -167,6 +170,17 @@ def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         model = _as_loaded(_dense(config, work), work)
         return sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
+    """Bytes that a card's allocator holds beyond the peak of the tensors: rounding and fragmentation, an estimate.
+
+    A run's requests are played to it at the model's full depth, since their order and sizes matter.
+    """
+    with_depth_of_its_own = replace(work, activations=Blocks.of(work.activations, count_layers(config)))
+    history: History = _fake_run(config, with_depth_of_its_own, None)["history"]
+    played = replay((allocation, allocation.nbytes, sign > 0) for allocation, sign in history.events())
+    return played.reserved_peak_bytes - history.peak_bytes()
 
 
 def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
@@ -205,6 +219,7 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
         "paged_bytes": ledger.paged_bytes,
         "parameters": _count_parameters(model, parameters, work),
         "layers": len(names),
+        "history": ledger.history,
         "places": {(phase, roles.get(block)): held for (phase, block), held in ledger.history.peaks_by_place().items()},
     }
 

@@ -110,8 +110,8 @@ class Base(Section):
     """What weights are decoded to; auto: bfloat16 where the device multiplies it, else float16, on a CPU float32."""
     skip: list[Text] = []
     """Names of linear layers that stay dense, beside heads and classifiers."""
-    quantize_head: bool = False
-    """Quantise output head and input embedding too, which stay dense otherwise; block_size must divide their width."""
+    quantize_head: bool | Auto = False
+    """Quantise output head and input embedding, too; block_size must divide their width; auto: where it must be."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
     """Implementation of attention."""
     device: Device = "auto"

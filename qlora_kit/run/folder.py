@@ -31,6 +31,9 @@ RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
 FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", "scores.json", "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
+_SETTLED = ("base.quantize_head", "auto")
+"""What a run's folder holds as it was settled."""
+
 _MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
                "train.keep_checkpoints", "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
@@ -112,7 +115,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
     return [
         f"{key} was {old[key]}, is {new[key]}"
         for key in new
-        if old[key] != new[key] and not key.startswith(_MAY_CHANGE)
+        if old[key] != new[key] and not key.startswith(_MAY_CHANGE) and (key, new[key]) != _SETTLED
     ]
 
 

@@ -180,6 +180,8 @@ def train(
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
     prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
+    head = {"quantize_head": plan["quantize_head"] or recipe.base.quantize_head is True}
+    recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update=head)})
     if device.type == "cpu":
         set_allocation_policy()
     limit = Limit(device, plan["budget"])
@@ -210,14 +212,16 @@ def train(
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the micro-batches and the loss that its run began with: in others the same sums would be rounded
-    otherwise."""
-    plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
+    """The recipe with the head, the micro-batches and the loss that its run began with: in others the same sums would
+    be rounded otherwise."""
+    plan, base, train, memory = read_json(folder / PLAN), recipe.base, recipe.train, recipe.memory
+    if base.quantize_head == "auto":
+        base = base.model_copy(update={"quantize_head": plan["quantize_head"]})
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
         memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
-    return recipe.model_copy(update={"train": train, "memory": memory})
+    return recipe.model_copy(update={"base": base, "train": train, "memory": memory})
 
 
 def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:

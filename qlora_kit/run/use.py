@@ -185,7 +185,7 @@ def load_recipe_base(
         compute_dtype=base.compute_dtype,
         device=device or base.device,
         skip=base.skip,
-        quantize_head=base.quantize_head,
+        quantize_head=base.quantize_head is True,  # a run's folder holds auto as it was settled
         attention=base.attention,
         vocabulary=rows_needed(tokenizer, recipe),
         trust_remote_code=trust_remote_code,
