@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import OutOfMemoryError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from qlora_kit.base.load import default_compute_dtype
@@ -28,7 +28,7 @@ from qlora_kit.export import merge
 from qlora_kit.memory import counter
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
-             "device_profile", "steps", "tokens_per_s", "hours", "schema"}  # fmt: skip
+             "device_profile", "steps", "tokens_per_s", "hours", "schema", "loss_chunk"}  # fmt: skip
 RUN_FILES = {"recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "memory.json", "report.html", "adapter",
              "checkpoints", "scores.json", "data.json"}  # fmt: skip
 
@@ -277,7 +277,7 @@ def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_le
     assert "activations" not in result.stderr
 
 
-def test_a_resumed_run_keeps_its_micro_batches_though_memory_has_become_short(recipe, monkeypatch):
+def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_become_short(recipe, monkeypatch):
     run, command = recipe.parent / "run", ["train", recipe, "train.micro_batch=auto", "train.save_every=2"]
     assert call(*command).exit_code == 0
     whole, before = (
@@ -286,13 +286,38 @@ def test_a_resumed_run_keeps_its_micro_batches_though_memory_has_become_short(re
     )
     (run / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"damaged")
     monkeypatch.setattr("qlora_kit.plan.table.available_bytes", lambda device: 2**16)
+    monkeypatch.setattr("qlora_kit.plan.table.automatic_chunk", lambda vocab: 3)
     short = json.loads(call("plan", *command[1:], "--json").stdout)
     assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
+    assert short["loss_chunk"] == 3 < before["loss_chunk"]
     result = call(*command, "--resume")
     assert result.exit_code == 0, result.output
-    assert json.loads((run / "plan.json").read_text())["micro_batch"] == before["micro_batch"]
+    after = json.loads((run / "plan.json").read_text())
+    assert [after[key] for key in ("micro_batch", "loss_chunk")] == [
+        before[key] for key in ("micro_batch", "loss_chunk")
+    ]
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all((whole[key] == again[key]).all() for key in whole)
+
+
+@pytest.mark.slow
+def test_a_family_whose_logits_are_its_own_affair_is_trained_with_whole_ones_and_a_notice(recipe, model_folder):
+    family = recipe.parent / "odd"
+    shutil.copytree(model_folder, family, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    vocab = json.loads((model_folder / "config.json").read_text())["vocab_size"]
+    config = ModernBertDecoderConfig(
+        vocab_size=vocab, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0, cls_token_id=0, sep_token_id=0,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(family)
+    result = call("train", recipe, f"base.model={family}")
+    assert result.exit_code == 0, result.output
+    assert "whole logits are used" in " ".join(result.output.split())
+    rows = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    whole = call("train", recipe, f"base.model={family}", "memory.loss_chunk=5", "--overwrite")
+    assert whole.exit_code == 0
+    again = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in again if "loss" in row]
 
 
 def test_added_tokens_and_all_else_that_an_adapter_trains_go_through_every_verb(recipe):

@@ -30,6 +30,7 @@ from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
 from qlora_kit.report.text import plan_text
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
+from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
@@ -103,6 +104,7 @@ def real_step(config, work, folder):
         pad_id=0,
         pace=Pace(1, work.micro_batch, work.accumulation, 1, None, 1e-3, "the test", 0, 0),
         train=Train(),
+        loss_chunk=work.loss_chunk,
         folder=folder,
         packed_tokens=work.tokens if work.packing else None,
     )
@@ -150,6 +152,8 @@ def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro
     [
         ("qwen3", {"activations": "recompute"}),
         ("gpt2", {"activations": "keep"}),
+        ("llama", {"loss_chunk": 16}),
+        ("gpt2", {"loss_chunk": 40, "dtype": torch.bfloat16, "accumulation": 2}),
         ("llama", {"accumulation": 2, "lora": Lora(rank=8, dropout=0.1)}),
         ("llama", {"dtype": torch.bfloat16, "master_weights": "stochastic", "optimizer": "adamw"}),
         (
@@ -388,6 +392,19 @@ def test_automatic_activations_are_kept_where_they_fit_and_recomputed_where_not(
     assert tight["methods"]["full_finetune"]["assumes"]["activations"] == "recompute"
 
 
+def test_all_methods_take_the_loss_as_the_recipe_has_it(plan):
+    peaks = {}
+    for chunk in (8, 1000):
+        chunked = plan_methods(recipe(memory=Memory(loss_chunk=chunk)), CONFIGS["llama"], PACE, TOKENS)
+        assert chunked["loss_chunk"] == chunk
+        assert chunked["methods"]["full_finetune"]["assumes"]["loss"] == f"logits of {chunk} tokens at a time"
+        peaks[chunk] = {name: method["peak_by_phase"]["loss"] for name, method in chunked["methods"].items()}
+    assert all(peaks[8][name] < peaks[1000][name] for name in ("qlora", "lora_16bit", "full_finetune"))
+    assert plan["loss_chunk"] == automatic_chunk(512)
+    whole = dry_run(CONFIGS["llama"], replace(WORK, loss_chunk=None))["peak_by_phase"]["loss"]
+    assert dry_run(CONFIGS["llama"], replace(WORK, loss_chunk=1000))["peak_by_phase"]["loss"] < whole
+
+
 def test_a_workload_is_what_the_recipe_asks_for():
     asked = Recipe(
         base=Base(model="./nowhere", device="cpu", compute_dtype="float32", quantization="fp4", double_quant=False,
@@ -396,10 +413,10 @@ def test_a_workload_is_what_the_recipe_asks_for():
         lora=Lora(rank=4, dropout=0.1),
         train=Train(optimizer="lion_8bit", master_weights="auto"),
     )  # fmt: skip
-    work = Workload.of(asked, micro_batch=3, accumulation=5, tokens=77, activations="recompute")
+    work = Workload.of(asked, micro_batch=3, accumulation=5, tokens=77, activations="recompute", loss_chunk=9)
     assert work == Workload(
         Quantization("fp4", False, 128), asked.lora, torch.float32, "eager", 3, 77, 5, "recompute", "lion_8bit", "fp32",
-        ("q_proj",),
+        ("q_proj",), False, 9,
     )  # fmt: skip
 
 

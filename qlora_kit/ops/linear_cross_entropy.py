@@ -33,8 +33,8 @@ from qlora_kit.ops.lora_linear import compute_dtype
 IGNORED = -100
 """The label of a token that the loss does not count."""
 
-SLICE_ELEMENTS = 2**22
-"""Logits that stand in fp32 at one time, in 16 bits: 16 MiB, which a card's cache holds."""
+SLICE_ELEMENTS = 2**23
+"""Logits that stand in fp32 at one time, in 16 bits: 32 MiB, which a large card's cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +119,7 @@ def linear_cross_entropy_plain(
 ) -> Tensor:
     """The same function in plain torch: the oracle of the tests. It keeps the logits until backward."""
     logits = rule(F.linear(h_ND, weight_VD, bias_V))
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), labels_N, ignore_index=IGNORED, reduction="sum") / divisor
+    return F.cross_entropy(logits.to(_wide(logits.dtype)), labels_N, ignore_index=IGNORED, reduction="sum") / divisor
 
 
 class _DenseHead(torch.autograd.Function):
@@ -141,7 +140,7 @@ class _DenseHead(torch.autograd.Function):
         w_VD, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         dh_ND = torch.empty_like(h_ND) if needs_h else None
         dw_VD = torch.zeros_like(w_VD) if needs_w else None
-        db_V = w_VD.new_zeros(len(w_VD), dtype=torch.promote_types(dtype, torch.float32)) if needs_b else None
+        db_V = w_VD.new_zeros(len(w_VD), dtype=_wide(dtype)) if needs_b else None
         memory_CV = h_ND.new_empty(min(chunk, len(h_ND)), len(w_VD), dtype=dtype)
         losses = []
         for rows in _chunks(len(h_ND), chunk):
@@ -237,14 +236,16 @@ def _split(share: float) -> tuple[float, float]:
 
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, weight: float) -> Tensor:
     """The summed loss of a chunk times `weight`, a scalar; its gradient takes the place of the logits."""
+    is_ignored_C1 = (labels_C == IGNORED)[:, None]
+    weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=_wide(logits_CV.dtype)).masked_fill_(is_ignored_C1, 0)
+    label_C1 = labels_C[:, None].masked_fill(is_ignored_C1, 0)  # any that is there, since its weight is zero
     tokens = max(1, SLICE_ELEMENTS // logits_CV.shape[1])
-    slices = zip(logits_CV.split(tokens), labels_C.split(tokens), strict=True)
-    return torch.stack([_of_slice(logits, labels, rule, weight) for logits, labels in slices]).sum()
+    slices = zip(logits_CV.split(tokens), label_C1.split(tokens), weight_C1.split(tokens), strict=True)
+    return torch.stack([_of_slice(*parts, rule) for parts in slices]).sum()
 
 
-def _of_slice(logits_SV: Tensor, labels_S: Tensor, rule: LogitRule, weight: float) -> Tensor:
-    wide = torch.promote_types(logits_SV.dtype, torch.float32)
-    z_SV = logits_SV.to(wide)  # where that is their dtype, the logits themselves
+def _of_slice(logits_SV: Tensor, label_S1: Tensor, weight_S1: Tensor, rule: LogitRule) -> Tensor:
+    z_SV = logits_SV.to(weight_S1.dtype)  # where that is their dtype, the logits themselves
     slope_SV = None
     if rule.scale != 1:
         z_SV.mul_(rule.scale)
@@ -252,14 +253,12 @@ def _of_slice(logits_SV: Tensor, labels_S: Tensor, rule: LogitRule, weight: floa
         z_SV.div_(rule.cap).tanh_()
         slope_SV = z_SV.square().neg_().add_(1)
         z_SV.mul_(rule.cap)
-    weight_S = (labels_S != IGNORED).to(wide).mul_(weight)
-    label_S1 = labels_S.masked_fill(labels_S == IGNORED, 0)[:, None]  # any that is there, since its weight is zero
-    said_S, top_S = z_SV.gather(1, label_S1)[:, 0], z_SV.amax(1)
-    total_S = z_SV.sub_(top_S[:, None]).exp_().sum(1)
-    said_S.sub_(top_S)
-    loss = (total_S.log() - said_S).mul_(weight_S).sum()
-    z_SV.mul_((weight_S / total_S)[:, None])
-    z_SV.scatter_(1, label_S1, (said_S.exp() / total_S).sub_(1).mul_(weight_S)[:, None])
+    top_S1 = z_SV.amax(1, keepdim=True)
+    said_S1 = z_SV.gather(1, label_S1).sub_(top_S1)
+    total_S1 = z_SV.sub_(top_S1).exp_().sum(1, keepdim=True)
+    loss = (total_S1.log() - said_S1).mul_(weight_S1).sum()
+    z_SV.mul_(weight_S1 / total_S1)
+    z_SV.scatter_(1, label_S1, said_S1.exp_().div_(total_S1).sub_(1).mul_(weight_S1))
     if slope_SV is not None:
         z_SV.mul_(slope_SV)
     if rule.scale != 1:
@@ -269,13 +268,18 @@ def _of_slice(logits_SV: Tensor, labels_S: Tensor, rule: LogitRule, weight: floa
     return loss
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or wider where the logits are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _added(total: Tensor | None, gradient: Tensor | None, has_more: bool) -> Tensor | None:
     """The sum of a parameter's gradients over chunks: not in 16 bits, where every chunk would round it once more."""
     if total is not None and gradient is not None:
         return total.add_(gradient)
     if gradient is None or not has_more:
         return gradient
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+    return gradient.to(_wide(gradient.dtype), copy=True)
 
 
 def _scaled(
