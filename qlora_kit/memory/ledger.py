@@ -53,6 +53,7 @@ class Ledger(TorchDispatchMode):
         self._phase: str | None = None
         self._host_apart = host_apart
         self._model: nn.Module | None = None
+        self._blocks: set[str] = set()
         self._running: list[str] = []
         self._backward_block = ""
         self._watching = 0
@@ -63,6 +64,7 @@ class Ledger(TorchDispatchMode):
     def adopt(self, model: nn.Module) -> None:
         """Enter the parameters and buffers of `model`, and tell from now on in which of its modules things are made."""
         self._model = model
+        self._blocks = {name for name, _ in model.named_modules() if _BLOCK.fullmatch(name)}
         for category, name, tensor in _owned_by(model):
             self.own(category, [tensor], module=name)
 
@@ -169,7 +171,7 @@ class Ledger(TorchDispatchMode):
         """The block that runs, forward or backward; "" outside of blocks."""
         if self._backward_block:
             return self._backward_block
-        return next((name for name in reversed(self._running) if _BLOCK.fullmatch(name)), "")
+        return next((name for name in reversed(self._running) if name in self._blocks), "")
 
     def _follow_modules(self) -> None:
         for name, module in [] if self._model is None else self._model.named_modules():
@@ -184,7 +186,7 @@ class Ledger(TorchDispatchMode):
     def _end_module(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if name in self._running:  # a recomputation that ends early leaves through an exception
             del self._running[self._running.index(name) :]
-        if _BLOCK.fullmatch(name) and not self._backward_block:
+        if name in self._blocks and not self._backward_block:
             for leaf in tree_iter(output):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     leaf.register_hook(partial(self._begin_backward_of, name))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from qlora_kit.base.load import build_model
@@ -44,8 +43,7 @@ class Shallow:
 
 def find_shallow(config: PretrainedConfig, activations: Policy | Blocks) -> Shallow:
     """The runs that tell the model's own depth; only itself where that is as cheap."""
-    with torch.device("meta"):
-        kinds = layer_kinds(build_model(config, torch.bfloat16, "eager"), config)
+    kinds = layer_kinds(config)
     full = Blocks.of(activations, len(kinds))
     found = shallow_depths(kinds)
     if full.policy is not None and found is not None:
@@ -64,18 +62,30 @@ def find_shallow(config: PretrainedConfig, activations: Policy | Blocks) -> Shal
 
 def count_layers(config: PretrainedConfig) -> int:
     """Blocks of the model that may have a policy for their activations."""
-    with torch.device("meta"):
-        return len(activation_blocks(build_model(config, torch.bfloat16, "eager")))
+    return len(layer_kinds(config))
 
 
-def layer_kinds(model: nn.Module, config: PretrainedConfig) -> list[Hashable]:
+def layer_kinds(config: PretrainedConfig) -> list[Hashable]:
     """What tells the blocks of a model apart: their class, the shapes of their weights, and their kind of attention."""
-    blocks = activation_blocks(model)
-    names = getattr(config.get_text_config(), "layer_types", None) or [None] * len(blocks)
-    return [
-        (type(block), names[index % len(names)], *((name, *p.shape) for name, p in block.named_parameters()))
-        for index, block in enumerate(blocks)
-    ]
+    key = config.to_json_string(use_diff=False)
+    if key not in _KINDS:
+        with torch.device("meta"):
+            blocks = activation_blocks(build_model(config, torch.bfloat16, "eager"))
+        names = getattr(config.get_text_config(), "layer_types", None) or [None] * len(blocks)
+        _KINDS[key] = [
+            (type(block), names[index % len(names)], *((name, *p.shape) for name, p in block.named_parameters()))
+            for index, block in enumerate(blocks)
+        ]
+    return _KINDS[key]
+
+
+_KINDS: dict[str, list[Hashable]] = {}
+"""By configuration: a model is built for it, which a plan would do a dozen times."""
+
+
+def thinned(blocks: Blocks, layers: int) -> Blocks:
+    """About `layers` blocks in the same proportions, at least one of each kind that there is."""
+    return Blocks(*(max(1, round(layers * count / blocks.all)) if count else 0 for count in blocks))
 
 
 def shallow_depths(kinds: Sequence[Hashable]) -> tuple[int, int] | None:
@@ -139,10 +149,11 @@ def moments(places: dict[tuple[str, Role], Held]) -> dict[tuple[str, str], int]:
 
 def block_bytes(places: dict[tuple[str, Role], Held], blocks: Blocks) -> int:
     """What one block leaves behind for its backward pass: by how much more stands in the last than in the first; 0
-    where blocks differ."""
-    if blocks.policy is None or blocks.all < 2:
+    where blocks differ, or none ran forward."""
+    first, last = (("forward", (blocks.policy or "", number)) for number in (0, -1))
+    if first not in places or last not in places:
         return 0
-    begun, ended = (places["forward", (blocks.policy, number)]["activations"] for number in (0, -1))
+    begun, ended = places[first]["activations"], places[last]["activations"]
     return round((ended - begun) / (blocks.all - 1))
 
 

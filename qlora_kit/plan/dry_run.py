@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,17 @@ from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
-from qlora_kit.plan.depths import block_bytes, count_layers, deepen, find_shallow, moments, peaks, role, with_depth
+from qlora_kit.plan.depths import (
+    block_bytes,
+    count_layers,
+    deepen,
+    find_shallow,
+    moments,
+    peaks,
+    role,
+    thinned,
+    with_depth,
+)
 from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
@@ -36,6 +47,9 @@ from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer, MasterWeights, definite_masters
 from qlora_kit.train.step import accumulate_gradients
+
+PLAYED_LAYERS = (4, 12)
+"""Depths at which a card's allocator is played through."""
 
 After = Callable[[PreTrainedModel], None]
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -125,6 +139,17 @@ class _FakeRows:
     attention_mask: Tensor | None
 
 
+@dataclass(slots=True)
+class _Run:
+    """A model on fake tensors, ready to train."""
+
+    model: PreTrainedModel
+    parameters: Named
+    optimizer: AdapterOptimizer
+    work: Workload
+    ledger: Ledger
+
+
 def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
     """Load, train, evaluate and save on fake tensors, and tell what that took.
 
@@ -141,22 +166,30 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
     Raises:
         ModelError: rows are packed, and the model does not keep them apart.
     """
-    shallow = find_shallow(config, work.activations)
-    all_runs = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
-    base, *runs = (_fake_run(config, replace(work, activations=blocks), after) for blocks in all_runs)
-    for run in (base, *runs):
-        del run["history"]
-    told = deepen(base, [(run, factor) for run, (_, factor) in zip(runs, shallow.steps, strict=True)])
-    places = told.pop("places")
-    by_phase, by_category = peaks(places)
+    return together(dry_step(config, work), dry_rest(config, work, after))
+
+
+def dry_step(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
+    """Load and train; as `dry_run`."""
+    return _told(config, work, _train)
+
+
+def dry_rest(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
+    """Load, evaluate, save, and what comes after: the same whatever a step keeps and however many rows it has."""
+    return _told(config, replace(work, activations="keep", micro_batch=1), partial(_use, after or {}))
+
+
+def together(step: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """A whole run, from its two parts."""
+    fuller = max(step, rest, key=lambda part: part["peak_bytes"])
+    by_phase = {**rest["peak_by_phase"], **step["peak_by_phase"]}
     return {
-        **told,
-        "host_peak_bytes": max(told["host_peak_bytes"].values(), default=0),
-        "peak_bytes": sum(by_category.values()),
-        "by_category": by_category,
+        **step,
+        "peak_bytes": fuller["peak_bytes"],
+        "by_category": fuller["by_category"],
         "peak_by_phase": {phase: by_phase[phase] for phase in PHASES if phase in by_phase},
-        "moments": moments(places),
-        "block_bytes": block_bytes(places, Blocks.of(work.activations, told["layers"])),
+        "host_peak_bytes": max(step["host_peak_bytes"], rest["host_peak_bytes"]),
+        "moments": {**rest["moments"], **step["moments"]},
     }
 
 
@@ -175,16 +208,46 @@ def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
 def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     """Bytes that a card's allocator holds beyond the peak of the tensors: rounding and fragmentation, an estimate.
 
-    A run's requests are played to it at the model's full depth, since their order and sizes matter.
+    The requests of loading and of a step are played to it. Most of what it adds are ends of segments, as many in every
+    layer, so two depths tell the rest here too, if not to the byte.
     """
-    with_depth_of_its_own = replace(work, activations=Blocks.of(work.activations, count_layers(config)))
-    history: History = _fake_run(config, with_depth_of_its_own, None)["history"]
+    blocks = Blocks.of(work.activations, count_layers(config))
+    few, more = (thinned(blocks, layers) for layers in PLAYED_LAYERS)
+    if more.all >= blocks.all:
+        return _added(config, replace(work, activations=blocks))
+    low, high = (_added(config, replace(work, activations=part)) for part in (few, more))
+    return round(low + (high - low) * (blocks.all - few.all) / (more.all - few.all))
+
+
+def _added(config: PretrainedConfig, work: Workload) -> int:
+    history: History = _fake_run(config, work, _train)["history"]
     played = replay((allocation, allocation.nbytes, sign > 0) for allocation, sign in history.events())
     return played.reserved_peak_bytes - history.peak_bytes()
 
 
-def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
-    """All phases at the depth that the blocks of `work` are."""
+def _told(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
+    """What a part of a run takes at the model's depth, by as few layers as tell it."""
+    shallow = find_shallow(config, work.activations)
+    depths = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
+    base, *runs = (_fake_run(config, replace(work, activations=blocks), does) for blocks in depths)
+    for run in (base, *runs):
+        del run["history"]
+    told = deepen(base, [(run, factor) for run, (_, factor) in zip(runs, shallow.steps, strict=True)])
+    places = told.pop("places")
+    by_phase, by_category = peaks(places)
+    return {
+        **told,
+        "host_peak_bytes": max(told["host_peak_bytes"].values(), default=0),
+        "peak_bytes": sum(by_category.values()),
+        "by_category": by_category,
+        "peak_by_phase": by_phase,
+        "moments": moments(places),
+        "block_bytes": block_bytes(places, Blocks.of(work.activations, told["layers"])),
+    }
+
+
+def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
+    """A part of a run at the depth that the blocks of `work` are."""
     blocks = work.activations
     config = with_depth(config, blocks.all) if isinstance(blocks, Blocks) and blocks.all else config
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -193,28 +256,14 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
         optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
+        run = _Run(model, parameters, optimizer, work, ledger)
+        del optimizer  # it goes when the run lets it go
         with ledger:
-            with _told_packing(work.packing) as asked:
-                _step(model, parameters, optimizer, work, ledger)
-            if work.packing and not asked:
-                raise no_packing(model)
-            resident = ledger.current()
-            if work.eval_shape is not None:
-                with _told_packing(False):
-                    rehearse_evaluation(
-                        model, _rows(work.eval_shape, replace(work, packing=False)), ledger.phase, work.loss_chunk
-                    )
-            with ledger.phase("save"):
-                kept = dict(parameters) | dict(adapter_constants(model))
-                rehearse_checkpoint(kept, optimizer, on_card=work.on_card)
-            del optimizer  # an export comes after the run, and holds no state of it
-            for phase, act in (after or {}).items():
-                with ledger.phase(phase):
-                    act(model)
+            does(run)
     names = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}
     return {
-        "resident_bytes": resident,
+        "resident_bytes": ledger.current(),
         "host_peak_bytes": ledger.history.host_peak_by_phase(),
         "paged_bytes": ledger.paged_bytes,
         "parameters": _count_parameters(model, parameters, work),
@@ -222,6 +271,41 @@ def _fake_run(config: PretrainedConfig, work: Workload, after: Mapping[str, Afte
         "history": ledger.history,
         "places": {(phase, roles.get(block)): held for (phase, block), held in ledger.history.peaks_by_place().items()},
     }
+
+
+def _train(run: _Run) -> None:
+    """The last micro-batch of a step: where there are several, the gradients of those before stand through it."""
+    work, ledger = run.work, run.ledger
+    if work.accumulation > 1:
+        for _, parameter in run.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        ledger.own("gradients", (parameter.grad for _, parameter in run.parameters if parameter.grad is not None))
+    shape = (work.micro_batch, work.tokens)
+    rows = [_rows(shape, work) for _ in range(work.accumulation)]  # all of a step are there from its start
+    with _told_packing(work.packing) as asked:
+        trained = shape[0] * shape[1]
+        accumulate_gradients(run.model, rows[:1], trained, phase=ledger.phase, loss_chunk=work.loss_chunk)
+    if work.packing and not asked:
+        raise no_packing(run.model)
+    with ledger.phase("optimizer"):
+        torch.nn.utils.clip_grad_norm_([parameter for _, parameter in run.parameters], 1.0)
+        run.optimizer.rehearse()
+
+
+def _use(after: Mapping[str, After], run: _Run) -> None:
+    """An evaluation, a checkpoint, and what comes after the run, when nothing is left of the optimizer."""
+    work, ledger = run.work, run.ledger
+    if work.eval_shape is not None:
+        rows = _rows(work.eval_shape, replace(work, packing=False))
+        with _told_packing(False):
+            rehearse_evaluation(run.model, rows, ledger.phase, work.loss_chunk)
+    with ledger.phase("save"):
+        kept = dict(run.parameters) | dict(adapter_constants(run.model))
+        rehearse_checkpoint(kept, run.optimizer, on_card=work.on_card)
+    del run.optimizer
+    for phase, act in after.items():
+        with ledger.phase(phase):
+            act(run.model)
 
 
 def _count_parameters(model: PreTrainedModel, parameters: Named, work: Workload) -> dict[str, int]:
@@ -259,23 +343,6 @@ def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
     cpu = torch.device("cpu")
     return freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
-
-
-def _step(
-    model: PreTrainedModel, parameters: Named, optimizer: AdapterOptimizer, work: Workload, ledger: Ledger
-) -> None:
-    """The last micro-batch of a step: where there are several, the gradients of those before stand through it."""
-    if work.accumulation > 1:
-        for _, parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        ledger.own("gradients", (parameter.grad for _, parameter in parameters if parameter.grad is not None))
-    shape = (work.micro_batch, work.tokens)
-    rows = [_rows(shape, work) for _ in range(work.accumulation)]  # all of a step are there from its start
-    trained = shape[0] * shape[1]
-    accumulate_gradients(model, rows[:1], trained, phase=ledger.phase, loss_chunk=work.loss_chunk)
-    with ledger.phase("optimizer"):
-        torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
-        optimizer.rehearse()
 
 
 def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:

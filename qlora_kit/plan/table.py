@@ -1,8 +1,7 @@
 """The plan of a recipe: its own step beside 16-bit LoRA and full fine-tuning of the same model, batch and length."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -10,25 +9,16 @@ from transformers import PretrainedConfig
 
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
-from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
 from qlora_kit.plan.cards import fitting_cards
-from qlora_kit.plan.depths import count_layers
+from qlora_kit.plan.choose import Workloads, choose
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
-from qlora_kit.plan.dry_run import After, Workload, added_by_allocator, dry_run
+from qlora_kit.plan.dry_run import After, Workload, dry_run
 from qlora_kit.plan.floor import floor_bytes
-from qlora_kit.plan.solve import Choices, Setting, Solution, solve
-from qlora_kit.recipe import Recipe, base_as_held, method_of, with_adapters
+from qlora_kit.plan.solve import Setting, Solution
+from qlora_kit.recipe import Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
-from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.pace import Pace
-from qlora_kit.units import MIB, parse_bytes
-
-LIBRARY_BYTES = 32 * MIB
-"""Workspace of cuBLAS, from PyTorch's allocator: 8 MiB on most cards and 32 on Hopper."""
-ON_CARD = (1.03, LIBRARY_BYTES)
-"""While settings are compared: 3 % for fragmentation, assumed, and the libraries' workspace."""
-SMALLEST_CHUNK = 64
-"""Tokens whose logits stand at one time, where memory is short."""
+from qlora_kit.units import parse_bytes
 
 STEP = ("forward", "loss", "backward", "optimizer")
 """The phases that the floor speaks of."""
@@ -68,10 +58,9 @@ def plan_methods(
     if budget is None and device.type == "cuda":
         budget = available_bytes(device)
     room = budget or available_bytes(device)
-    makes = Workloads(recipe, tokens, on_card, eval_shape)
-    makes, solution, added = _first_that_fits(config, makes, pace, room, after)
-    setting, work = solution.setting, makes.of(solution.setting)
-    adapters = replace(makes, recipe=with_adapters(recipe)).of(setting)
+    chosen = choose(Workloads(recipe, config, tokens, on_card, eval_shape, after or {}), pace, room)
+    makes, solution, setting = chosen.makes, chosen.solution, chosen.solution.setting
+    work, adapters = makes.of(setting), replace(makes, recipe=with_adapters(recipe)).of(setting)
     methods = _methods(recipe, config, work, adapters, solution.planned, after)
     own, parameters = methods[method_of(recipe)], solution.planned["parameters"]
     speed = None
@@ -103,57 +92,12 @@ def plan_methods(
         "tokens_per_s": speed,
         "hours": None if speed is None else pace.tokens / speed / 3600,
         "estimates": ["tokens_per_s", "hours", "next", "traded"],
-        "allocator": added,
+        "allocator": chosen.added,
         "cards": fitting_cards({name: method["peak_bytes"] for name, method in methods.items()}),
         "next": _other(solution, solution.more, tokens),
         "traded": _other(solution, solution.fastest, tokens),
-        "with_quantized_head": _quantized_head(config, makes, solution, after),
+        "with_quantized_head": chosen.with_quantized_head,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Workloads:
-    """Makes the workload of a setting under one recipe.
-
-    Attributes:
-        recipe: the run.
-        tokens: of the longest row.
-        on_card: whether the device is a card.
-        eval_shape: rows and tokens of the largest batch that is evaluated.
-        quantize_head: whether embedding and head are quantised, too.
-        loss_chunk: tokens whose logits stand at one time.
-    """
-
-    recipe: Recipe
-    tokens: int
-    on_card: bool
-    eval_shape: tuple[int, int] | None
-    quantize_head: bool = False
-    loss_chunk: int | None = None
-
-    def ways(self, config: PretrainedConfig) -> Iterator["Workloads"]:
-        """What the recipe leaves open of the head, the fastest first: smaller chunks of logits, then fewer bits."""
-        asked, head = self.recipe.memory.loss_chunk, base_as_held(self.recipe).quantize_head
-        usual = automatic_chunk(config.get_text_config().vocab_size)
-        chunks = sorted({usual, min(SMALLEST_CHUNK, usual)}, reverse=True) if asked == "auto" else [asked]
-        heads = [head is True]
-        if head == "auto":
-            heads = [False, True] if _may_quantize_head(self.recipe, config) else [False]
-        for is_quantized in heads:
-            for chunk in chunks:
-                yield replace(self, quantize_head=is_quantized, loss_chunk=chunk)
-
-    def of(self, setting: Setting) -> Workload:
-        """The step, and what comes with it, under a setting."""
-        work = Workload.of(
-            self.recipe,
-            micro_batch=setting.micro_batch,
-            accumulation=setting.accumulation,
-            tokens=self.tokens,
-            activations=setting.blocks.policy or setting.blocks,
-            loss_chunk=self.loss_chunk,
-        )
-        return replace(work, on_card=self.on_card, eval_shape=self.eval_shape, quantize_head=self.quantize_head)
 
 
 def _methods(
@@ -177,71 +121,6 @@ def _methods(
     return {"qlora": dry_run(config, adapters, after), "lora_16bit": dense, "full_finetune": full}
 
 
-def _first_that_fits(
-    config: PretrainedConfig, makes: Workloads, pace: Pace, room: int, after: Mapping[str, After] | None
-) -> tuple[Workloads, Solution, dict[str, int] | None]:
-    """The first way to hold the head for which a setting fits, or the last; the setting; and what the allocator adds.
-
-    What it adds is known for a setting that is run at its full depth: where that is more than was reserved for it, the
-    room is smaller by so much, once.
-    """
-    for way in makes.ways(config):
-        solution = _solve(config, way, pace, room, after)
-        added = _added_on_card(config, way.of(solution.setting)) if makes.on_card else None
-        missing = 0 if added is None else solution.planned["peak_bytes"] + _inside(added) - room
-        if solution.fits and missing > 0:
-            solution = _solve(config, way, pace, room - missing, after)
-            added = _added_on_card(config, way.of(solution.setting))
-        if solution.fits:
-            break
-    return way, solution, added
-
-
-def _added_on_card(config: PretrainedConfig, work: Workload) -> dict[str, int]:
-    """What comes on top of the tensors on a card, estimates all: its allocator's rounding and fragmentation, from a
-    replay of the run's requests; libraries' workspaces; the context and loaded kernels, outside the allocator."""
-    return {
-        "rounding_bytes": added_by_allocator(config, work),
-        "library_bytes": LIBRARY_BYTES,
-        "context_bytes": CUDA_RESERVE_BYTES,
-    }
-
-
-def _inside(added: dict[str, int]) -> int:
-    return added["rounding_bytes"] + added["library_bytes"]
-
-
-def _may_quantize_head(recipe: Recipe, config: PretrainedConfig) -> bool:
-    base, width = base_as_held(recipe), config.get_text_config().hidden_size
-    return base.quantization != "none" and (base.quantization == "int8" or width % base.block_size == 0)
-
-
-def _solve(
-    config: PretrainedConfig, makes: Workloads, pace: Pace, room: int, after: Mapping[str, After] | None
-) -> Solution:
-    """The recipe's own step; where it leaves a choice, the fastest that fits."""
-    recipe = makes.recipe
-    extra = ON_CARD if makes.on_card else (1.0, 0)
-    # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
-    may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
-    choices = Choices.of(
-        recipe.memory.activations,
-        pace.micro_batch,
-        pace.rows_a_step,
-        layers=count_layers(config),
-        may_split=may_split,
-        has_host=makes.on_card,
-        trains_weights=recipe.train.full_finetune,
-    )
-
-    @cache
-    def plan(setting: Setting) -> dict[str, Any]:
-        planned = dry_run(config, makes.of(setting), after)
-        return planned | {"needs_bytes": round(planned["peak_bytes"] * extra[0]) + extra[1]}
-
-    return solve(choices, makes.tokens, room, plan)
-
-
 def _public(method: dict[str, Any]) -> dict[str, Any]:
     """A method as plan.json has it, without what only the solver reads."""
     hidden = ("parameters", "layers", "moments", "block_bytes", "needs_bytes")
@@ -255,16 +134,6 @@ def _other(solution: Solution, other: tuple[Setting, int] | None, tokens: int) -
     setting, peak = other
     gain = solution.setting.cost(tokens) / setting.cost(tokens)
     return {"settings": setting.words(), "peak_bytes": peak, "times_as_fast": round(gain, 2)}
-
-
-def _quantized_head(
-    config: PretrainedConfig, makes: Workloads, solution: Solution, after: Mapping[str, After] | None
-) -> int | None:
-    """The peak with embedding and head quantised, where that is a way out: nothing fits, and the width allows it."""
-    if solution.fits or makes.quantize_head or not _may_quantize_head(makes.recipe, config):
-        return None
-    peak: int = dry_run(config, replace(makes, quantize_head=True).of(solution.setting), after)["peak_bytes"]
-    return peak
 
 
 def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) -> dict[str, float] | None:

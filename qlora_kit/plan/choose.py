@@ -1,0 +1,164 @@
+"""What the recipe leaves open, made definite: the solver's setting, and how embedding, head and logits are held.
+
+Where no setting fits, logits are taken in smaller chunks, and last, if the recipe allows it, head and embedding are
+quantised. On a card the allocator's share is reserved first and looked at afterwards, for the setting that was chosen.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
+from qlora_kit.plan.depths import count_layers
+from qlora_kit.plan.dry_run import After, Workload, added_by_allocator, dry_rest, dry_step, together
+from qlora_kit.plan.solve import Choices, Setting, Solution, solve
+from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.train.head import automatic_chunk
+from qlora_kit.train.pace import Pace
+from qlora_kit.units import MIB
+
+LIBRARY_BYTES = 32 * MIB
+"""Workspace of cuBLAS, from PyTorch's allocator: 8 MiB on most cards and 32 on Hopper."""
+ON_CARD = (1.1, LIBRARY_BYTES)
+"""While settings are compared: 10 % for the allocator, as replays of 7B steps have shown (5 to 13 %), and the libraries'
+workspace."""
+SMALLEST_CHUNK = 64
+"""Tokens whose logits stand at one time, where memory is short."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workloads:
+    """Makes the workload of a setting under one recipe, and runs it dry, each only once.
+
+    Attributes:
+        recipe: the run.
+        config: of the base.
+        tokens: of the longest row.
+        on_card: whether the device is a card.
+        eval_shape: rows and tokens of the largest batch that is evaluated.
+        after: what else is done with the trained model, as `dry_run` takes it.
+        quantize_head: whether embedding and head are quantised, too.
+        loss_chunk: tokens whose logits stand at one time.
+    """
+
+    recipe: Recipe
+    config: PretrainedConfig
+    tokens: int
+    on_card: bool
+    eval_shape: tuple[int, int] | None
+    after: Mapping[str, After]
+    quantize_head: bool = False
+    loss_chunk: int | None = None
+    _runs: dict[Setting | None, dict[str, Any]] = field(default_factory=dict, compare=False)
+
+    def ways(self) -> Iterator["Workloads"]:
+        """What the recipe leaves open of the head, the fastest first: smaller chunks of logits, then fewer bits."""
+        asked, head = self.recipe.memory.loss_chunk, base_as_held(self.recipe).quantize_head
+        usual = automatic_chunk(self.config.get_text_config().vocab_size)
+        chunks = sorted({usual, min(SMALLEST_CHUNK, usual)}, reverse=True) if asked == "auto" else [asked]
+        heads = [head is True]
+        if head == "auto":
+            heads = [False, True] if self.may_quantize_head else [False]
+        for is_quantized in heads:
+            for chunk in chunks:
+                yield replace(self, quantize_head=is_quantized, loss_chunk=chunk, _runs={})
+
+    @property
+    def may_quantize_head(self) -> bool:
+        """Whether format and width allow it."""
+        base, width = base_as_held(self.recipe), self.config.get_text_config().hidden_size
+        return base.quantization != "none" and (base.quantization == "int8" or width % base.block_size == 0)
+
+    def of(self, setting: Setting) -> Workload:
+        """The step, and what comes with it, under a setting."""
+        work = Workload.of(
+            self.recipe,
+            micro_batch=setting.micro_batch,
+            accumulation=setting.accumulation,
+            tokens=self.tokens,
+            activations=setting.blocks.policy or setting.blocks,
+            loss_chunk=self.loss_chunk,
+        )
+        return replace(work, on_card=self.on_card, eval_shape=self.eval_shape, quantize_head=self.quantize_head)
+
+    def plan(self, setting: Setting) -> dict[str, Any]:
+        """The dry run of a setting, with `needs_bytes`: its peak, and on a card what is reserved beside it."""
+        if None not in self._runs:
+            self._runs[None] = dry_rest(self.config, self.of(setting), self.after)
+        if setting not in self._runs:
+            planned = together(dry_step(self.config, self.of(setting)), self._runs[None])
+            share, extra = ON_CARD if self.on_card else (1.0, 0)
+            self._runs[setting] = planned | {"needs_bytes": round(planned["peak_bytes"] * share) + extra}
+        return self._runs[setting]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What `auto` became.
+
+    Attributes:
+        makes: with head and loss settled.
+        solution: the setting and its dry run.
+        added: bytes that come on top on a card, by what takes them, estimates all; None elsewhere.
+        with_quantized_head: the peak with embedding and head quantised, where nothing fits and that is a way out.
+    """
+
+    makes: Workloads
+    solution: Solution
+    added: dict[str, int] | None
+    with_quantized_head: int | None
+
+
+def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
+    """The first way to hold the head for which a setting fits, or the last, with the fastest setting.
+
+    Args:
+        makes: of the recipe.
+        pace: rows of a step, and the most at a time.
+        room: bytes there are.
+    """
+    choices = _choices(makes, pace)
+    for way in makes.ways():
+        solution = solve(choices, makes.tokens, room, way.plan)
+        added = _added_on_card(way, solution.setting) if makes.on_card else None
+        missing = 0 if added is None else solution.planned["peak_bytes"] + _inside(added) - room
+        if solution.fits and missing > 0:  # once: less room by what the allocator adds beyond what was reserved
+            solution = solve(choices, makes.tokens, room - missing, way.plan)
+            added = _added_on_card(way, solution.setting)
+        if solution.fits:
+            break
+    small = None
+    if not solution.fits and not way.quantize_head and way.may_quantize_head:
+        small = replace(way, quantize_head=True, _runs={}).plan(solution.setting)["peak_bytes"]
+    return Chosen(way, solution, added, small)
+
+
+def _choices(makes: Workloads, pace: Pace) -> Choices:
+    recipe = makes.recipe
+    # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
+    may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
+    return Choices.of(
+        recipe.memory.activations,
+        pace.micro_batch,
+        pace.rows_a_step,
+        layers=count_layers(makes.config),
+        may_split=may_split,
+        has_host=makes.on_card,
+        trains_weights=recipe.train.full_finetune,
+    )
+
+
+def _added_on_card(makes: Workloads, setting: Setting) -> dict[str, int]:
+    """Its allocator's rounding and fragmentation, from a replay of the run's requests; libraries' workspaces; and
+    outside the allocator the context and loaded kernels."""
+    return {
+        "rounding_bytes": added_by_allocator(makes.config, makes.of(setting)),
+        "library_bytes": LIBRARY_BYTES,
+        "context_bytes": CUDA_RESERVE_BYTES,
+    }
+
+
+def _inside(added: dict[str, int]) -> int:
+    return added["rounding_bytes"] + added["library_bytes"]
