@@ -1,6 +1,5 @@
 """What memory holds: the ledger of live tensors, and the process's or the card's own counter beside it."""
 
-from qlora_kit.memory.allocator import set_allocation_policy
 from qlora_kit.memory.counter import PeakCounter
 from qlora_kit.memory.host import from_host, to_host
 from qlora_kit.memory.ledger import CATEGORIES, PHASES, Ledger
@@ -13,6 +12,5 @@ __all__ = [
     "Limit",
     "PeakCounter",
     "from_host",
-    "set_allocation_policy",
     "to_host",
 ]

@@ -16,7 +16,7 @@ from qlora_kit.base.load import read_config, resolve_device
 from qlora_kit.errors import FitError
 from qlora_kit.export import trained_against
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
-from qlora_kit.memory import Ledger, Limit, set_allocation_policy
+from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan import plan_methods
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.recipe import Recipe
@@ -146,8 +146,6 @@ def train(
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
     prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
-    if device.type == "cpu":
-        set_allocation_policy()
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
