@@ -48,6 +48,6 @@ class TrainingError(QloraKitError, ArithmeticError):
 
 
 class FitError(QloraKitError, MemoryError):
-    """The plan does not fit the memory budget."""
+    """The plan does not fit the memory budget, or the run did not keep to it."""
 
     exit_code = 3

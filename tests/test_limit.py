@@ -71,6 +71,14 @@ def test_a_system_that_tells_nothing_is_known_as_such(monkeypatch):
     assert Limit(CPU).can_be_kept, "there is nothing to keep to"
 
 
+@pytest.mark.parametrize(("budget", "times"), [(GIB, 1), (None, 0)])
+def test_a_budget_brings_the_allocation_policy_with_it(budget, times, monkeypatch):
+    calls = []
+    monkeypatch.setattr("qlora_kit.memory.limit.set_allocation_policy", lambda: calls.append(1))
+    with Limit(CPU, budget):
+        assert len(calls) == times
+
+
 HELD_BY_THE_HEAP = """
 import runpy, sys
 allocator = runpy.run_path(sys.argv[1])

@@ -1,6 +1,5 @@
 """What memory holds: the ledger of live tensors, and the process's or the card's own counter beside it."""
 
-from qlora_kit.memory.allocator import set_allocation_policy
 from qlora_kit.memory.counter import PeakCounter
 from qlora_kit.memory.history import History, whole
 from qlora_kit.memory.host import from_host, to_host
@@ -15,7 +14,6 @@ __all__ = [
     "Limit",
     "PeakCounter",
     "from_host",
-    "set_allocation_policy",
     "to_host",
     "whole",
 ]

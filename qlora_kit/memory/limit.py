@@ -4,6 +4,9 @@ micro-batches.
 On a card the limit stands with no budget, too: it is then what is free at the start less a reserve. Under WSL the
 driver gives out memory of the host where the card's is gone, and a run would go on many times slower instead of
 failing. bitsandbytes' paged state does not come from the allocator: it may move to the host, and is counted apart.
+
+On a CPU a budget brings an allocation policy with it, that of `allocator.py`, which takes some time; without a budget
+there is neither.
 """
 
 import gc
@@ -12,7 +15,7 @@ from types import TracebackType
 import torch
 
 from qlora_kit.errors import FitError
-from qlora_kit.memory.allocator import give_back_free_memory
+from qlora_kit.memory.allocator import give_back_free_memory, set_allocation_policy
 from qlora_kit.memory.counter import PeakCounter, resident_bytes
 from qlora_kit.units import format_bytes
 
@@ -77,6 +80,8 @@ class Limit:
         if self.device.type == "cuda":
             self._hold_allocator()
         else:
+            if self.budget_bytes is not None:
+                set_allocation_policy()
             give_back_free_memory()
         self.counter.__enter__()
         return self

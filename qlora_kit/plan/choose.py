@@ -22,8 +22,7 @@ from qlora_kit.units import MIB
 LIBRARY_BYTES = 32 * MIB
 """Workspace of cuBLAS, from PyTorch's allocator: 8 MiB on most cards and 32 on Hopper."""
 ON_CARD = (1.1, LIBRARY_BYTES)
-"""While settings are compared: 10 % for the allocator, as replays of 7B steps have shown (5 to 13 %), and the libraries'
-workspace."""
+"""While settings are compared: 10 % for the allocator, as replays of 7B steps have shown (5 to 13 %), and libraries."""
 SMALLEST_CHUNK = 64
 """Tokens whose logits stand at one time, where memory is short."""
 

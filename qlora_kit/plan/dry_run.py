@@ -48,7 +48,7 @@ from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer, MasterWeights, definite_masters
 from qlora_kit.train.step import accumulate_gradients
 
-PLAYED_LAYERS = (4, 12)
+PLAYED_LAYERS = (4, 8)
 """Depths at which a card's allocator is played through."""
 
 After = Callable[[PreTrainedModel], None]

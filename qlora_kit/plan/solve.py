@@ -9,6 +9,7 @@ what stands at a moment of the step is a sum over the blocks, and every term a s
 chosen is then run itself.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -240,10 +241,11 @@ class Estimate:
     def _run(self, policy: Policy, batch: int) -> dict[str, Any]:
         if (policy, batch) not in self._runs:
             planned = self.plan(self.choices.alike(policy, batch))
-            extra = planned["needs_bytes"] - planned["peak_bytes"]
             self._runs[policy, batch] = {
-                "moments": planned["moments"], "block": planned["block_bytes"], "extra": extra
-            }  # fmt: skip
+                "moments": planned["moments"],
+                "block": planned["block_bytes"],
+                "share": planned["needs_bytes"] / planned["peak_bytes"],
+            }
         return self._runs[policy, batch]
 
 
@@ -264,10 +266,10 @@ def _needs(blocks: Blocks, told: Mapping[Policy, dict[str, Any]]) -> int:
             there = earlier if (phase, side) == ("backward", "last") else standing
             is_moved = phase == "loss" or (phase in ("forward", "backward") and side != "first")
             highest = max(highest, total + (there - layers * alone["block"] if is_moved else 0))
-    return highest + max(each["extra"] for each in told.values())
+    return math.ceil(highest * max(each["share"] for each in told.values()))
 
 
 def _on_line(low: Any, high: Any, factor: float) -> Any:
     if isinstance(low, dict):
         return {key: _on_line(value, high[key], factor) for key, value in low.items()}
-    return round(low + factor * (high - low))
+    return low + factor * (high - low)

@@ -253,7 +253,7 @@ class Memory(Section):
     """The memory the run may take, and what it trades for it."""
 
     budget: Size | None = None
-    """Most memory of the device; null on CUDA: what is free at the start, less a stated reserve."""
+    """Most memory of the device, held to in the run; null on CUDA: what is free at the start, less a stated reserve."""
     activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
     """What happens to a block's activations until the backward pass; auto: the fastest that fits."""
     loss_chunk: Count | Auto = "auto"

@@ -18,7 +18,7 @@ from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge, save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
-from qlora_kit.memory import Ledger, Limit, set_allocation_policy
+from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.recipe import Recipe
@@ -182,8 +182,6 @@ def train(
     prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
     head = {"quantize_head": plan["quantize_head"] or recipe.base.quantize_head is True}
     recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update=head)})
-    if device.type == "cpu":
-        set_allocation_policy()
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
