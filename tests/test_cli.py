@@ -286,7 +286,7 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_be
     )
     (run / "checkpoints" / "step-000004" / "optimizer.safetensors").write_bytes(b"damaged")
     monkeypatch.setattr("qlora_kit.plan.table.available_bytes", lambda device: 2**16)
-    monkeypatch.setattr("qlora_kit.plan.table.automatic_chunk", lambda vocab: 3)
+    monkeypatch.setattr("qlora_kit.plan.choose.automatic_chunk", lambda vocab: 3)
     short = json.loads(call("plan", *command[1:], "--json").stdout)
     assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
     assert short["loss_chunk"] == 3 < before["loss_chunk"]

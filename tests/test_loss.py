@@ -355,7 +355,7 @@ def test_the_logits_never_stand_whole(head, dtype, monkeypatch):
     assert watched(make(dtype), None)[1] > 2 * whole
     ledger, above = watched(make(dtype), CHUNK)
     assert above <= bound < whole
-    assert all(allocation.nbytes < whole for allocation, _, phase in ledger._events if phase == "loss")
+    assert all(each.nbytes < whole for each, _ in ledger.history.events() if each.phase == "loss")
 
 
 def test_full_fine_tuning_holds_the_gradient_of_its_head_and_a_chunk():

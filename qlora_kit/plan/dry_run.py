@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_kit.base.dense import QuantizedWeight, parameter_count
+from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import Head, build_model, freeze_and_quantize, resolve_device, resolve_dtype
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
@@ -295,6 +295,9 @@ def _train(run: _Run) -> None:
 def _use(after: Mapping[str, After], run: _Run) -> None:
     """An evaluation, a checkpoint, and what comes after the run, when nothing is left of the optimizer."""
     work, ledger = run.work, run.ledger
+    for module in run.model.modules():
+        if isinstance(module, QuantizedLinear) and module.workspace is not None:
+            module.borrow(work.dtype)  # a step leaves its buffer behind
     if work.eval_shape is not None:
         rows = _rows(work.eval_shape, replace(work, packing=False))
         with _told_packing(False):
