@@ -18,13 +18,13 @@ from qlora_kit.memory.counter import resident_bytes
 from qlora_kit.recipe.shipped import find
 
 MIB = 2**20
-STEPS = 24
+STEPS = 20
 
 
 def write_model(folder: Path) -> None:
-    """A Llama of 87 M random parameters with the quickstart's tokenizer, whose tokens are the first of its own."""
+    """A Llama of 141 M random parameters with the quickstart's tokenizer, whose tokens are the first of its own."""
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
+        vocab_size=64000, hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=12,
         num_key_value_heads=12, max_position_embeddings=512,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -55,10 +55,10 @@ def write_run(folder: Path, **memory: object) -> Path:
 @pytest.mark.skipif(resident_bytes() == (0, 0), reason="this system has no /proc/self/status")
 @pytest.mark.parametrize("activations", ["keep", "recompute"])
 def test_the_process_takes_what_the_plan_says(activations, tmp_path):
-    """Anonymous resident bytes over those before loading, at their peak over 24 steps: within 5 % and 64 MiB.
+    """Anonymous resident bytes over those before loading, at their peak over 20 steps: within 5 % and 64 MiB.
 
-    The 64 MiB are for what is not tensors: libraries that load late, their workspaces, Python's objects. Without a
-    budget, under glibc's default policy, the peak is a fifth higher (benchmarks/LOG.md).
+    The 64 MiB are for what is no tensor: 15 to 20 MiB here, half of them where MKL packs matrices. Without a
+    budget, under glibc's default policy, the peak is a seventh to a fifth higher (benchmarks/LOG.md).
     """
     recipe = write_run(tmp_path, activations=activations, budget="1GiB")
     command = [sys.executable, "-c", "from qlora_kit.cli import main; main()", "train", str(recipe)]
@@ -68,7 +68,7 @@ def test_the_process_takes_what_the_plan_says(activations, tmp_path):
     plan, memory = (json.loads((tmp_path / "run" / name).read_text()) for name in ("plan.json", "memory.json"))
     planned, counter = plan["methods"]["qlora"]["peak_bytes"], memory["device_counter"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == STEPS
-    assert planned > 300 * MIB
+    assert planned > 400 * MIB
     assert abs(memory["error"]["peak"]) < 0.01, "the plan and the ledger"
     taken = counter["peak_bytes"] - counter["start_bytes"]
     print(f"{activations}: planned {planned / MIB:.1f} MiB, taken {taken / MIB:.1f}")

@@ -386,7 +386,8 @@ def _one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: 
 
 def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path) -> str:
     """The settings that would take less, and how a run that has come so far is given them."""
-    changes = [] if plan["activations"] == "recompute" else ["memory.activations=recompute"]
+    least = "recompute" if limit.device.type == "cpu" else "offload"  # on a CPU the host is the device
+    changes = [] if plan["activations"] in (least, "offload") else [f"memory.activations={least}"]
     if limit.device.type == "cpu" and limit.needed_bytes > 0:
         enough = math.ceil(1.05 * limit.needed_bytes / MIB)  # what was seen may not have been the most
         changes.insert(0, f"memory.budget={enough}MiB")
