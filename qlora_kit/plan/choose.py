@@ -12,8 +12,9 @@ from transformers import PretrainedConfig
 
 from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
 from qlora_kit.plan.depths import count_layers
-from qlora_kit.plan.dry_run import After, Workload, added_by_allocator, dry_rest, dry_step, together
+from qlora_kit.plan.dry_run import After, added_by_allocator, dry_rest, dry_step, together
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
+from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.pace import Pace

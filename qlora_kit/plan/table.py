@@ -12,9 +12,10 @@ from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.cards import fitting_cards
 from qlora_kit.plan.choose import Workloads, choose
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
-from qlora_kit.plan.dry_run import After, Workload, dry_run
+from qlora_kit.plan.dry_run import After, dry_run
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Setting, Solution
+from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace

@@ -1,0 +1,88 @@
+"""What a planned step works on: the recipe's step, once its batch and its longest row are known."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qlora_kit.base.formats import Quantization
+from qlora_kit.base.load import resolve_device, resolve_dtype
+from qlora_kit.recipe import Lora, Recipe, base_as_held
+from qlora_kit.train.activations import Blocks, Policy
+from qlora_kit.train.optim import MasterWeights, definite_masters
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one planned step works on.
+
+    Attributes:
+        quantization: of the base.
+        lora: that section of the recipe, or None for full fine-tuning.
+        dtype: of everything dense.
+        attention: its implementation.
+        micro_batch: rows in one forward pass.
+        tokens: of the longest row.
+        accumulation: micro-batches in one step; above 1 the gradients of the first stand through the second.
+        activations: of all blocks, or how many have which policy.
+        optimizer: a name of `train.optimizer`.
+        master_weights: fp32, stochastic or none.
+        skip: linear layers that stay dense.
+        quantize_head: whether embedding and head are quantised, too.
+        eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
+        on_card: whether the device is a card: what lies in the host's memory is counted by itself then.
+        packing: whether a row may hold several documents; then `tokens` are those of the fullest.
+        task: pretrain and sft are one and the same step.
+        is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
+        loss_chunk: tokens whose logits stand at one time; None for whole logits.
+    """
+
+    quantization: Quantization
+    lora: Lora | None
+    dtype: torch.dtype
+    attention: str
+    micro_batch: int
+    tokens: int
+    accumulation: int
+    activations: Policy | Blocks
+    optimizer: str
+    master_weights: MasterWeights
+    skip: tuple[str, ...] = ()
+    quantize_head: bool = False
+    eval_shape: tuple[int, int] | None = None
+    on_card: bool = False
+    packing: bool = False
+    task: Literal["sft", "pretrain", "classify"] = "sft"
+    is_padded: bool = False
+
+    loss_chunk: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        tokens: int,
+        activations: Policy | Blocks,
+        loss_chunk: int | None = None,
+    ) -> "Workload":
+        """The step that a recipe asks for, once its batch and its longest row are known."""
+        base, is_full = base_as_held(recipe), recipe.train.full_finetune
+        return cls(
+            quantization=Quantization(base.quantization, base.double_quant, base.block_size),
+            lora=None if is_full else recipe.lora,
+            dtype=resolve_dtype(base.compute_dtype, resolve_device(base.device)),
+            attention=base.attention,
+            micro_batch=micro_batch,
+            tokens=tokens,
+            accumulation=accumulation,
+            activations=activations,
+            optimizer=recipe.train.optimizer,
+            master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
+            skip=tuple(base.skip),
+            quantize_head=bool(base.quantize_head),  # auto: as small as it may become
+            packing=recipe.data.packing is True,
+            loss_chunk=loss_chunk,
+        )

@@ -1,0 +1,171 @@
+"""Planning a recipe before anything is loaded, and holding plan and run to the budget, in one line each."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from qlora_kit.base import locate_model
+from qlora_kit.base.load import read_config
+from qlora_kit.data import check_lengths
+from qlora_kit.errors import FitError
+from qlora_kit.export import rehearse_merge
+from qlora_kit.memory import Limit
+from qlora_kit.plan import Workload, plan_methods, weight_bytes
+from qlora_kit.plan.cards import Card, find_card
+from qlora_kit.recipe import Recipe
+from qlora_kit.run.folder import CHECKPOINTS
+from qlora_kit.run.full_finetune import check_full_finetune
+from qlora_kit.run.prepare import Prepared, count_parameters, largest_eval_shape, positions_of, prepare
+from qlora_kit.train.checkpoint import checkpoints
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
+from qlora_kit.units import MIB, format_bytes, parse_bytes
+from qlora_kit.watch import Watch
+
+
+def plan_memory(
+    recipe: Recipe, watch: Watch | None = None, *, gpu: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """What plan.json would hold: nothing is loaded but the model's configuration and, where they are, the rows.
+
+    Without the rows every row is taken to be `data.max_tokens` long, and how many steps they make is not known.
+
+    Args:
+        recipe: the run.
+        watch: is told what happens.
+        gpu: plan for this card, of which none need be here: in what it computes, and within its memory where the recipe
+            has no budget.
+        trust_remote_code: let the model folder's own code run.
+
+    Raises:
+        QloraKitError: as `train`, as far as it gets.
+    """
+    watch = watch or Watch()
+    card = None if gpu is None else find_card(gpu)
+    if card is not None:
+        recipe = _for_card(recipe, card)
+    name = None if card is None else card.name
+    if not _rows_are_missing(recipe):
+        prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
+        check_weights(recipe, prepared.config)
+        return plan_prepared(recipe, prepared, name)
+    watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
+    base, tokens = recipe.base, recipe.data.max_tokens
+    folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_lengths(tokens, positions_of(config))
+    check_weights(recipe, config)
+    check_full_finetune(recipe, config, watch)
+    pace = set_pace(
+        recipe.train,
+        rows=ROWS_A_STEP,
+        longest=tokens,
+        tokens=ROWS_A_STEP * tokens,
+        trained_tokens=ROWS_A_STEP * tokens,
+        parameters=count_parameters(config),
+    )
+    eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
+    planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after={"export": rehearse_merge})
+    return planned | {"steps": None, "hours": None}
+
+
+def plan_prepared(recipe: Recipe, prepared: Prepared, card: str | None = None) -> dict[str, Any]:
+    """The plan of a run whose rows are known."""
+    return plan_methods(
+        recipe,
+        prepared.config,
+        prepared.pace,
+        prepared.longest,
+        card,
+        eval_shape=largest_eval_shape(prepared.eval.rows),
+        after={"export": rehearse_merge},
+    )
+
+
+def _for_card(recipe: Recipe, card: Card) -> Recipe:
+    """The recipe as that card would take it: its memory, and what it computes in."""
+    base, memory = recipe.base, recipe.memory
+    if base.compute_dtype == "auto":
+        base = base.model_copy(update={"compute_dtype": card.compute_dtype})
+    if memory.budget is None:
+        memory = memory.model_copy(update={"budget": f"{card.usable_bytes}B"})
+    return recipe.model_copy(update={"base": base, "memory": memory})
+
+
+def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Hold the base's weights against the budget, before anything is planned: below them nothing fits.
+
+    Raises:
+        FitError: they are above it.
+    """
+    if recipe.memory.budget is None:
+        return
+    base, budget = recipe.base, parse_bytes(recipe.memory.budget)
+    work = Workload.of(recipe, micro_batch=1, accumulation=1, tokens=1, activations="recompute")
+    weights = weight_bytes(config, work)
+    if weights > budget:
+        smaller = "" if base.quantize_head else ", set base.quantize_head=true"
+        smaller = smaller if work.quantization.is_4bit else ", set base.quantization=nf4"
+        raise FitError(
+            f"memory.budget is {format_bytes(budget)}, and the weights of {base.model} alone take "
+            f"{format_bytes(weights)} (base.quantization={base.quantization}); raise the budget{smaller}, or take a "
+            "smaller base"
+        )
+
+
+def check_budget(plan: Mapping[str, Any]) -> None:
+    """Hold a plan against its budget.
+
+    Raises:
+        FitError: the peak is above it.
+    """
+    method, budget = plan["method"], plan["budget"]
+    peak = plan["methods"][method]["peak_bytes"]
+    if budget is not None and peak > budget:
+        small = plan["with_quantized_head"]
+        head = f", or {format_bytes(small)} with base.quantize_head=true" if small else ""
+        if method != "qlora":
+            head = f", or {format_bytes(plan['methods']['qlora']['peak_bytes'])} with train.full_finetune=false"
+        raise FitError(
+            f"memory.budget is {format_bytes(budget)}; the least that the recipe allows is {format_bytes(peak)}, with "
+            f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}{head}; lower "
+            f"data.max_tokens (longest row now {plan['tokens']:,}), or raise the budget"
+        )
+
+
+def _rows_are_missing(recipe: Recipe) -> bool:
+    """Whether the rows are a local file that is not there (a hub id is looked for when it is read)."""
+    path = recipe.data.train
+    return isinstance(path, str) and Path(path).is_absolute() and not Path(path).exists()
+
+
+@contextmanager
+def one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: Path) -> Iterator[None]:
+    """Say what a run that met its limit had taken, and the way on."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        when = f"in step {limit.step}" if limit.step else "while loading"
+        room = "" if limit.budget_bytes is None else f" of {format_bytes(limit.budget_bytes)}"
+        raise FitError(f"{limit.device} ran out of memory{room} {when}; {_way_on(limit, plan, folder)}") from error
+    except FitError as error:
+        raise FitError(f"{error}; {_way_on(limit, plan, folder)}") from error
+
+
+def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path) -> str:
+    """The settings that would take less, and how a run that has come so far is given them."""
+    least = "recompute" if limit.device.type == "cpu" else "offload"  # on a CPU the host is the device
+    changes = [] if plan["activations"] in (least, "offload") else [f"memory.activations={least}"]
+    if limit.device.type == "cpu" and limit.needed_bytes > 0:
+        enough = math.ceil(1.05 * limit.needed_bytes / MIB)  # what was seen may not have been the most
+        changes.insert(0, f"memory.budget={enough}MiB")
+    smaller = f"a lower train.micro_batch (now {plan['micro_batch']}) or data.max_tokens"
+    kept = checkpoints(folder / CHECKPOINTS) if limit.step else []  # before, they are those of an earlier run
+    if not kept:
+        return f"start again with {', '.join([*changes, smaller])}"
+    resumed = f"go on with --resume and {' or '.join(changes)}, or " if changes else ""
+    return f"{kept[-1].name} is kept: {resumed}start again with --overwrite and {smaller}"
