@@ -38,7 +38,7 @@ types: $(STAMP)  ## mypy on the package
 	@$(BIN)/mypy
 
 slow: $(STAMP)  ## the tests that are too long for the default run
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow and not gpu'
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -483,7 +483,7 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
 
 
-@pytest.mark.parametrize("place", ["plan_methods", "load_recipe_base"])
+@pytest.mark.parametrize("place", ["plan_prepared", "load_recipe_base"])
 def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monkeypatch, place):
     def interrupted(*_, **__):
         try:
