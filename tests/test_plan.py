@@ -186,7 +186,7 @@ def test_a_planned_step_of_packed_rows_takes_the_bytes_of_the_real_one(family, a
 
 def real_classification(config, work, lengths):
     """What the ledger says of two real steps on texts of these lengths."""
-    ledger = Ledger()
+    ledger = Ledger(host_apart=work.on_card)
     model = real_model(config, work, ledger)
     parameters = list(adapter_parameters(model))
     optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
@@ -202,7 +202,7 @@ def real_classification(config, work, lengths):
                 torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
                 optimizer.step(1e-3)
         with ledger.phase("save"):
-            rehearse_checkpoint(dict(parameters), optimizer, on_card=False)
+            rehearse_checkpoint(dict(parameters), optimizer, on_card=work.on_card)
     assert 0.1 < loss.item() < 3
     return ledger.summary()
 

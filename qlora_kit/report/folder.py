@@ -90,7 +90,7 @@ MEMORY = {
     "error?": {"*": MAYBE_NUMBER},
     "timeline?": Maybe([{"phase?": SCALAR, "bytes": {"*": COUNT}}]),
     "largest?": Maybe([ALLOCATION]),
-    "device_counter?": {"name": SCALAR, "peak_bytes": COUNT},
+    "device_counter?": {"name": SCALAR, "peak_bytes": COUNT, "start_bytes?": MAYBE_COUNT},
     "file_backed_bytes?": MAYBE_COUNT,
     "paged_bytes?": MAYBE_COUNT,
 }

@@ -236,7 +236,10 @@ def memory_check_sentences(memory: dict[str, Any]) -> list[str]:
         side = f"{abs(error):.1%}".replace("%", " %") + (" above" if error > 0 else " below")
         said.append(f"The planned peak is {side if round(error, 3) else 'equal to'} the measured one.")
     if counter := memory.get("device_counter"):
-        said.append(f"The device's own counter ({counter['name']}) peaked at {format_bytes(counter['peak_bytes'])}.")
+        start = counter.get("start_bytes") or 0
+        over = f", {format_bytes(counter['peak_bytes'] - start)} over its start" if start else ""
+        peak = format_bytes(counter["peak_bytes"])
+        said.append(f"The device's own counter ({counter['name']}) peaked at {peak}{over}.")
     host, paged = (memory["measured"].get(key) or memory.get(key) for key in ("host_peak_bytes", "paged_bytes"))
     beside = [f"the host held up to {format_bytes(host)}"] if host else []
     beside += [f"{format_bytes(paged)} of the optimizer's state are paged"] if paged else []

@@ -173,7 +173,7 @@ def provenance_of(recipe: Recipe) -> dict[str, str]:
 def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, counter: PeakCounter) -> None:
     """Write memory.json: the plan of the recipe's own method beside what the ledger and the device counted."""
     history = ledger.history
-    measured = ledger.summary() | {"timeline": history.timeline(), "largest": history.largest()}
+    measured = ledger.summary()
     categories = measured["by_category"]
     error = {"peak": _relative(planned["peak_bytes"], measured["peak_bytes"])} | {
         name: _relative(planned["by_category"][name], count) for name, count in categories.items() if count
@@ -184,6 +184,8 @@ def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, count
             "planned": dict(planned),
             "measured": measured,
             "error": error,
+            "timeline": history.timeline(),
+            "largest": history.largest(),
             "device_counter": {
                 "name": counter.name,
                 "peak_bytes": counter.peak_bytes,
