@@ -7,13 +7,27 @@ import pytest
 import tiny
 import torch
 from test_plan import SHAPE, WORK
-from transformers import DeepseekV3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import (
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OpenAIGPTConfig,
+    Qwen3MoeConfig,
+)
 
 from qlora_kit.base.formats import Quantization
-from qlora_kit.memory import CATEGORIES
-from qlora_kit.plan import dry_run
+from qlora_kit.base.load import build_model
+from qlora_kit.data import Encoded, collate
+from qlora_kit.errors import ModelError
+from qlora_kit.memory import CATEGORIES, Ledger
+from qlora_kit.plan import dry_run, plan_methods
 from qlora_kit.plan.depths import Shallow, count_layers, find_shallow, role, shallow_depths, with_depth
+from qlora_kit.recipe import Memory, read_recipe
 from qlora_kit.train.activations import Blocks
+from qlora_kit.train.evaluate import rehearse_evaluation
+from qlora_kit.train.pace import Pace
 
 dry_run_room = sys.modules["qlora_kit.plan.dry_run"]  # its function bears the same name
 DEEP = {**tiny.LLAMA, **SHAPE, "num_hidden_layers": 12}
@@ -24,16 +38,19 @@ GEMMA = Gemma3TextConfig(
 )  # fmt: skip
 GPT2 = GPT2Config(vocab_size=512, n_positions=64, n_embd=128, n_layer=12, n_head=4)
 MIXTRAL = MixtralConfig(**{**tiny.EXPERTS, "num_hidden_layers": 10}, intermediate_size=32, num_local_experts=4)
+MOE = Qwen3MoeConfig(
+    **{**tiny.EXPERTS, "num_hidden_layers": 12}, moe_intermediate_size=40, num_experts=5, mlp_only_layers=[0]
+)
 DEEPSEEK = DeepseekV3Config(
-    **{**DEEP, "num_hidden_layers": 10, "num_key_value_heads": 4}, first_k_dense_replace=3, n_routed_experts=4,
+    **{**DEEP, "num_hidden_layers": 20, "num_key_value_heads": 4}, first_k_dense_replace=3, n_routed_experts=4,
     n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32, kv_lora_rank=16, q_lora_rank=16,
     qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(("kinds", "wanted"), [
-    ("L" * 32, (2, 3)), ("LLLLLG" * 8, (6, 12)), ("LLLLLG" * 4 + "LL", (8, 14)), ("DDD" + "M" * 40, (4, 5)),
-    ("LG" * 13, (2, 4)), ("D" + "LG" * 6, (3, 5)), ("ABCD", None), ("L" * 5, None), ("", None), ("L", None),
+    ("L" * 32, (2, 3)), ("LLLLLG" * 8, (6, 12)), ("LLLLLG" * 4 + "LL", (8, 14)), ("DDD" + "M" * 40, (8, 9)),
+    ("LG" * 13, (2, 4)), ("D" + "LG" * 6, (5, 7)), ("ABCD", None), ("L" * 5, None), ("", None), ("L", None),
 ])  # fmt: skip
 def test_what_repeats_is_found(kinds, wanted):
     assert shallow_depths(kinds) == wanted
@@ -77,6 +94,7 @@ def slow(*values):
         (LLAMA, {"activations": "recompute", **FULL, "micro_batch": 8}),
         (LLAMA, {"activations": Blocks(0, 7, 5)}),
         (GEMMA, {"activations": "recompute"}),
+        (MOE, {"activations": "recompute", **FULL}),
         slow(LLAMA, {"activations": "recompute", "accumulation": 2}),
         slow(LLAMA, {"activations": "offload", "on_card": True}),
         slow(LLAMA, {"activations": "recompute", **FULL}),
@@ -104,3 +122,25 @@ def test_shallow_runs_tell_what_the_full_depth_takes(config, changes, monkeypatc
     assert told["parameters"] == whole["parameters"]
     for name in CATEGORIES:
         assert told["by_category"][name] == pytest.approx(whole["by_category"][name], abs=0.005 * peak), name
+
+
+def test_held_out_rows_as_long_as_the_models_positions_are_rehearsed():
+    config = GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4)
+    model = build_model(config, torch.float32, "sdpa")
+    rows = collate([Encoded(list(range(3, 27)), [True] * 24)], 0)
+    with Ledger(model) as ledger:
+        rehearse_evaluation(model, rows, ledger.phase)
+    assert ledger.peak_by_phase()["evaluate"] > Ledger(model).peak()
+
+
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+def test_a_model_without_blocks_is_planned_as_it_is_and_told_so(activations):
+    config = OpenAIGPTConfig(vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4)
+    assert count_layers(config) == 0
+    recipe = read_recipe("default", ["base.model=x", "data.train=x", "base.device=cpu", "base.attention=eager"])
+    pace = Pace(10, 2, 1, 1, None, 1e-3, "the test", 1000, 1000)
+    plan = plan_methods(recipe, config, pace, 12, eval_shape=(1, 12))
+    assert (plan["activations"], plan["blocks"]) == ("keep", {"offload": 0, "recompute": 0, "keep": 0})
+    asked = recipe.model_copy(update={"memory": Memory(activations=activations)})
+    with pytest.raises(ModelError, match="has no blocks that can be recomputed"):
+        plan_methods(asked, config, pace, 12)

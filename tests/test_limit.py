@@ -15,7 +15,7 @@ from qlora_kit.memory.counter import resident_bytes
 from qlora_kit.memory.limit import BESIDE_TENSORS_BYTES, CUDA_RESERVE_BYTES
 
 GIB, MIB = 2**30, 2**20
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 needs_proc = pytest.mark.skipif(resident_bytes() == (0, 0), reason="this system has no /proc/self/status")
 
 

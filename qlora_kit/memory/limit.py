@@ -42,6 +42,8 @@ class Limit:
     """
 
     def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
+        if device.type == "cuda" and device.index is None:  # the allocator's limit is one numbered card's
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.budget_bytes, self.step = device, budget_bytes, 0
         self.counter = PeakCounter(device)
         self._fraction_before = 1.0

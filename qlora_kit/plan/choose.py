@@ -8,8 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PretrainedConfig
 
+from qlora_kit.base.load import build_model
+from qlora_kit.errors import ModelError
 from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
 from qlora_kit.plan.depths import count_layers
 from qlora_kit.plan.dry_run import After, added_by_allocator, dry_rest, dry_step, together
@@ -60,16 +64,10 @@ class Workloads:
         chunks = sorted({usual, min(SMALLEST_CHUNK, usual)}, reverse=True) if asked == "auto" else [asked]
         heads = [head is True]
         if head == "auto":
-            heads = [False, True] if self.may_quantize_head else [False]
+            heads = [False, True] if may_quantize_head(self.recipe, self.config) else [False]
         for is_quantized in heads:
             for chunk in chunks:
                 yield replace(self, quantize_head=is_quantized, loss_chunk=chunk, _runs={})
-
-    @property
-    def may_quantize_head(self) -> bool:
-        """Whether format and width allow it."""
-        base, width = base_as_held(self.recipe), self.config.get_text_config().hidden_size
-        return base.quantization != "none" and (base.quantization == "int8" or width % base.block_size == 0)
 
     def of(self, setting: Setting) -> Workload:
         """The step, and what comes with it, under a setting."""
@@ -102,7 +100,7 @@ class Chosen:
         makes: with head and loss settled.
         solution: the setting and its dry run.
         added: bytes that come on top on a card, by what takes them, estimates all; None elsewhere.
-        with_quantized_head: the peak with embedding and head quantised, where nothing fits and that is a way out.
+        with_quantized_head: bytes needed with embedding and head quantised, where nothing fits and that is a way out.
     """
 
     makes: Workloads
@@ -110,9 +108,16 @@ class Chosen:
     added: dict[str, int] | None
     with_quantized_head: int | None
 
+    @property
+    def needs_bytes(self) -> int:
+        """Of a budget: the peak, and what comes on top inside the allocator."""
+        inside = 0 if self.added is None else _inside(self.added)
+        needed: int = self.solution.planned["peak_bytes"] + inside
+        return needed
+
 
 def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
-    """The first way to hold the head for which a setting fits, or the last, with the fastest setting.
+    """The first way to hold the head for which a setting fits, with the fastest; or the last way, with the smallest.
 
     Args:
         makes: of the recipe.
@@ -130,20 +135,36 @@ def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
         if solution.fits:
             break
     small = None
-    if not solution.fits and not way.quantize_head and way.may_quantize_head:
-        small = replace(way, quantize_head=True, _runs={}).plan(solution.setting)["peak_bytes"]
+    if not solution.fits and not way.quantize_head and may_quantize_head(way.recipe, way.config):
+        small = replace(way, quantize_head=True, _runs={}).plan(solution.setting)["needs_bytes"]
     return Chosen(way, solution, added, small)
 
 
+def may_quantize_head(recipe: Recipe, config: PretrainedConfig) -> bool:
+    """Whether `base.quantize_head` is possible: by the format, the width, and the kind of head."""
+    base = base_as_held(recipe)
+    with torch.device("meta"):
+        model = build_model(config, torch.bfloat16, "eager")
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    fits = base.quantization == "int8" or embedding.weight.shape[1] % base.block_size == 0
+    return base.quantization != "none" and fits and (head is None or type(head) is nn.Linear)
+
+
 def _choices(makes: Workloads, pace: Pace) -> Choices:
-    recipe = makes.recipe
+    recipe, layers = makes.recipe, count_layers(makes.config)
+    if layers == 0 and recipe.memory.activations in ("recompute", "offload"):
+        raise ModelError(
+            f"a {makes.config.model_type} has no blocks that can be recomputed; set memory.activations=keep, not "
+            f"{recipe.memory.activations}"
+        )
     # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
     may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
     return Choices.of(
         recipe.memory.activations,
         pace.micro_batch,
         pace.rows_a_step,
-        layers=count_layers(makes.config),
+        layers=layers,
         may_split=may_split,
         has_host=makes.on_card,
         trains_weights=recipe.train.full_finetune,

@@ -44,6 +44,8 @@ class Shallow:
 def find_shallow(config: PretrainedConfig, activations: Policy | Blocks) -> Shallow:
     """The runs that tell the model's own depth; only itself where that is as cheap."""
     kinds = layer_kinds(config)
+    if len(kinds) != getattr(config.get_text_config(), "num_hidden_layers", None):
+        return Shallow(Blocks.of(activations, len(kinds)))  # its depth is not this number: it cannot be cut
     full = Blocks.of(activations, len(kinds))
     found = shallow_depths(kinds)
     if full.policy is not None and found is not None:
@@ -99,7 +101,8 @@ def shallow_depths(kinds: Sequence[Hashable]) -> tuple[int, int] | None:
     for period in range(1, count // 2 + 1):
         prefix = next(n for n in range(count) if all(kinds[i] == kinds[i + period] for i in range(n, count - period)))
         low = prefix + (count - prefix) % period + period
-        low = low + period if low < 2 else low
+        while low < 2 or (prefix and low // 2 <= prefix):  # first and last of what repeats are blocks of their own
+            low += period
         found.append((low, low + period))
     best = min(found, key=sum, default=None)
     return best if best is not None and sum(best) < count else None

@@ -136,7 +136,7 @@ def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     """
     blocks = Blocks.of(work.activations, count_layers(config))
     few, more = (thinned(blocks, layers) for layers in PLAYED_LAYERS)
-    if more.all >= blocks.all:
+    if more.all >= blocks.all or not find_shallow(config, blocks).steps:
         return _added(config, replace(work, activations=blocks))
     low, high = (_added(config, replace(work, activations=part)) for part in (few, more))
     return round(low + (high - low) * (blocks.all - few.all) / (more.all - few.all))
@@ -172,7 +172,8 @@ def _told(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]
 def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
     """A part of a run at the depth that the blocks of `work` are."""
     blocks = work.activations
-    config = with_depth(config, blocks.all) if isinstance(blocks, Blocks) and blocks.all else config
+    if isinstance(blocks, Blocks) and blocks.all != count_layers(config):
+        config = with_depth(config, blocks.all)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(host_apart=work.on_card)
         model, parameters = _build(config, work, ledger)

@@ -61,7 +61,9 @@ def plan_methods(
     room = budget or available_bytes(device)
     chosen = choose(Workloads(recipe, config, tokens, on_card, eval_shape, after or {}), pace, room)
     makes, solution, setting = chosen.makes, chosen.solution, chosen.solution.setting
-    work, adapters = makes.of(setting), replace(makes, recipe=with_adapters(recipe)).of(setting)
+    work = makes.of(setting)
+    is_quantized = makes.quantize_head or recipe.base.quantize_head is True
+    adapters = replace(makes, recipe=with_adapters(recipe), quantize_head=is_quantized).of(setting)
     methods = _methods(recipe, config, work, adapters, solution.planned, after)
     own, parameters = methods[method_of(recipe)], solution.planned["parameters"]
     speed = None
@@ -77,6 +79,7 @@ def plan_methods(
         "savings_vs_full": 1 - methods["qlora"]["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
         "floor": _floor(config, work, own),
         "budget": budget,
+        "needs_bytes": chosen.needs_bytes,
         "activations": setting.blocks.words,
         "blocks": setting.blocks._asdict(),
         "loss_chunk": work.loss_chunk,

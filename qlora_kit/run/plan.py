@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from qlora_kit.export import rehearse_merge
 from qlora_kit.memory import Limit
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
-from qlora_kit.recipe import Recipe
+from qlora_kit.plan.choose import may_quantize_head
+from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, count_parameters, largest_eval_shape, positions_of, prepare
@@ -104,16 +106,23 @@ def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
     """
     if recipe.memory.budget is None:
         return
-    base, budget = recipe.base, parse_bytes(recipe.memory.budget)
+    base, budget = base_as_held(recipe), parse_bytes(recipe.memory.budget)
     work = Workload.of(recipe, micro_batch=1, accumulation=1, tokens=1, activations="recompute")
+    may_be_smaller = may_quantize_head(recipe, config)
+    work = replace(work, quantize_head=base.quantize_head is True or (base.quantize_head == "auto" and may_be_smaller))
     weights = weight_bytes(config, work)
     if weights > budget:
-        smaller = "" if base.quantize_head else ", set base.quantize_head=true"
-        smaller = smaller if work.quantization.is_4bit else ", set base.quantization=nf4"
+        ways = ["raise the budget"]
+        if recipe.train.full_finetune:
+            ways.append("set train.full_finetune=false")
+        elif not work.quantization.is_4bit:
+            ways.append("set base.quantization=nf4")
+        elif may_be_smaller and not work.quantize_head:
+            ways.append("set base.quantize_head=true")
         raise FitError(
             f"memory.budget is {format_bytes(budget)}, and the weights of {base.model} alone take "
-            f"{format_bytes(weights)} (base.quantization={base.quantization}); raise the budget{smaller}, or take a "
-            "smaller base"
+            f"{format_bytes(weights)} (base.quantization={base.quantization}); {', '.join(ways)}, or take a smaller "
+            "base"
         )
 
 
@@ -121,10 +130,9 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     """Hold a plan against its budget.
 
     Raises:
-        FitError: the peak is above it.
+        FitError: the peak, with what a card's allocator adds, is above it.
     """
-    method, budget = plan["method"], plan["budget"]
-    peak = plan["methods"][method]["peak_bytes"]
+    method, budget, peak = plan["method"], plan["budget"], plan["needs_bytes"]
     if budget is not None and peak > budget:
         small = plan["with_quantized_head"]
         head = f", or {format_bytes(small)} with base.quantize_head=true" if small else ""

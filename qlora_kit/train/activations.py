@@ -43,7 +43,9 @@ class Blocks(NamedTuple):
 
     @property
     def policy(self) -> Policy | None:
-        """The one that all blocks have; None for a mixture."""
+        """The one that all blocks have; keep where there are none, None for a mixture."""
+        if self.all == 0:
+            return "keep"
         (policy, count) = max(self._asdict().items(), key=lambda each: each[1])
         return policy if count == self.all else None  # type: ignore[return-value]
 

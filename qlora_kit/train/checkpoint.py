@@ -59,7 +59,6 @@ def save_checkpoint(
     final = folder / f"step-{progress.step:06d}"
     progress.numbers = optimizer.state_numbers()
     with staged_folder(final) as staged:
-        _wait(parameters)  # paged state is the card's until it is done
         for name, copies in _host_copies(parameters, optimizer, _device(parameters).type == "cuda"):
             _wait(parameters)  # copies are queued
             write_tensors(staged / f"{name}.safetensors", copies)
@@ -168,8 +167,9 @@ def _host_copies(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The content of each file in the host's memory, one file after the other: clear the one before the next comes.
 
-    What lies in it already is written from where it lies.
+    On a CPU it is written from where it lies.
     """
+    _wait(parameters)  # paged state is the card's until it is done
     bring = to_host if on_card else Tensor.contiguous
     yield "parameters", {name: bring(tensor.detach()) for name, tensor in parameters.items()}
     yield "optimizer", {name: bring(tensor) for name, tensor in optimizer.state_tensors()}

@@ -84,10 +84,12 @@ def rehearse_evaluation(model: PreTrainedModel, rows: Rows, phase: Phase, loss_c
     """
     with evaluation_mode(model), phase("evaluate"):
         loss_sum(model, rows, loss_chunk=loss_chunk)
-    body = model.base_model
+    body, ids = model.base_model, rows.input_ids
     with evaluation_mode(model), phase("evaluate/answer"):
-        begun = body(input_ids=rows.input_ids, use_cache=True)
-        body(input_ids=rows.input_ids[:, :1], past_key_values=begun.past_key_values, use_cache=True)
+        begun = body(input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids, use_cache=True)
+        cache = begun.get("past_key_values")  # other kinds of state do not grow
+        if cache is not None and ids.shape[1] > 1:
+            body(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
 
 
 def generate_texts(

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def _longest(job: Job) -> Batch:
         packs = full_packs(job.rows, job.pace.micro_batch, job.packed_tokens)
     else:
         by_length = sorted(job.rows, key=lambda row: len(row.input_ids), reverse=True)
-        packs = [[row] for row in by_length[: job.pace.micro_batch]]
+        packs = [[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
     return collate_packs(packs, job.pad_id).to(job.device)
 
 

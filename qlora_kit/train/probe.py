@@ -33,7 +33,7 @@ def settled_chunk(model: PreTrainedModel, ids: Sequence[int], chunk: int | None)
         return None, f"{type(model).__name__} has no head that can be called by itself: {_WHOLE}"
     with evaluation_mode(model):
         error = _logit_error(model, torch.tensor([ids[:TOKENS]], device=model.device))
-    if error > (TOLERANCE_16_BITS if model.dtype.itemsize == 2 else TOLERANCE):
+    if not error <= (TOLERANCE_16_BITS if model.dtype.itemsize == 2 else TOLERANCE):  # NaN is no agreement
         return None, f"{type(model).__name__} does more than is known between its body and its logits: {_WHOLE}"
     return chunk, None
 
