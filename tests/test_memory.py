@@ -14,7 +14,7 @@ from transformers import LlamaConfig, masking_utils
 
 from qlora_kit.base.load import build_model
 from qlora_kit.lora import adapter_parameters, add_lora
-from qlora_kit.memory import CATEGORIES, PHASES, Ledger, PeakCounter
+from qlora_kit.memory import CATEGORIES, PHASES, Ledger, PeakCounter, from_host, to_host
 from qlora_kit.memory.counter import resident_bytes
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.step import accumulate_gradients
@@ -267,6 +267,78 @@ def test_plain_operators_have_the_same_accounts_on_fake_and_on_real_tensors_byte
         fake = work()
     assert real["peak_bytes"] > 4 * 33 * 65
     assert fake == real
+
+
+# --- where they were made -----------------------------------------------------------------------------------------
+
+
+def test_the_largest_allocations_name_the_module_that_made_them_and_no_weights():
+    ledger, model, _ = training_step("none")
+    largest = ledger.history.largest()
+    assert 2 <= len(largest) <= 10
+    assert [each["bytes"] for each in largest] == sorted((each["bytes"] for each in largest), reverse=True)
+    assert {each["category"] for each in largest} <= {"activations", "workspace", "gradients", "other"}
+    assert all(each["operator"] and each["shape"] for each in largest)
+    modules = dict(model.named_modules())
+    named = [each for each in largest if each["module"]]
+    assert named, "part of them is made inside of the model"
+    assert all(each["module"] in modules or each["module"].rpartition(".")[0] for each in named)
+    mlp = [each for each in named if ".mlp" in each["module"]]
+    assert mlp, "the feed-forward layers keep most"
+    assert all(each["shape"][-1] in (LLAMA["intermediate_size"], LLAMA["hidden_size"], 4) for each in mlp)
+
+
+def test_blocks_are_places_of_their_own_forward_and_backward():
+    model = tiny.quantized(tiny.llama(), "none")
+    add_lora(model, rank=4, alpha=8)
+    names = ["model.layers.0", "model.layers.1"]
+    ledger = Ledger()
+    ledger.adopt(model, names)
+    with ledger:
+        accumulate_gradients(model.train(), [Batch()], 30, phase=ledger.phase)
+    places = ledger.history.peaks_by_place()
+    assert {block for phase, block in places if phase == "backward"} == {"", *names}
+    totals = {place: sum(held.values()) for place, held in places.items()}
+    assert totals["forward", names[1]] > totals["forward", names[0]], "activations add up"
+    assert totals["backward", names[1]] > totals["backward", names[0]], "and go again"
+    assert max(totals.values()) == ledger.peak()
+    hooks = [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert [type(module).__name__ for module in hooks] == ["LlamaModel"], "but for the workspace's own, none is left"
+
+
+def test_a_timeline_is_short_in_order_and_holds_the_peak():
+    ledger, _, _ = training_step()
+    samples = ledger.history.timeline()
+    assert 20 < len(samples) <= 200
+    assert max(sum(sample["bytes"].values()) for sample in samples) == ledger.peak()
+    phases = [sample["phase"] for sample in samples if sample["phase"]]
+    assert phases.index("forward") < phases.index("loss") < phases.index("backward") < phases.index("optimizer")
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_what_waits_in_the_hosts_memory_is_counted_apart_where_that_is_another(is_apart):
+    ledger = Ledger(host_apart=is_apart)
+    with ledger, ledger.phase("forward"):
+        x = torch.zeros(KIB)
+        waiting = to_host(x)
+        back = from_host(waiting, CPU)
+        assert torch.equal(back, x)
+        assert ledger.current() == (2 if is_apart else 3) * 4 * KIB
+    assert ledger.summary()["host_peak_bytes"] == (4 * KIB if is_apart else 0)
+    assert len({each.data_ptr() for each in (x, waiting, back)}) == 3
+
+
+def test_pages_of_a_file_are_never_counted():
+    mapped = torch.zeros(KIB)
+    ledger = Ledger()
+    ledger.ignore([mapped])
+    with ledger, ledger.phase("load"):
+        view = mapped.view(32, 32).detach()
+        assert ledger.current() == 0
+        copy = view.to(torch.bfloat16)
+        assert ledger.current() == copy.nbytes
+    del view, mapped
+    assert ledger.peak() == 2 * KIB
 
 
 # --- the system's own count -------------------------------------------------------------------------------------------

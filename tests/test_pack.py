@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from hypothesis import strategies as st
+from test_plan import WORK as STEP
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -31,8 +32,8 @@ from qlora_kit.data import (
 from qlora_kit.errors import ModelError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
-from qlora_kit.plan import Workload, dry_run
-from qlora_kit.recipe import Lora, Train
+from qlora_kit.plan import dry_run
+from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.isolation import check_isolation, leaked_gradient
 from qlora_kit.train.loop import Job, train_loop
@@ -298,16 +299,4 @@ def test_a_packed_run_resumes_bit_for_bit(tmp_path):
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
-SHAPE = {"hidden_size": 128, "intermediate_size": 320, "vocab_size": 512, "num_attention_heads": 4}
-WORK = Workload(
-    quantization=Quantization("nf4"),
-    lora=Lora(rank=8),
-    dtype=torch.float32,
-    attention="sdpa",
-    micro_batch=2,
-    tokens=ROOM,
-    accumulation=1,
-    activations="keep",
-    optimizer="adamw_8bit",
-    master_weights="fp32",
-)
+WORK = replace(STEP, tokens=ROOM, eval_shape=None)

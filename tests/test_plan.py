@@ -28,7 +28,7 @@ from qlora_kit.plan import Workload, available_bytes, dry_run, plan_methods
 from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
 from qlora_kit.report.text import plan_text
-from qlora_kit.train.activations import set_activation_policy
+from qlora_kit.train.activations import activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.loop import Job, rehearse, train_loop
@@ -77,7 +77,7 @@ def real_model(config, work, ledger):
     with ledger.watch("load"):
         freeze_and_quantize(model, work.quantization, work.dtype, CPU, work.skip)
         add_lora(model, rank=work.lora.rank, alpha=work.lora.alpha, dropout=work.lora.dropout, also_train=also)
-    ledger.adopt(model)
+    ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, work.activations)
     return model.train()
 
@@ -427,5 +427,5 @@ def test_the_device_is_known():
     assert "CPU" in device_name(CPU)
     rate = matmul_rate(CPU, torch.float32, seconds=0.01)
     assert rate > 1e8
-    fast, slow = (estimated_tokens_per_s(10**9, is_recomputed, rate) for is_recomputed in (False, True))
+    fast, slow = (estimated_tokens_per_s(10**9, recomputed, rate) for recomputed in (0, 1))
     assert fast == pytest.approx(1.5 * slow)

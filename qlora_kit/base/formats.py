@@ -112,7 +112,7 @@ def _quantize_4bit(w_N: Tensor, quantization: Quantization) -> tuple[Tensor, Ten
     count, block = w_N.numel(), quantization.block_size
     codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=w_N.device)
     absmax = torch.empty(-(-count // block), dtype=torch.float32, device=w_N.device)
-    for begin, end in _slices(count, w_N):
+    for begin, end in _slices(count, SLICE_ELEMENTS, w_N):
         packed, constants = torch.ops.bitsandbytes.quantize_4bit.default(
             w_N[begin:end], block, quantization.kind, torch.uint8
         )
@@ -126,18 +126,17 @@ def _quantize_int8(w_OI: Tensor) -> dict[str, Tensor]:
     out, width = w_OI.shape
     codes = torch.empty(out, width, dtype=torch.int8, device=w_OI.device)
     absmax = torch.empty(out, dtype=torch.float32, device=w_OI.device)
-    rows = max(1, SLICE_ELEMENTS // width) if w_OI.device.type == "cpu" else out
-    for begin in range(0, out, rows):
-        part = slice(begin, begin + rows)
+    for begin, end in _slices(out, max(1, SLICE_ELEMENTS // width), w_OI):
+        part = slice(begin, end)
         # fp16 first, because that is what bitsandbytes' Int8Params does to every weight.
         half = w_OI[part].to(torch.float16)
         codes[part], absmax[part], _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half, 0.0)
     return {"codes": codes, "absmax": absmax}
 
 
-def _slices(count: int, w_N: Tensor) -> Iterator[tuple[int, int]]:
+def _slices(count: int, step: int, weight: Tensor) -> Iterator[tuple[int, int]]:
     """Ends of slices on a CPU; elsewhere, and on fake tensors, which do no work, all is one."""
-    step = SLICE_ELEMENTS if w_N.device.type == "cpu" and not isinstance(w_N, FakeTensor) else count
+    step = step if weight.device.type == "cpu" and not isinstance(weight, FakeTensor) else count
     for begin in range(0, count, step):
         yield begin, min(begin + step, count)
 

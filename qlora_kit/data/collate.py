@@ -15,9 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qlora_kit.data.template import Encoded
-
-IGNORED = -100
-"""The label of a token whose prediction the loss does not count."""
+from qlora_kit.ops import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.data.collate import IGNORED, Batch
+from qlora_kit.data.collate import Batch
 from qlora_kit.errors import DataError, RunError
+from qlora_kit.ops import IGNORED
 from qlora_kit.train.evaluate import evaluation_mode
 
 CHUNK = 256

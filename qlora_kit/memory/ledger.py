@@ -12,7 +12,6 @@ Where a storage was made follows from hooks: the module whose forward pass runs,
 whose output's gradient has come. They stand only while the ledger watches.
 """
 
-import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,9 +27,6 @@ from qlora_kit.memory.history import CATEGORIES, PHASES, Allocation, History
 from qlora_kit.memory.host import TO_HOST
 
 __all__ = ["CATEGORIES", "PHASES", "Ledger"]
-
-_BLOCK = re.compile(r"[^.0-9][^.]*(?:\.[^.0-9][^.]*)*\.\d+")
-"""A module's name down to its first number: `model.layers.3` of `model.layers.3.mlp.act_fn`."""
 
 
 class Ledger(TorchDispatchMode):
@@ -61,10 +57,14 @@ class Ledger(TorchDispatchMode):
         if model is not None:
             self.adopt(model)
 
-    def adopt(self, model: nn.Module) -> None:
-        """Enter the parameters and buffers of `model`, and tell from now on in which of its modules things are made."""
-        self._model = model
-        self._blocks = {name for name, _ in model.named_modules() if _BLOCK.fullmatch(name)}
+    def adopt(self, model: nn.Module, blocks: Iterable[str] = ()) -> None:
+        """Enter the parameters and buffers of `model`, and tell from now on in which of its modules things are made.
+
+        Args:
+            model: to follow.
+            blocks: names of its modules that are places of their own, forward and backward.
+        """
+        self._model, self._blocks = model, set(blocks)
         for category, name, tensor in _owned_by(model):
             self.own(category, [tensor], module=name)
 

@@ -94,18 +94,18 @@ def find_card(name: str) -> Card:
     return Card(card, TOTAL_MIB[card] * MIB - CUDA_RESERVE_BYTES, dtype)
 
 
-def fitting_cards(peaks: Mapping[str, int]) -> list[dict[str, Any]]:
+def fitting_cards(needed: Mapping[str, int]) -> list[dict[str, Any]]:
     """Which cards have room for which method.
 
     Args:
-        peaks: bytes by method.
+        needed: bytes by method, with what a card's allocator adds.
 
     Returns:
-        for each card of the table its name, `usable_bytes`, and by method whether the peak is below them.
+        for each card of the table its name, `usable_bytes`, and by method whether they are enough.
     """
     usable = {name: find_card(name).usable_bytes for name in TOTAL_MIB}
     return [
-        {"name": name, "usable_bytes": room, **{method: peak <= room for method, peak in peaks.items()}}
+        {"name": name, "usable_bytes": room, **{method: count <= room for method, count in needed.items()}}
         for name, room in usable.items()
     ]
 

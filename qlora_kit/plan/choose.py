@@ -20,16 +20,22 @@ from qlora_kit.plan.dry_run import After, added_by_allocator, dry_rest, dry_step
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, base_as_held
-from qlora_kit.train.head import automatic_chunk
+from qlora_kit.train.head import FEWEST_TOKENS, automatic_chunk
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import MIB
 
 LIBRARY_BYTES = 32 * MIB
 """Workspace of cuBLAS, from PyTorch's allocator: 8 MiB on most cards and 32 on Hopper."""
-ON_CARD = (1.1, LIBRARY_BYTES)
-"""While settings are compared: 10 % for the allocator, as replays of 7B steps have shown (5 to 13 %), and libraries."""
-SMALLEST_CHUNK = 64
+ALLOCATOR_SHARE = 0.1
+"""Of the tensors' peak, what a card's allocator is reserved while settings are compared: replays of 7B steps have shown
+5 to 13 % (benchmarks/LOG.md)."""
+SMALLEST_CHUNK = FEWEST_TOKENS
 """Tokens whose logits stand at one time, where memory is short."""
+
+
+def needed_on_card(peak_bytes: int) -> int:
+    """Bytes that tensors with such a peak want of a card, before its allocator is played through: an estimate."""
+    return round(peak_bytes * (1 + ALLOCATOR_SHARE)) + LIBRARY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +93,8 @@ class Workloads:
             self._runs[None] = dry_rest(self.config, self.of(setting), self.after)
         if setting not in self._runs:
             planned = together(dry_step(self.config, self.of(setting)), self._runs[None])
-            share, extra = ON_CARD if self.on_card else (1.0, 0)
-            self._runs[setting] = planned | {"needs_bytes": round(planned["peak_bytes"] * share) + extra}
+            peak = planned["peak_bytes"]
+            self._runs[setting] = planned | {"needs_bytes": needed_on_card(peak) if self.on_card else peak}
         return self._runs[setting]
 
 
@@ -127,13 +133,13 @@ def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
     choices = _choices(makes, pace)
     for way in makes.ways():
         solution = solve(choices, makes.tokens, room, way.plan)
-        added = _added_on_card(way, solution.setting) if makes.on_card else None
-        missing = 0 if added is None else solution.planned["peak_bytes"] + _inside(added) - room
-        if solution.fits and missing > 0:  # once: less room by what the allocator adds beyond what was reserved
-            solution = solve(choices, makes.tokens, room - missing, way.plan)
-            added = _added_on_card(way, solution.setting)
         if solution.fits:
             break
+    added = _added_on_card(way, solution.setting) if makes.on_card else None
+    missing = 0 if added is None else solution.planned["peak_bytes"] + _inside(added) - room
+    if solution.fits and missing > 0:  # once: less room by what the allocator adds beyond what was reserved
+        solution = solve(choices, makes.tokens, room - missing, way.plan)
+        added = _added_on_card(way, solution.setting)
     small = None
     if not solution.fits and not way.quantize_head and may_quantize_head(way.recipe, way.config):
         small = replace(way, quantize_head=True, _runs={}).plan(solution.setting)["needs_bytes"]

@@ -72,7 +72,7 @@ def layer_kinds(config: PretrainedConfig) -> list[Hashable]:
     key = config.to_json_string(use_diff=False)
     if key not in _KINDS:
         with torch.device("meta"):
-            blocks = activation_blocks(build_model(config, torch.bfloat16, "eager"))
+            blocks = activation_blocks(build_model(config, torch.bfloat16, "eager")).values()
         names = getattr(config.get_text_config(), "layer_types", None) or [None] * len(blocks)
         _KINDS[key] = [
             (type(block), names[index % len(names)], *((name, *p.shape) for name, p in block.named_parameters()))

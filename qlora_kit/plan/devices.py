@@ -46,13 +46,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * side**3 * products / (time.perf_counter() - started)
 
 
-def estimated_tokens_per_s(parameters: int, is_recomputed: bool, rate: float, *, trains_weights: bool = False) -> float:
+def estimated_tokens_per_s(parameters: int, recomputed: float, rate: float, *, trains_weights: bool = False) -> float:
     """Tokens a second of a step: 2 N operations forward, 2 N backward for dx, 2 N more where blocks are recomputed,
     and 2 N more for dW where the weights train.
 
     Frozen weights want no gradient, which saves LoRA the third of a full step (LoRA Without Regret).
+
+    Args:
+        parameters: N, of the base.
+        recomputed: share of the blocks that run forward twice, 0 to 1.
+        rate: floating-point operations a second of a matrix product.
+        trains_weights: whether the base wants gradients, too.
     """
-    return EFFICIENCY * rate / (2 * (2 + is_recomputed + trains_weights) * parameters)
+    return EFFICIENCY * rate / (2 * (2 + recomputed + trains_weights) * parameters)
 
 
 def _wait(device: torch.device) -> None:

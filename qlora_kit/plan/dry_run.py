@@ -1,4 +1,4 @@
-"""One optimizer step on fake tensors: the very code of the real step, with a ledger, no weights and no accelerator.
+"""A run on fake tensors: the very code of the real one, with a ledger, no weights and no accelerator.
 
 Real and fake differ in four places, each a seam of its own:
 - where weights come from: a model built from its configuration, instead of the pages of a checkpoint;
@@ -21,7 +21,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
 from qlora_kit.base.load import Head, build_model, freeze_and_quantize
@@ -40,7 +39,7 @@ from qlora_kit.plan.depths import (
     with_depth,
 )
 from qlora_kit.plan.workload import Workload
-from qlora_kit.train.activations import Blocks, set_activation_policy
+from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.isolation import no_packing
@@ -184,7 +183,7 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
         del optimizer  # it goes when the run lets it go
         with ledger:
             does(run)
-    names = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    names = list(activation_blocks(model))
     roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}
     return {
         "resident_bytes": ledger.current(),
@@ -249,12 +248,15 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     model = _dense(config, work)
     ledger.ignore(model.parameters())
     with ledger, ledger.phase("load"):
+        largest = max((p for p in model.parameters() if p.ndim > 1), key=torch.numel)
         _as_loaded(model, work)
+        if work.on_card and work.quantization.kind != "none":
+            torch.empty_like(largest)  # a matrix lies there dense while it is quantised: the last, at the fullest
         if work.lora is not None:
             # What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
             lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
             add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)))
-    ledger.adopt(model)
+    ledger.adopt(model, activation_blocks(model))
     if work.lora is None:
         model.requires_grad_(True)
     set_activation_policy(model, work.activations)

@@ -132,11 +132,11 @@ class Choices:
         if not self.may_mix:
             yield from (Blocks.alike(policy, self.layers) for policy in self.policies)
             return
+        step = max(1, self.layers // 16)
         for keep in range(self.layers, -1, -1):
             again = self.layers - keep
             if "recompute" not in self.policies and again:
                 return
-            step = max(1, self.layers // 16)
             for offload in range(0, again + 1 if "offload" in self.policies else 1, step):
                 yield Blocks(offload, again - offload, keep)
 
@@ -149,8 +149,8 @@ class Solution:
         setting: the fastest that fits; the smallest there is where none does.
         planned: its dry run.
         fits: whether it does.
-        fastest: of all, with its peak in bytes; None where that is the setting itself.
-        more: what the next GiB would buy, or else the least that buys anything, with its peak (an estimate).
+        fastest: of all, with the bytes that it needs; None where that is the setting itself.
+        more: what the next GiB would buy, or else the least that buys anything, with what it needs (an estimate).
     """
 
     setting: Setting

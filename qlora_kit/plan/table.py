@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.cards import fitting_cards
-from qlora_kit.plan.choose import Workloads, choose
+from qlora_kit.plan.choose import Workloads, choose, needed_on_card
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.plan.dry_run import After, dry_run
 from qlora_kit.plan.floor import floor_bytes
@@ -66,11 +66,7 @@ def plan_methods(
     adapters = replace(makes, recipe=with_adapters(recipe), quantize_head=is_quantized).of(setting)
     methods = _methods(recipe, config, work, adapters, solution.planned, after)
     own, parameters = methods[method_of(recipe)], solution.planned["parameters"]
-    speed = None
-    if card is None:
-        again, trains = setting.blocks.keep < setting.blocks.all, recipe.train.full_finetune
-        rate = matmul_rate(device, work.dtype)
-        speed = estimated_tokens_per_s(parameters["total"], again, rate, trains_weights=trains)
+    speed = _tokens_per_s(work, setting.blocks, parameters["total"], device) if card is None else None
     return {
         "method": method_of(recipe),
         "parameters": parameters,
@@ -97,11 +93,18 @@ def plan_methods(
         "hours": None if speed is None else pace.tokens / speed / 3600,
         "estimates": ["tokens_per_s", "hours", "next", "traded"],
         "allocator": chosen.added,
-        "cards": fitting_cards({name: method["peak_bytes"] for name, method in methods.items()}),
+        "cards": fitting_cards({name: needed_on_card(method["peak_bytes"]) for name, method in methods.items()}),
         "next": _other(solution, solution.more, tokens),
         "traded": _other(solution, solution.fastest, tokens),
         "with_quantized_head": chosen.with_quantized_head,
     }
+
+
+def _tokens_per_s(work: Workload, blocks: Blocks, parameters: int, device: torch.device) -> float:
+    """An estimate for this machine's device."""
+    recomputed = 1 - blocks.keep / blocks.all if blocks.all else 0
+    rate = matmul_rate(device, work.dtype)
+    return estimated_tokens_per_s(parameters, recomputed, rate, trains_weights=work.lora is None)
 
 
 def _methods(

@@ -54,7 +54,6 @@ class Workload:
     packing: bool = False
     task: Literal["sft", "pretrain", "classify"] = "sft"
     is_padded: bool = False
-
     loss_chunk: int | None = None
 
     @classmethod
@@ -82,7 +81,7 @@ class Workload:
             optimizer=recipe.train.optimizer,
             master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
             skip=tuple(base.skip),
-            quantize_head=bool(base.quantize_head),  # auto: as small as it may become
+            quantize_head=base.quantize_head is True,
             packing=recipe.data.packing is True,
             loss_chunk=loss_chunk,
         )

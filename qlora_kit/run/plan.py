@@ -28,6 +28,9 @@ from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
+_AFTER = {"export": rehearse_merge}
+"""What is done with a trained model, by the phase that it makes."""
+
 
 def plan_memory(
     recipe: Recipe, watch: Watch | None = None, *, gpu: str | None = None, trust_remote_code: bool = False
@@ -71,7 +74,7 @@ def plan_memory(
         parameters=count_parameters(config),
     )
     eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
-    planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after={"export": rehearse_merge})
+    planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after=_AFTER)
     return planned | {"steps": None, "hours": None}
 
 
@@ -84,7 +87,7 @@ def plan_prepared(recipe: Recipe, prepared: Prepared, card: str | None = None) -
         prepared.longest,
         card,
         eval_shape=largest_eval_shape(prepared.eval.rows),
-        after={"export": rehearse_merge},
+        after=_AFTER,
     )
 
 

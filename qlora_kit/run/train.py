@@ -39,7 +39,7 @@ from qlora_kit.run.prepare import (
 from qlora_kit.run.score import score
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
-from qlora_kit.train.activations import Blocks, set_activation_policy
+from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
@@ -100,14 +100,13 @@ def train(
     check_budget(plan)
     chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
     prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
-    head = {"quantize_head": plan["quantize_head"] or recipe.base.quantize_head is True}
-    recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update=head)})
+    recipe = _with_head(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
-        ledger = Ledger(host_apart=resolve_device(recipe.base.device).type == "cuda")
+        ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, plan["loss_chunk"])
@@ -132,14 +131,20 @@ def train(
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the head, the micro-batches and the loss that its run began with: in others the same sums would
     be rounded otherwise."""
-    plan, base, train, memory = read_json(folder / PLAN), recipe.base, recipe.train, recipe.memory
-    if base.quantize_head == "auto":
-        base = base.model_copy(update={"quantize_head": plan["quantize_head"]})
+    plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
         memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
-    return recipe.model_copy(update={"base": base, "train": train, "memory": memory})
+    return _with_head(recipe, plan).model_copy(update={"train": train, "memory": memory})
+
+
+def _with_head(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with `base.quantize_head: auto` as the plan settled it."""
+    if recipe.base.quantize_head != "auto":
+        return recipe
+    base = recipe.base.model_copy(update={"quantize_head": plan["quantize_head"]})
+    return recipe.model_copy(update={"base": base})
 
 
 def _load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool) -> PreTrainedModel:
@@ -170,7 +175,7 @@ def _make_trainable(
         with ledger.watch("load"):
             report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=ids)
         watch.adapted(report)
-    ledger.adopt(model)
+    ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, Blocks(**plan["blocks"]))
 
 

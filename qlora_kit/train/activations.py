@@ -55,9 +55,9 @@ class Blocks(NamedTuple):
         return self.policy or ", ".join(f"{name} {count}" for name, count in self._asdict().items() if count)
 
 
-def activation_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """The blocks of a model, in the order in which they run."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+def activation_blocks(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
+    """The blocks of a model by their dotted names, in the order in which they run."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
 
 
 def set_activation_policy(model: nn.Module, policy: Policy | Blocks) -> int:
@@ -75,7 +75,7 @@ def set_activation_policy(model: nn.Module, policy: Policy | Blocks) -> int:
     Raises:
         ModelError: other than keep is asked for and the model has no blocks that can do it, or not as many.
     """
-    blocks = activation_blocks(model)
+    blocks = activation_blocks(model).values()
     if policy not in ("keep", Blocks()) and not blocks:
         raise ModelError(f"{type(model).__name__} has no blocks that can be recomputed; set memory.activations=keep")
     counts = Blocks.of(policy, len(blocks))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data.collate import IGNORED
+from qlora_kit.ops import IGNORED
 from qlora_kit.train.step import Phase, Rows, loss_sum, no_phase
 
 TOKENS_AT_ONCE = 2048

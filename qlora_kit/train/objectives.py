@@ -7,7 +7,7 @@ the split into micro-batches changes nothing (transformers issue 34191 tells wha
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.data.collate import IGNORED
+from qlora_kit.ops import IGNORED
 
 
 def causal_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
