@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
-from qlora_kit.base.load import Head, build_model, freeze_and_quantize
+from qlora_kit.base.load import Head, body_linears, build_model, freeze_and_quantize
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
@@ -247,15 +247,19 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     """The model as loading leaves it, with its adapter; the dense weights themselves are pages of a file."""
     model = _dense(config, work)
     ledger.ignore(model.parameters())
+    linears = [module.weight for _, module in body_linears(model)]
     with ledger, ledger.phase("load"):
-        largest = max((p for p in model.parameters() if p.ndim > 1), key=torch.numel)
         _as_loaded(model, work)
-        if work.on_card and work.quantization.kind != "none":
-            torch.empty_like(largest)  # a matrix lies there dense while it is quantised: the last, at the fullest
+    with ledger, ledger.phase("load/dense"):
+        if work.on_card and work.quantization.kind != "none" and linears:
+            # A matrix lies there dense while it is quantised; counted where all the others are quantised already.
+            torch.empty_like(max(linears, key=torch.numel))
+    with ledger, ledger.phase("load/adapters"):
         if work.lora is not None:
             # What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
             lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
             add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)))
+    del linears
     ledger.adopt(model, activation_blocks(model))
     if work.lora is None:
         model.requires_grad_(True)
