@@ -288,6 +288,17 @@ def test_the_largest_allocations_name_the_module_that_made_them_and_no_weights()
     assert all(each["shape"][-1] in (LLAMA["intermediate_size"], LLAMA["hidden_size"], 4) for each in mlp)
 
 
+def test_weights_are_not_among_the_largest_though_the_ledger_saw_them_made():
+    ledger = Ledger()
+    with ledger, ledger.phase("load"):
+        model = nn.Linear(64, 64)
+    ledger.adopt(model)
+    with ledger, ledger.phase("forward"):
+        y = model(torch.zeros(4, 64))
+    assert ledger.by_category()["base_weights"] > 10 * y.nbytes
+    assert {each["category"] for each in ledger.history.largest()} == {"activations"}
+
+
 def test_blocks_are_places_of_their_own_forward_and_backward():
     model = tiny.quantized(tiny.llama(), "none")
     add_lora(model, rank=4, alpha=8)

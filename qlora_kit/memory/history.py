@@ -135,8 +135,8 @@ class History:
         return counts
 
     def largest(self) -> list[dict[str, Any]]:
-        """The largest allocations alive at the peak, of those that nobody held before: weights are no news."""
-        made = (each for each in self._alive_at_peak() if each.operator and each.nbytes)
+        """The largest allocations alive at the peak that a step makes: weights and state are no news."""
+        made = (each for each in self._alive_at_peak() if each.nbytes and each.category in (None, "gradients"))
         return [each.as_json() for each in heapq.nlargest(LARGEST, made, key=lambda each: each.nbytes)]
 
     def peaks_by_place(self) -> dict[Place, dict[str, int]]:
