@@ -123,7 +123,7 @@ def _methods(
     peers = replace(adapters, quantization=Quantization("none"), dtype=dtype, quantize_head=False)
     dense = dry_run(config, peers, after)
     if method_of(recipe) == "qlora":
-        return {"qlora": own, "lora_16bit": dense, "full_finetune": _as_the_paper_counts(config, peers)}
+        return {"qlora": own, "lora_16bit": dense, "full_finetune": _as_the_paper_counts(config, peers, after)}
     full = {**own, "assumes": _assumed(work, own)}
     return {"qlora": dry_run(config, adapters, after), "lora_16bit": dense, "full_finetune": full}
 
@@ -162,11 +162,11 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
     return None if least is None else {"bytes": least, "ratio": round(step / least, 4)}
 
 
-def _as_the_paper_counts(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
+def _as_the_paper_counts(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
     """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
     parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16."""
     full = replace(work, lora=None, optimizer="adamw_32bit", master_weights="none", skip=())
-    planned = dry_run(config, full)
+    planned = dry_run(config, full, after)
     return {**planned, "assumes": {**_assumed(full, planned), "optimizer": "AdamW, fp32 moments"}}
 
 
