@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from qlora_kit.report.text import METHODS, method_names, own_method
 from qlora_kit.units import GIB
 
-COUNTED = "The driver's context is counted: usable is what a card reports less that."
+COUNTED = "Usable is what a card reports less the driver's context; a tenth is left to the allocator (estimates)."
 
 
 class CardGroup(NamedTuple):
