@@ -28,6 +28,7 @@ from qlora_kit.ops import (
     head_cross_entropy,
     linear_cross_entropy,
     linear_cross_entropy_plain,
+    sliced_cross_entropy,
     sliced_linear,
 )
 from qlora_kit.train.activations import set_activation_policy
@@ -38,6 +39,7 @@ from qlora_kit.train.step import accumulate_gradients, loss_sum
 
 slices = sys.modules["qlora_kit.ops.slices"]
 op = sys.modules["qlora_kit.ops.linear_cross_entropy"]  # its function bears the same name
+by_slices = sys.modules["qlora_kit.ops.sliced_cross_entropy"]
 RULES = [LogitRule(), LogitRule(0.25), LogitRule(cap=5.0), LogitRule(2.0, 5.0)]
 CHUNKS = [1, 7, 1000]
 TOKENS, WIDTH, VOCAB = 37, 24, 61
@@ -126,6 +128,87 @@ def test_a_slice_of_the_vocabulary_at_a_time_changes_nothing(monkeypatch):
     assert all(map(torch.equal, answers(dense(labels, RULES[3], 13), h, *head)[1:], once[1:]))
 
 
+def sliced(labels, rule, decoded=None):
+    """A frozen head by slices of its rows; it notes in `decoded` what it reads."""
+
+    def loss(h, w, b):
+        w, b = w.detach(), b.detach()
+
+        def decode_rows(rows, dtype):
+            if decoded is not None:
+                decoded.append((rows.start, rows.stop))
+            return w[rows].to(dtype)
+
+        return sliced_cross_entropy(h, labels, decode_rows, tuple(w.shape), b, rule=rule, divisor=DIVISOR)
+
+    return loss
+
+
+def of_input(loss, h, *head, factor=1.0):
+    """Value and dh."""
+    return answers(lambda h: loss(h, *head), h, factor=factor)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 1000])
+@pytest.mark.parametrize("rows", [1, 13, 1000])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_head_read_by_slices_gives_value_and_gradient_of_whole_logits(tokens, rows, rule, monkeypatch):
+    """In float64; slices of one row, of some of which the last is shorter, and of all."""
+    monkeypatch.setattr(by_slices, "TOKENS", tokens)
+    monkeypatch.setattr(slices, "SLICE_ELEMENTS", rows * WIDTH)
+    h, labels, *head = problem()
+    decoded = []
+    wanted = of_input(plain(labels, rule), h, *head, factor=3.0)
+    found = of_input(sliced(labels, rule, decoded), h, *head, factor=3.0)
+    assert all(each.norm() > 0.1 for each in wanted)
+    assert max(map(tiny.relative, found, wanted)) < 1e-13
+    assert len(decoded) == 2 * -(-TOKENS // tokens) * -(-VOCAB // rows), "every slice is decoded twice a chunk"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_in_16_bits_slices_are_hardly_further_from_the_truth_than_whole_logits_are(dtype, rule, monkeypatch):
+    """The value is the same up to 5 %. dh is summed over slices in fp32, but the product of each is rounded to 16 bits:
+    with five slices errors as large as one rounding's that add up like random ones, so up to a half more."""
+    monkeypatch.setattr(slices, "SLICE_ELEMENTS", 13 * WIDTH)
+    for seed in range(3):
+        h, labels, *head = problem(dtype, seed)
+        truth = of_input(plain(labels, rule), *(each.double() for each in (h, *head)))
+        bounds = list(map(tiny.relative, of_input(plain(labels, rule), h, *head), truth))
+        value, dh = map(tiny.relative, of_input(sliced(labels, rule), h, *head), truth)
+        assert bounds[1] > 1e-4, "whole logits are rounded"
+        assert value < max(1.05 * bounds[0], 1e-4)
+        assert dh <= 1.5 * bounds[1]
+
+
+def test_a_head_read_by_slices_never_has_more_logits_than_it_may(monkeypatch):
+    """However narrow the head; nothing is larger than they are in fp32."""
+    monkeypatch.setattr(by_slices, "LOGITS", 30 * TOKENS)
+    h, labels, *head = problem(torch.bfloat16)
+    ledger = Ledger()
+    with ledger:
+        of_input(sliced(labels, LogitRule()), h, *head)
+    assert max(each.nbytes for each, _ in ledger.history.events()) == 30 * TOKENS * 4 < VOCAB * TOKENS * 4
+
+
+def test_a_head_read_by_slices_without_a_gradient_is_decoded_once():
+    h, labels, *head = problem(torch.float32)
+    decoded = []
+    with torch.no_grad():
+        found = sliced(labels, LogitRule(), decoded)(h, *head)
+    assert found == pytest.approx(plain(labels, LogitRule())(h, *head).item(), rel=1e-6)
+    assert decoded == [(0, VOCAB)]
+
+
+def test_a_head_read_by_slices_survives_logits_that_overflow_an_exponential():
+    h, labels, w, b = problem(torch.float32)
+    wanted = of_input(plain(labels, LogitRule()), h, w * 400, b)
+    found = of_input(sliced(labels, LogitRule()), h, w * 400, b)
+    assert (h @ (w * 400).t()).max() > 1000
+    assert torch.isfinite(found[0])
+    assert max(map(tiny.relative, found, wanted)) < 1e-6
+
+
 @pytest.mark.parametrize("kind", [dense, any_head])
 def test_ignored_tokens_get_no_gradient_and_do_no_harm(kind):
     h, labels, *head = problem(torch.float32)
@@ -178,6 +261,8 @@ def test_a_label_that_is_no_token_is_refused():
         labels[3] = odd
         with pytest.raises((RuntimeError, IndexError)):
             linear_cross_entropy(h, labels, w, chunk=7)
+        with pytest.raises((RuntimeError, IndexError)):
+            sliced_cross_entropy(h, labels, lambda rows, _: w[rows], tuple(w.shape))
 
 
 def test_both_rooms_ignore_the_same_label():
@@ -311,11 +396,10 @@ def test_an_evaluation_gives_the_same_loss(head):
 def test_decoded_weights_are_gone_before_the_head_begins():
     model = tuned(tiny.llama(hidden_size=64), quantize_head=True)
     held = []
-    model.lm_head.register_forward_pre_hook(
-        lambda *_: held.append(len(next(iter(tiny.quantized_layers(model).values())).workspace._idle))
-    )
+    workspace, loss = next(iter(tiny.quantized_layers(model).values())).workspace, model.lm_head.loss
+    model.lm_head.loss = lambda *given: held.append(len(workspace._idle)) or loss(*given)
     loss_sum(model, Batch(), loss_chunk=7).backward()
-    assert held == [0] * 5
+    assert held == [0]
 
 
 # --- what stands ------------------------------------------------------------------------------------------------------

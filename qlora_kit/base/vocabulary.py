@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization, block_constants
 from qlora_kit.errors import ModelError
-from qlora_kit.ops import sliced_linear
+from qlora_kit.ops import LogitRule, sliced_cross_entropy, sliced_linear
 
 
 class QuantizedTable(QuantizedLinear):
@@ -22,12 +22,17 @@ class QuantizedTable(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., vocabulary), in the dtype of x, decoded a slice at a time."""
-        if not self._rows_are_whole:
+        if not self.rows_are_whole:
             return super().forward(x)
         return sliced_linear(x, self._some_rows, (self.out_features, self.in_features), self.bias)
 
+    def loss(self, h_ND: Tensor, labels_N: Tensor, rule: LogitRule, divisor: float) -> Tensor:
+        """`sliced_cross_entropy` behind this matrix as a head."""
+        shape = self.out_features, self.in_features
+        return sliced_cross_entropy(h_ND, labels_N, self._some_rows, shape, self.bias, rule=rule, divisor=divisor)
+
     @property
-    def _rows_are_whole(self) -> bool:
+    def rows_are_whole(self) -> bool:
         """Whether no block of weights reaches over two rows; in a checkpoint that was stored quantised it may."""
         return not self.quantization.is_4bit or self.in_features % self.quantization.block_size == 0
 
@@ -41,7 +46,7 @@ class QuantizedTable(QuantizedLinear):
             ids: (N,), int64.
             dtype: to read them in.
         """
-        if not self._rows_are_whole:
+        if not self.rows_are_whole:
             return self.dense(dtype)[ids]
         if self.quantization.kind == "int8":
             stored = {"codes": self.codes.index_select(0, ids), "absmax": self.absmax[ids]}

@@ -99,12 +99,12 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """What a run will take, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
-    from qlora_kit.cli.show import Screen, quiet_libraries
+    from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
     changes = [*(overrides or []), *([] if budget is None else [f"memory.budget={json.dumps(budget)}"])]
     checked = read_recipe(recipe, changes)
-    quiet_libraries()
+    import_libraries()
     from qlora_kit.run import check_budget, plan_memory
 
     screen = Screen(to_stderr=as_json)
@@ -130,7 +130,7 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """The main job: plan, load, train, score, report. Fills the run folder."""
-    from qlora_kit.cli.show import Screen, quiet_libraries
+    from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
     if resume and overwrite:
@@ -138,7 +138,7 @@ def train(
     checked = read_recipe(recipe, overrides or [])
     screen = Screen()
     with screen.catching_signals(), screen.showing():
-        quiet_libraries()
+        import_libraries()
         from qlora_kit.run import train as run_train
 
         result = run_train(
@@ -160,9 +160,9 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Loss, perplexity and exact match of a run's adapter, its base, or an exported model."""
-    from qlora_kit.cli.show import quiet_libraries, score_lines
+    from qlora_kit.cli.show import import_libraries, score_lines
 
-    quiet_libraries()
+    import_libraries()
     from qlora_kit.run import evaluate as run_evaluate
 
     score = run_evaluate(run, data=data, bare_base=base, force=force, trust_remote_code=trust_remote_code)
@@ -182,9 +182,9 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer a prompt with a run's adapter."""
-    from qlora_kit.cli.show import quiet_libraries
+    from qlora_kit.cli.show import import_libraries
 
-    quiet_libraries()
+    import_libraries()
     from qlora_kit.run import answer
 
     text = answer(
@@ -212,9 +212,9 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Weights for other programs, compared with the model as it was trained."""
-    from qlora_kit.cli.show import audit_lines, quiet_libraries
+    from qlora_kit.cli.show import audit_lines, import_libraries
 
-    quiet_libraries()
+    import_libraries()
     from qlora_kit.run import export_run
 
     exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force, trust_remote_code=trust_remote_code)

@@ -8,6 +8,7 @@ from qlora_kit.ops.linear_cross_entropy import (
     linear_cross_entropy_plain,
 )
 from qlora_kit.ops.lora_linear import Decode, dora_linear, lora_linear, lora_linear_plain, row_norms
+from qlora_kit.ops.sliced_cross_entropy import sliced_cross_entropy
 from qlora_kit.ops.slices import sliced_linear
 from qlora_kit.ops.workspace import Workspace
 
@@ -23,5 +24,6 @@ __all__ = [
     "lora_linear",
     "lora_linear_plain",
     "row_norms",
+    "sliced_cross_entropy",
     "sliced_linear",
 ]

@@ -55,6 +55,10 @@ class LogitRule:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
+PLAIN = LogitRule()
+"""Logits that are the product itself, as in most families."""
+
+
 def linear_cross_entropy(
     h_ND: Tensor,
     labels_N: Tensor,
@@ -62,7 +66,7 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     *,
     chunk: int,
-    rule: LogitRule = LogitRule(),
+    rule: LogitRule = PLAIN,
     divisor: float = 1.0,
 ) -> Tensor:
     """The loss behind a dense head; differentiable in h and, where they ask for it, in weight and bias.
@@ -94,7 +98,7 @@ def head_cross_entropy(
     parameters: Sequence[Tensor],
     *,
     chunk: int,
-    rule: LogitRule = LogitRule(),
+    rule: LogitRule = PLAIN,
     divisor: float = 1.0,
 ) -> Tensor:
     """The loss behind any head, called once a chunk; differentiable in h and in the head's parameters.
@@ -114,12 +118,12 @@ def linear_cross_entropy_plain(
     labels_N: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None = None,
-    rule: LogitRule = LogitRule(),
+    rule: LogitRule = PLAIN,
     divisor: float = 1.0,
 ) -> Tensor:
     """The same function in plain torch: the oracle of the tests. It keeps the logits until backward."""
     logits = rule(F.linear(h_ND, weight_VD, bias_V))
-    return F.cross_entropy(logits.to(_wide(logits.dtype)), labels_N, ignore_index=IGNORED, reduction="sum") / divisor
+    return F.cross_entropy(logits.to(wide(logits.dtype)), labels_N, ignore_index=IGNORED, reduction="sum") / divisor
 
 
 class _DenseHead(torch.autograd.Function):
@@ -134,16 +138,16 @@ class _DenseHead(torch.autograd.Function):
         rule: LogitRule,
         divisor: float,
     ) -> Tensor:
-        weight, ctx.power = _split(1 / divisor)
+        weight, ctx.power = split(1 / divisor)
         needs_h, _, needs_w, needs_b, *_ = ctx.needs_input_grad
         dtype = compute_dtype(h_ND)
         w_VD, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         dh_ND = torch.empty_like(h_ND) if needs_h else None
         dw_VD = torch.zeros_like(w_VD) if needs_w else None
-        db_V = w_VD.new_zeros(len(w_VD), dtype=_wide(dtype)) if needs_b else None
+        db_V = w_VD.new_zeros(len(w_VD), dtype=wide(dtype)) if needs_b else None
         memory_CV = h_ND.new_empty(min(chunk, len(h_ND)), len(w_VD), dtype=dtype)
         losses = []
-        for rows in _chunks(len(h_ND), chunk):
+        for rows in chunks(len(h_ND), chunk):
             h_CD = h_ND[rows].to(dtype)
             logits_CV = memory_CV[: len(h_CD)]
             if bias is None:
@@ -164,7 +168,7 @@ class _DenseHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dw, db = _scaled(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
+        dh, dw, db = scaled(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
         return dh, None, dw, db, None, None, None
 
 
@@ -180,12 +184,12 @@ class _AnyHead(torch.autograd.Function):
         divisor: float,
         *parameters: Tensor,
     ) -> Tensor:
-        weight, ctx.power = _split(1 / divisor)
+        weight, ctx.power = split(1 / divisor)
         needs_h = ctx.needs_input_grad[0]
         dh_ND = torch.empty_like(h_ND) if needs_h else None
         sums: list[Tensor | None] = [None] * len(parameters)
         losses = []
-        for rows in _chunks(len(h_ND), chunk):
+        for rows in chunks(len(h_ND), chunk):
             h_CD = h_ND[rows].detach().requires_grad_(needs_h)
             loss, dh_CD, gradients = _through(head, parameters, h_CD, labels_N[rows], rule, weight)
             losses.append(loss)
@@ -199,7 +203,7 @@ class _AnyHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dh, *gradients = _scaled(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
+        dh, *gradients = scaled(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
         return dh, None, None, None, None, None, *gradients
 
 
@@ -223,12 +227,13 @@ def _through(
     return (loss, gradients[0], gradients[1:]) if h_CD.requires_grad else (loss, None, gradients)
 
 
-def _chunks(tokens: int, chunk: int) -> Iterator[slice]:
+def chunks(tokens: int, chunk: int) -> Iterator[slice]:
+    """Tokens that go together."""
     for begin in range(0, tokens, chunk):
         yield slice(begin, begin + chunk)
 
 
-def _split(share: float) -> tuple[float, float]:
+def split(share: float) -> tuple[float, float]:
     """A number from 0.5 to 1 and a power of two, of which it is the product."""
     mantissa, exponent = math.frexp(share)
     return mantissa, 2.0**exponent
@@ -237,7 +242,7 @@ def _split(share: float) -> tuple[float, float]:
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, weight: float) -> Tensor:
     """The summed loss of a chunk times `weight`, a scalar; its gradient takes the place of the logits."""
     is_ignored_C1 = (labels_C == IGNORED)[:, None]
-    weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=_wide(logits_CV.dtype)).masked_fill_(is_ignored_C1, 0)
+    weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=wide(logits_CV.dtype)).masked_fill_(is_ignored_C1, 0)
     label_C1 = labels_C[:, None].masked_fill(is_ignored_C1, 0)  # any that is there, since its weight is zero
     tokens = max(1, SLICE_ELEMENTS // logits_CV.shape[1])
     slices = zip(logits_CV.split(tokens), label_C1.split(tokens), weight_C1.split(tokens), strict=True)
@@ -246,29 +251,40 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, wei
 
 def _of_slice(logits_SV: Tensor, label_S1: Tensor, weight_S1: Tensor, rule: LogitRule) -> Tensor:
     z_SV = logits_SV.to(weight_S1.dtype)  # where that is their dtype, the logits themselves
-    slope_SV = None
-    if rule.scale != 1:
-        z_SV.mul_(rule.scale)
-    if rule.cap is not None:
-        z_SV.div_(rule.cap).tanh_()
-        slope_SV = z_SV.square().neg_().add_(1)
-        z_SV.mul_(rule.cap)
+    slope_SV = follow(z_SV, rule)
     top_S1 = z_SV.amax(1, keepdim=True)
     said_S1 = z_SV.gather(1, label_S1).sub_(top_S1)
     total_S1 = z_SV.sub_(top_S1).exp_().sum(1, keepdim=True)
     loss = (total_S1.log() - said_S1).mul_(weight_S1).sum()
     z_SV.mul_(weight_S1 / total_S1)
     z_SV.scatter_(1, label_S1, said_S1.exp_().div_(total_S1).sub_(1).mul_(weight_S1))
-    if slope_SV is not None:
-        z_SV.mul_(slope_SV)
-    if rule.scale != 1:
-        z_SV.mul_(rule.scale)
+    follow_back(z_SV, slope_SV, rule)
     if z_SV is not logits_SV:
         logits_SV.copy_(z_SV)
     return loss
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def follow(z: Tensor, rule: LogitRule) -> Tensor | None:
+    """Make of products what a model makes of them, in place; the slope of a soft cap, which the way back wants."""
+    if rule.scale != 1:
+        z.mul_(rule.scale)
+    if rule.cap is None:
+        return None
+    z.div_(rule.cap).tanh_()
+    slope = z.square().neg_().add_(1)
+    z.mul_(rule.cap)
+    return slope
+
+
+def follow_back(dz: Tensor, slope: Tensor | None, rule: LogitRule) -> None:
+    """The gradient of products from that of logits, in place."""
+    if slope is not None:
+        dz.mul_(slope)
+    if rule.scale != 1:
+        dz.mul_(rule.scale)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
     """fp32, or wider where the logits are."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -279,10 +295,10 @@ def _added(total: Tensor | None, gradient: Tensor | None, has_more: bool) -> Ten
         return total.add_(gradient)
     if gradient is None or not has_more:
         return gradient
-    return gradient.to(_wide(gradient.dtype), copy=True)
+    return gradient.to(wide(gradient.dtype), copy=True)
 
 
-def _scaled(
+def scaled(
     gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> Iterator[Tensor | None]:
     """Every gradient times the factor, rounded to its dtype once: in 16 bits the factor itself would be rounded."""

@@ -36,9 +36,11 @@ def sliced_linear(x: Tensor, decode_rows: DecodeRows, shape: tuple[int, int], bi
     return _SlicedLinear.apply(x.to(compute_dtype(x)), decode_rows, shape, bias)
 
 
-def _slices(shape: tuple[int, int]) -> Iterator[slice]:
+def row_slices(shape: tuple[int, int], at_most: int | None = None) -> Iterator[slice]:
+    """Rows of a weight, (out, in), that are decoded at one time: of `SLICE_ELEMENTS`, and no more than `at_most`."""
     out, width = shape
     step = max(1, SLICE_ELEMENTS // width)
+    step = step if at_most is None else min(step, at_most)
     for begin in range(0, out, step):
         yield slice(begin, min(begin + step, out))
 
@@ -49,7 +51,7 @@ class _SlicedLinear(torch.autograd.Function):
         ctx.decode_rows, ctx.shape = decode_rows, shape
         y = x.new_empty(*x.shape[:-1], shape[0])
         x_TI, y_TO = x.reshape(-1, shape[1]), y.view(-1, shape[0])
-        for rows in _slices(shape):
+        for rows in row_slices(shape):
             torch.mm(x_TI, decode_rows(rows, x.dtype).t(), out=y_TO[:, rows])
         return y if bias is None else y.add_(bias.to(y.dtype))
 
@@ -62,6 +64,6 @@ class _SlicedLinear(torch.autograd.Function):
         # Not in 16 bits, where the sum would be rounded at every slice.
         dtype = torch.promote_types(grad.dtype, torch.float32)
         dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=dtype, device=grad.device)
-        for rows in _slices(ctx.shape):
+        for rows in row_slices(ctx.shape):
             dx_TI.add_(g_TO[:, rows] @ ctx.decode_rows(rows, grad.dtype))
         return dx_TI.to(grad.dtype).view(*grad.shape[:-1], -1), None, None, None

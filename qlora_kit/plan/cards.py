@@ -16,10 +16,17 @@ from qlora_kit.units import MIB
 
 TOTAL_MIB = {
     "GTX 1080 Ti": 11264,
+    "RTX 2060": 6144,
+    "RTX 2070": 8192,
+    "RTX 2080": 8192,
     "RTX 2080 Ti": 11264,
+    "RTX 3050": 8192,
     "RTX 3060": 12288,
+    "RTX 3060 Ti": 8192,
     "RTX 3070": 8192,
+    "RTX 3070 Ti": 8192,
     "RTX 3080": 10240,
+    "RTX 3080 Ti": 12288,
     "RTX 3090": 24576,
     "RTX 3090 Ti": 24564,
     "RTX 4060": 8188,
@@ -32,6 +39,9 @@ TOTAL_MIB = {
     "RTX 4080": 16376,
     "RTX 4080 Super": 16376,
     "RTX 4090": 24564,
+    "RTX 5060": 8151,
+    "RTX 5060 Ti": 8151,
+    "RTX 5060 Ti 16GB": 16311,
     "RTX 5070": 12227,
     "RTX 5070 Ti": 16303,
     "RTX 5080": 16303,
@@ -40,6 +50,8 @@ TOTAL_MIB = {
     "RTX A6000": 49140,
     "RTX 6000 Ada": 49140,
     "T4": 15360,
+    "V100 16GB": 16384,
+    "V100 32GB": 32768,
     "L4": 23034,
     "A10": 23028,
     "A10G": 23028,
@@ -51,7 +63,7 @@ TOTAL_MIB = {
     "H200": 143771,
 }
 
-WITHOUT_BF16 = ("GTX 1080 Ti", "RTX 2080 Ti", "T4")
+WITHOUT_BF16 = ("GTX 1080 Ti", "RTX 2060", "RTX 2070", "RTX 2080", "RTX 2080 Ti", "T4", "V100 16GB", "V100 32GB")
 """Cards older than Ampere, which multiply no bf16."""
 
 _NOISE = {"nvidia", "geforce", "tesla", "rtx", "gtx", "gpu", "pcie", "sxm", "laptop"}

@@ -64,16 +64,18 @@ class Workloads:
     _runs: dict[Setting | None, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     def ways(self) -> Iterator["Workloads"]:
-        """What the recipe leaves open of the head, the fastest first: smaller chunks of logits, then fewer bits."""
+        """What the recipe leaves open of the head, the fastest first: smaller chunks of logits, then fewer bits.
+
+        A quantised head is read by slices of its rows, however small the chunks.
+        """
         asked, head = self.recipe.memory.loss_chunk, base_as_held(self.recipe).quantize_head
         usual = automatic_chunk(self.config.get_text_config().vocab_size)
-        chunks = sorted({usual, min(SMALLEST_CHUNK, usual)}, reverse=True) if asked == "auto" else [asked]
-        heads = [head is True]
-        if head == "auto":
-            heads = [False, True] if may_quantize_head(self.recipe, self.config) else [False]
-        for is_quantized in heads:
-            for chunk in chunks:
-                yield replace(self, quantize_head=is_quantized, loss_chunk=chunk, _runs={})
+        chunk = usual if asked == "auto" else asked
+        if head is not True:
+            for tokens in sorted({chunk, min(SMALLEST_CHUNK, usual)}, reverse=True) if asked == "auto" else [asked]:
+                yield replace(self, quantize_head=False, loss_chunk=tokens, _runs={})
+        if head is True or (head == "auto" and may_quantize_head(self.recipe, self.config)):
+            yield replace(self, quantize_head=True, loss_chunk=chunk, _runs={})
 
     def of(self, setting: Setting) -> Workload:
         """The step, and what comes with it, under a setting."""
@@ -91,11 +93,21 @@ class Workloads:
         """The dry run of a setting, with `needs_bytes`: its peak, and on a card what is reserved beside it."""
         if None not in self._runs:
             self._runs[None] = dry_rest(self.config, self.of(setting), self.after)
+        planned = together(self._step(setting), self._runs[None])
+        return planned | {"needs_bytes": self._needs(planned)}
+
+    def has_room(self, setting: Setting, room: int) -> bool:
+        """Whether at least the step of a setting fits, by half of the dry run."""
+        return self._needs(self._step(setting)) <= room
+
+    def _step(self, setting: Setting) -> dict[str, Any]:
         if setting not in self._runs:
-            planned = together(dry_step(self.config, self.of(setting)), self._runs[None])
-            peak = planned["peak_bytes"]
-            self._runs[setting] = planned | {"needs_bytes": needed_on_card(peak) if self.on_card else peak}
+            self._runs[setting] = dry_step(self.config, self.of(setting))
         return self._runs[setting]
+
+    def _needs(self, planned: dict[str, Any]) -> int:
+        peak: int = planned["peak_bytes"]
+        return needed_on_card(peak) if self.on_card else peak
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +143,8 @@ def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
         room: bytes there are.
     """
     choices = _choices(makes, pace)
-    for way in makes.ways():
+    *others, last = makes.ways()
+    for way in (*(each for each in others if each.has_room(choices.smallest(), room)), last):
         solution = solve(choices, makes.tokens, room, way.plan)
         if solution.fits:
             break

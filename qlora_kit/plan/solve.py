@@ -170,15 +170,14 @@ def solve(choices: Choices, tokens: int, budget: int, plan: Callable[[Setting], 
         plan: makes a dry run of a setting: a dict with `needs_bytes`, and for settings with blocks alike also `moments`
             and `block_bytes`.
     """
-    fastest = choices.fastest(tokens)
+    smallest, fastest = choices.smallest(), choices.fastest(tokens)
+    least = plan(smallest)
+    if least["needs_bytes"] > budget:
+        return Solution(smallest, least, fits=False)
     planned = plan(fastest)
     if planned["needs_bytes"] <= budget:
         return Solution(fastest, planned, fits=True)
     above = fastest, planned["needs_bytes"]
-    smallest = choices.smallest()
-    least = plan(smallest)
-    if least["needs_bytes"] > budget:
-        return Solution(smallest, least, fits=False, fastest=above)
     estimate = Estimate(choices, plan)
     candidates = list(estimate.candidates(tokens))
     aim = budget

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.lora.whole import WholeModule
 from qlora_kit.ops import IGNORED, LogitRule, head_cross_entropy, linear_cross_entropy
 
@@ -78,7 +79,7 @@ def chunked_loss_sum(
         model: with a head of its own.
         hidden_BTD: last state of the body, (batch, tokens, width).
         labels_BT: (batch, tokens), the token at each place or IGNORED.
-        chunk: tokens whose logits stand at one time.
+        chunk: tokens whose logits stand at one time; a quantised head goes by slices of the vocabulary instead.
         divisor: of the sum.
     """
     # The labels are shifted and not the states, which would be a copy of them.
@@ -86,6 +87,8 @@ def chunked_loss_sum(
     h_ND, head, rule = hidden_BTD.flatten(0, 1), _head(model), logit_rule(model.config)
     if type(head) is nn.Linear:
         return linear_cross_entropy(h_ND, labels_N, head.weight, head.bias, chunk=chunk, rule=rule, divisor=divisor)
+    if isinstance(head, QuantizedTable) and head.rows_are_whole:
+        return head.loss(h_ND, labels_N, rule, divisor)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
     return head_cross_entropy(h_ND, labels_N, head, trained, chunk=chunk, rule=rule, divisor=divisor)
 
