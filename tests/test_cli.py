@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import llama
+from tiny import llama, told
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import OutOfMemoryError
 from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig, PreTrainedTokenizerFast
@@ -25,6 +25,7 @@ from qlora_kit.cli.app import app
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
+from qlora_kit.train import loop as train_loop
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
              "device_profile", "steps", "tokens_per_s", "hours", "schema", "loss_chunk"}  # fmt: skip
@@ -228,6 +229,51 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(recipe):
     assert all((whole[key] == parts[key]).all() for key in whole)
 
 
+def test_a_run_that_overfits_leaves_its_best_and_says_so(recipe, monkeypatch):
+    told(monkeypatch, 3.0, 1.0, 1.5, 2.0)
+    result = call("train", recipe, "train.eval_every=1")
+    assert result.exit_code == 0, result.output
+    assert "held-out loss was lowest at step 2 (1.000), and that is what the run leaves" in " ".join(
+        result.output.split()
+    )
+    run = recipe.parent / "run"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-000002"
+    best, end = (load_file(run / "checkpoints" / f"step-00000{step}" / "parameters.safetensors") for step in (2, 4))
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {str(value.tolist()) for value in adapter.values()} == {str(value.tolist()) for value in best.values()}
+    assert {str(value.tolist()) for value in best.values()} != {str(value.tolist()) for value in end.values()}
+    assert json.loads((run / "scores.json").read_text())["step"] == 2
+    facts = json.loads(call("report", run, "--json").stdout)
+    assert facts["verdict"].startswith("Overfitting since step 2")
+    assert "the best evaluation, 1.000 at step 2, is what the run leaves, its end was step 4" in facts["verdict"]
+
+
+def test_early_stopping_is_a_finish(recipe, monkeypatch):
+    told(monkeypatch, 1.0, 1.5, 2.0, 2.0)
+    result = call("train", recipe, "train.eval_every=1", "train.early_stopping=2")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 3
+    assert (recipe.parent / "run" / "scores.json").is_file()
+    assert "merge" in result.output, "it ends as every run does"
+
+
+def test_a_best_checkpoint_that_is_damaged_is_told_and_the_end_is_left(recipe, monkeypatch):
+    told(monkeypatch, 1.0, 1.5, 2.0, 2.0)
+    whole = train_loop.save_checkpoint
+
+    def damaging(folder, *given):
+        saved = whole(folder, *given)
+        (folder / "step-000001" / "parameters.safetensors").write_bytes(b"damaged")
+        return saved
+
+    monkeypatch.setattr(train_loop, "save_checkpoint", damaging)
+    result = call("train", recipe, "train.eval_every=1")
+    assert result.exit_code == 0, result.output
+    assert "lowest at step 1, but" in result.output
+    assert json.loads((recipe.parent / "run" / "scores.json").read_text())["step"] == 4
+
+
 def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe):
     free = ["train.micro_batch=auto", "train.accumulation=auto"]
     ample = json.loads(call("plan", recipe, *free, "--json").stdout)
@@ -259,7 +305,7 @@ def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_
         "memory.activations=recompute", "train.micro_batch (now 4)", code=3,
     )  # fmt: skip
     assert not (run / "adapter").exists()
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000002"
     assert json.loads((run / "memory.json").read_text())["device_counter"]["start_bytes"] > 0
     gone_on = call("train", recipe, *settings, "--resume")
     assert gone_on.exit_code == 0, gone_on.output
@@ -549,7 +595,7 @@ def test_overwrite_removes_a_run_and_nothing_that_lies_beside_it(recipe):
     (run / "notes.txt").write_text("what I saw")
     assert call("train", recipe, "train.steps=2", "--overwrite").exit_code == 0
     assert (run / "notes.txt").read_text() == "what I saw"
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
 def test_a_folder_with_a_recipe_of_ones_own_is_no_run(recipe):

@@ -124,7 +124,6 @@ NOT_BUILT = {
     "train.task": ["classify", "dpo", "orpo", "kto"],
     "train.beta": ["0.2"],
     "train.sample_every": ["5"],
-    "train.early_stopping": ["3"],
 }
 
 

@@ -770,6 +770,12 @@ def test_the_sentence_says_what_is_left_of_the_best_evaluation(losses, kept, sai
     assert judge_curve(evaluated(*losses), kept).endswith(f"{said}.")
 
 
+def test_the_sentence_says_that_a_run_leaves_its_best_and_not_its_end():
+    said = judge_curve(evaluated(2.0, 1.4, 1.6), {20, 30}, left=20)
+    assert said.endswith("the best evaluation, 1.400 at step 20, is what the run leaves, its end was step 30.")
+    assert judge_curve(evaluated(2.0, 1.4, 1.0), {30}, left=30).endswith("is the run's end and kept.")
+
+
 def test_what_is_kept_is_read_from_the_folder(run):
     assert read_run(run).kept_steps == frozenset()
     (run / "checkpoints" / "step-000040").mkdir(parents=True)
@@ -777,6 +783,9 @@ def test_what_is_kept_is_read_from_the_folder(run):
     (run / "checkpoints" / "step-000040" / "manifest.json").write_text("{}")
     (run / "adapter").mkdir()
     assert read_run(run).kept_steps == {40, 60}
+    assert read_run(run).left_step == 60
+    (run / "scores.json").write_text(json.dumps({"step": 20, "base": {}, "adapter": {}}))
+    assert (read_run(run).left_step, read_run(run).kept_steps) == (20, {20, 40})
 
 
 def test_a_curve_of_no_or_one_point_is_not_judged():

@@ -29,6 +29,7 @@ from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import (
     checkpoints,
     load_checkpoint,
+    load_parameters,
     newest_checkpoint,
     save_checkpoint,
     verify_checkpoint,
@@ -632,7 +633,7 @@ def test_a_stopped_and_resumed_run_equals_an_unbroken_one_bit_for_bit(masters, s
     finished, steps = run(first)
     assert not finished
     assert len(steps) == stop
-    assert [path.name for path in checkpoints(tmp_path / "cut/checkpoints")] == [f"step-{stop:06d}"]
+    assert left_by(tmp_path / "cut")[-1] == f"step-{stop:06d}"
 
     torch.manual_seed(12345)
     random.seed(12345)
@@ -672,6 +673,71 @@ def test_only_the_newest_checkpoints_are_kept(trained_run):
     folder, _ = trained_run
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-000002", "step-000003"]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+
+
+def left_by(folder):
+    return [path.name for path in checkpoints(folder / "checkpoints")]
+
+
+def test_the_best_evaluation_is_kept_beside_the_newest_checkpoints(tmp_path, monkeypatch):
+    tiny.told(monkeypatch, 3.0, 1.0, 2.0, 1.5, 1.2, 1.1)
+    job = job_of(adapted(), tmp_path, steps=6, evals=rows((5,)), eval_every=1, save_every=1, keep_checkpoints=2)
+    kept = {}
+    job.watch = lambda row: kept.update({row["step"]: values(job)})
+    assert run(job)[0]
+    assert left_by(tmp_path) == ["step-000002", "step-000005", "step-000006"]
+    assert (job.progress.best_step, job.progress.best_loss, job.progress.stale) == (2, 1.0, 4)
+    assert not same(values(job), kept[2])
+    load_parameters(tmp_path / "checkpoints" / "step-000002", job.kept)
+    assert same(values(job), kept[2])
+
+
+def test_a_better_evaluation_is_saved_though_no_checkpoint_is_due_and_the_one_before_goes(tmp_path, monkeypatch):
+    tiny.told(monkeypatch, 3.0, 2.0, 2.5, 4.0)
+    run(job_of(adapted(), tmp_path, steps=4, evals=rows((5,)), eval_every=1, keep_checkpoints=1))
+    assert left_by(tmp_path) == ["step-000002", "step-000004"]
+
+
+def test_of_equal_evaluations_the_latest_is_the_best_and_none_of_them_is_an_improvement(tmp_path, monkeypatch):
+    tiny.told(monkeypatch, 2.0, 2.0, 2.0, 2.0)
+    job = job_of(adapted(), tmp_path, steps=4, evals=rows((5,)), eval_every=1)
+    run(job)
+    assert (job.progress.best_step, job.progress.stale) == (4, 3)
+
+
+@pytest.mark.parametrize(("patience", "ends_at"), [(1, 3), (2, 6), (3, 8), (None, 8)])
+def test_early_stopping_ends_a_run_whose_evaluations_are_no_better(patience, ends_at, tmp_path, monkeypatch):
+    """The third is no better, nor are the fifth and the sixth, which is as good as the fourth."""
+    tiny.told(monkeypatch, 3.0, 2.0, 2.5, 1.9, 1.95, 1.9, 1.8, 1.7)
+    job = job_of(adapted(), tmp_path, steps=8, evals=rows((5,)), eval_every=1, early_stopping=patience)
+    finished, steps = run(job)
+    assert finished
+    assert len(steps) == job.progress.step == ends_at
+    assert left_by(tmp_path)[-1] == f"step-{ends_at:06d}"
+
+
+def test_a_run_that_stopped_early_has_nothing_to_do_when_it_is_resumed(tmp_path, monkeypatch):
+    tiny.told(monkeypatch, 1.0, 2.0, 3.0)
+    settings = {"steps": 6, "evals": rows((5,)), "eval_every": 1, "early_stopping": 2}
+    run(job_of(adapted(), tmp_path, **settings))
+    again = job_of(adapted(), tmp_path, **settings)
+    again.progress = load_checkpoint(newest_checkpoint(tmp_path / "checkpoints")[0], again.kept, again.optimizer)
+    assert (again.progress.best_step, again.progress.best_loss, again.progress.stale) == (1, 1.0, 2)
+    finished, steps = run(again, resume_from=3)
+    assert finished
+    assert len(steps) == 3
+
+
+def test_a_checkpoint_of_a_version_that_judged_nothing_is_still_read(trained_run, tmp_path):
+    folder = tmp_path / "step-000003"
+    shutil.copytree(trained_run[0] / "checkpoints" / folder.name, folder)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(
+        json.dumps({key: value for key, value in state.items() if key not in ("best_step", "best_loss", "stale")})
+    )
+    job = job_of(adapted(), tmp_path)
+    progress = load_checkpoint(folder, job.parameters, job.optimizer)
+    assert (progress.step, progress.best_step, progress.best_loss) == (3, 0, None)
 
 
 @pytest.mark.parametrize("damage", ["changed byte", "cut off", "missing"])

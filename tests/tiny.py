@@ -4,6 +4,8 @@ The widths are chosen to hurt: 176 is a multiple of 16 and not of 64, and 48 x 1
 block for blocks above 256.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -193,3 +195,9 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
         if parameter.ndim == 1 or not parameter.any():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
     return model
+
+
+def told(monkeypatch, *losses):
+    """Let the evaluations of a training loop say these losses, one after the other."""
+    left = iter(losses)
+    monkeypatch.setattr("qlora_kit.train.loop.evaluate_loss", lambda *_, **__: SimpleNamespace(loss=next(left)))

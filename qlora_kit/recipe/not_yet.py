@@ -38,7 +38,6 @@ ROWS = (
     NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),
     NotYet("train.beta", _only(0.1), "preference tasks, which read it, are not built either"),
     NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
-    NotYet("train.early_stopping", _only(None), "built: null; the newest checkpoints are kept"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

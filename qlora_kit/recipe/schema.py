@@ -240,9 +240,9 @@ class Train(Section):
     sample_every: Count | None = None
     """Steps between sample generations; null: none."""
     keep_checkpoints: Count = 2
-    """Checkpoints that are kept, the newest."""
+    """Checkpoints that are kept, the newest; that of the lowest held-out loss comes on top."""
     early_stopping: Count | None = None
-    """Evaluations without improvement after which the run stops; null: never."""
+    """Evaluations in a row without a lower held-out loss after which the run ends; null: never."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     """Where metrics go beside metrics.jsonl."""
     full_finetune: bool = False

@@ -68,7 +68,11 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         element("div", *_best_of(runs, names), class_="figures"),
     )
     verdicts = [
-        element("div", element("dt", _sign(index), name), element("dd", judge_curve(run.rows, run.kept_steps)))
+        element(
+            "div",
+            element("dt", _sign(index), name),
+            element("dd", judge_curve(run.rows, run.kept_steps, run.left_step)),
+        )
         for index, (name, run) in enumerate(zip(names, runs, strict=True))
     ]
     return page(

@@ -37,7 +37,7 @@ def report_facts(run: RunFolder) -> dict[str, Any]:
         "scores": None if run.scores is None else {kind: run.scores[kind] for kind in ("base", "adapter")},
         "best_evaluation": _best(run),
         "fits": _fits(run.plan),
-        "verdict": judge_curve(run.rows, run.kept_steps),
+        "verdict": judge_curve(run.rows, run.kept_steps, run.left_step),
     }
 
 

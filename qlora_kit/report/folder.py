@@ -102,6 +102,7 @@ METRICS_ROW = {
     "tokens_per_s?": MAYBE_COUNT,
 }
 SCORES = {
+    "step?": MAYBE_COUNT,
     "rows?": MAYBE_COUNT,
     "base": {"*": MAYBE_NUMBER},
     "adapter": {"*": MAYBE_NUMBER},
@@ -125,7 +126,9 @@ class RunFolder:
     env: dict[str, Any] | None
     recipe: str | None
     kept_steps: frozenset[float]
-    """Steps whose parameters are in the folder: of complete checkpoints, and the last of adapter/ or model/."""
+    """Steps whose parameters are in the folder: of complete checkpoints, and of adapter/ or model/."""
+    left_step: float | None
+    """Of which adapter/ or model/ is, if there is one."""
 
     @property
     def name(self) -> str:
@@ -153,22 +156,29 @@ def read_run(folder: str | Path) -> RunFolder:
         for name, shape in (("memory", MEMORY), ("scores", SCORES), ("data", DATA), ("env", ENV))
     }
     recipe, rows = folder / "recipe.yaml", _metrics_rows(folder / "metrics.jsonl")
+    left = _left_step(folder, rows, optional["scores"])
     return RunFolder(
         path=folder,
         plan=_document(folder / "plan.json", PLAN),
         rows=rows,
         recipe=_text(recipe) if recipe.exists() else None,
-        kept_steps=_kept_steps(folder, rows),
+        kept_steps=_checkpoint_steps(folder) | ({left} if left is not None else set()),
+        left_step=left,
         **optional,
     )
 
 
-def _kept_steps(folder: Path, rows: list[dict[str, Any]]) -> frozenset[float]:
+def _checkpoint_steps(folder: Path) -> frozenset[float]:
     names = (path.parent.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*/manifest.json"))
-    steps = {float(name) for name in names if re.fullmatch("[0-9]{1,12}", name)}
-    trained = [row["step"] for row in rows if "loss" in row]
-    has_end = (folder / "adapter").is_dir() or (folder / "model").is_dir()
-    return frozenset(steps | set(trained[-1:] if has_end else []))
+    return frozenset(float(name) for name in names if re.fullmatch("[0-9]{1,12}", name))
+
+
+def _left_step(folder: Path, rows: list[dict[str, Any]], scores: dict[str, Any] | None) -> float | None:
+    """The step that was scored; where none was, the last that trained."""
+    if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
+        return None
+    last = next((row["step"] for row in reversed(rows) if "loss" in row), None)
+    return (scores or {}).get("step", last)
 
 
 def _text(path: Path) -> str:

@@ -147,7 +147,7 @@ def _curves(run: RunFolder) -> Markup:
     loss = chart(_loss_series(run.rows), title="Loss over steps", y_label="loss, nats")
     speed = _speed_series(run.rows)
     pace = chart(speed, title="Throughput over steps", y_label="tokens per second", height=150, from_zero=True)
-    return section("Training", lead(judge_curve(run.rows, run.kept_steps)), loss, pace)
+    return section("Training", lead(judge_curve(run.rows, run.kept_steps, run.left_step)), loss, pace)
 
 
 def _loss_series(rows: list[dict[str, Any]]) -> list[Series]:

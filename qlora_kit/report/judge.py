@@ -46,10 +46,13 @@ def best_evaluation(rows: Sequence[dict[str, Any]]) -> Best | None:
     return Best(step, loss, max([*trained, evaluated[-1][0]]), evaluated[-1][1])
 
 
-def judge_curve(rows: Sequence[dict[str, Any]], kept: Collection[float] | None = None) -> str:
+def judge_curve(
+    rows: Sequence[dict[str, Any]], kept: Collection[float] | None = None, left: float | None = None
+) -> str:
     """One sentence that judges the losses in `rows` (rows of metrics.jsonl, in order of steps).
 
-    With the steps whose parameters are `kept` it says as well what is left of the best evaluation.
+    With the steps whose parameters are `kept`, and the one whose parameters the run `left` as its result, it says as
+    well what has become of the best evaluation.
 
     >>> judge_curve([{"step": s, "eval_loss": v} for s, v in ((10, 2.0), (20, 1.5), (30, 1.9))])
     'Overfitting since step 20: the evaluation loss has risen from 1.500 to 1.900.'
@@ -64,7 +67,7 @@ def judge_curve(rows: Sequence[dict[str, Any]], kept: Collection[float] | None =
         verdict = _verdict(trend, rows)
     best = best_evaluation(rows)
     if kept is not None and best is not None:
-        verdict += f"; {_what_is_left(best, kept)}"
+        verdict += f"; {_what_is_left(best, kept, left)}"
     lost = [row["step"] for row in rows if row.get("nonfinite")]
     if lost:
         steps = "1 step" if len(lost) == 1 else f"{len(lost):,} steps"
@@ -72,9 +75,11 @@ def judge_curve(rows: Sequence[dict[str, Any]], kept: Collection[float] | None =
     return verdict + "."
 
 
-def _what_is_left(best: Best, kept: Collection[float]) -> str:
-    """Where the best evaluation's parameters are: at the run's end, in a checkpoint, or nowhere."""
+def _what_is_left(best: Best, kept: Collection[float], left: float | None) -> str:
+    """Where the best evaluation's parameters are: in the run's result, in a checkpoint, or nowhere."""
     name, end = f"the best evaluation, {_said(best.loss)} at step {best.step:,.0f},", f"step {best.last_step:,.0f}"
+    if best.step == left != best.last_step:
+        return f"{name} is what the run leaves, its end was {end}"
     if best.step in kept:
         is_end = best.step == best.last_step
         return f"{name} is the run's end and kept" if is_end else f"{name} is kept as a checkpoint, the end is {end}"

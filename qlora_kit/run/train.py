@@ -19,6 +19,7 @@ from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
+    CHECKPOINTS,
     PLAN,
     check_run_folder,
     clear_run_folder,
@@ -40,7 +41,13 @@ from qlora_kit.run.score import score
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
-from qlora_kit.train.checkpoint import Progress, load_checkpoint, newest_checkpoint
+from qlora_kit.train.checkpoint import (
+    checkpoint_of,
+    load_checkpoint,
+    load_parameters,
+    newest_checkpoint,
+    verify_checkpoint,
+)
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
@@ -115,17 +122,18 @@ def train(
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        finished, progress = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
+        finished, job = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
+        left = _back_to_best(job, watch) if finished else job.progress.step
         _save(model, recipe, prepared, folder)
         scores = None
         if finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(model, prepared, base, loss_chunk)
+            scores = {"step": left, **score(model, prepared, base, loss_chunk)}
             write_json(folder / "scores.json", scores)
             watch.scored(scores)
         write_report(folder)
-    return Result(folder, finished, progress.step, scores, time.monotonic() - started)
+    return Result(folder, finished, job.progress.step, scores, time.monotonic() - started)
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
@@ -199,7 +207,7 @@ def _train(
     watch: Watch,
     resume: bool,
     limit: Limit,
-) -> tuple[bool, Progress]:
+) -> tuple[bool, Job]:
     torch.manual_seed(recipe.train.seed)
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
@@ -246,13 +254,31 @@ def _train(
     finally:
         metrics.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
-    return finished, job.progress
+    return finished, job
 
 
 def _go_on(job: Job, watch: Watch) -> None:
     """Put a job where its newest sound checkpoint was written."""
-    newest, faults = newest_checkpoint(job.folder / "checkpoints")
+    newest, faults = newest_checkpoint(job.folder / CHECKPOINTS)
     for fault in faults:
         watch.note(f"left out a damaged checkpoint: {fault}")
     job.progress = load_checkpoint(newest, job.kept, job.optimizer)
     watch.note(f"going on from {newest.name}")
+
+
+def _back_to_best(job: Job, watch: Watch) -> int:
+    """Give the model what it was at its lowest held-out loss; the step of which it is then."""
+    end, best = job.progress.step, job.progress.best_step
+    if best in (0, end):
+        return end
+    checkpoint = checkpoint_of(job.folder / CHECKPOINTS, best)
+    faults = verify_checkpoint(checkpoint)
+    if faults:
+        watch.note(f"the held-out loss was lowest at step {best}, but {faults[0]}: the run leaves its end, step {end}")
+        return end
+    load_parameters(checkpoint, job.kept)
+    watch.note(
+        f"the held-out loss was lowest at step {best} ({job.progress.best_loss:.3f}), and that is what the run leaves; "
+        f"the end, step {end}, is kept as a checkpoint"
+    )
+    return best

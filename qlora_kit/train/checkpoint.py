@@ -36,27 +36,42 @@ class Progress:
         rows: training rows consumed.
         tokens: tokens trained.
         numbers: step counts of the optimizer.
+        best_step: of the lowest held-out loss so far, the latest if there are several; 0 before there is one.
+        best_loss: held-out loss there, in nats a token.
+        stale: evaluations since the last that was lower than all before.
     """
 
     step: int = 0
     rows: int = 0
     tokens: int = 0
     numbers: dict[str, int | float] = field(default_factory=dict)
+    best_step: int = 0
+    best_loss: float | None = None
+    stale: int = 0
+
+    def judge(self, eval_loss: float) -> bool:
+        """Take note of the held-out loss at the present step; whether none before was lower."""
+        before = self.best_loss
+        self.stale = 0 if before is None or eval_loss < before else self.stale + 1
+        is_best = before is None or eval_loss <= before
+        if is_best:
+            self.best_step, self.best_loss = self.step, eval_loss
+        return is_best
 
 
 def save_checkpoint(
     folder: Path, parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer, progress: Progress, keep: int
 ) -> Path:
-    """Write `step-NNNNNN` below `folder`; when it stands, newer ones go, and older ones beyond `keep`.
+    """Write `step-NNNNNN` below `folder`; when it stands, newer ones go, and older ones beyond `keep` but the best.
 
     Args:
         folder: of all checkpoints.
         parameters: the trained ones by name, and what else of the adapter must be kept.
         optimizer: that steps them.
         progress: where the run stands.
-        keep: checkpoints to keep, this one included.
+        keep: checkpoints to keep, this one included; that of the lowest held-out loss comes on top.
     """
-    final = folder / f"step-{progress.step:06d}"
+    final = checkpoint_of(folder, progress.step)
     progress.numbers = optimizer.state_numbers()
     with staged_folder(final) as staged:
         for name, copies in _host_copies(parameters, optimizer, _device(parameters).type == "cuda"):
@@ -69,9 +84,16 @@ def save_checkpoint(
         write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})
     standing = checkpoints(folder)
     newer = standing.index(final) + 1  # from here on: damaged ones that this run was not resumed from
-    for other in standing[: max(0, newer - keep)] + standing[newer:]:
-        remove_folder(other)
+    kept = {*standing[max(0, newer - keep) : newer], checkpoint_of(folder, progress.best_step)}
+    for other in standing:
+        if other not in kept:
+            remove_folder(other)
     return final
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands below `folder`, if there is one."""
+    return folder / f"step-{step:06d}"
 
 
 def rehearse_checkpoint(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer, *, on_card: bool) -> None:
@@ -128,18 +150,11 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
     Raises:
         RunError: the files do not fit this run.
     """
-    try:
-        saved = load_file(folder / "parameters.safetensors")
-        state = load_file(folder / "optimizer.safetensors")
-        states = load_file(folder / "random.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} cannot be read: {error}") from error
+    saved, state, states = (_load(folder / f"{name}.safetensors") for name in ("parameters", "optimizer", "random"))
     content: dict[str, Any] = read_json(folder / "state.json")
     content.pop("schema")
     progress = Progress(**content)
-    shapes = {name: tensor.shape for name, tensor in saved.items()}
-    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
-        raise RunError(f"{folder} holds other parameters than this run trains; resume with the recipe it was made with")
+    _check_shapes(folder, saved, parameters)
     try:
         optimizer.restore(state, progress.numbers)
     except KeyError as error:
@@ -150,6 +165,32 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
         parameter.copy_(saved[name])
     _set_random_states(states, _device(parameters))
     return progress
+
+
+@torch.no_grad()
+def load_parameters(folder: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Give parameters the values of a checkpoint, and touch nothing else.
+
+    Raises:
+        RunError: as `load_checkpoint`.
+    """
+    saved = _load(folder / "parameters.safetensors")
+    _check_shapes(folder, saved, parameters)
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path.parent} cannot be read: {error}") from error
+
+
+def _check_shapes(folder: Path, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    shapes = {name: tensor.shape for name, tensor in saved.items()}
+    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
+        raise RunError(f"{folder} holds other parameters than this run trains; resume with the recipe it was made with")
 
 
 def _device(parameters: Mapping[str, Tensor]) -> torch.device:

@@ -80,6 +80,13 @@ class Job:
         return {**self.parameters, **self.constants}
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to train: all steps are done, or the last evaluations were no better."""
+        patience = self.train.early_stopping
+        is_stale = patience is not None and self.progress.stale >= patience
+        return self.progress.step >= self.pace.steps or is_stale
+
+    @property
     def device(self) -> torch.device:
         """Where the batches go."""
         return self.model.device
@@ -159,7 +166,9 @@ def _longest(job: Job) -> Batch:
 
 
 def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:
-    """Train until the last step, or until a stop is requested.
+    """Train until the last step, until held-out losses have long been no better, or until a stop is requested.
+
+    There is a checkpoint of every evaluation that was the best so far; the last of them is kept.
 
     Args:
         job: what to train, from `job.progress` on.
@@ -168,7 +177,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         ledger: watches the first step taken, with the accounts of that step's phases.
 
     Returns:
-        Whether the run reached its last step.
+        Whether the run came to its end.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
@@ -180,6 +189,8 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     saved_at, first = time.monotonic(), job.progress.step + 1
     model.train()
     for step in range(first, job.pace.steps + 1):
+        if job.is_over:  # it was already where it is resumed from
+            break
         if ledger is not None and step == first:
             with ledger:
                 row = _take_step(job, accelerator, model, sampler, step, ledger)
@@ -187,11 +198,13 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
             row = _take_step(job, accelerator, model, sampler, step, None)
         row["peak_bytes"] = counter.peak_bytes
         _record(job, metrics, accelerator, row)
-        is_last = step == job.pace.steps
-        if job.eval_batches and (step % job.pace.eval_every == 0 or is_last):
-            _record(job, metrics, accelerator, {"step": step, **_evaluate(job)})
+        is_best = False
+        if job.eval_batches and (step % job.pace.eval_every == 0 or step == job.pace.steps):
+            evaluated = {"step": step, **_evaluate(job)}
+            _record(job, metrics, accelerator, evaluated)
+            is_best = job.progress.judge(evaluated["eval_loss"])
         is_stopping = job.stop_requested()
-        if is_last or is_stopping or _is_due(job.pace, step, saved_at):
+        if job.is_over or is_best or is_stopping or _is_due(job.pace, step, saved_at):
             save_checkpoint(
                 job.folder / "checkpoints", job.kept, job.optimizer, job.progress, job.train.keep_checkpoints
             )
@@ -199,7 +212,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         if is_stopping:
             break
     accelerator.end_training()
-    return job.progress.step >= job.pace.steps
+    return job.is_over
 
 
 def _take_step(
