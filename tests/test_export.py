@@ -29,12 +29,13 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import freeze_and_quantize, load_base
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, DataError, ModelError, RunError
-from qlora_kit.export import compare, export_adapter, export_merged, kinds, merge, merged_tensors
+from qlora_kit.export import audit, compare, export_adapter, export_merged, kinds, merge, merged_tensors
 from qlora_kit.export.folder import model_card
 from qlora_kit.export.stream import SLICE_ELEMENTS, row_slices, streamed, write_safetensors, write_weights
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.inject import wrap
 from qlora_kit.lora.layer import LoraLinear
+from qlora_kit.memory import Ledger
 from qlora_kit.storage import sha256_file
 from qlora_kit.units import MIB
 
@@ -464,6 +465,25 @@ def test_the_audit_is_the_textbook_divergence_and_sees_a_missing_adapter(tmp_pat
     assert found["max_kl"] == pytest.approx(max(divergences), rel=1e-4)
     assert found["mean_kl"] > 1e-3
     assert found["top1_agreement"] < 1
+
+
+@pytest.mark.parametrize("has_head", [True, False])
+def test_the_audit_is_the_same_whether_heads_can_be_called_or_not_and_holds_no_whole_logits(has_head, monkeypatch):
+    model, bare = trained_model(), trained_model()
+    for _, layer in lora_layers(bare):
+        layer.active = None
+    wanted = compare(model, bare, held_out())
+    monkeypatch.setattr(audit, "CHUNK", 4)
+    if not has_head:
+        monkeypatch.setattr(audit, "settled_chunk", lambda *_: (None, "no head of its own"))
+    ledger = Ledger()
+    ledger.ignore([*model.parameters(), *bare.parameters()])
+    with ledger:
+        found = compare(model, bare, held_out())
+    assert {key: pytest.approx(value, rel=1e-5) for key, value in wanted.items()} == found
+    tallest = max(each.shape.numel() for each, _ in ledger.history.events() if each.shape[-1:] == (VOCAB,))
+    whole = max(batch.input_ids.numel() for batch in held_out()) * VOCAB
+    assert (tallest <= 16 * VOCAB < whole) if has_head else (tallest == whole)  # the probe asks about 16 tokens
 
 
 def test_an_audit_without_a_labelled_token_is_refused():

@@ -3,12 +3,13 @@
     KL(p || q) = sum over the vocabulary of p (log p - log q),   p as trained, q exported, both in fp32, in nats
 
 Only the predictions count that training would have counted: those of labelled tokens. Two models with the same loss can
-still differ at every token, so the loss alone is no audit.
+still differ at every token, so the loss alone is no audit. Logits are compared a few tokens at a time, so an audit
+takes no more of a card's memory than an evaluation.
 
-Axes: N predictions, V vocabulary.
+Axes: N predictions, C of a chunk, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,11 @@ from qlora_kit.data.collate import Batch
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.ops import IGNORED
 from qlora_kit.train.evaluate import evaluation_mode
+from qlora_kit.train.head import head_logits
+from qlora_kit.train.probe import settled_chunk
 
-CHUNK = 256
-"""Predictions compared at a time: with a vocabulary of 152 k, the fp32 copies take about 0.6 GiB."""
+CHUNK = 64
+"""Predictions compared at a time: with a vocabulary of 152 k, logits and their fp32 copies take about 0.15 GiB."""
 
 
 def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, float]:
@@ -41,11 +44,13 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
         RunError: one of the models gives logits that are not finite.
     """
     parts: list[Tensor] = []
+    heads: list[bool] = []
     with evaluation_mode(as_trained), evaluation_mode(export):
         for batch in batches:
+            heads = heads or [_has_head_to_call(model, batch) for model in (as_trained, export)]
             labels_N = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED].to(as_trained.device)
-            p_NV, q_NV = _predictions(as_trained, batch), _predictions(export, batch).to(as_trained.device)
-            parts += map(_by_token, p_NV.split(CHUNK), q_NV.split(CHUNK), labels_N.split(CHUNK))
+            both = (_predictions(*each, batch) for each in zip((as_trained, export), heads, strict=True))
+            parts += map(_by_token, *both, labels_N.split(CHUNK))
     kl_N, loss_p_N, loss_q_N, same_N = torch.cat(parts, dim=1) if parts else torch.empty(4, 0)
     if len(kl_N) == 0:
         raise DataError("the rows to audit the export on hold no labelled token; give rows with answers")
@@ -63,16 +68,25 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
     }
 
 
-def _by_token(p_NV: Tensor, q_NV: Tensor, label_N: Tensor) -> Tensor:
-    """Of every prediction: divergence, both losses, and 1 where both find the same token likeliest; (4, N) fp64."""
-    log_p, log_q = p_NV.float().log_softmax(-1), q_NV.float().log_softmax(-1)
-    kl_N = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    losses_N = [F.nll_loss(log, label_N, reduction="none") for log in (log_p, log_q)]
-    return torch.stack([kl_N, *losses_N, log_p.argmax(-1) == log_q.argmax(-1)]).double().cpu()
+def _by_token(p_CV: Tensor, q_CV: Tensor, label_C: Tensor) -> Tensor:
+    """Of every prediction: divergence, both losses, and 1 where both find the same token likeliest; (4, C) fp64."""
+    log_p, log_q = p_CV.float().log_softmax(-1), q_CV.to(p_CV.device).float().log_softmax(-1)
+    kl_C = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    losses_C = [F.nll_loss(log, label_C, reduction="none") for log in (log_p, log_q)]
+    return torch.stack([kl_C, *losses_C, log_p.argmax(-1) == log_q.argmax(-1)]).double().cpu()
 
 
-def _predictions(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits for the labelled tokens of a batch, (N, V)."""
+def _has_head_to_call(model: PreTrainedModel, batch: Batch) -> bool:
+    return settled_chunk(model, batch.input_ids[0].tolist(), CHUNK)[0] is not None
+
+
+def _predictions(model: PreTrainedModel, has_head: bool, batch: Batch) -> Iterator[Tensor]:
+    """Logits for the labelled tokens of a batch, (C, V) at a time, made so where a model's head can be called."""
     batch = batch.to(model.device)
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    return logits[:, :-1][batch.labels[:, 1:] != IGNORED]
+    is_labelled = batch.labels[:, 1:] != IGNORED
+    if not has_head:
+        yield from model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][is_labelled].split(CHUNK)
+        return
+    hidden_ND = model.base_model(input_ids=batch.input_ids, use_cache=False)[0][:, :-1][is_labelled]
+    for hidden_CD in hidden_ND.split(CHUNK):
+        yield head_logits(model, hidden_CD)
