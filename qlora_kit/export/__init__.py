@@ -1,8 +1,10 @@
 """Export: what was trained, as files that other programs read, each audited against the model as trained."""
 
+from qlora_kit.export.adapter import export_adapter
 from qlora_kit.export.audit import compare
-from qlora_kit.export.kinds import check_request, export_adapter, export_merged, export_trained, merge, save_model
 from qlora_kit.export.merge import merged_tensors, rehearse_merge
+from qlora_kit.export.plain import export_merged, export_trained, merge, save_model
+from qlora_kit.export.sealed import check_request
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
 from qlora_kit.export.trained_against import trained_against
 

@@ -72,7 +72,8 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[StreamedTen
 def rehearse_merge(model: nn.Module) -> None:
     """Form merged weights as an export does, and forget them: on fake tensors, what that allocates.
 
-    Of each the first slice alone, which is as large as any.
+    Of each the first slice alone, which is as large as any. The audit that follows is planned as an evaluation: what it
+    loads of the export are pages of its files, or on a card what has room beside.
     """
     for tensor in merged_tensors(model, torch.bfloat16):
         next(tensor.slices())

@@ -1,0 +1,99 @@
+"""What all exports have in common: a vacant place with room on its disk, a card, and a manifest that is written last.
+
+`export.json` holds the kind, the comparisons, and a checksum of every other file.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.base.load import DTYPES
+from qlora_kit.errors import RunError
+from qlora_kit.export.folder import library_versions, model_card
+from qlora_kit.export.trained_against import PREFIX
+from qlora_kit.lora.layer import Adapter
+from qlora_kit.storage import read_json, sha256_file, write_json, write_text
+from qlora_kit.units import MIB, format_bytes
+
+MANIFEST, CARD = "export.json", "README.md"
+
+TEXT_BYTES = 64 * MIB
+"""Room kept free on the disk for config, card and tokenizer (the largest tokenizer files are about 35 MB)."""
+
+
+def check_request(out: Path, dtype: str) -> None:
+    """What can be refused before a model is loaded.
+
+    Raises:
+        RunError: `dtype` is not known, or `out` is a file or a folder that is not empty.
+    """
+    torch_dtype(dtype)
+    check_vacant(out)
+
+
+def check_vacant(out: Path) -> None:
+    """Refuse a file, and a folder that holds something (RunError)."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file, wanted a folder to make; choose another output")
+    if out.is_dir() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty, and an export overwrites nothing; choose another folder, or empty it")
+
+
+def check_room(out: Path, needed_bytes: int) -> None:
+    """Refuse a disk with less free than that (RunError)."""
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if free_bytes < needed_bytes:
+        needed, free = format_bytes(needed_bytes), format_bytes(free_bytes)
+        raise RunError(
+            f"the export to {out} needs {needed} on the disk of {there}, which has {free} free; nothing is written"
+        )
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The dtype of that name, or a RunError."""
+    if dtype not in DTYPES:
+        raise RunError(f"dtype={dtype!r} is not one that weights are exported in; use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write export.json over all the files that are there; nothing is written after it."""
+    files = {str(file.relative_to(folder)): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    write_json(folder / MANIFEST, {**content, "versions": library_versions(), "files": files})
+    return read_json(folder / MANIFEST)
+
+
+def write_card(
+    folder: Path, title: str, base: str, library: str, tags: list[str], sections: Mapping[str, Mapping[str, object]]
+) -> None:
+    """README.md, with the sections given and the versions of the libraries."""
+    card = model_card(title, base, library, tags, {**sections, "Made with": library_versions()})
+    write_text(folder / CARD, card)
+
+
+def settings_of(adapters: Mapping[str, nn.Module]) -> dict[str, object]:
+    """What the card says of the adapters in use; where layers differ, every value that occurs."""
+    parts = [adapter for adapter in adapters.values() if isinstance(adapter, Adapter)]
+    return {
+        "rank": _distinct(adapter.rank for adapter in parts),
+        "alpha": _distinct(adapter.alpha for adapter in parts),
+        "scale": _distinct(adapter.scale for adapter in parts),
+        "scaling": _distinct(adapter.scaling for adapter in parts),
+        "dropout": _distinct(adapter.dropout for adapter in parts),
+        "targets": _distinct(name.rpartition(".")[2] for name in adapters),
+        "layers": len(adapters),
+    }
+
+
+def _distinct(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in dict.fromkeys(values))
+
+
+def without_prefix(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a base was trained against, as a card has it."""
+    return {key.removeprefix(PREFIX).replace("_", " "): value for key, value in metadata.items()}
