@@ -326,6 +326,16 @@ def test_a_timeline_is_short_in_order_and_holds_the_peak():
     assert phases.index("forward") < phases.index("loss") < phases.index("backward") < phases.index("optimizer")
 
 
+def test_a_timeline_of_more_phases_than_samples_is_short_too():
+    with Ledger() as ledger:
+        for number in range(300):
+            with ledger.phase("forward" if number % 2 else "backward"):
+                torch.zeros(KIB + number)
+    samples = ledger.history.timeline()
+    assert 100 < len(samples) <= 200
+    assert max(sum(sample["bytes"].values()) for sample in samples) == ledger.peak() == 4 * (KIB + 299)
+
+
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_what_waits_in_the_hosts_memory_is_counted_apart_where_that_is_another(is_apart):
     ledger = Ledger(host_apart=is_apart)

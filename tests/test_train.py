@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.base import decode
+from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.data import Encoded, Sampler, collate
 from qlora_kit.errors import ModelError, RunError, TrainingError
 from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapter
@@ -272,6 +274,29 @@ def test_recomputed_blocks_give_the_gradients_of_kept_ones_bit_for_bit(make):
     assert seen[0][0] == seen[1][0]
     assert same(seen[1][1], seen[0][1])
     assert all(gradient.any() for gradient in seen[1][1].values())
+
+
+@pytest.mark.parametrize(("make", "last"), [(tiny.llama, "mlp.down_proj"), (tiny.gpt2, "mlp.c_proj")])
+@pytest.mark.parametrize("targets", ["all-linear", "attention"])
+def test_a_block_that_runs_again_does_not_take_the_product_of_its_last_layer_again(make, last, targets, monkeypatch):
+    model = adapted("nf4", model=make(), awake=True)
+    if targets == "attention":
+        model = tiny.quantized(make(), "nf4")
+        add_lora(model, rank=4, alpha=8, dtype=torch.float32, targets=targets)
+        model.train()
+    set_activation_policy(model, "recompute")
+    names = {id(layer): name for name, layer in tiny.quantized_layers(model).items()}
+    decoded = Counter()
+    read = QuantizedLinear.borrow
+    monkeypatch.setattr(
+        QuantizedLinear, "borrow", lambda layer, dtype: decoded.update([names[id(layer)]]) or read(layer, dtype)
+    )
+    gradients(model, [collate(rows(), 0)])
+    times = {name: count for name, count in decoded.items() if ".1." in name}  # of the last block
+    ends = [name for name in times if last in name]
+    assert [times.pop(name) for name in ends] == [2], "forward and backward"
+    assert len(times) >= 3
+    assert max(times.values()) == 3, "and once more in between"
 
 
 def test_recomputation_is_refused_where_there_are_no_blocks():

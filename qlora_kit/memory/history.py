@@ -7,6 +7,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 CATEGORIES = (
@@ -150,12 +151,18 @@ class History:
         return held
 
     def timeline(self) -> list[dict[str, Any]]:
-        """At most `SAMPLES` moments in order, each the fullest of its share of the events; the peak is among them."""
+        """At most `SAMPLES` moments in order, each the fullest of its share of the events; the peak is among them.
+
+        No share reaches over two phases, unless there are so many that they alone would fill the line.
+        """
+        phases = [phase for _, _, phase, _ in self._events]
+        changes = sum(before != after for before, after in pairwise(phases))
+        by_phase = changes <= SAMPLES // 2
+        bucket = max(1, -(-len(phases) // (SAMPLES - changes if by_phase else SAMPLES)))
         fullest: list[tuple[int, str, dict[str, int]]] = []
-        bucket = max(1, -(-len(self._events) // SAMPLES))
         for index, (total, phase, _, counts) in enumerate(self._counted()):
             sample = total, whole(phase or ""), dict(counts)
-            if index % bucket == 0:
+            if index % bucket == 0 or (by_phase and phase != phases[index - 1]):
                 fullest.append(sample)
             elif total > fullest[-1][0]:
                 fullest[-1] = sample
