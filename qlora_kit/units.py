@@ -61,6 +61,15 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: float, thing: str) -> str:
+    """`count` things, as one says it.
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1,200 rows')
+    """
+    return f"{count:,.0f} {thing}{'' if count == 1 else 's'}"
+
+
 def format_seconds(seconds: float) -> str:
     """`seconds` as a person says it.
 

@@ -1,6 +1,7 @@
 """The verbs from outside: a whole run on a tiny model; a mistake is one line and an exit code; nothing half-written."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -26,11 +27,14 @@ from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
 from qlora_kit.train import loop as train_loop
+from qlora_kit.train.optim import AdapterOptimizer
+
+train_run = import_module("qlora_kit.run.train")
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
              "device_profile", "steps", "tokens_per_s", "hours", "schema", "loss_chunk"}  # fmt: skip
 RUN_FILES = {"recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "memory.json", "report.html", "adapter",
-             "checkpoints", "scores.json", "data.json"}  # fmt: skip
+             "checkpoints", "scores.json", "data.json", "result.json"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +246,7 @@ def test_a_run_that_overfits_leaves_its_best_and_says_so(recipe, monkeypatch):
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     assert {str(value.tolist()) for value in adapter.values()} == {str(value.tolist()) for value in best.values()}
     assert {str(value.tolist()) for value in best.values()} != {str(value.tolist()) for value in end.values()}
-    assert json.loads((run / "scores.json").read_text())["step"] == 2
+    assert json.loads((run / "result.json").read_text())["step"] == 2
     facts = json.loads(call("report", run, "--json").stdout)
     assert facts["verdict"].startswith("Overfitting since step 2")
     assert "the best evaluation, 1.000 at step 2, is what the run leaves, its end was step 4" in facts["verdict"]
@@ -255,7 +259,63 @@ def test_early_stopping_is_a_finish(recipe, monkeypatch):
     rows = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 3
     assert (recipe.parent / "run" / "scores.json").is_file()
+    assert "ended early, at step 3 of 4: 2 evaluations no better" in " ".join(result.output.split())
     assert "merge" in result.output, "it ends as every run does"
+    told(monkeypatch, 0.5)
+    lifted = call("train", recipe, "train.eval_every=1", "train.early_stopping=3", "--resume")
+    assert lifted.exit_code == 0, lifted.output
+    assert json.loads((recipe.parent / "run" / "result.json").read_text())["step"] == 4
+
+
+def test_early_stopping_without_held_out_rows_is_told(recipe):
+    result = call("train", recipe, "data.eval=null", "train.early_stopping=2")
+    assert result.exit_code == 0, result.output
+    assert "train.early_stopping has no effect" in result.output
+
+
+def test_a_resumed_run_that_is_stopped_leaves_no_scores_of_its_earlier_end(recipe, monkeypatch):
+    told(monkeypatch, 3.0, 1.0, 1.5, 2.0, 2.0)
+    assert call("train", recipe, "train.eval_every=1").exit_code == 0
+    run = recipe.parent / "run"
+    monkeypatch.setattr("qlora_kit.cli.show.Screen.stop_requested", lambda screen: True)
+    assert call("train", recipe, "train.eval_every=1", "train.steps=8", "--resume").exit_code != 2
+    assert not (run / "scores.json").exists()
+    assert json.loads((run / "result.json").read_text()) == {
+        "schema": 1, "folder": "adapter", "step": 5, "finished": False,
+    }  # fmt: skip
+    assert "is kept as a checkpoint, the end is step 5" in json.loads(call("report", run, "--json").stdout)["verdict"]
+
+
+def test_a_best_that_was_lost_before_a_resume_rules_no_longer(recipe, monkeypatch):
+    told(monkeypatch, 3.0, 1.0, 1.5, 2.0, 1.2, 1.3)
+    assert call("train", recipe, "train.eval_every=1").exit_code == 0
+    run = recipe.parent / "run"
+    (run / "checkpoints" / "step-000002" / "parameters.safetensors").write_bytes(b"damaged")
+    result = call("train", recipe, "train.eval_every=1", "train.steps=6", "--resume")
+    assert result.exit_code == 0, result.output
+    assert "step 2, is lost" in result.output
+    assert json.loads((run / "result.json").read_text())["step"] == 5
+
+
+def test_nothing_of_the_optimizer_is_left_when_a_run_is_scored(recipe, monkeypatch):
+    alive, real = [], train_run.score
+    monkeypatch.setattr(
+        train_run,
+        "score",
+        lambda *given: alive.append([*map(type, gc.get_objects())].count(AdapterOptimizer)) or real(*given),
+    )
+    gc.collect()
+    before = [*map(type, gc.get_objects())].count(AdapterOptimizer)
+    assert call("train", recipe).exit_code == 0
+    assert alive == [before]
+
+
+def test_on_a_cpu_a_plan_above_what_is_free_is_refused(recipe, monkeypatch):
+    monkeypatch.setattr("qlora_kit.plan.table.available_bytes", lambda device: 10_000)
+    assert_mistake(call("train", recipe), "9.77 KiB are free here", "the least", code=3)
+    planned = call("plan", recipe)
+    assert planned.exit_code == 3
+    assert "--gpu or --budget" in planned.stderr
 
 
 def test_a_best_checkpoint_that_is_damaged_is_told_and_the_end_is_left(recipe, monkeypatch):
@@ -270,8 +330,8 @@ def test_a_best_checkpoint_that_is_damaged_is_told_and_the_end_is_left(recipe, m
     monkeypatch.setattr(train_loop, "save_checkpoint", damaging)
     result = call("train", recipe, "train.eval_every=1")
     assert result.exit_code == 0, result.output
-    assert "lowest at step 1, but" in result.output
-    assert json.loads((recipe.parent / "run" / "scores.json").read_text())["step"] == 4
+    assert "lowest at step 1 (1.000), but" in " ".join(result.output.split())
+    assert json.loads((recipe.parent / "run" / "result.json").read_text())["step"] == 4
 
 
 def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe):
@@ -335,6 +395,8 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_be
     short = json.loads(call("plan", *command[1:], "--json").stdout)
     assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
     assert short["loss_chunk"] == 3 < before["loss_chunk"]
+    assert_mistake(call(*command, "--resume"), "64.0 KiB are free here", code=3)
+    monkeypatch.setattr(train_run, "check_budget", lambda plan: None)
     result = call(*command, "--resume")
     assert result.exit_code == 0, result.output
     after = json.loads((run / "plan.json").read_text())

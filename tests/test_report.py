@@ -466,7 +466,7 @@ def test_plan_text_fits_a_terminal_and_ends_with_the_saving():
 def test_a_plan_that_needs_more_says_so():
     plan = example_plan() | {"savings_vs_full": -0.1, "budget": GIB}
     assert plan_text(plan).endswith("QLoRA needs 1.10 of full fine-tuning: 10 % more.")
-    assert "Budget 1.00 GiB: the plan is 7.27 GiB above it." in plan_text(plan)
+    assert "Budget 1.00 GiB (RTX 4090): the plan is 7.27 GiB above it." in plan_text(plan)
 
 
 def test_memory_check_gives_the_recorded_error_and_works_out_the_others():
@@ -774,6 +774,20 @@ def test_the_sentence_says_that_a_run_leaves_its_best_and_not_its_end():
     said = judge_curve(evaluated(2.0, 1.4, 1.6), {20, 30}, left=20)
     assert said.endswith("the best evaluation, 1.400 at step 20, is what the run leaves, its end was step 30.")
     assert judge_curve(evaluated(2.0, 1.4, 1.0), {30}, left=30).endswith("is the run's end and kept.")
+    said = judge_curve(evaluated(2.0, 1.4, 1.6), {10, 30}, left=10)
+    assert said.endswith("at step 20, is not what the run leaves: that is step 10, and its end was step 30.")
+
+
+def test_a_run_that_ended_worse_than_its_base_or_early_says_so_first(run):
+    scores = {"base": {"loss": 1.0}, "adapter": {"loss": 1.5}}
+    (run / "scores.json").write_text(json.dumps(scores))
+    verdict = report_facts(read_run(run))["verdict"]
+    assert verdict.startswith("Worse than the base on the held-out rows: a loss of 1.500 against 1.000.")
+    scores["adapter"]["loss"] = 1.0
+    (run / "scores.json").write_text(json.dumps(scores))
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps(plan | {"steps": 90}))
+    assert report_facts(read_run(run))["verdict"].startswith("Stopped early, at step 60 of 90.")
 
 
 def test_what_is_kept_is_read_from_the_folder(run):
@@ -784,7 +798,7 @@ def test_what_is_kept_is_read_from_the_folder(run):
     (run / "adapter").mkdir()
     assert read_run(run).kept_steps == {40, 60}
     assert read_run(run).left_step == 60
-    (run / "scores.json").write_text(json.dumps({"step": 20, "base": {}, "adapter": {}}))
+    (run / "result.json").write_text(json.dumps({"step": 20}))
     assert (read_run(run).left_step, read_run(run).kept_steps) == (20, {20, 40})
 
 

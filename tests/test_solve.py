@@ -107,11 +107,28 @@ def test_what_was_given_up_and_what_the_next_gib_buys_are_told():
     assert _more(costly, far, 512, 200) == costly[1]
 
 
-def test_where_memory_is_ample_two_dry_runs_are_made_where_it_is_short_a_few_and_where_nothing_fits_one():
+def test_where_memory_is_ample_or_nothing_fits_two_dry_runs_are_made_and_where_it_is_short_a_few():
     choices = Choices.of("auto", 16, 16, layers=LAYERS, may_split=True, has_host=True)
     assert len(chosen(10**6, choices)[1]) == 2
-    assert len(chosen(200, choices)[1]) == 1
+    assert len(chosen(200, choices)[1]) == 2
     assert len(chosen(280, choices)[1]) <= 9
+
+
+def test_one_row_at_a_time_is_not_taken_for_the_least_where_gradients_stand_between_micro_batches():
+    """Whole gradients that stand through a step outweigh the activations of short rows."""
+    choices = Choices.of("auto", 16, 16, layers=LAYERS, may_split=True, has_host=False, trains_weights=True)
+
+    def with_gradients(setting):
+        told = by_hand(setting)
+        return told | {"needs_bytes": told["needs_bytes"] + (5000 if setting.accumulation > 1 else 0)}
+
+    fastest = choices.fastest(512)
+    needs = with_gradients(fastest)["needs_bytes"]
+    assert needs < with_gradients(choices.smallest())["needs_bytes"]
+    assert solve(choices, 512, needs, with_gradients).setting == fastest
+    too_little = solve(choices, 512, needs - 1, with_gradients)
+    assert not too_little.fits
+    assert too_little.setting == fastest, "the least that there is"
 
 
 def test_an_estimate_that_was_too_low_is_mended_by_the_run_itself():

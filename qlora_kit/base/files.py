@@ -54,6 +54,12 @@ class TensorEntry:
     """Offset one past its last byte."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds a tokenizer: transformers makes an empty one where there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
+    return any((folder / name).is_file() for name in names)
+
+
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:
     """Refuse a model folder that is incomplete, damaged or unsafe.
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import signal
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from qlora_kit.report.cards import cards_sentence
+from qlora_kit.report.judge import judge_scores
 from qlora_kit.report.text import memory_check_text, plan_text
-from qlora_kit.units import format_bytes, format_count, format_seconds
+from qlora_kit.units import counted, format_bytes, format_count, format_seconds
 from qlora_kit.watch import Watch
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from qlora_kit.run import Prepared, Result
     from qlora_kit.train.evaluate import Score
 
+FEW_ROWS = 10
+"""Held-out rows below which a loss on them is noise: its standard error is a third of the rows' own spread."""
 PLAIN_LINES = 10
 """Progress lines of a run whose output is no terminal."""
 
@@ -49,10 +53,13 @@ def import_libraries() -> None:
     0.2 s instead of 1.2, when nothing has to be looked through once more.
     """
     quiet_environment()
-    gc.disable()
-    importlib.import_module("qlora_kit.run")
-    gc.freeze()
-    gc.enable()
+    if "qlora_kit.run" not in sys.modules and gc.isenabled():
+        gc.disable()
+        try:
+            importlib.import_module("qlora_kit.run")
+            gc.freeze()
+        finally:
+            gc.enable()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -82,13 +89,17 @@ class Screen(Watch):
     def prepared(self, prepared: "Prepared") -> None:
         """Rows and steps."""
         train, pace = prepared.train.counts, prepared.pace
-        left_out = train.dropped + train.no_trained
+        left_out, held_out = train.dropped + train.no_trained, prepared.eval.counts.rows
         more = f", {left_out} left out" if left_out else ""
         more += f", {train.truncated} cut short" if train.truncated else ""
         self.console.print(
-            f"[bold]data[/]   {train.rows:,} rows, {format_count(train.trained_tokens)} trained tokens, longest "
-            f"{train.longest} tokens{more}; {prepared.eval.counts.rows:,} rows held out"
+            f"[bold]data[/]   {counted(train.rows, 'row')}, {format_count(train.trained_tokens)} trained tokens, "
+            f"longest {counted(train.longest, 'token')}{more}; {counted(held_out, 'row')} held out"
         )
+        if 0 < held_out < FEW_ROWS:
+            self.note(
+                f"only {counted(held_out, 'row')} held out: a loss on so few says little; give more with data.eval"
+            )
         self.console.print(
             f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} at a time), "
             f"{format_count(pace.trained_tokens)} trained tokens in all, learning rate {pace.lr:g} ({pace.lr_reason})"
@@ -160,11 +171,13 @@ class Screen(Watch):
                 table.add_row(*(escape(_clip(text)) for text in texts))
             self.console.print()
             self.console.print(table)
-        self.console.print(f"\n[bold]score on {scores['rows']} held-out rows[/]")
+        self.console.print(f"\n[bold]score on {counted(scores['rows'], 'held-out row')}[/]")
         for name, label in (("base", "base"), ("adapter", self._trained_name)):
             fields = scores[name]
             exact = f"  exact match {fields['exact_match']:.1%}" if "exact_match" in fields else ""
             self.console.print(f"  {label:15} loss {fields['loss']:.3f}  perplexity {fields['perplexity']:,.2f}{exact}")
+        if worse := judge_scores(scores):
+            self.note(f"{worse} A lower train.lr may help.")
 
     def ended(self, result: "Result") -> None:
         """Where everything lies, and what to type next."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
 from qlora_kit.base.load import brings_code, head_of, load_base
@@ -276,6 +277,6 @@ def _audit_device(model: PreTrainedModel, export: PreTrainedModel) -> torch.devi
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a base, or None where its folder has none."""
-    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)

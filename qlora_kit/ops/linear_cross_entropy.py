@@ -123,7 +123,9 @@ def linear_cross_entropy_plain(
 ) -> Tensor:
     """The same function in plain torch: the oracle of the tests. It keeps the logits until backward."""
     logits = rule(F.linear(h_ND, weight_VD, bias_V))
-    return F.cross_entropy(logits.to(wide(logits.dtype)), labels_N, ignore_index=IGNORED, reduction="sum") / divisor
+    return (
+        F.cross_entropy(logits.to(wide_dtype(logits.dtype)), labels_N, ignore_index=IGNORED, reduction="sum") / divisor
+    )
 
 
 class _DenseHead(torch.autograd.Function):
@@ -138,16 +140,16 @@ class _DenseHead(torch.autograd.Function):
         rule: LogitRule,
         divisor: float,
     ) -> Tensor:
-        weight, ctx.power = split(1 / divisor)
+        weight, ctx.power = split_factor(1 / divisor)
         needs_h, _, needs_w, needs_b, *_ = ctx.needs_input_grad
         dtype = compute_dtype(h_ND)
         w_VD, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         dh_ND = torch.empty_like(h_ND) if needs_h else None
         dw_VD = torch.zeros_like(w_VD) if needs_w else None
-        db_V = w_VD.new_zeros(len(w_VD), dtype=wide(dtype)) if needs_b else None
+        db_V = w_VD.new_zeros(len(w_VD), dtype=wide_dtype(dtype)) if needs_b else None
         memory_CV = h_ND.new_empty(min(chunk, len(h_ND)), len(w_VD), dtype=dtype)
         losses = []
-        for rows in chunks(len(h_ND), chunk):
+        for rows in token_chunks(len(h_ND), chunk):
             h_CD = h_ND[rows].to(dtype)
             logits_CV = memory_CV[: len(h_CD)]
             if bias is None:
@@ -168,7 +170,7 @@ class _DenseHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dh, dw, db = scaled(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
+        dh, dw, db = scaled_gradients(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
         return dh, None, dw, db, None, None, None
 
 
@@ -184,12 +186,12 @@ class _AnyHead(torch.autograd.Function):
         divisor: float,
         *parameters: Tensor,
     ) -> Tensor:
-        weight, ctx.power = split(1 / divisor)
+        weight, ctx.power = split_factor(1 / divisor)
         needs_h = ctx.needs_input_grad[0]
         dh_ND = torch.empty_like(h_ND) if needs_h else None
         sums: list[Tensor | None] = [None] * len(parameters)
         losses = []
-        for rows in chunks(len(h_ND), chunk):
+        for rows in token_chunks(len(h_ND), chunk):
             h_CD = h_ND[rows].detach().requires_grad_(needs_h)
             loss, dh_CD, gradients = _through(head, parameters, h_CD, labels_N[rows], rule, weight)
             losses.append(loss)
@@ -203,7 +205,7 @@ class _AnyHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dh, *gradients = scaled(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
+        dh, *gradients = scaled_gradients(ctx.saved_tensors, grad * ctx.power, ctx.dtypes)
         return dh, None, None, None, None, None, *gradients
 
 
@@ -227,13 +229,13 @@ def _through(
     return (loss, gradients[0], gradients[1:]) if h_CD.requires_grad else (loss, None, gradients)
 
 
-def chunks(tokens: int, chunk: int) -> Iterator[slice]:
+def token_chunks(tokens: int, chunk: int) -> Iterator[slice]:
     """Tokens that go together."""
     for begin in range(0, tokens, chunk):
         yield slice(begin, begin + chunk)
 
 
-def split(share: float) -> tuple[float, float]:
+def split_factor(share: float) -> tuple[float, float]:
     """A number from 0.5 to 1 and a power of two, of which it is the product."""
     mantissa, exponent = math.frexp(share)
     return mantissa, 2.0**exponent
@@ -242,7 +244,7 @@ def split(share: float) -> tuple[float, float]:
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, weight: float) -> Tensor:
     """The summed loss of a chunk times `weight`, a scalar; its gradient takes the place of the logits."""
     is_ignored_C1 = (labels_C == IGNORED)[:, None]
-    weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=wide(logits_CV.dtype)).masked_fill_(is_ignored_C1, 0)
+    weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=wide_dtype(logits_CV.dtype)).masked_fill_(is_ignored_C1, 0)
     label_C1 = labels_C[:, None].masked_fill(is_ignored_C1, 0)  # any that is there, since its weight is zero
     tokens = max(1, SLICE_ELEMENTS // logits_CV.shape[1])
     slices = zip(logits_CV.split(tokens), label_C1.split(tokens), weight_C1.split(tokens), strict=True)
@@ -251,20 +253,20 @@ def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, wei
 
 def _of_slice(logits_SV: Tensor, label_S1: Tensor, weight_S1: Tensor, rule: LogitRule) -> Tensor:
     z_SV = logits_SV.to(weight_S1.dtype)  # where that is their dtype, the logits themselves
-    slope_SV = follow(z_SV, rule)
+    slope_SV = apply_rule(z_SV, rule)
     top_S1 = z_SV.amax(1, keepdim=True)
     said_S1 = z_SV.gather(1, label_S1).sub_(top_S1)
     total_S1 = z_SV.sub_(top_S1).exp_().sum(1, keepdim=True)
     loss = (total_S1.log() - said_S1).mul_(weight_S1).sum()
     z_SV.mul_(weight_S1 / total_S1)
     z_SV.scatter_(1, label_S1, said_S1.exp_().div_(total_S1).sub_(1).mul_(weight_S1))
-    follow_back(z_SV, slope_SV, rule)
+    apply_rule_backward(z_SV, slope_SV, rule)
     if z_SV is not logits_SV:
         logits_SV.copy_(z_SV)
     return loss
 
 
-def follow(z: Tensor, rule: LogitRule) -> Tensor | None:
+def apply_rule(z: Tensor, rule: LogitRule) -> Tensor | None:
     """Make of products what a model makes of them, in place; the slope of a soft cap, which the way back wants."""
     if rule.scale != 1:
         z.mul_(rule.scale)
@@ -276,7 +278,7 @@ def follow(z: Tensor, rule: LogitRule) -> Tensor | None:
     return slope
 
 
-def follow_back(dz: Tensor, slope: Tensor | None, rule: LogitRule) -> None:
+def apply_rule_backward(dz: Tensor, slope: Tensor | None, rule: LogitRule) -> None:
     """The gradient of products from that of logits, in place."""
     if slope is not None:
         dz.mul_(slope)
@@ -284,7 +286,7 @@ def follow_back(dz: Tensor, slope: Tensor | None, rule: LogitRule) -> None:
         dz.mul_(rule.scale)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or wider where the logits are."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -295,10 +297,10 @@ def _added(total: Tensor | None, gradient: Tensor | None, has_more: bool) -> Ten
         return total.add_(gradient)
     if gradient is None or not has_more:
         return gradient
-    return gradient.to(wide(gradient.dtype), copy=True)
+    return gradient.to(wide_dtype(gradient.dtype), copy=True)
 
 
-def scaled(
+def scaled_gradients(
     gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> Iterator[Tensor | None]:
     """Every gradient times the factor, rounded to its dtype once: in 16 bits the factor itself would be rounded."""

@@ -15,7 +15,6 @@ Source: a softmax whose top is corrected as it goes is Milakov and Gimelshein's,
 whole logits are Cut Cross-Entropy's, arXiv 2411.09009.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +27,12 @@ from qlora_kit.ops.linear_cross_entropy import (
     IGNORED,
     PLAIN,
     LogitRule,
-    chunks,
-    follow,
-    follow_back,
-    scaled,
-    split,
-    wide,
+    apply_rule,
+    apply_rule_backward,
+    scaled_gradients,
+    split_factor,
+    token_chunks,
+    wide_dtype,
 )
 from qlora_kit.ops.lora_linear import compute_dtype
 from qlora_kit.ops.slices import DecodeRows, row_slices
@@ -83,16 +82,17 @@ class _SlicedHead(torch.autograd.Function):
         rule: LogitRule,
         divisor: float,
     ) -> Tensor:
-        weight, ctx.power = split(1 / divisor)
+        weight, ctx.power = split_factor(1 / divisor)
         dtype = compute_dtype(h_ND)
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        head = _Head(decode_rows, shape, bias_V, rule)
+        count = max(1, -(-len(h_ND) // TOKENS))
         losses = []
-        for rows in chunks(len(h_ND), TOKENS):
+        for rows in token_chunks(len(h_ND), max(1, -(-len(h_ND) // count))):
             h_CD, labels_C1 = h_ND[rows].to(dtype), labels_N[rows, None]
             is_ignored_C1 = labels_C1 == IGNORED
             label_C1 = labels_C1.masked_fill(is_ignored_C1, 0)  # any that is there, since its weight is zero
-            weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=wide(dtype)).masked_fill_(is_ignored_C1, 0)
-            head = _Head(decode_rows, shape, bias_V, rule)
+            weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=wide_dtype(dtype)).masked_fill_(is_ignored_C1, 0)
             top_C1, total_C1, said_C1 = head.totals(h_CD, label_C1)
             losses.append((total_C1.log() + top_C1 - said_C1).mul_(weight_C1).sum())
             if dh_ND is not None:
@@ -104,7 +104,7 @@ class _SlicedHead(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (dh,) = scaled(ctx.saved_tensors, grad * ctx.power, [ctx.dtype])
+        (dh,) = scaled_gradients(ctx.saved_tensors, grad * ctx.power, [ctx.dtype])
         return dh, None, None, None, None, None, None
 
 
@@ -119,9 +119,10 @@ class _Head:
 
     def totals(self, h_CD: Tensor, label_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of every token the largest logit, the sum of exponentials over it, and its label's logit; (C, 1) each."""
-        one = torch.zeros(1, 1, dtype=wide(h_CD.dtype), device=h_CD.device)
+        one = torch.zeros(1, 1, dtype=wide_dtype(h_CD.dtype), device=h_CD.device)
         said_C1 = one.expand(len(h_CD), self.shape[0]).gather(1, label_C1)  # which refuses a label that is no token
-        top_C1, total_C1 = torch.full_like(said_C1, -math.inf), torch.zeros_like(said_C1)
+        lowest = torch.finfo(said_C1.dtype).min  # and not -inf, from which a slice of -inf could not be subtracted
+        top_C1, total_C1 = torch.full_like(said_C1, lowest), torch.zeros_like(said_C1)
         for rows, w_SD in self._slices(len(h_CD), h_CD.dtype):
             z_CS, _ = self._logits(h_CD, w_SD, rows)
             place_C1, is_here_C1 = _place(label_C1, rows)
@@ -133,14 +134,14 @@ class _Head:
 
     def gradient(self, h_CD: Tensor, label_C1: Tensor, weight_C1: Tensor, top_C1: Tensor, total_C1: Tensor) -> Tensor:
         """dh of the weighted loss, (C, D), summed over slices: not in 16 bits, where every slice would round it."""
-        dh_CD = torch.zeros_like(h_CD, dtype=wide(h_CD.dtype))
+        dh_CD = torch.zeros_like(h_CD, dtype=wide_dtype(h_CD.dtype))
         share_C1 = weight_C1 / total_C1
         for rows, w_SD in self._slices(len(h_CD), h_CD.dtype):
             z_CS, slope_CS = self._logits(h_CD, w_SD, rows)
             place_C1, is_here_C1 = _place(label_C1, rows)
             z_CS.sub_(top_C1).exp_().mul_(share_C1)
             z_CS.scatter_add_(1, place_C1, weight_C1.neg().mul_(is_here_C1))
-            follow_back(z_CS, slope_CS, self.rule)
+            apply_rule_backward(z_CS, slope_CS, self.rule)
             dh_CD.add_(z_CS.to(h_CD.dtype) @ w_SD)
         return dh_CD
 
@@ -152,8 +153,8 @@ class _Head:
         """In fp32 or wider, from a product in the compute dtype; and the slope of a cap."""
         bias_S = None if self.bias_V is None else self.bias_V[rows].to(h_CD.dtype)
         product_CS = F.linear(h_CD, w_SD, bias_S)  # which adds the bias before it rounds
-        z_CS = product_CS.to(wide(product_CS.dtype))
-        return z_CS, follow(z_CS, self.rule)
+        z_CS = product_CS.to(wide_dtype(product_CS.dtype))
+        return z_CS, apply_rule(z_CS, self.rule)
 
 
 def _place(label_C1: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -64,18 +64,16 @@ class Workloads:
     _runs: dict[Setting | None, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     def ways(self) -> Iterator["Workloads"]:
-        """What the recipe leaves open of the head, the fastest first: smaller chunks of logits, then fewer bits.
-
-        A quantised head is read by slices of its rows, however small the chunks.
-        """
+        """What the recipe leaves open of the head, the fastest first: smaller chunks of logits, then fewer bits."""
         asked, head = self.recipe.memory.loss_chunk, base_as_held(self.recipe).quantize_head
         usual = automatic_chunk(self.config.get_text_config().vocab_size)
-        chunk = usual if asked == "auto" else asked
+        chunks = [asked] if asked != "auto" else sorted({usual, min(SMALLEST_CHUNK, usual)}, reverse=True)
         if head is not True:
-            for tokens in sorted({chunk, min(SMALLEST_CHUNK, usual)}, reverse=True) if asked == "auto" else [asked]:
-                yield replace(self, quantize_head=False, loss_chunk=tokens, _runs={})
+            yield from (replace(self, quantize_head=False, loss_chunk=chunk, _runs={}) for chunk in chunks)
         if head is True or (head == "auto" and may_quantize_head(self.recipe, self.config)):
-            yield replace(self, quantize_head=True, loss_chunk=chunk, _runs={})
+            # Without an adapter it is read by slices of its rows, however small the chunks.
+            matter = chunks if _may_adapt_head(self.recipe) else chunks[:1]
+            yield from (replace(self, quantize_head=True, loss_chunk=chunk, _runs={}) for chunk in matter)
 
     def of(self, setting: Setting) -> Workload:
         """The step, and what comes with it, under a setting."""
@@ -96,9 +94,11 @@ class Workloads:
         planned = together(self._step(setting), self._runs[None])
         return planned | {"needs_bytes": self._needs(planned)}
 
-    def has_room(self, setting: Setting, room: int) -> bool:
-        """Whether at least the step of a setting fits, by half of the dry run."""
-        return self._needs(self._step(setting)) <= room
+    def has_room(self, choices: Choices, room: int) -> bool:
+        """Whether the step of one of the extremes fits, by half of the dry run."""
+        smallest, fastest = choices.smallest(), choices.fastest(self.tokens)
+        extremes = [smallest] if smallest.accumulation == fastest.accumulation else [smallest, fastest]
+        return any(self._needs(self._step(setting)) <= room for setting in extremes)
 
     def _step(self, setting: Setting) -> dict[str, Any]:
         if setting not in self._runs:
@@ -144,7 +144,7 @@ def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
     """
     choices = _choices(makes, pace)
     *others, last = makes.ways()
-    for way in (*(each for each in others if each.has_room(choices.smallest(), room)), last):
+    for way in (*(each for each in others if each.has_room(choices, room)), last):
         solution = solve(choices, makes.tokens, room, way.plan)
         if solution.fits:
             break
@@ -168,6 +168,13 @@ def may_quantize_head(recipe: Recipe, config: PretrainedConfig) -> bool:
     embedding: Any = model.get_input_embeddings()
     fits = base.quantization == "int8" or embedding.weight.shape[1] % base.block_size == 0
     return base.quantization != "none" and fits and (head is None or type(head) is nn.Linear)
+
+
+def _may_adapt_head(recipe: Recipe) -> bool:
+    """Whether the recipe may put something on the output head."""
+    lora = recipe.lora
+    reaches = lora.targets not in ("all-linear", "attention", "mlp", "experts")
+    return not recipe.train.full_finetune and bool(reaches or lora.added_tokens or lora.also_train)
 
 
 def _choices(makes: Workloads, pace: Pace) -> Choices:

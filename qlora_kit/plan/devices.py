@@ -1,14 +1,20 @@
 """How much memory there is to plan for, and how fast the processor multiplies."""
 
+import math
 import time
+from pathlib import Path
 
 import psutil
 import torch
 
 from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
+from qlora_kit.units import counted
 
 EFFICIENCY = 0.5
 """Share of the matrix-product rate that a whole training step reaches; an estimate, and named one wherever it shows."""
+
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
@@ -16,14 +22,23 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free - CUDA_RESERVE_BYTES
-    return psutil.virtual_memory().available
+    return int(min(psutil.virtual_memory().available, _left_by_container()))
+
+
+def _left_by_container() -> float:
+    """What a container's limit leaves; the system tells of the whole machine."""
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return math.inf
+    return max(0, limit - used)
 
 
 def device_name(device: torch.device) -> str:
     """The device as a person knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:

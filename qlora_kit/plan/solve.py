@@ -149,7 +149,7 @@ class Solution:
         setting: the fastest that fits; the smallest there is where none does.
         planned: its dry run.
         fits: whether it does.
-        fastest: of all, with the bytes that it needs; None where that is the setting itself.
+        fastest: of all, with the bytes that it needs; None where that is the setting itself, and where none fits.
         more: what the next GiB would buy, or else the least that buys anything, with what it needs (an estimate).
     """
 
@@ -172,11 +172,14 @@ def solve(choices: Choices, tokens: int, budget: int, plan: Callable[[Setting], 
     """
     smallest, fastest = choices.smallest(), choices.fastest(tokens)
     least = plan(smallest)
-    if least["needs_bytes"] > budget:
+    if least["needs_bytes"] > budget and smallest.accumulation == fastest.accumulation:
         return Solution(smallest, least, fits=False)
     planned = plan(fastest)
     if planned["needs_bytes"] <= budget:
         return Solution(fastest, planned, fits=True)
+    if least["needs_bytes"] > budget:  # and gradients that stand from one micro-batch to the next may be the reason
+        least, smallest = min((least, smallest), (planned, fastest), key=lambda each: each[0]["needs_bytes"])
+        return Solution(smallest, least, fits=False)
     above = fastest, planned["needs_bytes"]
     estimate = Estimate(choices, plan)
     candidates = list(estimate.candidates(tokens))

@@ -75,6 +75,7 @@ def plan_methods(
         "savings_vs_full": 1 - methods["qlora"]["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
         "floor": _floor(config, work, own),
         "budget": budget,
+        "available_bytes": room if budget is None else None,
         "needs_bytes": chosen.needs_bytes,
         "activations": setting.blocks.words,
         "blocks": setting.blocks._asdict(),

@@ -107,7 +107,7 @@ class Base(Section):
     block_size: BlockSize = 64
     """Weights that share one constant; 64 as in QLoRA, section 3."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What weights are decoded to; auto: bfloat16 where the device multiplies it, else float16, on a CPU float32."""
+    """What weights are decoded to; auto: bfloat16 where the device multiplies it, else float16 (a CPU: float32)."""
     skip: list[Text] = []
     """Names of linear layers that stay dense, beside heads and classifiers."""
     quantize_head: bool | Auto = False
@@ -236,7 +236,7 @@ class Train(Section):
     eval_every: Count | Auto = "auto"
     """Steps between evaluations; auto: 10 evaluations a run."""
     save_every: Count | Auto = "auto"
-    """Steps between checkpoints; auto: about every 15 minutes and at the end."""
+    """Steps between checkpoints; auto: about every 15 minutes. Each better evaluation and the end have one anyway."""
     sample_every: Count | None = None
     """Steps between sample generations; null: none."""
     keep_checkpoints: Count = 2

@@ -13,7 +13,7 @@ from qlora_kit.report.bars import category_class, stacked_bars
 from qlora_kit.report.curve import curve, finite, smooth, window_for
 from qlora_kit.report.facts import report_facts
 from qlora_kit.report.folder import RunFolder, read_run
-from qlora_kit.report.judge import judge_curve
+from qlora_kit.report.judge import judge_run
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.page import chart, check_place, figure, lead, legend, page, section, table, wide, write_page
@@ -71,7 +71,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         element(
             "div",
             element("dt", _sign(index), name),
-            element("dd", judge_curve(run.rows, run.kept_steps, run.left_step)),
+            element("dd", judge_run(run)),
         )
         for index, (name, run) in enumerate(zip(names, runs, strict=True))
     ]

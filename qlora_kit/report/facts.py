@@ -6,7 +6,7 @@ from typing import Any
 from qlora_kit.report.cards import card_groups
 from qlora_kit.report.curve import curve, finite
 from qlora_kit.report.folder import RunFolder
-from qlora_kit.report.judge import best_evaluation, judge_curve
+from qlora_kit.report.judge import best_evaluation, judge_run
 from qlora_kit.report.text import METHODS, own_method, peak_error, saving
 
 _OF_A_METHOD = ("peak_bytes", "by_category", "peak_by_phase", "host_peak_bytes", "paged_bytes")
@@ -19,8 +19,8 @@ def report_facts(run: RunFolder) -> dict[str, Any]:
         `run` (its folder), `model`, `method` (its own), `steps`, `tokens_per_s` (median), `savings` (of QLoRA, as
         shares, by the method compared with), `planned` (by method) and `measured` (of the run, or null) in bytes,
         `error` (relative: `peak`, and by category and phase what is known), `scores` (base and adapter, or null),
-        `best_evaluation` (step, loss and whether its parameters are kept, or null), `fits` (cards by method) and
-        `verdict`, the sentence on the curve.
+        `best_evaluation` (step, loss and whether its parameters are kept, or null), `left_step` (of what it leaves),
+        `fits` (cards by method) and `verdict`, the sentences on the run and its curve.
     """
     methods = {name: _numbers(run.plan["methods"][name]) for name in METHODS if name in run.plan["methods"]}
     steps = [step for step, _ in curve(run.rows, "loss")]
@@ -36,8 +36,9 @@ def report_facts(run: RunFolder) -> dict[str, Any]:
         "error": None if run.memory is None else _errors(run.memory),
         "scores": None if run.scores is None else {kind: run.scores[kind] for kind in ("base", "adapter")},
         "best_evaluation": _best(run),
+        "left_step": run.left_step,
         "fits": _fits(run.plan),
-        "verdict": judge_curve(run.rows, run.kept_steps, run.left_step),
+        "verdict": judge_run(run),
     }
 
 

@@ -101,8 +101,8 @@ METRICS_ROW = {
     "tokens?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
 }
+RESULT = {"step": COUNT}
 SCORES = {
-    "step?": MAYBE_COUNT,
     "rows?": MAYBE_COUNT,
     "base": {"*": MAYBE_NUMBER},
     "adapter": {"*": MAYBE_NUMBER},
@@ -153,10 +153,10 @@ def read_run(folder: str | Path) -> RunFolder:
     folder = Path(folder)
     optional = {
         name: _document(folder / f"{name}.json", shape) if (folder / f"{name}.json").exists() else None
-        for name, shape in (("memory", MEMORY), ("scores", SCORES), ("data", DATA), ("env", ENV))
+        for name, shape in (("memory", MEMORY), ("result", RESULT), ("scores", SCORES), ("data", DATA), ("env", ENV))
     }
     recipe, rows = folder / "recipe.yaml", _metrics_rows(folder / "metrics.jsonl")
-    left = _left_step(folder, rows, optional["scores"])
+    left = _left_step(folder, rows, optional.pop("result"))
     return RunFolder(
         path=folder,
         plan=_document(folder / "plan.json", PLAN),
@@ -173,12 +173,12 @@ def _checkpoint_steps(folder: Path) -> frozenset[float]:
     return frozenset(float(name) for name in names if re.fullmatch("[0-9]{1,12}", name))
 
 
-def _left_step(folder: Path, rows: list[dict[str, Any]], scores: dict[str, Any] | None) -> float | None:
-    """The step that was scored; where none was, the last that trained."""
+def _left_step(folder: Path, rows: list[dict[str, Any]], result: dict[str, Any] | None) -> float | None:
+    """As result.json has it; runs of versions without it leave their last step."""
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
         return None
     last = next((row["step"] for row in reversed(rows) if "loss" in row), None)
-    return (scores or {}).get("step", last)
+    return last if result is None else float(result["step"])
 
 
 def _text(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from qlora_kit.report.curve import curve, finite, smooth, window_for
 from qlora_kit.report.folder import RunFolder, read_run
-from qlora_kit.report.judge import judge_curve
+from qlora_kit.report.judge import judge_run
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.memory_sections import memory_sections
@@ -147,7 +147,7 @@ def _curves(run: RunFolder) -> Markup:
     loss = chart(_loss_series(run.rows), title="Loss over steps", y_label="loss, nats")
     speed = _speed_series(run.rows)
     pace = chart(speed, title="Throughput over steps", y_label="tokens per second", height=150, from_zero=True)
-    return section("Training", lead(judge_curve(run.rows, run.kept_steps, run.left_step)), loss, pace)
+    return section("Training", lead(judge_run(run)), loss, pace)
 
 
 def _loss_series(rows: list[dict[str, Any]]) -> list[Series]:

@@ -7,11 +7,12 @@ value the lowest lies one and a half below it already.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from qlora_kit.report.curve import curve, finite
+from qlora_kit.report.folder import RunFolder
 
 TOLERANCE = 0.01
 STRETCHES = 10
@@ -75,11 +76,35 @@ def judge_curve(
     return verdict + "."
 
 
+def judge_run(run: RunFolder) -> str:
+    """What there is to say of a run: whether it made the model worse, whether it stopped early, and its curve."""
+    steps, planned = [row["step"] for row in run.rows if "loss" in row], run.plan.get("steps")
+    early = ""
+    if run.scores is not None and planned and steps and steps[-1] < planned:
+        early = f"Stopped early, at step {steps[-1]:,.0f} of {planned:,.0f}."
+    sentences = judge_scores(run.scores), early, judge_curve(run.rows, run.kept_steps, run.left_step)
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def judge_scores(scores: Mapping[str, Any] | None) -> str:
+    """A sentence where training has made the model worse than its base on the held-out rows; "" elsewhere.
+
+    >>> judge_scores({"base": {"loss": 2.489}, "adapter": {"loss": 4.227}})
+    'Worse than the base on the held-out rows: a loss of 4.227 against 2.489.'
+    """
+    base, trained = ((scores or {}).get(kind, {}).get("loss") for kind in ("base", "adapter"))
+    if base is None or trained is None or trained <= base:
+        return ""
+    return f"Worse than the base on the held-out rows: a loss of {_said(trained)} against {_said(base)}."
+
+
 def _what_is_left(best: Best, kept: Collection[float], left: float | None) -> str:
     """Where the best evaluation's parameters are: in the run's result, in a checkpoint, or nowhere."""
     name, end = f"the best evaluation, {_said(best.loss)} at step {best.step:,.0f},", f"step {best.last_step:,.0f}"
     if best.step == left != best.last_step:
         return f"{name} is what the run leaves, its end was {end}"
+    if left not in (None, best.last_step, best.step):
+        return f"{name} is not what the run leaves: that is step {left:,.0f}, and its end was {end}"
     if best.step in kept:
         is_end = best.step == best.last_step
         return f"{name} is the run's end and kept" if is_end else f"{name} is kept as a checkpoint, the end is {end}"

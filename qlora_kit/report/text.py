@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from textwrap import wrap
 from typing import Any
 
-from qlora_kit.units import format_bytes, format_count, format_seconds
+from qlora_kit.units import counted, format_bytes, format_count, format_seconds
 
 CATEGORIES = (
     "base_weights",
@@ -128,7 +128,7 @@ def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
         said.append(f"activations {done.get(policy, policy)}")
     if rows := plan.get("micro_batch"):
         times = plan.get("accumulation") or 1
-        said.append(f"{rows:,.0f} {'row' if rows == 1 else 'rows'} at a time, {times:,.0f} times a step")
+        said.append(f"{counted(rows, 'row')} at a time, {counted(times, 'time')} a step")
     if chunk := plan.get("loss_chunk"):
         said.append(f"the loss in chunks of {chunk:,.0f} tokens")
     if said:
@@ -140,7 +140,10 @@ def _room(plan: dict[str, Any]) -> Iterator[str]:
     if budget := plan.get("budget"):
         spare = budget - own_plan(plan)["peak_bytes"]
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"the plan is {format_bytes(-spare)} above it"
-        yield f"Budget {format_bytes(budget)}: {verdict}."
+        if spare >= 0 and plan.get("allocator"):
+            verdict += ", of which a tenth of the peak is left to the card's allocator"
+        name = plan.get("device_profile") or ""
+        yield f"Budget {format_bytes(budget)}{'' if name.startswith('CPU') or not name else f' ({name})'}: {verdict}."
     if floor := plan.get("floor"):
         least = f"the least that the mathematics needs ({format_bytes(floor['bytes'])})"
         yield f"The step takes {floor['ratio']:.2f} times {least} with all of it on the device."
@@ -167,7 +170,9 @@ def _beside_the_peak(method: dict[str, Any], allocator: dict[str, Any]) -> Itera
 def _duration(plan: dict[str, Any]) -> Iterator[str]:
     if plan.get("steps") and plan.get("hours") and plan.get("tokens_per_s"):
         duration = format_seconds(3600 * plan["hours"])
-        yield f"Estimate: {plan['steps']:,} steps at {plan['tokens_per_s']:,.0f} tokens/s, {duration}."
+        here = f" ({plan['device_profile']})" if plan.get("device_profile") else ""
+        speed = f"{counted(plan['steps'], 'step')} at {counted(plan['tokens_per_s'], 'token')}/s"
+        yield f"Estimate for this machine{here}: {speed}, {duration}."
 
 
 def _compared(plan: dict[str, Any]) -> Iterator[str]:

@@ -130,22 +130,36 @@ def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
 
 
 def check_budget(plan: Mapping[str, Any]) -> None:
-    """Hold a plan against its budget.
+    """Hold a plan against its budget, or where there is none against the memory that this machine has free.
 
     Raises:
         FitError: the peak, with what a card's allocator adds, is above it.
     """
-    method, budget, peak = plan["method"], plan["budget"], plan["needs_bytes"]
-    if budget is not None and peak > budget:
-        small = plan["with_quantized_head"]
-        head = f", or {format_bytes(small)} with base.quantize_head=true" if small else ""
-        if method != "qlora":
-            head = f", or {format_bytes(plan['methods']['qlora']['peak_bytes'])} with train.full_finetune=false"
-        raise FitError(
-            f"memory.budget is {format_bytes(budget)}; the least that the recipe allows is {format_bytes(peak)}, with "
-            f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}{head}; lower "
-            f"data.max_tokens (longest row now {plan['tokens']:,}), or raise the budget"
-        )
+    budget, available, peak = plan["budget"], plan["available_bytes"], plan["needs_bytes"]
+    room = available if budget is None else budget
+    if peak <= room:
+        return
+    found = f"{format_bytes(room)} are free here" if budget is None else f"memory.budget is {format_bytes(budget)}"
+    way_on = "raise the budget" if budget is not None else "plan for another machine with --gpu or --budget"
+    setting = f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}"
+    raise FitError(
+        f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}; "
+        f"lower data.max_tokens (longest row now {plan['tokens']:,}), or {way_on}"
+    )
+
+
+def _smaller(plan: Mapping[str, Any], room: int) -> str:
+    """What else would take less, of what the recipe rules out."""
+    if plan["method"] != "qlora":
+        adapters = plan["methods"]["qlora"]["peak_bytes"]
+        return f", or {format_bytes(adapters)} with train.full_finetune=false"
+    small = plan["with_quantized_head"]
+    head = ""
+    if small and small < plan["needs_bytes"]:
+        still = "" if small <= room else ", too much still"
+        head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
+    kept = plan["blocks"]["keep"]
+    return f"{head}; memory.activations=recompute takes less" if kept else head
 
 
 def _rows_are_missing(recipe: Recipe) -> bool:

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.dense import parameter_count
+from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import build_model, read_config
 from qlora_kit.base.vocabulary import longer_config
@@ -98,6 +99,10 @@ def load_tokenizer(
     Raises:
         DataError: there is no tokenizer in the folder, no such template, or it has not the tokens that one needs.
     """
+    if not has_tokenizer(folder):
+        raise DataError(
+            f"{folder} has no tokenizer (tokenizer.json or the like); put the model's own beside its config"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

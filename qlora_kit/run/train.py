@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +21,8 @@ from qlora_kit.report import write_report
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
+    RESULT,
+    SCORES,
     check_run_folder,
     clear_run_folder,
     describe_run,
@@ -53,6 +55,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
+from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
 
@@ -122,18 +125,17 @@ def train(
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        finished, job = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
-        left = _back_to_best(job, watch) if finished else job.progress.step
-        _save(model, recipe, prepared, folder)
+        end = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
+        _save(model, recipe, prepared, folder, end)
         scores = None
-        if finished and prepared.eval.rows:
+        if end.finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = {"step": left, **score(model, prepared, base, loss_chunk)}
-            write_json(folder / "scores.json", scores)
+            scores = score(model, prepared, base, loss_chunk)
+            write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
-    return Result(folder, finished, job.progress.step, scores, time.monotonic() - started)
+    return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
@@ -187,13 +189,24 @@ def _make_trainable(
     set_activation_policy(model, Blocks(**plan["blocks"]))
 
 
-def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Path) -> None:
-    """Write what was trained: adapter/, or model/."""
+class _End(NamedTuple):
+    """How training ended: whether it came to its end, its last step, and the step that the model is left at."""
+
+    finished: bool
+    step: int
+    left: int
+
+
+def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Path, end: _End) -> None:
+    """Write what was trained, adapter/ or model/, and of which step it is; scores of an earlier one go before."""
     trained = trained_folder(folder, recipe)
+    for name in (SCORES, RESULT):
+        (folder / name).unlink(missing_ok=True)
     if recipe.train.full_finetune:
         save_model(model, prepared.tokenizer, trained)
     else:
         save_adapter(model, trained, provenance=trained_against(model) | provenance_of(recipe))
+    write_json(folder / RESULT, {"folder": trained.name, "step": end.left, "finished": end.finished})
 
 
 def _train(
@@ -207,7 +220,7 @@ def _train(
     watch: Watch,
     resume: bool,
     limit: Limit,
-) -> tuple[bool, Job]:
+) -> _End:
     torch.manual_seed(recipe.train.seed)
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
@@ -242,6 +255,8 @@ def _train(
         check_isolation(model)
     if resume:
         _go_on(job, watch)
+    if recipe.train.early_stopping is not None and not job.eval_batches:
+        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
@@ -254,31 +269,38 @@ def _train(
     finally:
         metrics.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
-    return finished, job
+    return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
 
 
 def _go_on(job: Job, watch: Watch) -> None:
     """Put a job where its newest sound checkpoint was written."""
-    newest, faults = newest_checkpoint(job.folder / CHECKPOINTS)
+    folder = job.folder / CHECKPOINTS
+    newest, faults = newest_checkpoint(folder)
     for fault in faults:
         watch.note(f"left out a damaged checkpoint: {fault}")
     job.progress = load_checkpoint(newest, job.kept, job.optimizer)
     watch.note(f"going on from {newest.name}")
+    best = job.progress.best_step
+    if best and verify_checkpoint(checkpoint_of(folder, best)):
+        watch.note(
+            f"the checkpoint of the lowest held-out loss, step {best}, is lost: the best is looked for from here on"
+        )
+        job.progress.forget_best()
 
 
-def _back_to_best(job: Job, watch: Watch) -> int:
+def _left_at(job: Job, watch: Watch) -> int:
     """Give the model what it was at its lowest held-out loss; the step of which it is then."""
-    end, best = job.progress.step, job.progress.best_step
-    if best in (0, end):
-        return end
-    checkpoint = checkpoint_of(job.folder / CHECKPOINTS, best)
-    faults = verify_checkpoint(checkpoint)
-    if faults:
-        watch.note(f"the held-out loss was lowest at step {best}, but {faults[0]}: the run leaves its end, step {end}")
-        return end
+    progress, steps = job.progress, job.pace.steps
+    if progress.step < steps:
+        stale = counted(progress.stale, "evaluation")
+        watch.note(f"ended early, at step {progress.step} of {steps}: {stale} no better (train.early_stopping)")
+    if progress.best_step in (0, progress.step):
+        return progress.step
+    checkpoint = checkpoint_of(job.folder / CHECKPOINTS, progress.best_step)
+    lowest = f"the held-out loss was lowest at step {progress.best_step} ({progress.best_loss:.3f})"
+    if faults := verify_checkpoint(checkpoint):
+        watch.note(f"{lowest}, but {faults[0]}: the run leaves its end, step {progress.step}")
+        return progress.step
     load_parameters(checkpoint, job.kept)
-    watch.note(
-        f"the held-out loss was lowest at step {best} ({job.progress.best_loss:.3f}), and that is what the run leaves; "
-        f"the end, step {end}, is kept as a checkpoint"
-    )
-    return best
+    watch.note(f"{lowest}, and that is what the run leaves; the end, step {progress.step}, is kept as a checkpoint")
+    return progress.best_step

@@ -58,6 +58,10 @@ class Progress:
             self.best_step, self.best_loss = self.step, eval_loss
         return is_best
 
+    def forget_best(self) -> None:
+        """Look for the best from here on."""
+        self.best_step, self.best_loss, self.stale = 0, None, 0
+
 
 def save_checkpoint(
     folder: Path, parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer, progress: Progress, keep: int

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from qlora_kit.recipe import Train
 from qlora_kit.train.schedule import automatic_rate
+from qlora_kit.units import counted
 
 ROWS_A_STEP = 16
 """Rows that `accumulation: auto` aims at, as in QLoRA's scripts; LoRA pays for larger batches (LoRA Without Regret)."""
@@ -51,9 +52,12 @@ class Pace:
         """What a person should know about a run this short."""
         if self.steps >= FEW_STEPS:
             return None
+        smaller = f", or lower train.accumulation (now {self.accumulation})" if self.accumulation > 1 else ""
+        if not smaller and self.micro_batch > 1:
+            smaller = f", or lower train.micro_batch (now {self.micro_batch})"
         return (
-            f"only {self.steps} optimizer steps: below {FEW_STEPS} a run hardly learns; "
-            f"raise train.epochs, or lower train.accumulation (now {self.accumulation})"
+            f"only {counted(self.steps, 'optimizer step')}: a run of fewer than {FEW_STEPS} seldom gets far; raise "
+            f"train.epochs or train.steps{smaller}"
         )
 
 
