@@ -200,6 +200,18 @@ def test_a_head_read_by_slices_without_a_gradient_is_decoded_once():
     assert decoded == [(0, VOCAB)]
 
 
+def test_a_head_read_by_slices_may_have_rows_that_never_win(monkeypatch):
+    """A bias of -inf keeps a token from being said; a whole slice of them is no NaN."""
+    h, labels, w, b = problem(torch.float32)
+    b[:10] = -torch.inf
+    labels[labels < 10] = 20
+    wanted = of_input(plain(labels, LogitRule()), h, w, b)
+    monkeypatch.setattr(slices, "SLICE_ELEMENTS", 5 * WIDTH)
+    found = of_input(sliced(labels, LogitRule()), h, w, b)
+    assert torch.isfinite(wanted[0])
+    assert max(map(tiny.relative, found, wanted)) < 1e-6
+
+
 def test_a_head_read_by_slices_survives_logits_that_overflow_an_exponential():
     h, labels, w, b = problem(torch.float32)
     wanted = of_input(plain(labels, LogitRule()), h, w * 400, b)
@@ -452,6 +464,7 @@ def test_full_fine_tuning_holds_the_gradient_of_its_head_and_a_chunk():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_and_real_accounts_agree_to_the_byte(head, dtype, monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setattr(slices, "SLICE_ELEMENTS", 9 * tiny.LLAMA["hidden_size"])  # of which fake tensors see three
 
     def accounts(model):
         model = {

@@ -12,6 +12,7 @@ from qlora_kit.cli.app import app
 from qlora_kit.errors import RecipeError
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.plan.cards import TOTAL_MIB, find_card
+from qlora_kit.plan.choose import Workloads
 from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
 from qlora_kit.plan.solve import Choices, Estimate, Setting, _more, solve
 from qlora_kit.recipe import read_recipe
@@ -52,6 +53,26 @@ def chosen(budget, choices, tokens=512):
 def every_setting(choices):
     for batch in choices.batches:
         yield from (Setting(blocks, batch, choices.rows // batch) for blocks in choices.mixtures())
+
+
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [
+        ([], [(False, 1344), (False, 64)]),
+        (["base.quantize_head=true"], [(True, 1344)]),
+        (["base.quantize_head=auto"], [(False, 1344), (False, 64), (True, 1344)]),
+        (["base.quantize_head=true", "lora.added_tokens=[<a>]"], [(True, 1344), (True, 64)]),
+        (["base.quantize_head=true", "lora.targets=[all-linear, head]"], [(True, 1344), (True, 64)]),
+        (["base.quantize_head=true", "memory.loss_chunk=300"], [(True, 300)]),
+        (["base.quantize_head=auto", "base.quantization=none"], [(False, 1344), (False, 64)]),
+    ],
+)
+def test_small_chunks_are_tried_wherever_they_matter_and_a_quantised_head_last(changes, ways):
+    """A quantised head is read by slices, whatever the chunk, but where an adapter is on it."""
+    recipe = read_recipe("default", ["base.model=somewhere", "data.train=rows.jsonl", *changes])
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=32_000)
+    made = Workloads(recipe, config, 16, on_card=True, eval_shape=None, after={}).ways()
+    assert [(way.quantize_head, way.loss_chunk) for way in made] == ways
 
 
 def test_the_choices_make_the_same_step():
