@@ -1,6 +1,6 @@
 """A training step beside PEFT on bitsandbytes: time and memory, on a CPU, on the same weights and rows.
 
-    python benchmarks/step.py [SHAPE ...]      shapes: 134m 1.1b 7b-layers; adds rows to benchmarks/results/step.jsonl
+    python benchmarks/step.py [SHAPE ...]      shapes: 134m 1.1b 7b-layers; rows of benchmarks/results/step.jsonl
 
 Rank 16 on all linears, one row, one thread; the ways take turns in one process; process CPU time, medians and ranges of
 five rounds after one that does not count. The peer comes in two forms: as its documentation says
@@ -208,6 +208,13 @@ def compare(name: str, kind: str, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def replace_rows(name: str, kind: str, rows: list[dict[str, Any]]) -> None:
+    """Put the rows of one shape in the place of those that were there."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    others = [row for row in map(json.loads, lines) if (row["shape"], row["kind"]) != (name, kind)]
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*others, *rows]), encoding="utf-8")
+
+
 def main() -> None:
     """Measure the shapes that are asked for, or all."""
     torch.set_num_threads(1)
@@ -223,8 +230,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 make_checkpoint(SHAPES[name], Path(folder))
                 rows = compare(name, kind, Path(folder))
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            replace_rows(name, kind, rows)
             for row in rows:
                 time_s = f"{row['cpu_s']:8.3f} s {row['range_s']}  x{row['times_as_fast']:.2f}"
                 print(f"{name:9} {kind:4} {row['way']:16} {time_s}  {row['of_floor']:.2f} of the floor", flush=True)

@@ -24,7 +24,7 @@ from qlora_kit.base.load import build_model, freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
-from qlora_kit.plan import Workload, available_bytes, dry_run, plan_methods
+from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_methods
 from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
 from qlora_kit.report.text import plan_text
@@ -429,3 +429,16 @@ def test_the_device_is_known():
     assert rate > 1e8
     fast, slow = (estimated_tokens_per_s(10**9, recomputed, rate) for recomputed in (0, 1))
     assert fast == pytest.approx(1.5 * slow)
+
+
+@pytest.mark.parametrize(("limit", "is_lower"), [("1073741824", True), ("max", False), ("99999999999999", False)])
+def test_in_a_container_what_is_free_is_what_its_limit_leaves(limit, is_lower, tmp_path, monkeypatch):
+    free = available_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text("73741824")
+    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    assert free > 10**9, "there is more than the container's limit leaves"
+    if is_lower:
+        assert available_bytes(torch.device("cpu")) == 10**9
+    else:
+        assert available_bytes(torch.device("cpu")) == pytest.approx(free, rel=0.2)

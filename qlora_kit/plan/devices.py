@@ -26,7 +26,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _left_by_container() -> float:
-    """What a container's limit leaves; the system tells of the whole machine."""
+    """What a container's limit leaves, where there is one; the system tells of the whole machine."""
     try:
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no container, or one without a limit ("max")

@@ -1,5 +1,6 @@
 """Several runs beside each other: scores and memory in a table, what the recipes differ in, curves over each other."""
 
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,8 +131,22 @@ def runs_table(runs: Sequence[RunFolder]) -> Table:
 def differences_table(runs: Sequence[RunFolder]) -> Table:
     """What the recipes differ in, one row a key; one row a run where there are more runs than keys."""
     names, differences = run_names(runs), recipe_differences(runs)
-    cells = [["", *names], *([key, *(value or "-" for value in values)] for key, values in differences.items())]
+    cells = [["", *names], *([key, *_without_common_folder(values)] for key, values in differences.items())]
     return [list(row) for row in zip(*cells, strict=True)] if 0 < len(differences) < len(runs) else cells
+
+
+def _without_common_folder(values: Sequence[str | None]) -> list[str]:
+    """Paths from the folder on where they part; other values as they are, and "-" for none.
+
+    >>> _without_common_folder(["/home/a/rows.jsonl", "/home/a/b/rows.jsonl", "auto", None])
+    ['…/rows.jsonl', '…/b/rows.jsonl', 'auto', '-']
+    """
+    folders = [posixpath.dirname(value) for value in values if value is not None and value.startswith("/")]
+    common = posixpath.commonpath(folders) if folders else ""
+    return [
+        f"…/{posixpath.relpath(value, common)}" if value is not None and value.startswith("/") else value or "-"
+        for value in values
+    ]
 
 
 def recipe_differences(runs: Sequence[RunFolder]) -> dict[str, list[str | None]]:
@@ -171,6 +186,10 @@ def _score(name: str, kind: str = "adapter") -> Callable[[RunFolder], str | None
     return cell
 
 
+def _count(number: float | None) -> str | None:
+    return None if number is None else f"{number:,.0f}"
+
+
 def _steps(run: RunFolder) -> str | None:
     steps = [step for step, _ in curve(run.rows, "loss")]
     return f"{steps[-1]:,.0f}" if steps else None
@@ -194,6 +213,7 @@ _COLUMNS: tuple[tuple[str, Callable[[RunFolder], str | None]], ...] = (
     ("loss", _score("loss")),
     ("exact", _score("exact_match")),
     ("accuracy", _score("accuracy")),
+    ("of rows", lambda run: _count((run.scores or {}).get("rows"))),
     ("steps", _steps),
     ("tok/s", _speed),
     ("planned", lambda run: format_bytes(own_plan(run.plan)["peak_bytes"])),
@@ -255,7 +275,7 @@ def _memory(runs: Sequence[RunFolder], names: Sequence[str]) -> Markup:
 def _differences(runs: Sequence[RunFolder]) -> Markup:
     cells = differences_table(runs)
     shown = [[clipped(cell, 60) for cell in row] for row in cells]
-    drawn = [wide(table(shown, "what the recipes differ in", kind="runs"))] if shown[1:] else []
+    drawn = [wide(table(shown, "what the recipes differ in", kind="runs words"))] if shown[1:] else []
     return section("Recipes", lead(on_recipes(recipe_differences(runs))), *drawn)
 
 
