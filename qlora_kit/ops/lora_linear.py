@@ -67,7 +67,7 @@ def lora_linear(
     if a_RI is None or b_OR is None:
         return _FrozenLinear.apply(x, decode, bias)
     slot, *h = _Kept.apply(x, _own(x_adapter), decode, a_RI, b_OR, scale)
-    return _Product.apply(slot, x.detach(), tuple(h), decode, bias, None, b_OR.detach(), scale)
+    return _Product.apply(slot, x, tuple(h), decode, bias, None, b_OR, scale)
 
 
 def dora_linear(
@@ -92,7 +92,7 @@ def dora_linear(
         (..., out) in the compute dtype.
     """
     slot, *h = _Kept.apply(x, _own(x_adapter), decode, a_RI, b_OR, scale)
-    y, aw_RO = _Product.apply(slot, x.detach(), tuple(h), decode, None, a_RI.detach(), b_OR.detach(), scale)
+    y, aw_RO = _Product.apply(slot, x, tuple(h), decode, None, a_RI, b_OR, scale)
     y = y * (magnitude_O / row_norms(square_O, aw_RO, a_RI, b_OR, scale)).to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -207,7 +207,8 @@ class _Kept(torch.autograd.Function):
         h = _product(_rows(seen, dtype), a_RI.to(dtype).t())
         ctx.save_for_backward(seen if a_RI.requires_grad else None, h[0], a_RI, b_OR)
         ctx.mark_non_differentiable(*h)
-        slot = x.new_empty(1, dtype=dtype).expand(*x.shape[:-1], len(b_OR))
+        shape = (*x.shape[:-1], len(b_OR))
+        slot = x.new_empty_strided(shape, [0] * len(shape), dtype=dtype)
         return slot, *h
 
     @staticmethod
@@ -235,7 +236,7 @@ class _Kept(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias + scale h B^T, and A W^T where it is asked for; nothing is kept."""
+    """x W^T + bias + scale h B^T, and A W^T where it is asked for; nothing is kept, and `slot` has the one gradient."""
 
     @staticmethod
     def forward(
