@@ -522,6 +522,13 @@ def test_all_bad_rows_are_gathered_and_the_first_20_are_shown(tmp_path):
     assert faults.count == 25
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.txt"])
+def test_a_utf16_file_is_one_fault_and_not_one_a_line(name, tmp_path):
+    (tmp_path / name).write_text("".join(f'{{"text": "{number}"}}\n' for number in range(50)), encoding="utf-16")
+    with pytest.raises(DataError, match=rf"^{tmp_path / name} is UTF-16: save it as UTF-8 \(iconv"):
+        load_rows(str(tmp_path / name))
+
+
 def test_text_that_is_not_utf8_names_file_and_line(tmp_path):
     for name, data in (
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}'),

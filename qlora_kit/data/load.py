@@ -173,11 +173,11 @@ def _open(source: Source, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow
     path = Path(source.path).expanduser()
     if path.is_dir():
         for file in _files(path):
-            yield str(file), _READERS[file.suffix.lower()](file, faults)
+            yield str(file), _read(file, faults)
     elif path.is_file():
         if path.suffix.lower() not in _READERS:
             raise DataError(f"{path}: files that can be read end in {', '.join(_READERS)}")
-        yield str(path), _READERS[path.suffix.lower()](path, faults)
+        yield str(path), _read(path, faults)
     elif _is_hub_id(source.path):
         yield source.path, _hub(source)
     else:
@@ -209,6 +209,15 @@ def _is_hub_id(path: str) -> bool:
 
 
 # ---- readers -------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """The rows of a file, by its ending; of one that is UTF-16 one fault, and not one a line."""
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            faults.add(f"{path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            return
+    yield from _READERS[path.suffix.lower()](path, faults)
 
 
 def _json_lines(path: Path, faults: Faults) -> Iterator[RawRow]:
