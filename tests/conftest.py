@@ -1,4 +1,5 @@
-"""What all tests share: one thread, so that sums are added in one order, and a reason where there is no GPU."""
+"""What all tests share: one thread, so that sums are added in one order; the same examples every time; and a reason
+where there is no GPU. `pytest --hypothesis-profile random` looks for new examples."""
 
 import os
 
@@ -6,8 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("random", derandomize=False)
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):

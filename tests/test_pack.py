@@ -173,6 +173,7 @@ def test_rows_of_realistic_lengths_leave_hardly_a_place_empty():
 
 
 @hypothesis.given(st.lists(st.integers(2, 70), min_size=1, max_size=24), st.integers(1, 5), st.integers(2, 64))
+@hypothesis.example([2, 2, 3, 3, 6, 10], 2, 12)  # full sequences, the last alone, leave no padding
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_micro_batches_are_no_more_and_no_longer_than_best_fit_would_have_them(lengths, micro_batch, room):
     plain = best_fit(lengths, room)

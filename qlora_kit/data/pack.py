@@ -45,7 +45,7 @@ def arrange(lengths: Sequence[int], micro_batch: int, max_tokens: int | None) ->
     """Cut the rows of one step into micro-batches: sequences of like length side by side, the longest first.
 
     Packed rows take as few micro-batches as best fit allows. Of the sequences that do, those with the least padding are
-    taken: with full ones the last would often be nearly empty beside them.
+    taken: best fit's own, or shorter ones, since with full ones the last is often nearly empty beside them.
 
     Args:
         lengths: tokens of each row.
@@ -57,13 +57,11 @@ def arrange(lengths: Sequence[int], micro_batch: int, max_tokens: int | None) ->
     """
     if max_tokens is None:
         return _side_by_side(lengths, [[row] for row in range(len(lengths))], micro_batch)
-    fewest = len(best_fit(lengths, max_tokens))
-    most = math.ceil(fewest / micro_batch) * micro_batch
-    ways = [
-        _side_by_side(lengths, _shortest(lengths, count, max_tokens), micro_batch)
-        for count in range(fewest, most + 1)
-    ]  # fmt: skip
-    return max(ways, key=lambda way: efficiency(lengths, way))
+    full = best_fit(lengths, max_tokens)
+    most = math.ceil(len(full) / micro_batch) * micro_batch
+    ways = [full, *(_shortest(lengths, count, max_tokens) for count in range(len(full), most + 1))]
+    arranged = [_side_by_side(lengths, packs, micro_batch) for packs in ways]
+    return max(arranged, key=lambda way: efficiency(lengths, way))
 
 
 def _shortest(lengths: Sequence[int], count: int, max_tokens: int) -> list[list[int]]:
