@@ -3,7 +3,7 @@
 from qlora_kit.export.adapter import export_adapter
 from qlora_kit.export.audit import compare
 from qlora_kit.export.merge import merged_tensors, rehearse_merge
-from qlora_kit.export.plain import export_merged, export_trained, merge, save_model
+from qlora_kit.export.plain import export_merged, merge, save_model
 from qlora_kit.export.sealed import check_request
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
 from qlora_kit.export.trained_against import trained_against
@@ -14,7 +14,6 @@ __all__ = [
     "compare",
     "export_adapter",
     "export_merged",
-    "export_trained",
     "merge",
     "merged_tensors",
     "rehearse_merge",

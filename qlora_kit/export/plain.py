@@ -105,71 +105,47 @@ def export_merged(
     audit_batches: Iterable[Batch] | None = None,
     provenance: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    is_whole: bool = False,
 ) -> dict[str, Any]:
     """Write the model as trained as a plain transformers checkpoint; the model itself is not changed.
 
     Args:
-        model: the quantised base with adapters in use.
+        model: the quantised base with adapters in use; or dense and without, where every weight was trained.
         tokenizer: saved with its chat template; None where there is none.
         out: folder to make; it must not be there, or be empty.
         dtype: bfloat16, float16 or float32.
         audit_batches: held-out rows; None leaves the export unaudited, and its card says so.
         provenance: facts for the card and export.json, such as `base` (a hub id) and `revision`.
         shard_bytes: of weights in one file.
+        is_whole: whether every weight was trained, so that there is no adapter to merge.
 
     Returns:
         what export.json holds.
 
     Raises:
         AdapterError: no adapter is in use, or a merged weight is NaN or infinite.
+        ModelError: a weight that no adapter is on is NaN or infinite.
         RunError: `dtype` is not known, `out` is not empty, the disk has no room, or the model runs code of its own.
     """
-    adapters = parts_in_use(model)
-    torch_dtype(dtype)
-    if not adapters:
-        raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
-    against = trained_against(model)
-    sections: dict[str, Mapping[str, object]] = {
-        "Adapter": settings_of(adapters),
-        "Trained against": without_prefix(against),
-        "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
-    }
-    made = _Made("Merged model", "qlora", sections, {"onto": "dequantized", "trained_against": against})
-    return _export_dense(model, tokenizer, out, dtype, audit_batches, provenance, shard_bytes, made)
-
-
-def export_trained(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    out: Path,
-    *,
-    dtype: str = "bfloat16",
-    audit_batches: Iterable[Batch] | None = None,
-    provenance: Mapping[str, str] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> dict[str, Any]:
-    """Write a model of which every weight was trained, like `export_merged`: there is no adapter to merge.
-
-    Args:
-        model: dense, without adapters.
-        tokenizer: as in `export_merged`, like the rest.
-        out: likewise.
-        dtype: likewise.
-        audit_batches: likewise.
-        provenance: likewise.
-        shard_bytes: likewise.
-
-    Returns:
-        what export.json holds.
-
-    Raises:
-        ModelError: a weight is NaN or infinite.
-        RunError: as in `export_merged`.
-    """
-    trained_in = str(model.dtype).removeprefix("torch.")
-    sections: dict[str, Mapping[str, object]] = {"Weights": {"trained in": trained_in, "rounded to": dtype}}
-    made = _Made("Fully fine-tuned model", "full-finetuning", sections, {"onto": None, "trained_in": trained_in})
-    return _export_dense(model, tokenizer, out, dtype, audit_batches, provenance, shard_bytes, made)
+    made = _of_weights(model, dtype) if is_whole else _of_adapters(model, dtype)
+    is_classifier = head_of(model) == "classification"
+    if is_classifier and audit_batches is not None:
+        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
+    check_vacant(out)
+    tensors = _checked_tensors(model, out, torch_dtype(dtype))
+    facts = {"base": model.config._name_or_path, **(provenance or {})}
+    with staged_folder(out) as staged:
+        _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
+        comparisons = {} if audit_batches is None else {"merged": _audit(model, staged, audit_batches)}
+        sections = {
+            "Provenance": facts,
+            **made.sections,
+            "Audit: as trained against this export": comparisons.get("merged", {"result": "not audited"}),
+        }
+        tags = ["qlora-kit", made.tag, "text-classification" if is_classifier else "text-generation"]
+        write_card(staged, made.title, facts["base"], "transformers", tags, sections)
+        content = {"kind": "merged", "dtype": dtype, "comparisons": comparisons, "provenance": facts}
+        return seal(staged, {**content, **made.facts})
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -199,35 +175,23 @@ class _Made:
     facts: Mapping[str, object]
 
 
-def _export_dense(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    out: Path,
-    dtype: str,
-    audit_batches: Iterable[Batch] | None,
-    provenance: Mapping[str, str] | None,
-    shard_bytes: int,
-    made: _Made,
-) -> dict[str, Any]:
-    """A checkpoint in a folder of its own, audited, with its card and export.json."""
-    is_classifier = head_of(model) == "classification"
-    if is_classifier and audit_batches is not None:
-        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
-    check_vacant(out)
-    tensors = _checked_tensors(model, out, torch_dtype(dtype))
-    facts = {"base": model.config._name_or_path, **(provenance or {})}
-    with staged_folder(out) as staged:
-        _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
-        comparisons = {} if audit_batches is None else {"merged": _audit(model, staged, audit_batches)}
-        sections = {
-            "Provenance": facts,
-            **made.sections,
-            "Audit: as trained against this export": comparisons.get("merged", {"result": "not audited"}),
-        }
-        tags = ["qlora-kit", made.tag, "text-classification" if is_classifier else "text-generation"]
-        write_card(staged, made.title, facts["base"], "transformers", tags, sections)
-        content = {"kind": "merged", "dtype": dtype, "comparisons": comparisons, "provenance": facts}
-        return seal(staged, {**content, **made.facts})
+def _of_adapters(model: PreTrainedModel, dtype: str) -> _Made:
+    adapters = parts_in_use(model)
+    if not adapters:
+        raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
+    against = trained_against(model)
+    sections: dict[str, Mapping[str, object]] = {
+        "Adapter": settings_of(adapters),
+        "Trained against": without_prefix(against),
+        "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
+    }
+    return _Made("Merged model", "qlora", sections, {"onto": "dequantized", "trained_against": against})
+
+
+def _of_weights(model: PreTrainedModel, dtype: str) -> _Made:
+    trained_in = str(model.dtype).removeprefix("torch.")
+    sections: dict[str, Mapping[str, object]] = {"Weights": {"trained in": trained_in, "rounded to": dtype}}
+    return _Made("Fully fine-tuned model", "full-finetuning", sections, {"onto": None, "trained_in": trained_in})
 
 
 def _checked_tensors(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> list[StreamedTensor]:

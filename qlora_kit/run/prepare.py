@@ -86,6 +86,8 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
     prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
     watch.prepared(prepared)
+    if recipe.train.early_stopping is not None and not prepared.eval.rows:
+        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
     if pace.warning is not None:
         watch.note(pace.warning)
     return prepared

@@ -255,8 +255,6 @@ def _train(
         check_isolation(model)
     if resume:
         _go_on(job, watch)
-    if recipe.train.early_stopping is not None and not job.eval_batches:
-        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0

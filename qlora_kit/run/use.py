@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.base import load_base, locate_model
 from qlora_kit.base.load import Watching
 from qlora_kit.errors import RunError
-from qlora_kit.export import check_request, export_adapter, export_merged, export_trained
+from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import load_adapter
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
 from qlora_kit.run.folder import DATA, RECIPE, provenance_of, trained_folder
@@ -146,14 +146,14 @@ def export_run(
     if to == "adapter":
         return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
     rows = held_out_rows(recipe, tokenizer, model.config, None).rows
-    write = export_trained if recipe.train.full_finetune else export_merged
-    return write(
+    return export_merged(
         model,
         tokenizer,
         out,
         dtype=dtype,
         audit_batches=eval_batches(rows, pad_id(tokenizer), model.device) if rows else None,
         provenance=provenance_of(recipe),
+        is_whole=recipe.train.full_finetune,
     )
 
 

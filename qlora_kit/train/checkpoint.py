@@ -165,8 +165,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
         raise RunError(
             f"{folder} holds the state of another optimizer ({error}); resume with the recipe it was made with"
         ) from error
-    for name, parameter in parameters.items():
-        parameter.copy_(saved[name])
+    _put(saved, parameters)
     _set_random_states(states, _device(parameters))
     return progress
 
@@ -180,6 +179,10 @@ def load_parameters(folder: Path, parameters: Mapping[str, Tensor]) -> None:
     """
     saved = _load(folder / "parameters.safetensors")
     _check_shapes(folder, saved, parameters)
+    _put(saved, parameters)
+
+
+def _put(saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
 
