@@ -196,9 +196,11 @@ class Plain(nn.Module):
         return lora_linear_plain(x, self.base.dense, self.base.bias, self.a_RI, self.b_OR, self.scale)
 
 
-# Scores of some tens are rounded to bf16 (2^-9 of them is a tenth), and softmax makes of that a relative error.
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 0.2)])
-def test_attention_with_a_peaked_softmax_is_as_near_to_float64_as_the_plain_path(dtype, bound):
+# Scores of some tens are rounded to bf16 (2^-9 of them is a tenth), and softmax makes of that a relative error. In fp32
+# query, key and value take x A^T as one product, for which the BLAS adds up in another order: 1.22 times the error of
+# three over 96 draws, and exactly the error of the plain path where they take it one by one.
+@pytest.mark.parametrize(("dtype", "bound", "ratio"), [(torch.float32, 2e-5, 1.3), (torch.bfloat16, 0.2, 1.0)])
+def test_attention_with_a_peaked_softmax_is_as_near_to_float64_as_the_plain_path(dtype, bound, ratio):
     """Where one key takes nearly all, scores are large and the gradients of query and key are small differences."""
     model = tuned(lambda: tiny.llama(num_hidden_layers=1), dtype, targets="attention")
     ours = model.model.layers[0].self_attn
@@ -206,7 +208,7 @@ def test_attention_with_a_peaked_softmax_is_as_near_to_float64_as_the_plain_path
     for name, layer in list(lora_layers(plain)):
         plain.set_submodule(name, Plain(layer))
     errors, shares = {ours: [], plain: []}, []
-    for seed in range(12):
+    for seed in range(48):
         gen = torch.Generator().manual_seed(seed)
         x = (20 * torch.randn(2, 24, 48, generator=gen)).to(dtype)
         g = torch.randn(2, 24, 48, generator=gen).to(dtype)
@@ -229,7 +231,7 @@ def test_attention_with_a_peaked_softmax_is_as_near_to_float64_as_the_plain_path
     assert torch.stack(shares).amax(-1).mean() > 0.9
     near, far = (torch.tensor(found) for found in errors.values())
     assert (near.median(0).values < bound).all()
-    assert (near.mean(0) <= 1.1 * far.mean(0)).all()
+    assert (near.mean(0) <= ratio * far.mean(0)).all()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])

@@ -239,10 +239,10 @@ def test_query_key_and_value_keep_one_input_between_them_and_so_do_gate_and_up(d
         torch.autocast("cpu", torch.bfloat16, enabled=is_autocast),
     ):
         loss = model.train()(ids, use_cache=False).logits.float().sum()  # its graph holds what was kept until the end
-    assert kept.keys() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    # The first of each group keeps it for all.
+    assert kept.keys() == {"q_proj", "o_proj", "gate_proj", "down_proj"}
     assert all(len(storages) == 1 for storages in kept.values())
-    assert kept["q_proj"] == kept["k_proj"] == kept["v_proj"] != kept["o_proj"]
-    assert kept["gate_proj"] == kept["up_proj"] != kept["down_proj"]
+    assert len(set.union(*kept.values())) == 4
     assert loss.requires_grad
 
 

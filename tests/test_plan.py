@@ -19,7 +19,7 @@ from transformers import (
     masking_utils,
 )
 
-from qlora_kit.base import Quantization, formats, kernels
+from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.load import build_model, freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.lora import adapter_parameters, add_lora
@@ -141,7 +141,7 @@ def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro
     planned, (measured, _) = dry_run(CONFIGS["llama"], work), real_step(CONFIGS["llama"], work, tmp_path)
     assert_agrees(planned, measured)
     held = measured["by_category"]
-    assert held["activations"] > 0.05 * measured["peak_bytes"]
+    assert held["activations"] > 0.03 * measured["peak_bytes"]
     assert held["other"] < 0.01 * measured["peak_bytes"]
     assert min(held["base_weights"], held["adapters"], held["optimizer_state"]) > 0
     assert (held["quantization_state"] > 0) == (kind != "none")
@@ -235,7 +235,7 @@ def test_a_real_step_after_a_dry_run_is_the_step_without_one(kind, tmp_path):
     work = replace(WORK, quantization=Quantization(kind))
     steps = []
     for is_planned in (False, True):
-        formats._absmax_table.cache_clear()
+        kernels.table_8bit.cache_clear()
         kernels.table_4bit.cache_clear()
         random_state, threads = torch.get_rng_state(), torch.get_num_threads()
         if is_planned:

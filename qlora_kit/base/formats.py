@@ -10,18 +10,15 @@ not used is the layers themselves: `Linear4bit.forward` repacks the stored weigh
 Sources: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; bitsandbytes 0.50.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_kit.base.kernels import decode_4bit_into
+from qlora_kit.base.kernels import ABSMAX_BLOCK, decode_4bit_into, table_8bit
 from qlora_kit.errors import ModelError
 
 Kind = Literal["nf4", "fp4", "int8", "none"]
@@ -32,9 +29,6 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SLICE_ELEMENTS = 2**22
 """Weights that are quantised at once on a CPU, where bitsandbytes takes 14 to 18 bytes for each while it works. A
 multiple of every block, so the codes are the same; 4096 x 4096 take 0.49 s so, and 0.59 s at once."""
-
-ABSMAX_BLOCK = 256
-"""Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +96,7 @@ def quantize(w_OI: Tensor, quantization: Quantization) -> dict[str, Tensor]:
         return {"codes": codes, "absmax": absmax}
     offset = absmax.mean()
     codes8, scale = torch.ops.bitsandbytes.quantize_blockwise.default(
-        absmax - offset, _absmax_table(absmax.device), ABSMAX_BLOCK
+        absmax - offset, table_8bit(absmax.device), ABSMAX_BLOCK
     )
     return {"codes": codes, "absmax": codes8, "absmax_scale": scale, "absmax_offset": offset}
 
@@ -162,13 +156,8 @@ def decode_4bit(
     Returns:
         `out_OI`, each value rounded once from the fp32 product of table entry and constant.
     """
-    if absmax_scale is not None and absmax_offset is not None:
-        table = _absmax_table(absmax.device)
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-            absmax, absmax_scale, table, ABSMAX_BLOCK, torch.float32
-        )
-        absmax = absmax.add_(absmax_offset)
-    return decode_4bit_into(out_OI, codes, absmax, quantization.block_size, quantization.kind)
+    how = quantization.block_size, quantization.kind
+    return decode_4bit_into(out_OI, codes, absmax, *how, absmax_scale, absmax_offset)
 
 
 def block_constants(
@@ -184,12 +173,5 @@ def block_constants(
     """
     if absmax_scale is None or absmax_offset is None:
         return absmax[blocks]
-    table = _absmax_table(absmax.device)
+    table = table_8bit(absmax.device)
     return (table[absmax[blocks].int()] * absmax_scale[blocks // ABSMAX_BLOCK]).add_(absmax_offset)
-
-
-@functools.cache
-def _absmax_table(device: torch.device) -> Tensor:
-    """The 256 values in which bitsandbytes stores block constants, fp32, one real copy a device, in nobody's ledger."""
-    with _disable_current_modes():
-        return bnb.create_dynamic_map().to(device)

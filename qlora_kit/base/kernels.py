@@ -19,13 +19,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
+from qlora_kit.ops.native import address, library, size, threads, typed_kernel
+
 _C_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ABSMAX_BLOCK = 256
+"""Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
+
 _INT8_CHUNK = 1 << 18
 """Elements of an int8 matrix that are decoded at once: their fp32 values, 1 MiB, stay in a core's cache."""
 
 torch.library.define(
     "qlora_kit::decode_4bit",
-    "(Tensor codes, Tensor absmax, int block_size, str kind, Tensor(a!) out) -> ()",
+    "(Tensor codes, Tensor absmax, Tensor? scale, Tensor? offset, int block_size, str kind, Tensor(a!) out) -> ()",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -35,15 +40,25 @@ torch.library.define(
 )
 
 
-def decode_4bit_into(out_OI: Tensor, codes: Tensor, absmax: Tensor, block_size: int, kind: str) -> Tensor:
+def decode_4bit_into(
+    out_OI: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    kind: str,
+    scale: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
     """Fill `out_OI` with a 4-bit matrix, each value rounded once from the fp32 product of table entry and constant.
 
     Args:
         out_OI: (out, in), any floating dtype on a CPU, contiguous.
         codes: uint8 (ceil(out * in / 2),), the even element in the high half.
-        absmax: fp32 (blocks,).
+        absmax: fp32 (blocks,), or uint8 under double quantisation.
         block_size: weights that share one constant.
         kind: nf4 or fp4.
+        scale: fp32, one for 256 constants, under double quantisation.
+        offset: fp32 scalar, under double quantisation.
 
     Returns:
         `out_OI`.
@@ -51,7 +66,7 @@ def decode_4bit_into(out_OI: Tensor, codes: Tensor, absmax: Tensor, block_size: 
     Raises:
         RuntimeError: codes or constants are not as many as the shape takes, or `out_OI` is not contiguous.
     """
-    torch.ops.qlora_kit.decode_4bit(codes, absmax, block_size, kind, out_OI)
+    torch.ops.qlora_kit.decode_4bit(codes, absmax, scale, offset, block_size, kind, out_OI)
     return out_OI
 
 
@@ -82,18 +97,60 @@ def decode_int8_plain(codes_OI: Tensor, absmax_O: Tensor, out_OI: Tensor) -> Non
     out_OI.copy_(torch.ops.bitsandbytes.int8_vectorwise_dequant.default(codes_OI, absmax_O))
 
 
-def _check_4bit(codes: Tensor, absmax: Tensor, block_size: int, out: Tensor) -> None:
+def constants_4bit(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """The block constants of a matrix, fp32, as `decode_4bit_into` is given them."""
+    if scale is None or offset is None:
+        return absmax
+    table = table_8bit(absmax.device)
+    made = torch.ops.bitsandbytes.dequantize_blockwise.default(absmax, scale, table, ABSMAX_BLOCK, torch.float32)
+    return made.add_(offset)
+
+
+def _check_4bit(codes: Tensor, absmax: Tensor, scale: Tensor | None, block_size: int, out: Tensor) -> None:
     """C reads and writes as many as it is told: so they must be there, in this type and order."""
     count, shape = out.numel(), tuple(out.shape)
+    blocks = -(-count // block_size)
+    dtype = torch.float32 if scale is None else torch.uint8
     torch._check(codes.numel() == (count + 1) // 2, lambda: f"{codes.numel()} bytes of codes for {shape}")
-    torch._check(absmax.numel() == -(-count // block_size), lambda: f"{absmax.numel()} constants for {shape}")
-    torch._check(absmax.dtype == torch.float32, lambda: f"constants in {absmax.dtype}")
+    torch._check(absmax.numel() == blocks, lambda: f"{absmax.numel()} constants for {shape}")
+    torch._check(absmax.dtype == dtype, lambda: f"constants in {absmax.dtype}")
     torch._check(out.is_contiguous(), lambda: f"strides {out.stride()} of {shape}")
+    if scale is not None:
+        torch._check(scale.numel() == -(-blocks // ABSMAX_BLOCK), lambda: f"{scale.numel()} scales for {shape}")
 
 
 @torch.library.impl("qlora_kit::decode_4bit", "cpu")
-def _decode_4bit_cpu(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
-    _check_4bit(codes, absmax, block_size, out)
+def _decode_4bit_cpu(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, kind: str, out: Tensor
+) -> None:
+    _check_4bit(codes, absmax, scale, block_size, out)
+    kernels = library()
+    whole = out.numel() % block_size == 0
+    if whole and out.dtype == torch.bfloat16 and kernels is not None and kernels.decodes_fast():
+        tables = table_8bit(out.device), table_4bit(kind, out.device)
+        _decode_4bit_fast(kernels, codes.contiguous(), absmax.contiguous(), scale, offset, *tables, block_size, out)
+    else:
+        _decode_4bit_bitsandbytes(codes, constants_4bit(absmax, scale, offset), block_size, kind, out)
+
+
+def _decode_4bit_fast(
+    kernels: ctypes.CDLL,
+    codes: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    table8: Tensor,
+    table4: Tensor,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    coded, plain = (None, absmax) if scale is None else (absmax, None)
+    constants = (address(each) for each in (coded, scale, offset, table8, plain))
+    sizes = size(absmax.numel()), size(block_size)
+    kernels.decode_4bit_bf16(address(codes), *constants, address(table4), *sizes, address(out), threads())
+
+
+def _decode_4bit_bitsandbytes(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
     rows, columns = out.shape
     if columns % max(64, block_size) != 0:
         # On AVX-512 processors bitsandbytes 0.50.2 decodes rows wrongly that are a multiple of 16 but not of 64, and
@@ -114,11 +171,13 @@ def _decode_4bit_cpu(codes: Tensor, absmax: Tensor, block_size: int, kind: str, 
 
 
 @torch.library.impl("qlora_kit::decode_4bit", "cuda")
-def _decode_4bit_cuda(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
+def _decode_4bit_cuda(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, kind: str, out: Tensor
+) -> None:
+    absmax = constants_4bit(absmax, scale, offset)
     torch.ops.bitsandbytes.dequantize_4bit.out(codes, absmax, block_size, kind, out.shape, out.dtype, out=out)
 
 
-@torch.library.impl("qlora_kit::decode_int8", "default")
 def _decode_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     rows = max(1, _INT8_CHUNK // codes.shape[1])
     parts = zip(codes.split(rows), absmax[:, None].split(rows), out.split(rows), strict=True)
@@ -126,9 +185,24 @@ def _decode_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
         out_PI.copy_((codes_PI * absmax_P1).mul_(1 / 127))
 
 
+torch.library.impl("qlora_kit::decode_int8", "default", _decode_int8)
+
+
+@torch.library.impl("qlora_kit::decode_int8", "cpu")
+def _decode_int8_cpu(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    kernel = typed_kernel("decode_int8", out)
+    if kernel is None or not out.is_contiguous():
+        _decode_int8(codes, absmax, out)
+    else:
+        codes, absmax = codes.contiguous(), absmax.contiguous()
+        kernel(address(codes), address(absmax), size(len(codes)), size(codes.shape[1]), address(out), threads())
+
+
 @torch.library.register_fake("qlora_kit::decode_4bit")
-def _decode_4bit_fake(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
-    _check_4bit(codes, absmax, block_size, out)
+def _decode_4bit_fake(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, kind: str, out: Tensor
+) -> None:
+    _check_4bit(codes, absmax, scale, block_size, out)
 
 
 @torch.library.register_fake("qlora_kit::decode_int8")
@@ -158,3 +232,10 @@ def table_4bit(kind: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format, fp32, one real copy a device."""
     with _disable_current_modes():
         return bnb.get_4bit_type(kind, device=device)
+
+
+@functools.cache
+def table_8bit(device: torch.device) -> Tensor:
+    """The 256 values in which bitsandbytes stores block constants, fp32, one real copy a device, in nobody's ledger."""
+    with _disable_current_modes():
+        return bnb.create_dynamic_map().to(device)

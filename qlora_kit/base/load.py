@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts
 from qlora_kit.base.formats import Kind, Quantization
+from qlora_kit.base.fuse import fuse
 from qlora_kit.base.hub import locate_model
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
@@ -231,6 +232,7 @@ def freeze_and_quantize(
         quantize_vocabulary(model, quantization, dtype, device)
     _settle_dense(model, dtype, device)
     share_workspace(model)
+    fuse(model)
     model.requires_grad_(False)
     return model.eval()
 

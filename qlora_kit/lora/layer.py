@@ -16,7 +16,7 @@ Axes: I in, O out, R rank; E experts, where the layer has them.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,10 @@ from torch import Tensor, nn
 
 from qlora_kit.base.dense import Linear, decode, linear_shape, reader
 from qlora_kit.base.experts import ExpertStack
-from qlora_kit.ops import Decode, dora_linear, lora_linear, row_norms
+from qlora_kit.ops import Decode, Update, dora_linear, lora_linear, row_norms
+
+if TYPE_CHECKING:
+    from qlora_kit.lora.siblings import Siblings
 
 Scaling = Literal["standard", "rslora"]
 
@@ -210,7 +213,13 @@ class LoraExperts(LoraLayer):
 
 
 class LoraLinear(LoraLayer):
-    """A linear layer with its adapters."""
+    """A linear layer with its adapters.
+
+    Attributes:
+        siblings: the layers that have the same input.
+    """
+
+    siblings: "Siblings | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x; with no adapter in use it is the base, bit for bit."""
@@ -218,7 +227,17 @@ class LoraLinear(LoraLayer):
         bias: Tensor | None = self.base.bias
         if self.active is None:
             return lora_linear(x, read, bias)
+        shared = None if self.siblings is None else self.siblings.take(self, x)
+        if shared is not None:
+            return shared.product(x, bias)
         return self.adapter(self.active).forward(x, read, bias)
+
+    def plain_update(self) -> Update | None:
+        """The update in use; None where there is none, or it is no plain product of A and B with the input."""
+        adapter = None if self.active is None else self.adapter(self.active)
+        if adapter is None or adapter.is_dora or (adapter.training and adapter.dropout > 0):
+            return None
+        return Update(reader(self.base), *adapter.matrices, adapter.scale)
 
 
 def weight_shape(base: Any) -> tuple[int, ...]:

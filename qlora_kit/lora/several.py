@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import Adapter, Carrier, LoraLayer, carriers, lora_layers
+from qlora_kit.lora.siblings import join_siblings
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -43,6 +44,7 @@ def use_adapter(model: nn.Module, name: str) -> None:
     _check_known(model, [name])
     for _, carrier in carriers(model):
         carrier.active = name if name in carrier.adapters else None
+    join_siblings(model)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Differentiable mathematics on plain tensors; nothing here knows a model, a file or a recipe."""
 
+from qlora_kit.ops.gated import Gate, activate, gated, gated_plain
 from qlora_kit.ops.linear_cross_entropy import (
     IGNORED,
     LogitRule,
@@ -7,7 +8,17 @@ from qlora_kit.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_plain,
 )
-from qlora_kit.ops.lora_linear import Decode, dora_linear, lora_linear, lora_linear_plain, row_norms
+from qlora_kit.ops.lora_linear import (
+    Decode,
+    Shared,
+    Update,
+    dora_linear,
+    lora_linear,
+    lora_linear_plain,
+    row_norms,
+    share_input,
+)
+from qlora_kit.ops.rms_norm import Form, rms_norm, rms_norm_plain
 from qlora_kit.ops.sliced_cross_entropy import sliced_cross_entropy
 from qlora_kit.ops.slices import sliced_linear
 from qlora_kit.ops.workspace import Workspace
@@ -15,15 +26,25 @@ from qlora_kit.ops.workspace import Workspace
 __all__ = [
     "IGNORED",
     "Decode",
+    "Form",
+    "Gate",
     "LogitRule",
+    "Shared",
+    "Update",
     "Workspace",
+    "activate",
     "dora_linear",
+    "gated",
+    "gated_plain",
     "head_cross_entropy",
     "linear_cross_entropy",
     "linear_cross_entropy_plain",
     "lora_linear",
     "lora_linear_plain",
+    "rms_norm",
+    "rms_norm_plain",
     "row_norms",
+    "share_input",
     "sliced_cross_entropy",
     "sliced_linear",
 ]

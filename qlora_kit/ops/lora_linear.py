@@ -21,15 +21,19 @@ In 16 bits the small products x A^T and g B are taken as two matrices, the secon
 first: so the update joins the sum with W as if it had been formed in fp32, and is rounded with it. With one matrix
 the error of y and dx is half as large again (benchmarks/LOG.md).
 
-Axes: T tokens (all leading axes flattened), I in, O out, R rank. The adapter is cast to the compute dtype, where it
-meets the decoded weight; its gradients come back in its own dtype.
+Layers with one input (query, key and value; gate and up) take x A^T together, as one matrix A, and together what goes
+back to x.
+
+Axes: T tokens (all leading axes flattened), I in, O out, R rank, of all layers together where there are several. The
+adapter is cast to the compute dtype, where it meets the decoded weight; its gradients come back in its own dtype.
 
 Sources: LoRA, arXiv 2106.09685, equation 3; QLoRA, arXiv 2305.14314, equation 5; DoRA, arXiv 2402.09353, equations 5
 and 11.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +70,47 @@ def lora_linear(
     """
     if a_RI is None or b_OR is None:
         return _FrozenLinear.apply(x, decode, bias)
-    slot, *h = _Kept.apply(x, _own(x_adapter), decode, a_RI, b_OR, scale)
-    return _Product.apply(slot, x, tuple(h), decode, bias, None, b_OR, scale)
+    (alone,) = share_input(x, [Update(decode, a_RI, b_OR, scale)], x_adapter)
+    return alone.product(x, bias)
+
+
+class Update(NamedTuple):
+    """A frozen layer's weight and its low-rank update, as `lora_linear` is given them."""
+
+    decode: Decode
+    a_RI: Tensor
+    b_OR: Tensor
+    scale: float
+
+
+class Shared(NamedTuple):
+    """What a layer's result is made with beside its input: its part in products that layers have in common."""
+
+    slot: Tensor
+    h: tuple[Tensor, ...]
+    update: Update
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's result, as `lora_linear` gives it, from the input that `share_input` was given."""
+        decode, _, b_OR, scale = self.update
+        return _Product.apply(self.slot, x, self.h, decode, bias, None, b_OR, scale)
+
+
+def share_input(x: Tensor, updates: Sequence[Update], x_adapter: Tensor | None = None) -> list[Shared]:
+    """x A^T of several layers with one input, and one node that has all their gradients.
+
+    Args:
+        x: as for `lora_linear`, like x_adapter.
+        updates: of all layers, with one scale.
+
+    Returns:
+        What each layer's result is then made with.
+    """
+    decodes, matrices_a, matrices_b, scales = zip(*updates, strict=True)
+    made = _Kept.apply(x, _own(x_adapter), decodes, scales[0], *matrices_a, *matrices_b)
+    slots, h = made[: len(updates)], made[len(updates) :]
+    own_h = (tuple(part[:, ranks] for part in h) for ranks in _ranks(matrices_a))
+    return [Shared(*each) for each in zip(slots, own_h, updates, strict=True)]
 
 
 def dora_linear(
@@ -91,8 +134,8 @@ def dora_linear(
     Returns:
         (..., out) in the compute dtype.
     """
-    slot, *h = _Kept.apply(x, _own(x_adapter), decode, a_RI, b_OR, scale)
-    y, aw_RO = _Product.apply(slot, x, tuple(h), decode, None, a_RI, b_OR, scale)
+    ((slot, h, _),) = share_input(x, [Update(decode, a_RI, b_OR, scale)], x_adapter)
+    y, aw_RO = _Product.apply(slot, x, h, decode, None, a_RI, b_OR, scale)
     y = y * (magnitude_O / row_norms(square_O, aw_RO, a_RI, b_OR, scale)).to(y.dtype)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -129,6 +172,45 @@ def _own(x_adapter: Tensor | None) -> Tensor | None:
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., in) -> (T, in), in `dtype`."""
     return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(R, in): the matrices A of all layers, one below the other."""
+    return matrices[0].to(dtype) if len(matrices) == 1 else torch.cat([a_RI.to(dtype) for a_RI in matrices])
+
+
+def _ranks(matrices_a: Sequence[Tensor]) -> list[slice]:
+    """Where in R each layer has its own."""
+    ends = list(accumulate(len(a_RI) for a_RI in matrices_a))
+    return [slice(end - len(a_RI), end) for end, a_RI in zip(ends, matrices_a, strict=True)]
+
+
+def _slot(x: Tensor, out: int, dtype: torch.dtype) -> Tensor:
+    """(..., out) without memory."""
+    shape = (*x.shape[:-1], out)
+    return x.new_empty_strided(shape, [0] * len(shape), dtype=dtype)
+
+
+def _side_by_side(g: Sequence[Tensor | None], matrices_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """g B of all layers, (T, R), in as many parts as `_product` gives; zeros where nothing came back."""
+    tokens = next(len(each) for each in g if each is not None)
+    parts = [
+        _product(b_OR.new_zeros(tokens, len(b_OR), dtype=dtype) if each is None else each, b_OR.to(dtype))
+        for each, b_OR in zip(g, matrices_b, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))
+
+
+def _back_through(g: Sequence[Tensor | None], decodes: Sequence[Decode]) -> Tensor:
+    """The sum over layers of g W, (T, in); one frozen weight stands decoded at a time."""
+    dx: Tensor | None = None
+    for g_TO, decode in zip(g, decodes, strict=True):
+        if g_TO is not None:
+            w_OI = decode(g_TO.dtype)
+            dx = g_TO @ w_OI if dx is None else dx.addmm_(g_TO, w_OI)
+            del w_OI
+    assert dx is not None
+    return dx
 
 
 def _product(left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
@@ -193,46 +275,52 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _Kept(torch.autograd.Function):
-    """x A^T, and all that the backward pass of the layer wants. The gradient of the layer's result, which is
-    `_Product`'s, comes in through `slot`, which has its shape and no memory."""
+    """x A^T of layers with one input, and all that their backward pass wants. The gradients of their results, which are
+    `_Product`'s, come in through `slots`, which have the results' shapes and no memory."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, x_adapter: Tensor | None, decode: Decode, a_RI: Tensor, b_OR: Tensor, scale: float
+        ctx: Any, x: Tensor, x_adapter: Tensor | None, decodes: tuple[Decode, ...], scale: float, *matrices: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.decode, ctx.scale, ctx.has_own = decode, scale, x_adapter is not None
+        ctx.decodes, ctx.scale, ctx.has_own = decodes, scale, x_adapter is not None
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        dtype = compute_dtype(x)
-        seen = x if x_adapter is None else x_adapter
-        h = _product(_rows(seen, dtype), a_RI.to(dtype).t())
-        ctx.save_for_backward(seen if a_RI.requires_grad else None, h[0], a_RI, b_OR)
+        ctx.set_materialize_grads(False)
+        dtype, count = compute_dtype(x), len(decodes)
+        a_RI, seen = _stacked(matrices[:count], dtype), x if x_adapter is None else x_adapter
+        h = _product(_rows(seen, dtype), a_RI.t())
+        trains_a = any(a.requires_grad for a in matrices[:count])
+        ctx.save_for_backward(seen if trains_a else None, h[0], *matrices)
         ctx.mark_non_differentiable(*h)
-        shape = (*x.shape[:-1], len(b_OR))
-        slot = x.new_empty_strided(shape, [0] * len(shape), dtype=dtype)
-        return slot, *h
+        return *(_slot(x, len(b_OR), dtype) for b_OR in matrices[count:]), *h
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        seen, h_TR, a_RI, b_OR = ctx.saved_tensors
-        needs_x, needs_own, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        g_TO = grad.reshape(-1, grad.shape[-1])
-        dx = dx_adapter = da = db = None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        seen, h_TR, *matrices = ctx.saved_tensors
+        count, scale = len(ctx.decodes), ctx.scale
+        needs_x, needs_own, _, _, *needs = ctx.needs_input_grad
+        g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads[:count]]
+        dtype = next(each.dtype for each in g if each is not None)
+        dx = dx_adapter = None
+        das: list[Tensor | None] = [None] * count
+        dbs: list[Tensor | None] = [None] * count
         gb: tuple[Tensor, ...] = ()
-        if needs_x or needs_own or needs_a:
-            gb = _product(g_TO, b_OR.to(grad.dtype))
+        if needs_x or needs_own or any(needs[:count]):
+            gb = _side_by_side(g, matrices[count:], dtype)
         if needs_x:
-            dx = g_TO @ ctx.decode(grad.dtype)
+            dx = _back_through(g, ctx.decodes)
             if not ctx.has_own:
-                _add_product(dx, gb, a_RI.to(grad.dtype), ctx.scale)
+                _add_product(dx, gb, _stacked(matrices[:count], dtype), scale)
             dx = dx.view(ctx.shape).to(ctx.dtype)
         if needs_own:
-            dx_adapter = (gb[0] @ a_RI.to(grad.dtype)).mul_(ctx.scale).view(ctx.shape)
-        if needs_a:
-            da = (gb[0].t() @ _rows(seen, grad.dtype)).mul_(ctx.scale).to(a_RI.dtype)
-        if needs_b:
-            db = (g_TO.t() @ h_TR).mul_(ctx.scale).to(b_OR.dtype)
-        return dx, dx_adapter, None, da, db, None
+            dx_adapter = (gb[0] @ _stacked(matrices[:count], dtype)).mul_(scale).view(ctx.shape)
+        if any(needs[:count]):
+            da_RI = (gb[0].t() @ _rows(seen, dtype)).mul_(scale)
+            das = [da_RI[ranks].to(a.dtype) for ranks, a in zip(_ranks(matrices[:count]), matrices, strict=False)]
+        for layer, (g_TO, ranks) in enumerate(zip(g, _ranks(matrices[:count]), strict=True)):
+            if needs[count + layer] and g_TO is not None:
+                dbs[layer] = (g_TO.t() @ h_TR[:, ranks]).mul_(scale).to(matrices[count + layer].dtype)
+        return dx, dx_adapter, None, None, *das, *dbs
 
 
 class _Product(torch.autograd.Function):

@@ -1,0 +1,116 @@
+/* What eager torch does in many passes over memory, in one: for a CPU, compiled where it runs (see __init__.py).
+
+   Each function has a twin in plain torch beside the operator that calls it. Pointers are to contiguous memory; counts
+   and widths are in elements. A 16-bit float is bfloat16. Nothing here checks its arguments: the operators do. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+enum { LANES = 16 }; /* partial sums, so that a sum of floats fills a vector register without -ffast-math */
+
+typedef uint16_t bf16;
+
+#ifdef __FMA__
+#define FMA(a, b, c) fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* To the nearest, ties to even. What is no number stays so: all values here come from 16-bit ones and from arithmetic,
+   and none has the payload (all ones) that the addition would carry into the sign. */
+static inline bf16 narrow(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+/* e^y to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2. */
+static inline float exponential(float y) {
+    float x = y < -87.0f ? -87.0f : y;
+    x = x > 88.0f ? 88.0f : x;
+    float n = FMA(x, 1.44269504f, 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    float r = FMA(n, 2.12194440e-4f, FMA(n, -0.693359375f, x));
+    float sum = FMA(r, 1.0f / 5040, 1.0f / 720);
+    sum = FMA(sum, r, 1.0f / 120);
+    sum = FMA(sum, r, 1.0f / 24);
+    sum = FMA(sum, r, 1.0f / 6);
+    sum = FMA(sum, r, 0.5f);
+    sum = FMA(sum, r, 1.0f);
+    sum = FMA(sum, r, 1.0f);
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return y > 88.0f ? INFINITY : sum * power;
+}
+
+static inline float total(const float *lanes) {
+    float sum = 0.0f;
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+
+#define FLOAT bf16
+#define NAME(name) name##_bf16
+#define READ(x) wide(x)
+#define WRITE(x) narrow(x)
+#include "typed.h"
+#undef FLOAT
+#undef NAME
+#undef READ
+#undef WRITE
+
+#define FLOAT float
+#define NAME(name) name##_fp32
+#define READ(x) (x)
+#define WRITE(x) (x)
+#include "typed.h"
+
+/* 1 where decode_4bit_bf16 is faster than bitsandbytes' function, which has vector code for more processors. */
+int decodes_fast(void) {
+#ifdef __AVX512BW__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+/* A 4-bit matrix to bfloat16, each value rounded once from the fp32 product of table entry and constant.
+   Constants are `absmax8` (table8[absmax8] * scale[of 256] + offset) or, where that is null, `absmax`. */
+void decode_4bit_bf16(const uint8_t *codes, const uint8_t *absmax8, const float *scale, const float *offset,
+                      const float *table8, const float *absmax, const float *table4, int64_t blocks, int64_t block,
+                      bf16 *out, int threads) {
+    (void)threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t b = 0; b < blocks; b++) {
+        float constant = absmax8 ? table8[absmax8[b]] * scale[b / 256] + *offset : absmax[b];
+        bf16 values[32];
+        for (int i = 0; i < 32; i++) values[i] = narrow(table4[i & 15] * constant);
+        const uint8_t *from = codes + b * block / 2;
+        bf16 *to = out + b * block;
+#ifdef __AVX512BW__
+        __m512i table = _mm512_loadu_si512(values);
+        for (int64_t i = 0; i < block / 2; i += 16) {
+            __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
+            __m512i low = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), 16);
+            __m512i both = _mm512_or_si512(_mm512_srli_epi32(byte, 4), low);
+            _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(both, table));
+        }
+#else
+        for (int64_t i = 0; i < block / 2; i++) {
+            to[2 * i] = values[from[i] >> 4];
+            to[2 * i + 1] = values[from[i] & 15];
+        }
+#endif
+    }
+}

@@ -1,0 +1,429 @@
+"""Norms and gated MLPs as single operators, compiled and not; layers with one input; a compiler that is not there."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.base import kernels
+from qlora_kit.base.formats import BLOCK_SIZES, Quantization, decode_4bit, quantize
+from qlora_kit.base.fuse import fuse
+from qlora_kit.lora import add_lora, lora_layers, use_adapter
+from qlora_kit.ops import gated, gated_plain, native, rms_norm, rms_norm_plain, share_input
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = ("twice", "once", "offset")
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+OPS = [sys.modules[f"qlora_kit.ops.{name}"] for name in ("rms_norm", "gated")]
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """By the compiled kernels, and by torch's operators alone."""
+    if request.param == "plain":
+        for module in OPS:
+            monkeypatch.setattr(module, "typed_kernel", lambda *_: None)
+    else:
+        assert native.library() is not None, "these tests want a C compiler"
+    return request.param
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def with_gradients(function, inputs, grad):
+    """What a function gives, and the gradients of its inputs."""
+    inputs = [each.detach().requires_grad_() for each in inputs]
+    out = function(*inputs)
+    out.backward(grad.to(out.dtype))
+    return out.detach(), *(each.grad for each in inputs)
+
+
+def error(found, truth):
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 5, 48), (7, 1), (3, 1, 33), (300, 512)])
+def test_a_norm_and_its_gradient_are_within_rounding_of_float64(shape, form, dtype, way):
+    x, w, g = draw(*shape, dtype=dtype), draw(shape[-1], seed=1, dtype=dtype), draw(*shape, seed=2, dtype=dtype)
+    y, dx = with_gradients(lambda x: rms_norm(x, w, 1e-6, form), [x], g)
+    x64 = x.double().requires_grad_()
+    normed = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-6)
+    truth = normed * (w.double() + (form == "offset"))
+    truth.backward(g.double())
+    assert y.dtype == dx.dtype == dtype
+    # Each value is rounded once or twice; fp32 sums of 512 values round some more.
+    assert error(y, truth.detach()) < 1.5 * EPS[dtype]
+    if shape[-1] > 1:  # a single value has the norm of itself: its gradient is what epsilon leaves of it
+        assert error(dx, x64.grad) < 2 * EPS[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", ["silu", "gelu"])
+def test_a_gated_product_and_its_gradients_are_within_rounding_of_float64(gate, dtype, way):
+    g, u, grad = (4 * draw(3, 5, 333, seed=seed).to(dtype) for seed in range(3))
+    found = with_gradients(lambda g, u: gated(g, u, gate), [g, u], grad)
+    truth = with_gradients(lambda g, u: gated_plain(g, u, gate), [g.double(), u.double()], grad)
+    for each, exact in zip(found, truth, strict=True):
+        assert each.dtype == dtype
+        assert error(each, exact) < 2 * EPS[dtype]  # two roundings, and in fp32 those of the exponential
+
+
+@pytest.mark.parametrize(
+    "value",
+    [0.0, -0.0, 1e-30, 30.0, -30.0, 89.0, -89.0, 1e4, -1e4, 3e38, -3e38, float("inf"), -float("inf"), float("nan")],
+)
+@pytest.mark.parametrize("gate", ["silu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_far_from_zero_a_gate_is_open_or_shut_as_torchs_own(dtype, gate, value, way):
+    g, u, grad = torch.full((40,), value, dtype=dtype), torch.ones(40, dtype=dtype), torch.ones(40, dtype=dtype)
+    found = with_gradients(lambda g, u: gated(g, u, gate), [g, u], grad)
+    wanted = with_gradients(lambda g, u: gated_plain(g, u, gate), [g, u], grad)
+    for each, other in zip(found, wanted, strict=True):
+        if torch.isfinite(each).all() and torch.isnan(other).all():
+            assert gate == "gelu" and abs(value) > 1e12  # torch's own gradient of GELU, 0 times an infinite x^3
+            continue
+        # What is left of a shut gate, 2e-37 and less, may be nothing in one of the two.
+        torch.testing.assert_close(each, other, rtol=2 * EPS[dtype], atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_number_stays_none_in_a_norm(dtype, value, way):
+    x, w = draw(2, 48, dtype=dtype), draw(48, seed=1, dtype=dtype)
+    x[0, 5] = value
+    torch.testing.assert_close(
+        rms_norm(x, w, 1e-6), rms_norm_plain(x, w, 1e-6), rtol=4 * EPS[dtype], atol=0, equal_nan=True
+    )
+
+
+def test_operators_take_tensors_that_are_not_contiguous(way):
+    x, w = draw(6, 4, 48).transpose(0, 1), draw(48, seed=1)
+    assert not x.is_contiguous()
+    g = draw(6, 4, 48, seed=2).transpose(0, 1)
+    for function, plain in [
+        (lambda x: rms_norm(x, w, 1e-6), lambda x: rms_norm_plain(x, w, 1e-6)),
+        (lambda x: gated(x, g, "silu"), lambda x: gated_plain(x, g, "silu")),
+        (lambda x: gated(g, x, "gelu"), lambda x: gated_plain(g, x, "gelu")),
+    ]:
+        for found, wanted in zip(with_gradients(function, [x], g), with_gradients(plain, [x], g), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_kernels_give_the_same_bits_with_more_threads(threads):
+    x, w = draw(64, 512, dtype=torch.bfloat16), draw(512, seed=1, dtype=torch.bfloat16)
+    before, alone = torch.get_num_threads(), None
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            made = [*with_gradients(lambda x: rms_norm(x, w, 1e-6), [x], x), gated(x, x, "silu")]
+            alone = made if alone is None else alone
+            assert all(map(torch.equal, made, alone))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_norm_keeps_its_input_alone_and_a_gate_its_two():
+    x, w = draw(4, 48, dtype=torch.bfloat16).requires_grad_(), draw(48, dtype=torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        rms_norm(x, w, 1e-6)
+        assert {t.data_ptr() for t in kept if t.numel() > 48} == {x.data_ptr()}
+        kept.clear()
+        u = x.detach().clone().requires_grad_()
+        gated(x, u, "silu")
+    assert {t.data_ptr() for t in kept} == {x.data_ptr(), u.data_ptr()}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_compiled_decoder_gives_the_bits_of_bitsandbytes(kind, double_quant, monkeypatch):
+    assert native.library() is not None
+    for block_size in BLOCK_SIZES:
+        for shape in ((64, 4096), (40, 1024 * 3), (33, 127)):
+            how = Quantization(kind, double_quant, block_size)
+            stored = quantize(draw(*shape, dtype=torch.bfloat16), how)
+            constants = [stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset")]
+            found = []
+            for library in (native.library, lambda: None):
+                monkeypatch.setattr(kernels, "library", library)
+                found.append(decode_4bit(*constants, how, torch.empty(shape, dtype=torch.bfloat16)))
+            assert found[0].any()
+            assert torch.equal(*found), (block_size, shape)
+
+
+# --- a model's modules ------------------------------------------------------------------------------------------------
+
+FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3Text", "Olmo2", "Granite", "SmolLM3")
+
+
+def family(name, **changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 61, "pad_token_id": 0}  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**(sizes | changes))
+    torch.manual_seed(0)
+    return tiny.spread(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)).eval()
+
+
+def fused(model):
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_norms_and_gated_mlps_are_known_and_a_fused_model_says_the_same(name):
+    model = family(name)
+    ids = tiny.tokens(vocab=61)
+    before = tiny.logits(model, ids)
+    fuse(model)
+    assert {kind[-7:] for kind in fused(model)} >= {"RMSNorm"}
+    assert any(kind.endswith("MLP") for kind in fused(model))
+    assert not any("Norm" in type(m).__name__ and "forward" not in vars(m) for m in model.modules())
+    # The same roundings: what differs is the order of a sum of 32 squares, and an exponential's last bit.
+    assert error(tiny.logits(model, ids), before.double()) < 2 * EPS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Cohere", "StableLm"])
+def test_other_norms_are_left_as_they_are(name):
+    kinds = fused(model := family(name))
+    fuse(model)
+    assert not any("Norm" in kind for kind in fused(model) | kinds)
+
+
+def test_a_module_that_does_something_else_under_the_same_names_is_left_as_it_is():
+    class Doubling(transformers.models.llama.modeling_llama.LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    class Swapped(transformers.models.llama.modeling_llama.LlamaMLP):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    model = family("Llama")
+    for layer in model.model.layers:
+        layer.input_layernorm.__class__, layer.mlp.__class__ = Doubling, Swapped
+    fuse(model)
+    assert fused(model) == {"LlamaRMSNorm"}
+
+
+def test_a_norm_that_is_trained_has_its_gradient():
+    model = tiny.llama()
+    norm = model.model.layers[0].input_layernorm
+    fuse(model)
+    assert "forward" in vars(norm)
+    tiny.train_step(model)
+    assert norm.weight.grad.abs().sum() > 0
+
+
+def test_fusing_takes_nothing_from_the_random_state_and_changes_no_name():
+    model = family("Llama")
+    state, names = torch.get_rng_state(), list(model.state_dict())
+    printed = repr(model)
+    fuse(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(model.state_dict()) == names
+    assert repr(model) == printed
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_fused_model_is_fused_and_its_own(again):
+    model = tiny.quantized(tiny.llama())
+    add_lora(model, rank=4)
+    move(model)
+    copied, wanted = again(model), tiny.logits(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert fused(copied) == fused(model) != set()
+    assert torch.equal(tiny.logits(copied), wanted)
+    assert not torch.equal(tiny.logits(model), wanted)
+
+
+# --- layers with one input --------------------------------------------------------------------------------------------
+
+
+def move(model):
+    """Adapters that are no longer at their start, where B is zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "b_OR" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def adapted(dtype=torch.float32, **how):
+    model = tiny.quantized(tiny.llama(), dtype=dtype)
+    add_lora(model, rank=4, dtype=torch.float32, **how)
+    move(model)
+    return model.train()
+
+
+def gradients(model):
+    tiny.train_step(model)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def alone(model):
+    for _, layer in lora_layers(model):
+        layer.siblings = None
+    return model
+
+
+@pytest.fixture
+def shares(monkeypatch):
+    """How many layers each common product was for."""
+    from qlora_kit.lora import siblings
+
+    counts = []
+    monkeypatch.setattr(
+        siblings, "share_input", lambda x, updates: counts.append(len(updates)) or share_input(x, updates)
+    )
+    return counts
+
+
+def test_query_key_value_and_gate_up_share_their_products_and_nothing_else_changes(shares):
+    together, apart = gradients(adapted()), gradients(alone(adapted()))
+    assert shares == [3, 2, 3, 2]
+    assert together.keys() == apart.keys()
+    for name, grad in apart.items():
+        assert grad.any()
+        assert error(together[name], grad.double()) < 5e-6, name  # fp32 sums in another order, through two blocks
+
+
+def test_under_recomputation_they_share_too_and_the_gradients_are_the_same_bits(shares):
+    from qlora_kit.train.activations import set_activation_policy
+
+    kept, model = gradients(adapted()), adapted()
+    set_activation_policy(model, "recompute")
+    shares.clear()
+    again = gradients(model)
+    assert shares == [3, 2] * 4
+    assert all(torch.equal(grad, again[name]) for name, grad in kept.items())
+
+
+@pytest.mark.parametrize("how", [{"dora": True}, {"dropout": 0.5}, {"alpha_pattern": {"k_proj": 7, "up_proj": 3}},
+                                 {"targets": ["q_proj", "o_proj", "gate_proj"]}])  # fmt: skip
+def test_updates_that_are_no_plain_ones_with_one_scale_go_alone(how, shares):
+    model = adapted(**how)
+    assert gradients(model)
+    assert shares == []
+
+
+def test_ranks_may_differ_among_those_that_share(shares):
+    how = {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"k_proj": 16, "up_proj": 56}}
+    together, apart = gradients(adapted(**how)), gradients(alone(adapted(**how)))
+    assert shares == [3, 2, 3, 2]
+    for name, grad in apart.items():
+        assert error(together[name], grad.double()) < 5e-6, name
+
+
+def test_layers_that_turn_out_to_have_different_inputs_go_alone(shares):
+    def forward(mlp, x):
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x + 1))
+
+    found = []
+    for separate in (False, True):
+        model = adapted()
+        for layer in model.model.layers:
+            layer.mlp.forward = forward.__get__(layer.mlp)
+        model = alone(model) if separate else model
+        found.append([gradients(model), gradients(model)][1])
+    assert shares.count(2) == 2  # once a block, and never again
+    for name, grad in found[1].items():
+        assert error(found[0][name], grad.double()) < 5e-6, name
+
+
+def test_nothing_waits_after_a_pass():
+    model = adapted()
+    gradients(model)
+    tiny.logits(model)
+    assert {layer.siblings is None or not layer.siblings._waiting for _, layer in lora_layers(model)} == {True}
+
+
+def test_two_threads_do_not_take_each_others_products():
+    model = adapted().eval()
+    inputs = [tiny.tokens(seed=seed) for seed in range(2)]
+    wanted = [tiny.logits(model, ids) for ids in inputs]
+    wrong = []
+
+    def run(ids, logits):
+        wrong.extend(1 for _ in range(20) if not torch.equal(tiny.logits(model, ids), logits))
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(inputs, wanted, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert all(layer.siblings is None or layer.siblings.layers for _, layer in lora_layers(model))
+
+
+def test_switching_adapters_switches_what_is_shared():
+    model = adapted()
+    one = tiny.logits(model.eval())
+    add_lora(model, rank=4, name="other", targets="attention", seed=3)
+    move(model)
+    assert not torch.equal(tiny.logits(model), one)
+    use_adapter(model, "default")
+    assert isinstance(model.model.layers[0].mlp, nn.Module)
+    with torch.no_grad():
+        shared = tiny.logits(model)
+        assert torch.allclose(shared, tiny.logits(alone(model)), atol=1e-5)  # fp32 products of other widths
+
+
+# --- the compiler -----------------------------------------------------------------------------------------------------
+
+PROBE = "from qlora_kit.ops import native; print(native.library() is not None)"
+
+
+def compiled(**environment):
+    """What a new process says of its kernels."""
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", PROBE], env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip() == "True"
+
+
+def test_kernels_are_compiled_once_into_the_users_cache(tmp_path):
+    cache = tmp_path / "cache"
+    assert compiled(XDG_CACHE_HOME=str(cache))
+    (made,) = (cache / "qlora_kit").iterdir()
+    assert (made.parent.stat().st_mode & 0o777) == 0o700
+    before = made.stat().st_mtime_ns
+    assert compiled(XDG_CACHE_HOME=str(cache))
+    assert [each.stat().st_mtime_ns for each in made.parent.iterdir()] == [before]
+
+
+@pytest.mark.parametrize("why", ["switched off", "no compiler", "a compiler that fails", "no room for it"])
+def test_without_compiled_kernels_nothing_is_said_and_torch_does_the_same(why, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    if why == "switched off":
+        environment["QLORA_KIT_COMPILE"] = "0"
+    elif why == "no compiler":
+        environment["PATH"] = str(tmp_path / "bin")
+    elif why == "a compiler that fails":
+        broken = Path(tmp_path / "bin" / "cc")
+        broken.write_text("#!/bin/sh\nexit 1\n")
+        broken.chmod(0o755)
+        environment["PATH"] = f"{broken.parent}:{os.environ['PATH']}"
+    else:
+        (tmp_path / "cache").write_text("a file")
+    assert not compiled(**environment)
