@@ -58,7 +58,7 @@ def test_what_was_written_beside_a_tensor_that_is_given_back_stays_written(mappe
 
 @on_linux
 def test_the_pages_of_a_tensor_that_was_read_are_given_back_and_come_back_as_they_were(mapped):
-    folder, tensors, _ = mapped
+    folder, tensors, wanted = mapped
     assert resident_bytes(folder) > 15 * MIB
     let_go(tensors["a"])
     assert 5 * MIB < resident_bytes(folder) < 9 * MIB, "the other's are still there, but for those beside it"
