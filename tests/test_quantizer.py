@@ -5,6 +5,7 @@ import shutil
 import stat
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,8 +205,13 @@ def test_the_code_is_compiled_once_into_a_folder_of_the_users_own(fresh, monkeyp
     assert len(list(fresh.iterdir())) == 2, "other flags are another library"
 
 
+def homeless(path):
+    raise RuntimeError("Could not determine home directory.")
+
+
 @needs_compiler
-@pytest.mark.parametrize("trouble", ["switched off", "no compiler", "no such flag", "no folder", "others write there"])
+@pytest.mark.parametrize("trouble", ["switched off", "no compiler", "no such flag", "no folder", "no home",
+                                     "others write there"])  # fmt: skip
 def test_where_nothing_can_be_compiled_plain_torch_gives_the_codes(trouble, fresh, monkeypatch, recwarn, capfd):
     if trouble == "switched off":
         monkeypatch.setenv("QLORA_KIT_COMPILE", "0")
@@ -215,6 +221,9 @@ def test_where_nothing_can_be_compiled_plain_torch_gives_the_codes(trouble, fres
         monkeypatch.setattr(compiled, "FLAGS", ("-fno-such-flag",))
     elif trouble == "no folder":
         fresh.parent.parent.write_text("a file, and no folder")
+    elif trouble == "no home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative/paths/do/not/count")
+        monkeypatch.setattr(Path, "expanduser", homeless)
     else:
         fresh.mkdir(parents=True)
         fresh.chmod(0o777)

@@ -30,7 +30,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler, _private_folder())))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home is a RuntimeError
         return None
 
 
@@ -53,7 +53,7 @@ def _built(compiler: str, folder: Path) -> Path:
     """The library for this source, these flags and this processor, compiled if it is not there."""
     # What -march=native means here, and which compiler this is, stand in the macros that it defines.
     macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull)
-    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros, platform.platform().encode())
+    parts = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros, f"{sys.platform} {platform.machine()}".encode())
     path = folder / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()}.so"
     if not path.exists():
         handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
