@@ -6,7 +6,8 @@ One thread, process CPU time, medians and ranges. The quantisers take turns in o
 process of its own, after all imports and from files that the system has in its cache. Memory is what a process holds
 at most above what it held before it loaded, sampled every 2 ms in a run that is not timed: anonymous pages, those of
 mapped files, and both together by the kernel's own high-water mark. It is compared with what the loaded model's
-parameters and buffers take, and with the checkpoint's largest tensor.
+parameters and buffers take, and with the checkpoint's largest tensor. The experts of a mixture stay dense there, and
+are quantised here.
 """
 
 import gc
