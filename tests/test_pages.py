@@ -1,6 +1,8 @@
 """Pages of a mapped checkpoint are given back once they are read, and nothing else ever is."""
 
+import os
 import re
+import subprocess
 import sys
 import threading
 import weakref
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
+import qlora_kit
 from qlora_kit.base import load, load_base
 from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.experts import ArrivedStack, ExpertStack, quantized_on_arrival
@@ -206,3 +209,38 @@ def test_a_dense_model_takes_no_part_in_it(tmp_path):
     with quantized_on_arrival(Quantization(), torch.float32, tiny.CPU):
         again = LlamaForCausalLM(model.config)
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import transformers.models.llama.modeling_llama
+from qlora_kit.base import load_base
+
+def most():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+Path("/proc/self/clear_refs").write_text("5")
+before = most()
+model = load_base(sys.argv[1], compute_dtype="bfloat16", device="cpu")
+print(most() - before, sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]))
+"""
+
+
+@on_linux
+@pytest.mark.slow
+def test_a_process_that_loads_takes_the_model_and_its_largest_tensor_mapped_pages_counted(tmp_path):
+    """By the system's own high-water mark. The 48 MiB are for threads of transformers' loader, whose heaps take up to
+    64 MiB at a larger model (benchmarks/LOG.md), and for the compiler; the checkpoint has 390 MiB."""
+    make = tiny.llama(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=32_000)
+    make.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size > 350 * MIB
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(qlora_kit.__file__).parents[1])}
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    taken_kib, model_bytes = map(int, done.stdout.split())
+    largest_bytes = 2 * 32_000 * 1024
+    print(f"taken {taken_kib / 1024:.0f} MiB, the model {model_bytes / MIB:.0f}")
+    assert 1024 * taken_kib > model_bytes
+    assert 1024 * taken_kib < 1.05 * model_bytes + largest_bytes + 48 * MIB
