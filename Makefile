@@ -44,7 +44,7 @@ gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
 
 bench: $(STAMP)  ## the benchmarks (an hour on two cores); rows go to benchmarks/results/
-	@for each in quickstart full_finetune plans floor plan_time ledger step; do $(BIN)/python benchmarks/$$each.py; done
+	@for each in quickstart full_finetune plans floor plan_time ledger step load; do $(BIN)/python benchmarks/$$each.py; done
 
 format: $(STAMP)  ## put the code in shape
 	@$(BIN)/ruff format .

@@ -1,6 +1,7 @@
 """The frozen base: bitsandbytes' own numbers, everything linear is quantised and nothing else, nothing moves it."""
 
 import copy
+import gc
 import json
 import shutil
 from functools import cache
@@ -623,6 +624,15 @@ def test_a_checkpoint_that_bitsandbytes_quantised_is_taken_over_as_it_is(stored_
         torch.equal(layer.codes, tiny.quantized_layers(ours)[name].codes)
         for name, layer in tiny.quantized_layers(model).items()
     )
+
+
+def test_a_checkpoint_that_was_stored_quantised_is_not_held_open(stored_checkpoint):
+    folder, kind = stored_checkpoint
+    model = load_base(folder / "stored", quantization=kind, double_quant=kind == "nf4", device="cpu")
+    assert tiny.quantized_layers(model)
+    gc.collect()  # bitsandbytes' layers hold each other
+    with open("/proc/self/maps") as maps:
+        assert str(folder) not in maps.read()
 
 
 def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):

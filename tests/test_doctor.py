@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from qlora_kit.base import formats
+from qlora_kit.base import formats, quantizer
 from qlora_kit.base.load import default_compute_dtype
 from qlora_kit.cli import doctor
 from qlora_kit.cli.doctor import Check, checks, run_doctor
@@ -35,6 +35,14 @@ def test_nothing_fails_on_a_machine_that_runs_these_tests(results):
 def test_the_processors_line_names_the_dtype_that_auto_takes(results):
     dtype = str(default_compute_dtype(torch.device("cpu"))).removeprefix("torch.")
     assert results["processor"].found.endswith(f"compute_dtype auto is {dtype}")
+
+
+@pytest.mark.parametrize(("functions", "ok", "said"), [(object(), True, "compiled"), (None, None, "plain torch")])
+def test_it_is_told_whether_the_quantiser_is_compiled(functions, ok, said, monkeypatch):
+    monkeypatch.setattr(quantizer, "c_functions", lambda: functions)
+    found = only("quantiser, cpu", checks())
+    assert found.ok is ok
+    assert found.found.startswith(said)
 
 
 @pytest.mark.gpu

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.formats import Quantization, decode_4bit, quantize
 from qlora_kit.base.kernels import decode_int8_into
+from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
 from qlora_kit.ops import Decode, Workspace, lora_linear
 
@@ -225,8 +226,13 @@ def share_workspace(model: PreTrainedModel) -> None:
 def quantize_linear(
     module: nn.Linear | Conv1D, quantization: Quantization, dtype: torch.dtype, device: torch.device
 ) -> QuantizedLinear:
-    """The quantised twin of a dense linear layer, made and kept on `device`, its bias in the compute dtype `dtype`."""
+    """The quantised twin of a dense linear layer, made and kept on `device`, its bias in the compute dtype `dtype`.
+
+    The dense weight is not to be read again: its pages, if it is mapped from a checkpoint, are let go.
+    """
     bias = None if module.bias is None else module.bias.detach().to(device, dtype, copy=True)
     is_transposed = isinstance(module, Conv1D)
     weight = module.weight.detach().to(device)
-    return QuantizedLinear(weight.t() if is_transposed else weight, bias, quantization, is_transposed=is_transposed)
+    made = QuantizedLinear(weight.t() if is_transposed else weight, bias, quantization, is_transposed=is_transposed)
+    let_go(module.weight)
+    return made

@@ -9,19 +9,23 @@ parameter becomes an `ExpertStack`, and the computation becomes `experts_forward
 Axes: T tokens, K experts a token, E experts, I in, O out.
 """
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.formats import Quantization, quantize
+from qlora_kit.base.pages import let_go, let_go_of_clean_files
 from qlora_kit.ops import Decode, lora_linear
 
 IMPLEMENTATION = "qlora_kit"
@@ -59,6 +63,13 @@ class ExpertStack(QuantizedWeight):
                 if expert == 0:
                     self.register_buffer(name, tensor.new_empty(experts, *tensor.shape))
                 self.get_buffer(name)[expert] = tensor
+        let_go(weight_EOI)
+
+    def seen(self) -> Self:
+        """Itself, after operators on its buffers: a ledger enters what it sees, and did not see them being made."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, buffer.detach())
+        return self
 
     @property
     def weight_count(self) -> int:
@@ -98,6 +109,57 @@ class ExpertStack(QuantizedWeight):
         return f"{self.experts} experts, {self.in_features}, {self.out_features}, {self.quantization.kind}"
 
 
+class ArrivedStack(nn.Parameter):
+    """What stands in a model for experts that were quantised while it was read; it has their shape and no memory.
+
+    Attributes:
+        stack: the experts.
+    """
+
+    stack: ExpertStack
+    _is_hf_initialized: bool
+
+    @classmethod
+    def of(cls, weight_EOI: Tensor, stack: ExpertStack) -> "ArrivedStack":
+        """The placeholder of a dense parameter, of whose middle row it is made: that one marks a base."""
+        row_I = weight_EOI[len(weight_EOI) // 2, weight_EOI.shape[1] // 2].detach().clone()
+        made = cls(row_I.expand(weight_EOI.shape), requires_grad=False)
+        made.stack = stack
+        made._is_hf_initialized = True  # so that transformers does not fill it with random numbers
+        return made
+
+
+@contextmanager
+def quantized_on_arrival(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """In the block, transformers puts experts into models, and they are quantised one parameter after the other.
+
+    Many checkpoints hold experts one by one, and transformers joins them, in memory of its own: all of a model's would
+    stand there at once. `quantize_experts` puts the stacks in their places afterwards.
+
+    Args:
+        quantization: the format, not `none`.
+        dtype: as below.
+        device: where the codes are made and kept.
+    """
+    thread = threading.get_ident()
+
+    def arrive(module: Any, name: str, weight: nn.Parameter) -> Any:
+        is_ours = threading.get_ident() == thread and weight.device.type != "meta" and _is_expert_layer(module)
+        if not is_ours or name not in projections(module):
+            return None
+        made = ArrivedStack.of(
+            weight, ExpertStack(weight, quantization, dtype, device, is_transposed=bool(module.is_transposed))
+        )
+        let_go_of_clean_files()  # what was joined lay there, expert by expert
+        return made
+
+    hook = register_module_parameter_registration_hook(arrive)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def quantize_experts(
     model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -125,7 +187,11 @@ def stack_experts(model: PreTrainedModel) -> None:
 
 def _stack(layer: Any, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> None:
     for name in projections(layer):
-        stack = ExpertStack(getattr(layer, name), quantization, dtype, device, is_transposed=layer.is_transposed)
+        weight = getattr(layer, name)
+        if isinstance(weight, ArrivedStack):
+            stack = weight.stack.seen()
+        else:
+            stack = ExpertStack(weight, quantization, dtype, device, is_transposed=layer.is_transposed)
         delattr(layer, name)
         layer.register_module(name, stack)
 
@@ -133,8 +199,12 @@ def _stack(layer: Any, quantization: Quantization, dtype: torch.dtype, device: t
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules that hold the experts of a layer, by name: those whose computation transformers lets be replaced."""
     for name, module in model.named_modules():
-        if {"is_transposed", "has_gate", "has_bias"} <= vars(module).keys():
+        if _is_expert_layer(module):
             yield name, module
+
+
+def _is_expert_layer(module: nn.Module) -> bool:
+    return {"is_transposed", "has_gate", "has_bias"} <= vars(module).keys()
 
 
 def expert_stacks(model: nn.Module) -> dict[str, Any]:

@@ -4,8 +4,8 @@
     double quantisation:  absmax = table8[code8] * scale[block of 256] + offset
     int8:   w = code * absmax[row] / 127             vector-wise, as LLM.int8() stores it
 
-The codes are made by bitsandbytes' own operators, so they are bit-identical to its layers on the same device. What is
-not used is the layers themselves: `Linear4bit.forward` repacks the stored weight in evaluation mode on some processors.
+The codes are bit-identical to those of bitsandbytes' layers on the same device. What is not used is the layers
+themselves: `Linear4bit.forward` repacks the stored weight in evaluation mode on some processors.
 
 Sources: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; bitsandbytes 0.50.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_kit.base.kernels import ABSMAX_BLOCK, decode_4bit_into, table_8bit
+from qlora_kit.base.quantizer import quantize_4bit, quantize_int8
 from qlora_kit.errors import ModelError
 
 Kind = Literal["nf4", "fp4", "int8", "none"]
@@ -26,9 +27,8 @@ Kind = Literal["nf4", "fp4", "int8", "none"]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes that bitsandbytes has for the 4-bit formats."""
 
-SLICE_ELEMENTS = 2**22
-"""Weights that are quantised at once on a CPU, where bitsandbytes takes 14 to 18 bytes for each while it works. A
-multiple of every block, so the codes are the same; 4096 x 4096 take 0.49 s so, and 0.59 s at once."""
+SLICE_ELEMENTS = 2**18
+"""Weights that are made fp16 at once on a CPU, on their way to int8: 512 KiB, which stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def quantize(w_OI: Tensor, quantization: Quantization) -> dict[str, Tensor]:
     """
     if quantization.kind == "int8":
         return _quantize_int8(w_OI)
-    codes, absmax = _quantize_4bit(w_OI.view(-1), quantization)
+    codes, absmax = quantize_4bit(w_OI.view(-1), quantization.block_size, quantization.kind)
     if not quantization.double_quant:
         return {"codes": codes, "absmax": absmax}
     offset = absmax.mean()
@@ -99,20 +99,6 @@ def quantize(w_OI: Tensor, quantization: Quantization) -> dict[str, Tensor]:
         absmax - offset, table_8bit(absmax.device), ABSMAX_BLOCK
     )
     return {"codes": codes, "absmax": codes8, "absmax_scale": scale, "absmax_offset": offset}
-
-
-def _quantize_4bit(w_N: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
-    """Codes and block constants; on a CPU a slice at a time, whose ends are ends of blocks."""
-    count, block = w_N.numel(), quantization.block_size
-    codes = torch.empty((count + 1) // 2, dtype=torch.uint8, device=w_N.device)
-    absmax = torch.empty(-(-count // block), dtype=torch.float32, device=w_N.device)
-    for begin, end in _slices(count, SLICE_ELEMENTS, w_N):
-        packed, constants = torch.ops.bitsandbytes.quantize_4bit.default(
-            w_N[begin:end], block, quantization.kind, torch.uint8
-        )
-        codes[begin // 2 : (end + 1) // 2] = packed.view(-1)
-        absmax[begin // block : -(-end // block)] = constants
-    return codes, absmax
 
 
 def _quantize_int8(w_OI: Tensor) -> dict[str, Tensor]:
@@ -124,7 +110,7 @@ def _quantize_int8(w_OI: Tensor) -> dict[str, Tensor]:
         part = slice(begin, end)
         # fp16 first, because that is what bitsandbytes' Int8Params does to every weight.
         half = w_OI[part].to(torch.float16)
-        codes[part], absmax[part], _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(half, 0.0)
+        codes[part], absmax[part] = quantize_int8(half)
     return {"codes": codes, "absmax": absmax}
 
 

@@ -1,8 +1,9 @@
 """From a model folder to a frozen model on a device: dense weights come in one by one and leave quantised.
 
 On CPU transformers maps the checkpoint's own pages, so the dense model never stands in memory: each linear layer is
-read, quantised and let go before the next, and what stays dense is copied off the file, so that nothing on disk is held
-open.
+read, quantised and let go before the next, pages too, and what stays dense is copied off the file, so that nothing on
+disk is held open. Experts that a checkpoint holds one by one are joined by transformers in memory of its own, and are
+quantised as they come in.
 
 Everything linear inside the model's body is quantised and nothing else: heads (the output embedding, a classifier) lie
 outside the body (`base_model_prefix`), embeddings, norms and routers are no linear layers. Experts are quantised, too;
@@ -30,10 +31,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
-from qlora_kit.base.experts import quantize_experts
+from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.fuse import fuse
 from qlora_kit.base.hub import locate_model
+from qlora_kit.base.pages import copy_off, let_go_of_clean_files
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
@@ -113,8 +115,11 @@ def load_base(
     stored = stored_quantization(config)
     if stored is not None:
         check_agreement(stored, asked)
-    loaded, untrained = _load(folder, config, attention, head)
+    is_dense = stored is None and quantization != "none"
+    with quantized_on_arrival(asked, dtype, target) if is_dense else nullcontext():
+        loaded, untrained = _load(folder, config, attention, head)
     keep_record(loaded, asked, dtype, folder, untrained, vocabulary)
+    let_go_of_clean_files()  # some rows of every matrix were read
     with nullcontext() if watching is None else watching(loaded):
         extend_vocabulary(loaded, vocabulary)
         if stored is not None:
@@ -390,8 +395,7 @@ def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) ->
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in moved:
-                data = parameter.detach().to(device=device, dtype=dtype, copy=True)
-                moved[parameter] = nn.Parameter(data, requires_grad=False)
+                moved[parameter] = nn.Parameter(copy_off(parameter.detach(), dtype, device), requires_grad=False)
             setattr(module, name, moved[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -1,7 +1,7 @@
 """Checkpoints that bitsandbytes has quantised already: their codes and constants are taken over as they are.
 
 transformers reads them into bitsandbytes' own layers, which the kit never runs: each is turned into a `QuantizedLinear`
-around the same tensors.
+around copies of its tensors, which lie in the checkpoint's mapped file.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
+from qlora_kit.base.pages import copy_off
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.errors import ModelError
 
@@ -54,7 +55,7 @@ def check_agreement(stored: Quantization, asked: Quantization) -> None:
 
 
 def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Turn bitsandbytes' layers of a loaded model into the kit's, around the same codes and constants.
+    """Turn bitsandbytes' layers of a loaded model into the kit's, around the same codes and constants, copied.
 
     Args:
         model: a transformers model, changed in place.
@@ -65,19 +66,19 @@ def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
             kind = QuantizedTable if module is head else QuantizedLinear
-            model.set_submodule(name, _adopted(module, kind, dtype).to(device))
+            model.set_submodule(name, _adopted(module, kind, dtype, device))
     # Left on, these would bar `.to` and make an export call itself quantised.
     model.hf_quantizer.remove_quantization_config(model)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
 
 
-def _adopted(module: Any, kind: type[QuantizedLinear], dtype: torch.dtype) -> QuantizedLinear:
+def _adopted(module: Any, kind: type[QuantizedLinear], dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
     stored, quantization = _four_bit(module) if isinstance(module, bnb.Linear4bit) else _eight_bit(module)
     return kind.from_stored(
         (module.out_features, module.in_features),
-        stored,
-        None if module.bias is None else module.bias.detach().to(dtype),
+        {name: copy_off(tensor, tensor.dtype, device) for name, tensor in stored.items()},
+        None if module.bias is None else copy_off(module.bias.detach(), dtype, device),
         quantization,
         is_transposed=issubclass(getattr(module, "source_cls", nn.Linear), Conv1D),
     )

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization, block_constants
+from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
 from qlora_kit.ops import LogitRule, sliced_cross_entropy, sliced_linear
 
@@ -183,9 +184,11 @@ def quantize_vocabulary(
     if head is not None:
         bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
         table = QuantizedTable(head.weight.detach().to(device), bias, quantization)
+        let_go(head.weight)
         model.set_submodule(names[id(head)], table)
     if not ties:
         table = QuantizedTable(embedding.weight.detach().to(device), None, quantization)
+        let_go(embedding.weight)
     model.set_submodule(names[id(embedding)], QuantizedEmbedding(table, ties, scale, dtype))
 
 

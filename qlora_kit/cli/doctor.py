@@ -83,6 +83,7 @@ def checks() -> list[Check]:
         _attempt("memory", _memory, ""),
         _attempt("disk", _disk, "work in a folder that you can write"),
         _attempt("processor", _processor, "reinstall torch"),
+        _attempt("quantiser, cpu", _quantiser, ""),
         _attempt(
             "CUDA",
             _cuda,
@@ -201,6 +202,14 @@ def _processor() -> str:
         f"{torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {bf16}, {torch.get_num_threads()} threads; "
         f"compute_dtype auto is {auto}"
     )
+
+
+def _quantiser() -> str:
+    from qlora_kit.base.quantizer import c_functions
+
+    if c_functions() is None:
+        raise _AbsentError("plain torch: no C compiler (cc, gcc, clang) whose code may be kept and gives the same bits")
+    return "compiled"
 
 
 def _cuda() -> str:

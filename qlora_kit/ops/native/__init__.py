@@ -1,7 +1,7 @@
-"""The kernels of kernels.c, compiled once by the machine's own C compiler; without one, torch's operators do the same.
+"""The kit's C code: compiled once with the system's compiler, kept in the user's cache folder, called by ctypes.
 
-The library is kept in the user's cache folder under a name that says from what it was made: source, flags, compiler and
-processor. `QLORA_KIT_COMPILE=0` switches it off.
+It is an addition, never a need: without a compiler, or a folder to keep the result in, there is no library, and callers
+take their twins in plain torch. `QLORA_KIT_COMPILE=0` switches it off.
 """
 
 import ctypes
@@ -11,34 +11,47 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_HERE = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math",
-          "-ffp-contract=off")  # fmt: skip
-"""No contraction: products and sums are rounded as torch and bitsandbytes round them."""
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+"""No contraction: products and sums are rounded one by one, as torch and bitsandbytes round them."""
+
+_THREADS = "-fopenmp"
+"""Left away where a compiler has none; the code then runs on one."""
 
 _SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-
-_SECONDS = 60
-"""After which a compiler is given up; it takes two."""
+_LONGEST_S = 120
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or os.environ.get("QLORA_KIT_COMPILE") == "0":
+    """The compiled code; None where there is none."""
+    if os.environ.get("QLORA_KIT_COMPILE") == "0" or sys.platform not in ("linux", "darwin"):
+        return None
+    compiler = next((found for found in map(shutil.which, ("cc", "gcc", "clang")) if found), None)
+    if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError):
+        return ctypes.CDLL(str(_built(compiler, _private_folder())))
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # no home is a RuntimeError
         return None
+
+
+def typed_kernel(name: str, *tensors: Tensor) -> Callable[..., None] | None:
+    """A function for tensors of one dtype; None where there is none."""
+    kernels, dtypes = library(), {tensor.dtype for tensor in tensors}
+    suffix = _SUFFIXES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    if kernels is None or suffix is None:
+        return None
+    kernel: Callable[..., None] = getattr(kernels, f"{name}_{suffix}")
+    return kernel
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -51,57 +64,52 @@ def size(number: int) -> ctypes.c_int64:
     return ctypes.c_int64(number)
 
 
-def typed_kernel(name: str, *tensors: Tensor) -> Callable[..., None] | None:
-    """A kernel for tensors of one dtype; None where there is none."""
-    kernels, dtypes = library(), {tensor.dtype for tensor in tensors}
-    suffix = _SUFFIXES.get(dtypes.pop()) if len(dtypes) == 1 else None
-    if kernels is None or suffix is None:
-        return None
-    kernel: Callable[..., None] = getattr(kernels, f"{name}_{suffix}")
-    return kernel
-
-
 def threads() -> int:
-    """Threads that a kernel may take."""
+    """Threads that a function may take."""
     return torch.get_num_threads()
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's file, made if it is not there.
+def _private_folder() -> Path:
+    """Where libraries are kept.
 
     Raises:
-        OSError: the cache folder cannot be written.
-        SubprocessError: the compiler fails.
+        OSError: it cannot be made, or another user may write there: what is loaded from it runs.
     """
-    sources = sorted(each for each in _HERE.iterdir() if each.suffix in (".c", ".h"))
-    made_from = hashlib.sha256("\0".join((*_machine(compiler), *_FLAGS)).encode())
-    for source in sources:
-        made_from.update(source.read_bytes())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_kit"
-    made = folder / f"kernels-{made_from.hexdigest()[:16]}.so"
-    if not made.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            fresh = Path(beside) / made.name
-            _run_compiler(compiler, fresh)
-            fresh.replace(made)
-    return made
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (asked if asked.is_absolute() else Path("~/.cache").expanduser()) / "qlora_kit" / "compiled"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"others can write to {folder}")
+    return folder
 
 
-def _run_compiler(compiler: str, made: Path) -> None:
-    """Threads where the compiler has them, one where it has not."""
-    command = [compiler, *_FLAGS, str(_HERE / "kernels.c"), "-o", str(made), "-lm"]
-    for threads in ((), ("-fopenmp",))[::-1]:
-        done = subprocess.run([*command, *threads], capture_output=True, timeout=_SECONDS, check=not threads)
-        if done.returncode == 0:
-            return
+def _built(compiler: str, folder: Path) -> Path:
+    """The library for these sources, these flags and this processor, compiled if it is not there."""
+    # What -march=native means here, and which compiler this is, stand in the macros that it defines.
+    macros = _run(compiler, *FLAGS, "-dM", "-E", "-x", "c", os.devnull)
+    parts = (macros, " ".join(FLAGS).encode(), f"{sys.platform} {platform.machine()}".encode())
+    made_from = b"|".join((*parts, *(source.read_bytes() for source in SOURCES)))
+    path = folder / f"{hashlib.sha256(made_from).hexdigest()}.so"
+    if not path.exists():
+        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        os.close(handle)
+        try:
+            _compile(compiler, made)
+            os.replace(made, path)
+        finally:
+            Path(made).unlink(missing_ok=True)
+    return path
 
 
-def _machine(compiler: str) -> Iterator[str]:
-    """What the same source compiles differently for."""
-    yield compiler
-    yield platform.platform()
-    yield torch.backends.cpu.get_cpu_capability()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        yield from (line for line in info.read_text().splitlines()[:40] if line.startswith(("model name", "flags")))
+def _compile(compiler: str, made: str) -> None:
+    files = [str(source) for source in SOURCES if source.suffix == ".c"]
+    command = compiler, *FLAGS, "-shared", *files, "-o", made
+    try:
+        _run(*command, _THREADS, "-lm")
+    except subprocess.CalledProcessError:
+        _run(*command, "-lm")
+
+
+def _run(*command: str) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=_LONGEST_S).stdout
