@@ -404,8 +404,11 @@ def test_a_run_leaves_a_model_and_no_adapter_and_keeps_to_its_plan(finished):
     assert "a LoRA adapter" not in page
 
 
-def test_the_model_loads_in_plain_transformers_with_the_logits_of_the_run(finished):
+def test_the_model_loads_in_plain_transformers_with_the_logits_of_the_run(finished, monkeypatch):
     run_folder, _ = finished
+    model, tokenizer, _ = load_run(run_folder)
+    compiled = tiny.logits(model, tiny.tokens(vocab=len(tokenizer)))
+    tiny.uncompiled(monkeypatch)
     plain, info = AutoModelForCausalLM.from_pretrained(run_folder / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -414,6 +417,7 @@ def test_the_model_loads_in_plain_transformers_with_the_logits_of_the_run(finish
     model, tokenizer, _ = load_run(run_folder)
     ids = tiny.tokens(vocab=len(tokenizer))
     assert torch.equal(tiny.logits(plain, ids), tiny.logits(model, ids))
+    assert tiny.relative(compiled, tiny.logits(plain, ids)) < 1e-6  # fp32 sums in another order
     base = load_run(run_folder, bare_base=True)[0]
     original = AutoModelForCausalLM.from_pretrained(run_folder.parent / "base")
     assert torch.equal(tiny.logits(base, ids)[..., : original.vocab_size], tiny.logits(original, ids))
@@ -439,7 +443,8 @@ def test_scores_compare_with_the_base_as_it_was(finished):
     assert said.exit_code == 0, said.output
 
 
-def test_the_weights_are_exported_with_an_audit_and_there_is_no_adapter_to_export(finished, tmp_path):
+def test_the_weights_are_exported_with_an_audit_and_there_is_no_adapter_to_export(finished, tmp_path, monkeypatch):
+    tiny.uncompiled(monkeypatch)
     run_folder, _ = finished
     exported = export_run(run_folder, tmp_path / "out", to="merged", onto="dequantized", dtype="float32", force=False)
     audit = exported["comparisons"]["merged"]

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 import threading
 
 import pytest
@@ -21,15 +20,13 @@ from qlora_kit.ops import gated, gated_plain, native, rms_norm, rms_norm_plain, 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("twice", "once", "offset")
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
-OPS = [sys.modules[f"qlora_kit.ops.{name}"] for name in ("rms_norm", "gated")]
 
 
 @pytest.fixture(params=["compiled", "plain"])
 def way(request, monkeypatch):
     """By the compiled kernels, and by torch's operators alone."""
     if request.param == "plain":
-        for module in OPS:
-            monkeypatch.setattr(module, "typed_kernel", lambda *_: None)
+        tiny.uncompiled(monkeypatch)
     else:
         assert native.library() is not None, "these tests want a C compiler"
     return request.param
@@ -278,12 +275,6 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def alone(model):
-    for _, layer in lora_layers(model):
-        layer.siblings = None
-    return model
-
-
 @pytest.fixture
 def shares(monkeypatch):
     """How many layers each common product was for."""
@@ -297,7 +288,7 @@ def shares(monkeypatch):
 
 
 def test_query_key_value_and_gate_up_share_their_products_and_nothing_else_changes(shares):
-    together, apart = gradients(adapted()), gradients(alone(adapted()))
+    together, apart = gradients(adapted()), gradients(tiny.one_by_one(adapted()))
     assert shares == [3, 2, 3, 2]
     assert together.keys() == apart.keys()
     for name, grad in apart.items():
@@ -318,7 +309,7 @@ def test_under_recomputation_they_share_too_and_the_gradients_are_the_same_bits(
 
 @pytest.mark.parametrize("how", [{"dora": True}, {"dropout": 0.5}, {"alpha_pattern": {"k_proj": 7, "up_proj": 3}},
                                  {"targets": ["q_proj", "o_proj", "gate_proj"]}])  # fmt: skip
-def test_updates_that_are_no_plain_ones_with_one_scale_go_alone(how, shares):
+def test_updates_that_are_no_plain_ones_with_one_scale_go_tiny.one_by_one(how, shares):
     model = adapted(**how)
     assert gradients(model)
     assert shares == []
@@ -326,13 +317,13 @@ def test_updates_that_are_no_plain_ones_with_one_scale_go_alone(how, shares):
 
 def test_ranks_may_differ_among_those_that_share(shares):
     how = {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"k_proj": 16, "up_proj": 56}}
-    together, apart = gradients(adapted(**how)), gradients(alone(adapted(**how)))
+    together, apart = gradients(adapted(**how)), gradients(tiny.one_by_one(adapted(**how)))
     assert shares == [3, 2, 3, 2]
     for name, grad in apart.items():
         assert error(together[name], grad.double()) < 5e-6, name
 
 
-def test_layers_that_turn_out_to_have_different_inputs_go_alone(shares):
+def test_layers_that_turn_out_to_have_different_inputs_go_tiny.one_by_one(shares):
     def forward(mlp, x):
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x + 1))
 
@@ -341,7 +332,7 @@ def test_layers_that_turn_out_to_have_different_inputs_go_alone(shares):
         model = adapted()
         for layer in model.model.layers:
             layer.mlp.forward = forward.__get__(layer.mlp)
-        model = alone(model) if separate else model
+        model = tiny.one_by_one(model) if separate else model
         found.append([gradients(model), gradients(model)][1])
     assert shares.count(2) == 2  # once a block, and never again
     for name, grad in found[1].items():
@@ -383,4 +374,4 @@ def test_switching_adapters_switches_what_is_shared():
     assert isinstance(model.model.layers[0].mlp, nn.Module)
     with torch.no_grad():
         shared = tiny.logits(model)
-        assert torch.allclose(shared, tiny.logits(alone(model)), atol=1e-5)  # fp32 products of other widths
+        assert torch.allclose(shared, tiny.logits(tiny.one_by_one(model)), atol=1e-5)  # fp32 products of other widths

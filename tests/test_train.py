@@ -185,9 +185,10 @@ def reference_loop(model, adapted_model, data, *, steps, rows_a_step, lr, clip, 
 
 
 @pytest.mark.parametrize("kind", ["none", "nf4"])
-def test_the_loop_equals_a_plain_reference_loop_in_fp32(kind, tmp_path):
+def test_the_loop_equals_a_plain_reference_loop_in_fp32(kind, tmp_path, monkeypatch):
+    tiny.uncompiled(monkeypatch)  # it is the loop that is compared: sums are in the reference's order
     settings = {"steps": 8, "lr": 2e-3, "seed": 5}
-    model = adapted(kind)
+    model = tiny.one_by_one(adapted(kind))
     start = adapted(kind)
     job = job_of(
         model,

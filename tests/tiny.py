@@ -4,6 +4,7 @@ The widths are chosen to hurt: 176 is a multiple of 16 and not of 64, and 48 x 1
 block for blocks above 256.
 """
 
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -201,3 +202,16 @@ def told(monkeypatch, *losses):
     """Let the evaluations of a training loop say these losses, one after the other."""
     left = iter(losses)
     monkeypatch.setattr("qlora_kit.train.loop.evaluate_loss", lambda *_, **__: SimpleNamespace(loss=next(left)))
+
+
+def uncompiled(monkeypatch):
+    """Let norms and gates run by torch's own operators, which give the bits of transformers' modules."""
+    for name in ("rms_norm", "gated"):
+        monkeypatch.setattr(sys.modules[f"qlora_kit.ops.{name}"], "typed_kernel", lambda *_: None)
+
+
+def one_by_one(model: nn.Module) -> nn.Module:
+    """Let layers with one input take their low-rank products each on its own."""
+    for _, layer in lora_layers(model):
+        layer.siblings = None
+    return model

@@ -206,9 +206,8 @@ def _back_through(g: Sequence[Tensor | None], decodes: Sequence[Decode]) -> Tens
     dx: Tensor | None = None
     for g_TO, decode in zip(g, decodes, strict=True):
         if g_TO is not None:
-            w_OI = decode(g_TO.dtype)
-            dx = g_TO @ w_OI if dx is None else dx.addmm_(g_TO, w_OI)
-            del w_OI
+            through = g_TO @ decode(g_TO.dtype)
+            dx = through if dx is None else dx.add_(through)  # quicker than addmm_ in 16 bits (benchmarks/LOG.md)
     assert dx is not None
     return dx
 

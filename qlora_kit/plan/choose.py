@@ -118,7 +118,7 @@ class Chosen:
         makes: with head and loss settled.
         solution: the setting and its dry run.
         added: bytes that come on top on a card, by what takes them, estimates all; None elsewhere.
-        with_quantized_head: bytes needed with embedding and head quantised, where nothing fits and that is a way out.
+        with_quantized_head: bytes needed with embedding and head quantised, where nothing fits and that takes less.
     """
 
     makes: Workloads
@@ -153,10 +153,11 @@ def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
     if solution.fits and missing > 0:  # once: less room by what the allocator adds beyond what was reserved
         solution = solve(choices, makes.tokens, room - missing, way.plan)
         added = _added_on_card(way, solution.setting)
-    small = None
+    chosen = Chosen(way, solution, added, None)
     if not solution.fits and not way.quantize_head and may_quantize_head(way.recipe, way.config):
         small = replace(way, quantize_head=True, _runs={}).plan(solution.setting)["needs_bytes"]
-    return Chosen(way, solution, added, small)
+        chosen = replace(chosen, with_quantized_head=small if small < chosen.needs_bytes else None)
+    return chosen
 
 
 def may_quantize_head(recipe: Recipe, config: PretrainedConfig) -> bool:

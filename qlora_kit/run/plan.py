@@ -155,7 +155,7 @@ def _smaller(plan: Mapping[str, Any], room: int) -> str:
         return f", or {format_bytes(adapters)} with train.full_finetune=false"
     small = plan["with_quantized_head"]
     head = ""
-    if small and small < plan["needs_bytes"]:
+    if small is not None:
         still = "" if small <= room else ", too much still"
         head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
     kept = plan["blocks"]["keep"]
