@@ -309,7 +309,7 @@ def test_under_recomputation_they_share_too_and_the_gradients_are_the_same_bits(
 
 @pytest.mark.parametrize("how", [{"dora": True}, {"dropout": 0.5}, {"alpha_pattern": {"k_proj": 7, "up_proj": 3}},
                                  {"targets": ["q_proj", "o_proj", "gate_proj"]}])  # fmt: skip
-def test_updates_that_are_no_plain_ones_with_one_scale_go_tiny.one_by_one(how, shares):
+def test_updates_that_are_no_plain_ones_with_one_scale_go_alone(how, shares):
     model = adapted(**how)
     assert gradients(model)
     assert shares == []
@@ -323,7 +323,7 @@ def test_ranks_may_differ_among_those_that_share(shares):
         assert error(together[name], grad.double()) < 5e-6, name
 
 
-def test_layers_that_turn_out_to_have_different_inputs_go_tiny.one_by_one(shares):
+def test_layers_that_turn_out_to_have_different_inputs_go_alone(shares):
     def forward(mlp, x):
         return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x + 1))
 
