@@ -13,6 +13,7 @@ Axes: I in, O out, R rank.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -75,16 +76,22 @@ def rehearse_merge(model: nn.Module) -> None:
     Of each the first slice alone, which is as large as any. The audit that follows is planned as an evaluation: what it
     loads of the export are pages of its files, or on a card what has room beside.
     """
-    for tensor in merged_tensors(model, torch.bfloat16):
-        next(tensor.slices())
-    release_workspaces(model)
+    with empty_workspaces(model):
+        for tensor in merged_tensors(model, torch.bfloat16):
+            next(tensor.slices())
 
 
-def release_workspaces(model: nn.Module) -> None:
-    """Give back the memory that merged weights were formed in: it stays from one tensor to the next."""
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight) and module.workspace is not None:
-            module.workspace.release()
+@contextmanager
+def empty_workspaces(model: nn.Module) -> Iterator[None]:
+    """Form merged weights in the block: no idle memory of another dtype stands beside theirs, nor theirs after it."""
+    spaces = [module.workspace for module in model.modules() if isinstance(module, QuantizedWeight)]
+    for space in filter(None, spaces):
+        space.release()
+    try:
+        yield
+    finally:
+        for space in filter(None, spaces):
+            space.release()
 
 
 def parts_in_use(model: nn.Module) -> dict[str, nn.Module]:

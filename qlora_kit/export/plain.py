@@ -20,7 +20,7 @@ from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
 from qlora_kit.export.folder import write_model_files
-from qlora_kit.export.merge import merged_tensors, parts_in_use, release_workspaces
+from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
 from qlora_kit.export.sealed import (
     TEXT_BYTES,
     check_request,
@@ -215,8 +215,8 @@ def _write_checkpoint(
     shard_bytes: int,
 ) -> dict[Path, str]:
     """Write weights, config and tokenizer; gives the checksums of the files of weights."""
-    sums = write_weights(tensors, folder, shard_bytes=shard_bytes)
-    release_workspaces(model)
+    with empty_workspaces(model):
+        sums = write_weights(tensors, folder, shard_bytes=shard_bytes)
     names = {tensor.name for tensor in tensors}
     write_model_files(model, tokenizer, folder, dtype=dtype, tensor_names=names)
     return sums
