@@ -43,8 +43,8 @@ slow: $(STAMP)  ## the tests that are too long for the default run
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
 
-bench: $(STAMP)  ## the benchmarks (an hour on two cores); rows go to benchmarks/results/
-	@for each in quickstart full_finetune plans floor plan_time ledger step; do $(BIN)/python benchmarks/$$each.py; done
+bench: $(STAMP)  ## the benchmarks (an hour and a half on two cores); rows go to benchmarks/results/
+	@for each in quickstart full_finetune plans floor plan_time ledger step merge packing growth; do $(BIN)/python benchmarks/$$each.py; done
 
 format: $(STAMP)  ## put the code in shape
 	@$(BIN)/ruff format .
