@@ -63,8 +63,8 @@ def make_checkpoint(shape: dict[str, int], folder: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def kit(folder: Path, ids: torch.Tensor, kind: str, policy: str) -> Step:
-    """A step as the kit's own loop takes it."""
+def kit(folder: Path, ids: torch.Tensor, kind: str, policy: str, loss_chunk: int | None = None) -> Step:
+    """A step as the kit's own loop takes it, the loss in as many tokens at a time as a plan begins with, or given."""
     model = load_base(folder, quantization=kind, compute_dtype="bfloat16", device="cpu")
     add_lora(model, rank=16)
     set_activation_policy(model, policy)
@@ -72,7 +72,7 @@ def kit(folder: Path, ids: torch.Tensor, kind: str, policy: str) -> Step:
     parameters = list(adapter_parameters(model))
     optimizer = AdapterOptimizer(parameters, "adamw")
     rows = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
-    chunk = automatic_chunk(VOCAB)
+    chunk = loss_chunk or automatic_chunk(VOCAB)
 
     def step() -> None:
         accumulate_gradients(model, [rows], ids.numel(), loss_chunk=chunk)

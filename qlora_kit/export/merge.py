@@ -4,7 +4,7 @@
 
 The base is the quantised one that the adapter was trained on, read back: so W' is the weight that training saw. Nothing
 in the model changes. A matrix leaves in slices of rows, in its stored orientation; what stands in memory beside the
-model is the decoded weight of one quantised layer in fp32, and about three slices.
+model is the weight of one quantised layer in fp32, decoded into the model's workspace and added to there, and a slice.
 
 Not here: merging into the original 16-bit weights, which is another model (it drops the noise that the adapter learned
 to live with).
@@ -13,6 +13,7 @@ Axes: I in, O out, R rank.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_kit.base.dense import Linear, QuantizedLinear, decode, is_transposed, linear_shape
+from qlora_kit.base.dense import Linear, QuantizedLinear, QuantizedWeight, is_transposed, linear_shape, reader
 from qlora_kit.base.experts import ExpertStack
-from qlora_kit.base.vocabulary import QuantizedEmbedding, row_count, row_width
+from qlora_kit.base.vocabulary import QuantizedEmbedding, QuantizedTable, row_count, row_width
 from qlora_kit.errors import AdapterError, ModelError
-from qlora_kit.export.stream import StreamedTensor, row_slices, streamed, tensor_slices
+from qlora_kit.export.stream import StreamedTensor, row_slices, streamed
 from qlora_kit.lora.layer import Adapter, Carrier, carriers
 from qlora_kit.lora.vocabulary import TokenRows
 from qlora_kit.lora.whole import WholeModule
@@ -75,8 +76,22 @@ def rehearse_merge(model: nn.Module) -> None:
     Of each the first slice alone, which is as large as any. The audit that follows is planned as an evaluation: what it
     loads of the export are pages of its files, or on a card what has room beside.
     """
-    for tensor in merged_tensors(model, torch.bfloat16):
-        next(tensor.slices())
+    with empty_workspaces(model):
+        for tensor in merged_tensors(model, torch.bfloat16):
+            next(tensor.slices())
+
+
+@contextmanager
+def empty_workspaces(model: nn.Module) -> Iterator[None]:
+    """Form merged weights in the block: no idle memory of another dtype stands beside theirs, nor theirs after it."""
+    spaces = [module.workspace for module in model.modules() if isinstance(module, QuantizedWeight)]
+    for space in filter(None, spaces):
+        space.release()
+    try:
+        yield
+    finally:
+        for space in filter(None, spaces):
+            space.release()
 
 
 def parts_in_use(model: nn.Module) -> dict[str, nn.Module]:
@@ -113,15 +128,13 @@ def _matrix(name: str, base: Any, part: nn.Module | None, dtype: torch.dtype) ->
     return StreamedTensor(name, shape, dtype, partial(_finite, slices, name, fault))
 
 
-def _with_rows(base: Any, rows: TokenRows, dtype: torch.dtype) -> Iterator[Tensor]:
+def _with_rows(base: Any, trained: TokenRows, dtype: torch.dtype) -> Iterator[Tensor]:
     """Slices of an embedding or a head with the trained rows in the place of the base's."""
-    weight_VD = decode(base, torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach()
-    for span in row_slices(weight_VD.shape):
-        part = weight_VD[span].to(dtype, copy=True)
+    for rows, part in _pieces(base):
         if _has_values(part):
-            inside = (rows.ids_K >= span.start) & (rows.ids_K < span.stop)
-            part[rows.ids_K[inside] - span.start] = rows.rows_KD.detach()[inside].to(dtype)
-        yield part
+            inside = (trained.ids_K >= rows.start) & (trained.ids_K < rows.stop)
+            part[trained.ids_K[inside] - rows.start] = trained.rows_KD.detach()[inside].float()
+        yield part.to(dtype, copy=True)
 
 
 def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.dtype) -> StreamedTensor:
@@ -129,12 +142,12 @@ def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.
     shape = (stack.in_features, stack.out_features) if stack.is_transposed else (stack.out_features, stack.in_features)
 
     def slices() -> Iterator[Tensor]:
-        for expert in range(stack.experts):
-            weight = stack.dense(expert, torch.float32)
-            if adapter is not None:
-                a_RI, b_OR = (matrix[expert].detach().float() for matrix in adapter.matrices)
-                weight = weight.add(b_OR @ a_RI, alpha=adapter.scale)
-            yield from tensor_slices(weight.t() if stack.is_transposed else weight, dtype)
+        for expert, read in enumerate(stack.decoders()):
+            weight_OI = read(torch.float32)
+            weight = weight_OI.t() if stack.is_transposed else weight_OI
+            update = None if adapter is None else _update(adapter, stack.is_transposed, expert)
+            for rows, part in _spans(weight, is_own=stack.quantization.kind != "none"):
+                yield (part if update is None else update(part, rows)).to(dtype, copy=True)
 
     fault = ModelError if adapter is None else AdapterError
     return StreamedTensor(name, (stack.experts, *shape), dtype, partial(_finite, slices, name, fault))
@@ -142,21 +155,42 @@ def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.
 
 def _merged(base: Linear, adapter: Adapter | None, dtype: torch.dtype) -> Iterator[Tensor]:
     """Slices of decode(Wq) + scale B A, in the orientation in which a checkpoint stores them."""
-    # A dense weight needs no decoding: it is read where it lies, and only its slices are widened to fp32.
-    weight = decode(base, torch.float32 if isinstance(base, QuantizedLinear) else base.weight.dtype)
-    factors_O = None if adapter is None else adapter.row_factors(weight)
-    weight = weight.t() if is_transposed(base) else weight
-    if adapter is None:
-        yield from tensor_slices(weight, dtype)
-        return
-    right, left = (matrix.detach().float() for matrix in adapter.matrices)
-    if is_transposed(base):
-        left, right = right.t(), left.t()
-    for rows in row_slices(weight.shape):
-        part = (left[rows] @ right).mul_(adapter.scale).add_(weight[rows])
+    update = factors_O = None
+    if adapter is not None:
+        update = _update(adapter, is_transposed(base))
+        factors_O = adapter.row_factors(reader(base)(torch.float32)) if adapter.is_dora else None
+    for rows, part in _pieces(base):
+        if update is not None:
+            update(part, rows)
         if factors_O is not None:
             part.mul_(factors_O if is_transposed(base) else factors_O[rows, None])
-        yield part.to(dtype)
+        yield part.to(dtype, copy=True)
+
+
+def _update(adapter: Adapter, as_in_out: bool, *expert: int) -> Callable[[Tensor, slice], Tensor]:
+    """What adds its rows of scale B A to some rows of a weight, in place."""
+    right, left = (matrix.detach()[expert].float() for matrix in adapter.matrices)
+    if as_in_out:
+        left, right = right.t(), left.t()
+    return lambda part, rows: part.addmm_(left[rows], right, alpha=adapter.scale)
+
+
+def _pieces(base: Any) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a frozen weight as a checkpoint stores them, in fp32, to be written over and let go before the next."""
+    if isinstance(base, QuantizedTable) and base.rows_are_whole:
+        for rows in row_slices(linear_shape(base)):
+            yield rows, base.rows(torch.arange(rows.start, rows.stop, device=base.codes.device), torch.float32)
+    elif isinstance(base, QuantizedLinear):
+        weight_OI = base.borrow(torch.float32)
+        yield from _spans(weight_OI.t() if base.is_transposed else weight_OI, is_own=True)
+    else:
+        yield from _spans(base.weight.detach(), is_own=False)
+
+
+def _spans(weight: Tensor, *, is_own: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The same of a weight that is there; only its slices are widened to fp32, and copied unless it may be written."""
+    for rows in row_slices(weight.shape):
+        yield rows, weight[rows].to(torch.float32, copy=not is_own)
 
 
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> StreamedTensor:
@@ -172,7 +206,8 @@ def _finite(
 ) -> Iterator[Tensor]:
     """The same slices, each looked through before it leaves."""
     for part in slices():
-        if _has_values(part) and not torch.isfinite(part).all():
+        # Least and largest are NaN where any value is, and infinite where one is; asking each takes 27 times as long.
+        if _has_values(part) and part.numel() and not torch.isfinite(torch.stack(part.aminmax())).all():
             raise fault(f"{name} holds NaN or infinity as {str(part.dtype).removeprefix('torch.')}; it is not exported")
         yield part
 

@@ -20,7 +20,7 @@ from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.audit import compare
 from qlora_kit.export.folder import write_model_files
-from qlora_kit.export.merge import merged_tensors, parts_in_use
+from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
 from qlora_kit.export.sealed import (
     TEXT_BYTES,
     check_request,
@@ -135,7 +135,7 @@ def export_merged(
     tensors = _checked_tensors(model, out, torch_dtype(dtype))
     facts = {"base": model.config._name_or_path, **(provenance or {})}
     with staged_folder(out) as staged:
-        _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
+        sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
         comparisons = {} if audit_batches is None else {"merged": _audit(model, staged, audit_batches)}
         sections = {
             "Provenance": facts,
@@ -145,7 +145,7 @@ def export_merged(
         tags = ["qlora-kit", made.tag, "text-classification" if is_classifier else "text-generation"]
         write_card(staged, made.title, facts["base"], "transformers", tags, sections)
         content = {"kind": "merged", "dtype": dtype, "comparisons": comparisons, "provenance": facts}
-        return seal(staged, {**content, **made.facts})
+        return seal(staged, {**content, **made.facts}, sums)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -213,10 +213,13 @@ def _write_checkpoint(
     tensors: list[StreamedTensor],
     dtype: torch.dtype,
     shard_bytes: int,
-) -> None:
-    write_weights(tensors, folder, shard_bytes=shard_bytes)
+) -> dict[Path, str]:
+    """Write weights, config and tokenizer; gives the checksums of the files of weights."""
+    with empty_workspaces(model):
+        sums = write_weights(tensors, folder, shard_bytes=shard_bytes)
     names = {tensor.name for tensor in tensors}
     write_model_files(model, tokenizer, folder, dtype=dtype, tensor_names=names)
+    return sums
 
 
 def _audit(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:

@@ -61,9 +61,17 @@ def torch_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write export.json over all the files that are there; nothing is written after it."""
-    files = {str(file.relative_to(folder)): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+def seal(folder: Path, content: dict[str, Any], sums: Mapping[Path, str] | None = None) -> dict[str, Any]:
+    """Write export.json over all the files that are there; nothing is written after it.
+
+    Args:
+        folder: of the export.
+        content: of export.json, but for the files and versions.
+        sums: checksums that are known already.
+    """
+    sums = sums or {}
+    there = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = {str(file.relative_to(folder)): sums[file] if file in sums else sha256_file(file) for file in there}
     write_json(folder / MANIFEST, {**content, "versions": library_versions(), "files": files})
     return read_json(folder / MANIFEST)
 
