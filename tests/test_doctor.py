@@ -37,10 +37,12 @@ def test_the_processors_line_names_the_dtype_that_auto_takes(results):
     assert results["processor"].found.endswith(f"compute_dtype auto is {dtype}")
 
 
-@pytest.mark.parametrize(("functions", "ok", "said"), [(object(), True, "compiled"), (None, None, "plain torch")])
-def test_it_is_told_whether_the_quantiser_is_compiled(functions, ok, said, monkeypatch):
+@pytest.mark.parametrize(
+    ("functions", "ok", "said"), [(object(), True, "there, for a CPU"), (None, None, "none, plain torch")]
+)
+def test_it_is_told_whether_there_is_compiled_code(functions, ok, said, monkeypatch):
     monkeypatch.setattr(quantizer, "c_functions", lambda: functions)
-    found = only("quantiser, cpu", checks())
+    found = only("compiled code", checks())
     assert found.ok is ok
     assert found.found.startswith(said)
 

@@ -83,7 +83,7 @@ def checks() -> list[Check]:
         _attempt("memory", _memory, ""),
         _attempt("disk", _disk, "work in a folder that you can write"),
         _attempt("processor", _processor, "reinstall torch"),
-        _attempt("quantiser, cpu", _quantiser, ""),
+        _attempt("compiled code", _compiled_code, ""),
         _attempt(
             "CUDA",
             _cuda,
@@ -204,12 +204,14 @@ def _processor() -> str:
     )
 
 
-def _quantiser() -> str:
+def _compiled_code() -> str:
     from qlora_kit.base.quantizer import c_functions
 
     if c_functions() is None:
-        raise _AbsentError("plain torch: no C compiler (cc, gcc, clang) whose code may be kept and gives the same bits")
-    return "compiled"
+        raise _AbsentError(
+            "none, plain torch instead: no C compiler (cc, gcc, clang) whose code may be kept and is right"
+        )
+    return "there, for a CPU: quantising, decoding, norms and gates"
 
 
 def _cuda() -> str:
