@@ -8,7 +8,7 @@ five rounds after one that does not count. The peer comes in two forms: as its d
 holds at most above what it held before the step, in anonymous pages, the second step's.
 
 The floor is the products with frozen weights alone, at the rate that this processor multiplies with: forward, backward,
-and forward once more where a block is recomputed.
+and forward once more where a block is recomputed from its input.
 """
 
 import ctypes
@@ -166,6 +166,7 @@ def ways(folder: Path, kind: str) -> dict[str, Callable[[], Step]]:
         "peft, documented": partial(peer, folder, ids, kind, is_documented=True),
         "peft, bf16": partial(peer, folder, ids, kind, is_documented=False),
         "kit, recompute": partial(kit, folder, ids, kind, "recompute"),
+        "kit, selective": partial(kit, folder, ids, kind, "selective"),
         "kit, keep": partial(kit, folder, ids, kind, "keep"),
     }
 
@@ -186,7 +187,7 @@ def compare(name: str, kind: str, folder: Path) -> list[dict[str, Any]]:
     best = statistics.median(taken["peft, bf16"])
     rows = []
     for way in steps:
-        passes = 2 if way == "kit, keep" else 3
+        passes = 2 if way in ("kit, selective", "kit, keep") else 3
         floor = 2 * TOKENS * (passes * body + 2 * head) / rate
         median = statistics.median(taken[way])
         rows.append(

@@ -63,7 +63,7 @@ def test_a_model_is_cut_with_its_lists_and_the_callers_own_is_left_alone():
 
 
 def test_blocks_have_the_same_role_at_every_depth():
-    few, many = Blocks(0, 2, 3), Blocks(0, 5, 4)
+    few, many = Blocks(0, 2, keep=3), Blocks(0, 5, keep=4)
     names = [[role(index, blocks) for index in range(blocks.all)] for blocks in (few, many)]
     assert names[0] == [("recompute", 0), ("recompute", -1), ("keep", 0), ("keep", -2), ("keep", -1)]
     assert set(names[0]) <= set(names[1])
@@ -92,14 +92,14 @@ def slow(*values):
         (LLAMA, {"activations": "keep"}),
         (LLAMA, {"activations": "keep", **FULL}),
         (LLAMA, {"activations": "recompute", **FULL, "micro_batch": 8}),
-        (LLAMA, {"activations": Blocks(0, 7, 5)}),
+        (LLAMA, {"activations": Blocks(0, 7, keep=5)}),
         (GEMMA, {"activations": "recompute"}),
         (MOE, {"activations": "recompute", **FULL}),
         slow(LLAMA, {"activations": "recompute", "accumulation": 2}),
         slow(LLAMA, {"activations": "offload", "on_card": True}),
         slow(LLAMA, {"activations": "recompute", **FULL}),
-        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 30}), {"activations": Blocks(0, 10, 20), **FULL}),
-        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 40}), {"activations": Blocks(9, 20, 11), "on_card": True}),
+        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 30}), {"activations": Blocks(0, 10, keep=20), **FULL}),
+        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 40}), {"activations": Blocks(9, 20, 6, 5), "on_card": True}),
         slow(GEMMA, {"activations": "keep"}),
         slow(GPT2, {"activations": "recompute"}),
         slow(MIXTRAL, {"activations": "keep"}),
@@ -140,7 +140,10 @@ def test_a_model_without_blocks_is_planned_as_it_is_and_told_so(activations):
     recipe = read_recipe("default", ["base.model=x", "data.train=x", "base.device=cpu", "base.attention=eager"])
     pace = Pace(10, 2, 1, 1, None, 1e-3, "the test", 1000, 1000)
     plan = plan_methods(recipe, config, pace, 12, eval_shape=(1, 12))
-    assert (plan["activations"], plan["blocks"]) == ("keep", {"offload": 0, "recompute": 0, "keep": 0})
+    assert (plan["activations"], plan["blocks"]) == (
+        "keep",
+        dict.fromkeys(("offload", "recompute", "selective", "keep"), 0),
+    )
     asked = recipe.model_copy(update={"memory": Memory(activations=activations)})
     with pytest.raises(ModelError, match="has no blocks that can be recomputed"):
         plan_methods(asked, config, pace, 12)

@@ -133,8 +133,14 @@ def assert_agrees(planned, measured):
 # --- the plan and the step --------------------------------------------------------------------------------------------
 
 
+def test_blocks_that_keep_products_take_less_than_all_and_more_than_inputs():
+    works = (replace(WORK, activations=policy, micro_batch=4) for policy in ("recompute", "selective", "keep"))
+    least, between, most = (dry_run(CONFIGS["llama"], work)["by_category"]["activations"] for work in works)
+    assert 1.3 * least < between < most / 1.3
+
+
 @pytest.mark.parametrize("micro_batch", [1, 4])
-@pytest.mark.parametrize("activations", ["keep", "recompute"])
+@pytest.mark.parametrize("activations", ["keep", "selective", "recompute"])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
 def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro_batch, tmp_path):
     work = replace(WORK, quantization=Quantization(kind), activations=activations, micro_batch=micro_batch)

@@ -108,7 +108,7 @@ WORDS = {
     "paged_lion_8bit paged_ademamix_8bit",
     "train.master_weights": "auto fp32 stochastic none",
     "train.trackers": "[tensorboard,wandb,mlflow,trackio]",
-    "memory.activations": "auto keep recompute offload",
+    "memory.activations": "auto keep selective recompute offload",
     "memory.budget": "24GiB 512MiB 8GB 0.5GiB null",
 }
 

@@ -266,15 +266,70 @@ def test_padding_changes_nothing():
 def test_recomputed_blocks_give_the_gradients_of_kept_ones_bit_for_bit(make):
     model = adapted("nf4", dropout=0.2, model=make(), awake=True)
     batch, seen = collate(rows(), 0), []
-    for policy in ("keep", "recompute"):
+    for policy in ("keep", "selective", "recompute"):
         assert set_activation_policy(model, policy) == 2
         torch.manual_seed(3)
         seen.append(gradients(model, [batch]))
     torch.manual_seed(4)
     assert gradients(model, [batch])[0] != seen[0][0], "dropout is on"
-    assert seen[0][0] == seen[1][0]
-    assert same(seen[1][1], seen[0][1])
+    for loss, found in seen[1:]:
+        assert loss == seen[0][0]
+        assert same(found, seen[0][1])
     assert all(gradient.any() for gradient in seen[1][1].values())
+
+
+def decodings(monkeypatch, model):
+    """How often the weights of each layer are read from now on, by name."""
+    names = {id(layer): name for name, layer in tiny.quantized_layers(model).items()}
+    counted = Counter()
+    read = QuantizedLinear.borrow
+    monkeypatch.setattr(
+        QuantizedLinear, "borrow", lambda layer, dtype: counted.update([names[id(layer)]]) or read(layer, dtype)
+    )
+    return counted
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("targets", ["all-linear", "attention"])
+def test_a_block_that_keeps_products_takes_none_again(make, targets, monkeypatch):
+    model = tiny.quantized(make(), "nf4")
+    add_lora(model, rank=4, dtype=torch.float32, targets=targets)
+    model.train()
+    set_activation_policy(model, "selective")
+    counted = decodings(monkeypatch, model)
+    gradients(model, [collate(rows(), 0)])
+    in_last_block = {name: count for name, count in counted.items() if ".1." in name}
+    assert len(in_last_block) >= 4
+    assert set(in_last_block.values()) == {2}, "forward and backward"
+
+
+def test_a_product_that_the_model_wrote_to_is_taken_anew(monkeypatch):
+    """Some families add to the result of a linear layer in place."""
+    seen = []
+    for policy in ("keep", "selective"):
+        model = adapted("nf4", awake=True)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.register_forward_hook(lambda _, __, y: y.mul_(2))
+        set_activation_policy(model, policy)
+        counted = decodings(monkeypatch, model)
+        seen.append(gradients(model, [collate(rows(), 0)]))
+        assert counted["model.layers.1.self_attn.o_proj.base"] == (2 if policy == "keep" else 3)
+        assert counted["model.layers.1.self_attn.q_proj.base"] == 2
+        monkeypatch.undo()
+    assert seen[0][0] == seen[1][0]
+    assert same(seen[0][1], seen[1][1])
+
+
+@pytest.mark.parametrize("policy", ["selective", "recompute"])
+def test_a_block_goes_backward_twice_to_the_same_gradients(policy):
+    model = adapted("nf4", awake=True)
+    set_activation_policy(model, policy)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ids = tiny.tokens()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    once, twice = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, twice))
+    assert all(gradient.any() for gradient in once)
 
 
 @pytest.mark.parametrize(("make", "last"), [(tiny.llama, "mlp.down_proj"), (tiny.gpt2, "mlp.c_proj")])
@@ -286,12 +341,7 @@ def test_a_block_that_runs_again_does_not_take_the_product_of_its_last_layer_aga
         add_lora(model, rank=4, alpha=8, dtype=torch.float32, targets=targets)
         model.train()
     set_activation_policy(model, "recompute")
-    names = {id(layer): name for name, layer in tiny.quantized_layers(model).items()}
-    decoded = Counter()
-    read = QuantizedLinear.borrow
-    monkeypatch.setattr(
-        QuantizedLinear, "borrow", lambda layer, dtype: decoded.update([names[id(layer)]]) or read(layer, dtype)
-    )
+    decoded = decodings(monkeypatch, model)
     gradients(model, [collate(rows(), 0)])
     times = {name: count for name, count in decoded.items() if ".1." in name}  # of the last block
     ends = [name for name in times if last in name]

@@ -18,6 +18,7 @@ from qlora_kit.ops.lora_linear import (
     row_norms,
     share_input,
 )
+from qlora_kit.ops.products import KeptProducts
 from qlora_kit.ops.rms_norm import Form, rms_norm, rms_norm_plain
 from qlora_kit.ops.sliced_cross_entropy import sliced_cross_entropy
 from qlora_kit.ops.slices import sliced_linear
@@ -28,6 +29,7 @@ __all__ = [
     "Decode",
     "Form",
     "Gate",
+    "KeptProducts",
     "LogitRule",
     "Shared",
     "Update",

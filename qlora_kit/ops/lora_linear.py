@@ -39,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_kit.ops.products import product
+
 _TINY = torch.finfo(torch.float32).tiny
 
 Decode = Callable[[torch.dtype], Tensor]
@@ -249,10 +251,10 @@ def lora_linear_plain(
     return y + scale * F.linear(F.linear(x, a_RI.to(x.dtype)), b_OR.to(x.dtype))
 
 
-def _shaped(y_TO: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The same memory in another shape, and to autograd no view: models add to the output of a linear layer in place,
+def _shaped(y_TO: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """The same memory as (*leading, O), and to autograd no view: models add to the output of a linear layer in place,
     which autograd does not allow on a view that a function of ours returns."""
-    return torch.ops.aten._unsafe_view(y_TO, shape)
+    return torch.ops.aten._unsafe_view(y_TO, (*leading, y_TO.shape[-1]))
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -261,8 +263,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, decode: Decode, bias: Tensor | None) -> Tensor:
         ctx.decode, ctx.shape, ctx.dtype = decode, x.shape, x.dtype
-        y_TO = _base_product(x, decode(compute_dtype(x)), bias)
-        return _shaped(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
+        return product(lambda: _shaped(_base_product(x, decode(compute_dtype(x)), bias), x.shape[:-1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -337,15 +338,17 @@ class _Product(torch.autograd.Function):
         b_OR: Tensor,
         scale: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        w_OI = decode(slot.dtype)
-        y_TO = _base_product(x, w_OI, bias)
-        _add_product(y_TO, h, b_OR.to(slot.dtype).t(), scale)
-        y = _shaped(y_TO, tuple(slot.shape))
+        def make(w_OI: Tensor) -> Tensor:
+            y_TO = _base_product(x, w_OI, bias)
+            _add_product(y_TO, h, b_OR.to(slot.dtype).t(), scale)
+            return _shaped(y_TO, x.shape[:-1])
+
         if a_RI is None:
-            return y
+            return product(lambda: make(decode(slot.dtype)))
+        w_OI = decode(slot.dtype)
         aw_RO = F.linear(a_RI.to(slot.dtype), w_OI)
         ctx.mark_non_differentiable(aw_RO)
-        return y, aw_RO
+        return make(w_OI), aw_RO
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -185,6 +185,11 @@ def _choices(makes: Workloads, pace: Pace) -> Choices:
             f"a {makes.config.model_type} has no blocks that can be recomputed; set memory.activations=keep, not "
             f"{recipe.memory.activations}"
         )
+    if recipe.train.full_finetune and recipe.memory.activations == "selective":
+        raise ModelError(
+            "memory.activations=selective keeps products with frozen weights, and train.full_finetune has none; set "
+            "memory.activations=keep or recompute"
+        )
     # Fewer rows at a time want more micro-batches: both must be the kit's to choose.
     may_split = recipe.train.micro_batch == "auto" and recipe.train.accumulation == "auto"
     return Choices.of(

@@ -69,7 +69,7 @@ def estimated_tokens_per_s(parameters: int, recomputed: float, rate: float, *, t
 
     Args:
         parameters: N, of the base.
-        recomputed: share of the blocks that run forward twice, 0 to 1.
+        recomputed: part of a forward pass that is run twice, 0 to 1.
         rate: floating-point operations a second of a matrix product.
         trains_weights: whether the base wants gradients, too.
     """

@@ -1,7 +1,8 @@
 """The fastest setting that fits a budget: what each block keeps for the backward pass, and how many rows go at a time.
 
     time of a step ~ passes x (tokens + micro-batches x DECODE_TOKENS)
-    passes: 2, 1 more for the share of the blocks that run again, and 1 more where weights train
+    passes: 2, 1 more for the share of the blocks that run again, a part of it where they keep products, and 1 more
+            where weights train
 
 since every pass over a micro-batch decodes every weight once. Memory is planned by running the step. Settings are many
 and runs are few, so a mixture of blocks is estimated from runs in which all blocks are alike, at two numbers of rows:
@@ -12,7 +13,7 @@ chosen is then run itself.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from qlora_kit.train.activations import Blocks, Policy
 from qlora_kit.units import GIB
@@ -20,6 +21,9 @@ from qlora_kit.units import GIB
 DECODE_TOKENS = 200
 """Tokens whose products take as long as decoding all weights once: 1.26 x FLOP/s over bytes/s, an estimate. It is 206
 on an RTX 4090 (165 TFLOP/s and 1,008 GB/s by its data sheet), and 190 to 230 on the cards around it."""
+SELECTIVE_PASSES = 0.15
+"""Of a pass what runs again of blocks that keep their products: attention, norms and gates, an estimate. On a CPU it is
+less at a 7B model's layers and half at 134 M (benchmarks/LOG.md)."""
 OFFLOAD_PASSES = 0.06
 """Passes that moving the inputs of all blocks to the host and back costs: 2 % of three passes, an estimate (published
 measurements range from a gain to 2.8 %)."""
@@ -28,6 +32,11 @@ TRIES = 4
 
 Moment = tuple[str, str]
 """A phase, and in it the side of the model: first block, last block, or outside of blocks."""
+
+
+def run_again(blocks: Blocks) -> float:
+    """The part of a forward pass that is run a second time."""
+    return (blocks.recompute + blocks.offload + SELECTIVE_PASSES * blocks.selective) / max(1, blocks.all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +57,8 @@ class Setting:
 
     def cost(self, tokens: int) -> float:
         """Time of a step, in tokens going through the model once; `tokens` are those of a row."""
-        count = max(1, self.blocks.all)
-        again = (self.blocks.recompute + self.blocks.offload) / count
-        passes = 2 + self.trains_weights + again + OFFLOAD_PASSES * self.blocks.offload / count
+        moved = OFFLOAD_PASSES * self.blocks.offload / max(1, self.blocks.all)
+        passes = 2 + self.trains_weights + run_again(self.blocks) + moved
         return passes * self.accumulation * (self.micro_batch * tokens + DECODE_TOKENS)
 
     def words(self) -> str:
@@ -95,7 +103,7 @@ class Choices:
         """The choices under a recipe.
 
         Args:
-            asked: memory.activations: auto, keep, recompute or offload.
+            asked: memory.activations: auto, keep, selective, recompute or offload.
             micro_batch: rows at a time, at most.
             rows: of a step.
             layers: blocks of the model.
@@ -103,10 +111,12 @@ class Choices:
             has_host: whether the host has memory of its own, so that something is won by moving there.
             trains_weights: whether the base wants gradients, too.
         """
-        automatic: tuple[Policy, ...] = ("keep", "recompute", "offload") if has_host else ("keep", "recompute")
-        if layers == 0:
-            automatic = ("keep",)
-        policies = automatic if asked == "auto" else (asked,)
+        automatic: list[Policy] = ["keep"]
+        if layers:
+            # Products with trained weights are not the kit's own, and are not kept.
+            automatic += ["recompute"] if trains_weights else ["selective", "recompute"]
+            automatic += ["offload"] if has_host else []
+        policies = tuple(automatic) if asked == "auto" else (asked,)
         fewer = range(micro_batch, 0, -1) if may_split else [micro_batch]
         batches = tuple(batch for batch in fewer if rows % batch == 0)
         return cls(layers, policies, batches, rows, asked == "auto", trains_weights)  # type: ignore[arg-type]
@@ -128,17 +138,22 @@ class Choices:
         return self.alike(self.policies[-1], self.batches[-1])
 
     def mixtures(self) -> Iterator[Blocks]:
-        """Ways to spread the policies over the blocks, those that run again least often first; offloading by steps."""
+        """Ways to spread the policies over the blocks, those that run again least often first; offloading by steps.
+
+        Blocks that keep all stand beside such that keep products, if those are possible, and these beside such that
+        keep nothing: whatever else takes the same bytes runs more again.
+        """
         if not self.may_mix:
             yield from (Blocks.alike(policy, self.layers) for policy in self.policies)
             return
-        step = max(1, self.layers // 16)
-        for keep in range(self.layers, -1, -1):
-            again = self.layers - keep
-            if "recompute" not in self.policies and again:
-                return
+        has_selective, step = "selective" in self.policies, max(1, self.layers // 16)
+        if has_selective:
+            yield from (Blocks(selective=self.layers - keep, keep=keep) for keep in range(self.layers, 0, -1))
+        for most in range(self.layers, -1, -1):
+            again = self.layers - most
             for offload in range(0, again + 1 if "offload" in self.policies else 1, step):
-                yield Blocks(offload, again - offload, keep)
+                kept = {"selective" if has_selective else "keep": most}
+                yield Blocks(offload, again - offload, **kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +273,7 @@ def _needs(blocks: Blocks, told: Mapping[Policy, dict[str, Any]]) -> int:
     earlier = 0
     highest = 0
     layers = blocks.all
-    for policy in ("offload", "recompute", "keep"):
+    for policy in get_args(Policy)[::-1]:
         if not counts.get(policy):
             continue
         alone = told[policy]

@@ -11,10 +11,11 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.cards import fitting_cards
 from qlora_kit.plan.choose import Workloads, choose, needed_on_card
+from qlora_kit.plan.depths import count_layers
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.plan.dry_run import After, dry_run
 from qlora_kit.plan.floor import floor_bytes
-from qlora_kit.plan.solve import Setting, Solution
+from qlora_kit.plan.solve import Setting, Solution, run_again
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
@@ -103,9 +104,8 @@ def plan_methods(
 
 def _tokens_per_s(work: Workload, blocks: Blocks, parameters: int, device: torch.device) -> float:
     """An estimate for this machine's device."""
-    recomputed = 1 - blocks.keep / blocks.all if blocks.all else 0
     rate = matmul_rate(device, work.dtype)
-    return estimated_tokens_per_s(parameters, recomputed, rate, trains_weights=work.lora is None)
+    return estimated_tokens_per_s(parameters, run_again(blocks), rate, trains_weights=work.lora is None)
 
 
 def _methods(
@@ -165,8 +165,10 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
 
 def _as_the_paper_counts(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
     """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
-    parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16."""
-    full = replace(work, lora=None, optimizer="adamw_32bit", master_weights="none", skip=())
+    parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16. Products with trained weights are not kept."""
+    blocks = Blocks.of(work.activations, count_layers(config))
+    blocks = blocks._replace(recompute=blocks.recompute + blocks.selective, selective=0)
+    full = replace(work, lora=None, optimizer="adamw_32bit", master_weights="none", skip=(), activations=blocks)
     planned = dry_run(config, full, after)
     return {**planned, "assumes": {**_assumed(full, planned), "optimizer": "AdamW, fp32 moments"}}
 

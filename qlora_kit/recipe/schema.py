@@ -254,8 +254,8 @@ class Memory(Section):
 
     budget: Size | None = None
     """Most memory of the device, held to in the run; null on CUDA: what is free at the start, less a stated reserve."""
-    activations: Literal["auto", "keep", "recompute", "offload"] = "auto"
-    """What happens to a block's activations until the backward pass; auto: the fastest that fits."""
+    activations: Literal["auto", "keep", "selective", "recompute", "offload"] = "auto"
+    """What blocks keep: all, products (selective), inputs, or those on the host (offload); auto: fastest that fits."""
     loss_chunk: Count | Auto = "auto"
     """Tokens whose logits exist at one time; auto: as many as take 256 MiB."""
 

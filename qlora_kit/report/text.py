@@ -118,7 +118,7 @@ def _parameters(plan: dict[str, Any]) -> Iterator[str]:
 
 def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
     """What the recipe's `auto` became: activations by block, rows at a time, tokens of logits at a time."""
-    done = {"keep": "kept", "recompute": "recomputed", "offload": "offloaded"}
+    done = {"keep": "kept", "selective": "kept in part", "recompute": "recomputed", "offload": "offloaded"}
     blocks = {name: count for name, count in (plan.get("blocks") or {}).items() if count}
     said = []
     if len(blocks) > 1:

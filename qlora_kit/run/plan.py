@@ -158,7 +158,7 @@ def _smaller(plan: Mapping[str, Any], room: int) -> str:
     if small is not None:
         still = "" if small <= room else ", too much still"
         head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
-    kept = plan["blocks"]["keep"]
+    kept = plan["blocks"]["keep"] or plan["blocks"]["selective"]
     return f"{head}; memory.activations=recompute takes less" if kept else head
 
 

@@ -1,5 +1,6 @@
-"""What each block keeps for its backward pass: everything; its input alone, from which it runs forward once more; or
-not even that, its input waiting in the host's memory.
+"""What each block keeps for its backward pass: everything; its input, and the results of its products with frozen
+weights, so that the rest runs once more (selective); its input alone, so that all but its last product runs once more;
+or not even that, its input waiting in the host's memory.
 
 The blocks that keep are the last ones: their activations are gone before an earlier block runs again, so a part of
 them costs nothing at the peak. The first blocks wait longest, so theirs are the inputs that go to the host.
@@ -15,8 +16,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.errors import ModelError
 from qlora_kit.memory import from_host, to_host
+from qlora_kit.ops import KeptProducts
 
-Policy = Literal["keep", "recompute", "offload"]
+Policy = Literal["keep", "selective", "recompute", "offload"]
+"""From what takes most to what takes least."""
 
 
 class Blocks(NamedTuple):
@@ -24,6 +27,7 @@ class Blocks(NamedTuple):
 
     offload: int = 0
     recompute: int = 0
+    selective: int = 0
     keep: int = 0
 
     @classmethod
@@ -91,6 +95,11 @@ def set_activation_policy(model: nn.Module, policy: Policy | Blocks) -> int:
 _recompute = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
+def _select(run: Any, *inputs: Any) -> Any:
+    """As `_recompute`, with products kept."""
+    return _recompute(run, *inputs, context_fn=KeptProducts().contexts)
+
+
 def _offload(run: Any, *inputs: Any) -> Any:
     """As `_recompute`, with the inputs in the host's memory until the block runs again.
 
@@ -108,4 +117,4 @@ def _unpack(packed: tuple[Tensor, torch.device]) -> Tensor:
     return from_host(*packed)
 
 
-_RUN_AGAIN = {"recompute": _recompute, "offload": _offload}
+_RUN_AGAIN = {"selective": _select, "recompute": _recompute, "offload": _offload}
