@@ -34,7 +34,7 @@ class Siblings:
             return None
         thread = threading.get_ident()
         known, waiting = self._waiting.pop(thread, (None, {}))
-        if waiting and known is not x:
+        if layer in waiting and known is not x:
             self.layers.clear()
             return None
         if layer not in waiting:
