@@ -7,11 +7,14 @@ import threading
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qlora_kit.base import kernels
+from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import BLOCK_SIZES, Quantization, decode_4bit, quantize
 from qlora_kit.base.fuse import fuse
 from qlora_kit.lora import add_lora, lora_layers, use_adapter
@@ -202,11 +205,11 @@ def test_other_norms_are_left_as_they_are(name):
 
 
 def test_a_module_that_does_something_else_under_the_same_names_is_left_as_it_is():
-    class Doubling(transformers.models.llama.modeling_llama.LlamaRMSNorm):
+    class Doubling(LlamaRMSNorm):
         def forward(self, hidden_states):
             return 2 * super().forward(hidden_states)
 
-    class Swapped(transformers.models.llama.modeling_llama.LlamaMLP):
+    class Swapped(LlamaMLP):
         def forward(self, x):
             return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
@@ -215,6 +218,88 @@ def test_a_module_that_does_something_else_under_the_same_names_is_left_as_it_is
         layer.input_layernorm.__class__, layer.mlp.__class__ = Doubling, Swapped
     fuse(model)
     assert fused(model) == {"LlamaRMSNorm"}
+
+
+class Clamped(LlamaMLP):
+    """As in families that hold their gates to a limit, far above what a unit input reaches."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x).clamp(-7, 7))
+
+
+class Dropped(LlamaMLP):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.1, training=self.training)
+
+
+class Outside(LlamaRMSNorm):
+    """Epsilon beside the root."""
+
+    def forward(self, x):
+        rms = x.float().square().mean(-1, keepdim=True).sqrt()
+        return self.weight * (x.float() / (rms + self.variance_epsilon)).to(x.dtype)
+
+
+class Flat(LlamaRMSNorm):
+    """Wants two axes."""
+
+    def forward(self, x):
+        _, _ = x.shape
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Clamped, Dropped, Outside, Flat])
+def test_a_module_that_differs_only_far_out_or_in_training_is_left_as_it_is(kind):
+    model = family("Llama")
+    for layer in model.model.layers:
+        (layer.mlp if issubclass(kind, LlamaMLP) else layer.input_layernorm).__class__ = kind
+    fuse(model)
+    assert kind.__name__ not in fused(model)
+    assert "LlamaRMSNorm" in fused(model)
+
+
+def test_norms_without_a_weight_or_an_epsilon_and_forward_passes_of_others_are_left_as_they_are():
+    model = nn.Sequential(nn.RMSNorm(8), nn.RMSNorm(8, eps=1e-6, elementwise_affine=False), LlamaRMSNorm(8))
+    model[2].forward = lambda x: x * 0
+    fuse(model)
+    assert not model[2](torch.ones(1, 8)).any()
+    assert model(torch.ones(1, 8)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("bits", [0x7FFF, 0xFFFF, 0x7E00, 0x7C00])
+def test_a_weight_that_is_no_number_stays_none_when_it_is_decoded(bits):
+    w = draw(4, 128).half()
+    w.view(torch.int16)[1, 5] = bits - 65536 if bits > 32767 else bits
+    assert not w.isfinite().all()
+    for kind, double_quant in (("int8", False), ("nf4", False), ("nf4", True)):
+        how = Quantization(kind, double_quant)
+        layer = QuantizedLinear(w, None, how)
+        compiled = layer.dense(torch.bfloat16)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "library", lambda: None)
+            patch.setattr(kernels, "typed_kernel", lambda *_: None)
+            plain = layer.dense(torch.bfloat16)
+        assert torch.equal(compiled.isnan(), plain.isnan())
+
+
+def test_operators_refuse_shapes_that_do_not_belong_together():
+    x = draw(4, 48)
+    for fails in (
+        lambda: rms_norm(x, draw(1), 1e-6),
+        lambda: gated(x, draw(48), "silu"),
+        lambda: kernels.decode_int8_into(x, torch.zeros(2, 48, dtype=torch.int8), draw(2)),
+        lambda: kernels.decode_int8_into(x, torch.zeros(4, 48, dtype=torch.int8), draw(4).bfloat16()),
+    ):
+        with pytest.raises(RuntimeError, match=r"48|bfloat16"):
+            fails()
+    w = draw(96)
+    assert torch.equal(rms_norm(x, w[::2], 1e-6), rms_norm(x, w[::2].clone(), 1e-6))
+
+
+def test_no_rows_are_no_fault(way):
+    x = torch.zeros(0, 48).requires_grad_()
+    (gated(x, x, "silu") + rms_norm(x, draw(48), 1e-6)).sum().backward()
+    assert x.grad.shape == (0, 48)
 
 
 def test_a_norm_that_is_trained_has_its_gradient():
@@ -343,6 +428,7 @@ def test_a_pass_that_broke_off_does_not_part_them(shares):
     model = adapted()
     wanted = gradients(model)
     model.model.layers[0].self_attn.q_proj(torch.zeros(1, 3, 48))  # and no call of key and value
+    assert gradients(copy.deepcopy(model)).keys() == wanted.keys()
     shares.clear()
     again = gradients(model)
     assert shares == [3, 2, 3, 2]

@@ -15,14 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_kit.ops import Form, Gate, activate, gated, gated_plain, rms_norm, rms_norm_plain
+from qlora_kit.ops import Form, Gate, gated, gated_plain, rms_norm, rms_norm_plain
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
+_FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+"""What a module that is none of these may raise over the numbers that it is tried on."""
+
+
 def fuse(model: nn.Module) -> None:
-    """Let each norm and gated MLP that is known run as one operator."""
+    """Let each norm and gated MLP that is known run as one operator; a forward pass that somebody has set stays."""
     for module in model.modules():
+        if "forward" in vars(module) or len(inspect.signature(type(module).forward).parameters) != 2:
+            continue
         forward = _norm(module) or _mlp(module)
         if forward is not None:
             module.forward = forward
@@ -31,17 +37,19 @@ def fuse(model: nn.Module) -> None:
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """The fused forward pass of an RMS norm."""
     epsilons = [value for name, value in vars(module).items() if name in ("variance_epsilon", "eps", "epsilon")]
-    if len(epsilons) != 1 or module._parameters.keys() != {"weight"} or module._modules or not _takes_one(module):
+    weight = module._parameters.get("weight")
+    if module._parameters.keys() != {"weight"} or module._modules or weight is None or weight.ndim != 1:
         return None
-    weight: Any = module._parameters["weight"]
-    if weight.ndim != 1:
+    if len(epsilons) != 1 or not isinstance(epsilons[0], float):
         return None
-    with _disable_current_modes(), torch.no_grad():
-        x, w = _numbers(3, len(weight)), _numbers(len(weight))
-        found = type(module).forward(_twin(module, parameters={"weight": nn.Parameter(w)}), x)
+    epsilon, width = epsilons[0], len(weight)
+    with _disable_current_modes():
+        w = _numbers(width, seed=1)
+        x = _at_scales(width, epsilon**0.5)
         for form in get_args(Form):
-            if torch.equal(found, rms_norm_plain(x, w, epsilons[0], form)):
-                return partial(_norm_forward, module, epsilons[0], form)
+            wanted = rms_norm_plain(x, w, epsilon, form)
+            if _gives(module, x, wanted, parameters={"weight": nn.Parameter(w, requires_grad=False)}):
+                return partial(_norm_forward, module, epsilon, form)
     return None
 
 
@@ -58,16 +66,13 @@ def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     act = vars(module).get("act_fn", module._modules.get("act_fn"))
     if not {*_PROJECTIONS} <= module._modules.keys() <= {*_PROJECTIONS, "act_fn"} or act is None:
         return None
-    if not _takes_one(module):
-        return None
     with _disable_current_modes(), torch.no_grad():
         linears = {name: _linear(4, seed) for seed, name in enumerate(_PROJECTIONS)}
-        x = _numbers(3, 4)
-        found = type(module).forward(_twin(module, modules={**linears, "act_fn": act}), x)
         inward, upward, outward = linears.values()
+        x = _at_scales(4, 1e-3)
         for gate in get_args(Gate):
-            is_same = torch.equal(act(x), activate(x, gate))
-            if is_same and torch.equal(found, outward(gated_plain(inward(x), upward(x), gate))):
+            wanted = outward(gated_plain(inward(x), upward(x), gate))
+            if _gives(module, x, wanted, modules={**linears, "act_fn": act}):
                 return partial(_mlp_forward, module, gate)
     return None
 
@@ -77,23 +82,30 @@ def _mlp_forward(module: Any, gate: Gate, x: Tensor) -> Tensor:
     return module.down_proj(gated(g, u, gate))
 
 
-def _takes_one(module: nn.Module) -> bool:
-    """Whether a forward pass is a function of one tensor."""
-    return len(inspect.signature(type(module).forward).parameters) == 2
-
-
-def _twin(module: nn.Module, *, parameters: dict[str, Any] | None = None, modules: dict[str, Any] | None = None) -> Any:
-    """The same module around others' parameters and modules."""
-    twin = copy.copy(module)
-    twin._parameters = parameters or {}
-    twin._modules = modules or {}
-    return twin
+def _gives(module: nn.Module, x: Tensor, wanted: Tensor, **inner: dict[str, Any]) -> bool:
+    """Whether the module's own code makes `wanted` of x, bit for bit, in training as in evaluation."""
+    twin: Any = copy.copy(module)
+    twin._parameters, twin._modules = inner.get("parameters", {}), inner.get("modules", {})
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for twin.training in (False, True):
+            try:
+                found = type(module).forward(twin, x)
+            except _FOREIGN:
+                return False
+            if not isinstance(found, Tensor) or not torch.equal(found, wanted):
+                return False
+    return True
 
 
 def _linear(width: int, seed: int) -> nn.Linear:
     linear = nn.Linear(width, width, bias=False, device="meta")
     linear.weight = nn.Parameter(_numbers(width, width, seed=seed))
     return linear
+
+
+def _at_scales(width: int, small: float) -> Tensor:
+    """Rows as they come, far larger, where a clamp shows, and so small that it shows what epsilon does."""
+    return _numbers(1, 9, width) * torch.tensor([1.0, 1e3, small]).repeat(3)[:, None].bfloat16()
 
 
 def _numbers(*shape: int, seed: int = 0) -> Tensor:

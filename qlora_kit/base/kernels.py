@@ -106,7 +106,9 @@ def constants_4bit(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) 
     return made.add_(offset)
 
 
-def _check_4bit(codes: Tensor, absmax: Tensor, scale: Tensor | None, block_size: int, out: Tensor) -> None:
+def _check_4bit(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, out: Tensor
+) -> None:
     """C reads and writes as many as it is told: so they must be there, in this type and order."""
     count, shape = out.numel(), tuple(out.shape)
     blocks = -(-count // block_size)
@@ -115,17 +117,23 @@ def _check_4bit(codes: Tensor, absmax: Tensor, scale: Tensor | None, block_size:
     torch._check(absmax.numel() == blocks, lambda: f"{absmax.numel()} constants for {shape}")
     torch._check(absmax.dtype == dtype, lambda: f"constants in {absmax.dtype}")
     torch._check(out.is_contiguous(), lambda: f"strides {out.stride()} of {shape}")
-    if scale is not None:
-        torch._check(scale.numel() == -(-blocks // ABSMAX_BLOCK), lambda: f"{scale.numel()} scales for {shape}")
+    torch._check(codes.dtype == torch.uint8, lambda: f"codes in {codes.dtype}")
+    _check_constant("scales", scale, -(-blocks // ABSMAX_BLOCK))
+    _check_constant("offsets", offset, 1)
 
 
-@torch.library.impl("qlora_kit::decode_4bit", "cpu")
+def _check_constant(what: str, constant: Tensor | None, count: int) -> None:
+    if constant is not None:
+        torch._check(constant.numel() == count, lambda: f"{constant.numel()} {what}, {count} wanted")
+        torch._check(constant.dtype == torch.float32, lambda: f"{what} in {constant.dtype}")
+
+
 def _decode_4bit_cpu(
     codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, kind: str, out: Tensor
 ) -> None:
-    _check_4bit(codes, absmax, scale, block_size, out)
+    _check_4bit(codes, absmax, scale, offset, block_size, out)
     kernels = library()
-    whole = out.numel() % block_size == 0
+    whole = out.numel() % block_size == 0 and block_size % 32 == 0
     if whole and out.dtype == torch.bfloat16 and kernels is not None and kernels.decodes_fast():
         tables = table_8bit(out.device), table_4bit(kind, out.device)
         _decode_4bit_fast(kernels, codes.contiguous(), absmax.contiguous(), scale, offset, *tables, block_size, out)
@@ -178,6 +186,13 @@ def _decode_4bit_cuda(
     torch.ops.bitsandbytes.dequantize_4bit.out(codes, absmax, block_size, kind, out.shape, out.dtype, out=out)
 
 
+def _check_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    torch._check(codes.shape == out.shape, lambda: f"codes {tuple(codes.shape)} for {tuple(out.shape)}")
+    torch._check(absmax.shape == codes.shape[:1], lambda: f"{tuple(absmax.shape)} constants for {tuple(out.shape)}")
+    torch._check(codes.dtype == torch.int8, lambda: f"codes in {codes.dtype}")
+    torch._check(absmax.dtype == torch.float32, lambda: f"constants in {absmax.dtype}")
+
+
 def _decode_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
     rows = max(1, _INT8_CHUNK // codes.shape[1])
     parts = zip(codes.split(rows), absmax[:, None].split(rows), out.split(rows), strict=True)
@@ -190,6 +205,7 @@ torch.library.impl("qlora_kit::decode_int8", "default", _decode_int8)
 
 @torch.library.impl("qlora_kit::decode_int8", "cpu")
 def _decode_int8_cpu(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
+    _check_int8(codes, absmax, out)
     kernel = typed_kernel("decode_int8", out)
     if kernel is None or not out.is_contiguous():
         _decode_int8(codes, absmax, out)
@@ -202,12 +218,12 @@ def _decode_int8_cpu(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
 def _decode_4bit_fake(
     codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, kind: str, out: Tensor
 ) -> None:
-    _check_4bit(codes, absmax, scale, block_size, out)
+    _check_4bit(codes, absmax, scale, offset, block_size, out)
 
 
 @torch.library.register_fake("qlora_kit::decode_int8")
 def _decode_int8_fake(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    torch._check(codes.shape == out.shape, lambda: f"codes {tuple(codes.shape)} for {tuple(out.shape)}")
+    _check_int8(codes, absmax, out)
 
 
 @register_flop_formula([torch.ops.qlora_kit.decode_4bit, torch.ops.qlora_kit.decode_int8])

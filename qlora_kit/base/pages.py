@@ -22,8 +22,8 @@ _PART_BYTES = 1 << 23
 _WINDOW_BYTES = 1 << 21
 """What one access can map in, on both sides of it: a large folio of the system's cache (Linux 6.18 on ext4)."""
 
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p \S+ \S+ [1-9]", re.MULTILINE)
-"""A line of /proc/self/maps: a private mapping of a file, as safetensors makes it."""
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p 0+ \S+ [1-9]\d* +(?!\S*\.so)", re.MULTILINE)
+"""A line of /proc/self/maps: a private mapping of a file from its beginning, as safetensors makes it; no library."""
 
 
 def let_go(tensor: Tensor) -> None:
@@ -41,7 +41,10 @@ def let_go(tensor: Tensor) -> None:
 
 
 def let_go_of_clean_files() -> None:
-    """Give back the pages of all mapped files that nobody has written to: they come back as they were."""
+    """Give back the pages of all files that are mapped whole and were not written to: they come back as they were.
+
+    Not while another thread may write to such a page for the first time.
+    """
     for low, high in _mappings():
         _drop_clean(low, high)
 

@@ -211,7 +211,7 @@ def _compiled_code() -> str:
         raise _AbsentError(
             "none, plain torch instead: no C compiler (cc, gcc, clang) whose code may be kept and is right"
         )
-    return "there, for a CPU: quantising, decoding, norms and gates"
+    return "there, for a CPU"
 
 
 def _cuda() -> str:

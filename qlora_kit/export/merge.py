@@ -142,15 +142,20 @@ def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.
     shape = (stack.in_features, stack.out_features) if stack.is_transposed else (stack.out_features, stack.in_features)
 
     def slices() -> Iterator[Tensor]:
-        for expert, read in enumerate(stack.decoders()):
-            weight_OI = read(torch.float32)
-            weight = weight_OI.t() if stack.is_transposed else weight_OI
-            update = None if adapter is None else _update(adapter, stack.is_transposed, expert)
-            for rows, part in _spans(weight, is_own=stack.quantization.kind != "none"):
-                yield (part if update is None else update(part, rows)).to(dtype, copy=True)
+        for expert in range(stack.experts):
+            yield from _expert(stack, adapter, expert, dtype)
 
     fault = ModelError if adapter is None else AdapterError
     return StreamedTensor(name, (stack.experts, *shape), dtype, partial(_finite, slices, name, fault))
+
+
+def _expert(stack: ExpertStack, adapter: Adapter | None, expert: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Slices of one expert; its weight is let go with them, before the next is decoded into the same memory."""
+    weight_OI = stack.decoders()[expert](torch.float32)
+    update = None if adapter is None else _update(adapter, stack.is_transposed, expert)
+    is_own = stack.quantization.kind != "none"
+    for rows, part in _spans(weight_OI.t() if stack.is_transposed else weight_OI, is_own=is_own):
+        yield (part if update is None else update(part, rows)).to(dtype, copy=True)
 
 
 def _merged(base: Linear, adapter: Adapter | None, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """Differentiable mathematics on plain tensors; nothing here knows a model, a file or a recipe."""
 
-from qlora_kit.ops.gated import Gate, activate, gated, gated_plain
+from qlora_kit.ops.gated import Gate, gated, gated_plain
 from qlora_kit.ops.linear_cross_entropy import (
     IGNORED,
     LogitRule,
@@ -12,6 +12,7 @@ from qlora_kit.ops.lora_linear import (
     Decode,
     Shared,
     Update,
+    compute_dtype,
     dora_linear,
     lora_linear,
     lora_linear_plain,
@@ -34,7 +35,7 @@ __all__ = [
     "Shared",
     "Update",
     "Workspace",
-    "activate",
+    "compute_dtype",
     "dora_linear",
     "gated",
     "gated_plain",

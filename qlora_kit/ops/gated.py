@@ -89,6 +89,7 @@ def _forward_cpu(g: Tensor, u: Tensor, gate: Gate) -> Tensor:
     kernel = typed_kernel("gated", g, u)
     if kernel is None:
         return _forward(g, u, gate)
+    _check(g, u)
     out = torch.empty_like(g, memory_format=torch.contiguous_format)
     g, u = g.contiguous(), u.contiguous()
     kernel(address(g), address(u), gate == "gelu", size(g.numel()), address(out), threads())
@@ -100,6 +101,7 @@ def _backward_cpu(grad: Tensor, g: Tensor, u: Tensor, gate: Gate) -> tuple[Tenso
     kernel = typed_kernel("gated_backward", grad, g, u)
     if kernel is None:
         return _backward(grad, g, u, gate)
+    _check(g, u, grad)
     dg, du = (torch.empty_like(g, memory_format=torch.contiguous_format) for _ in range(2))
     grad, g, u = grad.contiguous(), g.contiguous(), u.contiguous()
     sources = (address(each) for each in (grad, g, u))
@@ -107,8 +109,15 @@ def _backward_cpu(grad: Tensor, g: Tensor, u: Tensor, gate: Gate) -> tuple[Tenso
     return dg, du
 
 
+def _check(g: Tensor, *others: Tensor) -> None:
+    """C reads as many as it is told: so they must be there."""
+    for each in others:
+        torch._check(each.shape == g.shape, lambda each=each: f"{tuple(each.shape)} beside {tuple(g.shape)}")
+
+
 @torch.library.register_fake("qlora_kit::gated")
 def _forward_fake(g: Tensor, u: Tensor, gate: Gate) -> Tensor:
+    _check(g, u)
     return torch.empty_like(g, memory_format=torch.contiguous_format)
 
 

@@ -75,7 +75,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _forward(x: Tensor, weight: Tensor, epsilon: float, form: Form) -> tuple[Tensor, Tensor]:
-    y, inverse = _results(x)
+    y, inverse = _results(x, weight)
     for part in row_parts(x):
         x32 = as_rows(x)[part].float()
         inverse[part] = torch.rsqrt(x32.square().mean(-1) + epsilon)
@@ -107,8 +107,8 @@ def _forward_cpu(x: Tensor, weight: Tensor, epsilon: float, form: Form) -> tuple
     kernel = typed_kernel("rms_norm", x, weight)
     if kernel is None:
         return _forward(x, weight, epsilon, form)
-    y, inverse = _results(x)
-    x = x.contiguous()
+    y, inverse = _results(x, weight)
+    x, weight = x.contiguous(), weight.contiguous()
     shape = size(len(inverse)), size(x.shape[-1])
     how = c_float(epsilon), form != "twice", c_float(form == "offset")
     kernel(address(x), address(weight), *how, *shape, address(y), address(inverse), threads())
@@ -120,8 +120,10 @@ def _backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, form
     kernel = typed_kernel("rms_norm_backward", x, weight, grad)
     if kernel is None:
         return _backward(grad, x, weight, inverse, form)
+    _check(x, weight)
+    torch._check(grad.shape == x.shape, lambda: f"a gradient of {tuple(grad.shape)} for {tuple(x.shape)}")
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     shape = size(len(inverse)), size(x.shape[-1])
     sources = (address(each) for each in (grad, x, weight, inverse))
     kernel(*sources, c_float(form == "offset"), *shape, address(dx), threads())
@@ -130,7 +132,7 @@ def _backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, form
 
 @torch.library.register_fake("qlora_kit::rms_norm")
 def _forward_fake(x: Tensor, weight: Tensor, epsilon: float, form: Form) -> tuple[Tensor, Tensor]:
-    return _results(x)
+    return _results(x, weight)
 
 
 @torch.library.register_fake("qlora_kit::rms_norm_backward")
@@ -138,8 +140,14 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, for
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _results(x: Tensor) -> tuple[Tensor, Tensor]:
+def _check(x: Tensor, weight: Tensor) -> None:
+    """C reads as many as it is told: so they must be there."""
+    torch._check(weight.shape == x.shape[-1:], lambda: f"a weight of {tuple(weight.shape)} for {tuple(x.shape)}")
+
+
+def _results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for y and, (T,) in fp32, for 1 / rms(x)."""
+    _check(x, weight)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 

@@ -64,8 +64,8 @@ def as_rows(x: Tensor) -> Tensor:
 def row_parts(x: Tensor) -> Iterator[slice]:
     """Some rows of (..., H) after others: on a CPU so few that what is made of them in fp32 stays in its caches."""
     count = x.numel() // x.shape[-1]
-    step = max(1, PART_ELEMENTS // x.shape[-1]) if x.device.type == "cpu" else count
-    for begin in range(0, count, step):
+    step = PART_ELEMENTS // x.shape[-1] if x.device.type == "cpu" else count
+    for begin in range(0, count, max(1, step)):
         yield slice(begin, begin + step)
 
 

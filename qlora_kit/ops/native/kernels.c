@@ -27,12 +27,12 @@ static inline float wide(bf16 x) {
     return value;
 }
 
-/* To the nearest, ties to even. What is no number stays so: all values here come from 16-bit ones and from arithmetic,
-   and none has the payload (all ones) that the addition would carry into the sign. */
+/* To the nearest, ties to even; what is no number stays so, whatever its payload. */
 static inline bf16 narrow(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded);
 }
 
 /* e^y to about one unit in the last place: 2^n times a Taylor polynomial on |r| <= ln(2) / 2. */
