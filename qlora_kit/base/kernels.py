@@ -128,6 +128,7 @@ def _check_constant(what: str, constant: Tensor | None, count: int) -> None:
         torch._check(constant.dtype == torch.float32, lambda: f"{what} in {constant.dtype}")
 
 
+@torch.library.impl("qlora_kit::decode_4bit", "cpu")
 def _decode_4bit_cpu(
     codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, kind: str, out: Tensor
 ) -> None:
