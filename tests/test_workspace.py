@@ -274,7 +274,8 @@ def test_torch_compile_reads_a_layer_of_a_model():
 
 @pytest.mark.slow
 def test_torch_compile_reads_a_whole_model():
-    assert_same(gradients(torch.compile(tuned(), backend="eager")), gradients(tuned()))
+    """A compiled program takes the low-rank products of each layer alone."""
+    assert_same(gradients(torch.compile(tuned(), backend="eager")), gradients(tiny.one_by_one(tuned())))
 
 
 def test_memory_of_another_kind_is_another_buffer():
