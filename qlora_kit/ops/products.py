@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_Kept = tuple[Tensor, int]
+_Result = tuple[Tensor, int]
 """A result, and the number of times that it had been written to when it was kept."""
 
 
@@ -23,7 +23,7 @@ class KeptProducts:
     """The products of one pass through a block."""
 
     def __init__(self) -> None:
-        self._kept: list[_Kept] = []
+        self._kept: list[_Result] = []
 
     def contexts(self) -> tuple["_Keeping", "_TakingBack"]:
         """Inside the first products are kept, inside the second taken back: as torch's checkpoint wants them."""
@@ -41,7 +41,7 @@ def product(make: Callable[[], Tensor]) -> Tensor:
 class _Context:
     """A pass through a block; the same one may be entered again, one after the other."""
 
-    def __init__(self, kept: list[_Kept]) -> None:
+    def __init__(self, kept: list[_Result]) -> None:
         self.kept = kept
         self._tokens: list[Token[Any]] = []
 

@@ -23,7 +23,7 @@ DECODE_TOKENS = 200
 on an RTX 4090 (165 TFLOP/s and 1,008 GB/s by its data sheet), and 190 to 230 on the cards around it."""
 SELECTIVE_PASSES = 0.15
 """Of a pass what runs again of blocks that keep their products: attention, norms and gates, an estimate. On a CPU it is
-less at a 7B model's layers and half at 134 M (benchmarks/LOG.md)."""
+0.09 at a 7B model's layers, 0.13 at 1.1 B and 0.24 at 134 M (benchmarks/results/step.jsonl)."""
 OFFLOAD_PASSES = 0.06
 """Passes that moving the inputs of all blocks to the host and back costs: 2 % of three passes, an estimate (published
 measurements range from a gain to 2.8 %)."""
