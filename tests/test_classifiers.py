@@ -23,7 +23,8 @@ from qlora_kit.data import collate_texts
 from qlora_kit.errors import ModelError
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
-from qlora_kit.train.step import accumulate_gradients, loss_sum
+from qlora_kit.train.forward import loss_sum
+from qlora_kit.train.step import accumulate_gradients
 
 COMMON = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -229,7 +230,7 @@ def test_texts_side_by_side_have_the_loss_and_gradients_of_texts_alone(family):
         for _, parameter in adapter_parameters(model):
             parameter.grad = None
         batches = [collate_texts([texts()[i] for i in group], [CLASSES[i] for i in group], 0) for group in groups]
-        loss = accumulate_gradients(model.train(), batches, trained_tokens=4)
+        loss = accumulate_gradients(model.train(), batches, 4).value
         assert [batch.attention_mask is None for batch in batches] == [len(group) == 1 for group in groups]
         return loss.item(), torch.cat([parameter.grad.flatten() for _, parameter in adapter_parameters(model)])
 

@@ -129,7 +129,7 @@ def test_held_out_rows_as_long_as_the_models_positions_are_rehearsed():
     model = build_model(config, torch.float32, "sdpa")
     rows = collate([Encoded(list(range(3, 27)), [True] * 24)], 0)
     with Ledger(model) as ledger:
-        rehearse_evaluation(model, rows, ledger.phase)
+        rehearse_evaluation(model, rows, phase=ledger.phase)
     assert ledger.peak_by_phase()["evaluate"] > Ledger(model).peak()
 
 

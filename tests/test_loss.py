@@ -31,10 +31,11 @@ from qlora_kit.ops import (
     sliced_linear,
 )
 from qlora_kit.train.activations import set_activation_policy
-from qlora_kit.train.evaluate import evaluate_loss, evaluation_mode
+from qlora_kit.train.evaluate import evaluate_loss
+from qlora_kit.train.forward import evaluation_mode, loss_sum
 from qlora_kit.train.head import automatic_chunk, has_own_head, logit_rule
 from qlora_kit.train.probe import settled_chunk
-from qlora_kit.train.step import accumulate_gradients, loss_sum
+from qlora_kit.train.step import accumulate_gradients
 
 slices = sys.modules["qlora_kit.ops.slices"]
 op = sys.modules["qlora_kit.ops.linear_cross_entropy"]  # its function bears the same name
@@ -313,7 +314,7 @@ def full(model):
 class Batch:
     """Rows of several lengths, part of them trained."""
 
-    position_ids = attention_mask = None
+    position_ids = attention_mask = is_good = None
 
     def __init__(self, rows=3, length=11, vocab=97):
         self.input_ids = (
@@ -322,6 +323,13 @@ class Batch:
         self.labels = self.input_ids.clone()
         self.labels[:, :3] = IGNORED
         self.labels[1:2, 7:] = IGNORED
+        self.rows = rows
+
+    @property
+    def count(self):
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    trained_tokens = count
 
 
 def trained_by(model, loss_chunk) -> list[Tensor]:
@@ -330,7 +338,7 @@ def trained_by(model, loss_chunk) -> list[Tensor]:
     for parameter in parameters:
         parameter.grad = None
     loss = accumulate_gradients(model, [Batch(), Batch(2, 5)], 30, loss_chunk=loss_chunk)
-    return [loss, *(parameter.grad for parameter in parameters)]
+    return [loss.value, *(parameter.grad for parameter in parameters)]
 
 
 def assert_trains_alike(model, chunks=CHUNKS, tolerance=1e-6):

@@ -104,7 +104,7 @@ def gradients(model, batches):
     parameters = dict(adapter_parameters(model))
     for parameter in parameters.values():
         parameter.grad = None
-    loss = accumulate_gradients(model, batches, sum(batch.trained_tokens for batch in batches)).item()
+    loss = accumulate_gradients(model, batches, sum(batch.trained_tokens for batch in batches)).value.item()
     return loss, torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
 
 

@@ -204,7 +204,7 @@ def real_classification(config, work, lengths):
     with ledger:
         for _ in range(2):
             batch = collate_texts(texts, [0, 2, 1, 0][: len(texts)], 0)
-            loss = accumulate_gradients(model, [batch], batch.trained_tokens, phase=ledger.phase)
+            loss = accumulate_gradients(model, [batch], batch.count, phase=ledger.phase).value
             with ledger.phase("optimizer"):
                 torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
                 optimizer.step(1e-3)

@@ -102,7 +102,7 @@ WORDS = {
     "data.loss_on": "assistant last completion all",
     "data.thinking": "keep strip empty",
     "data.on_error": "stop skip",
-    "train.task": "sft pretrain classify dpo orpo kto",
+    "train.task": "sft pretrain classify dpo ipo orpo kto",
     "train.schedule": "constant linear cosine wsd",
     "train.optimizer": "adamw sgd adamw_8bit adamw_32bit lion_8bit ademamix_8bit paged_adamw_8bit paged_adamw_32bit "
     "paged_lion_8bit paged_ademamix_8bit",
@@ -116,13 +116,12 @@ NOT_BUILT = {
     "base.attention": ["flex", "flash"],
     "lora.from": ["./adapter"],
     "lora.rank": ["auto"],
-    "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: preference}]"],
-    "data.format": ["preference", "labelled", "classification"],
+    "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: classification}]"],
+    "data.format": ["classification"],
     "data.over_length": ["split"],
     "data.thinking": ["strip", "empty"],
     "data.on_error": ["skip"],
-    "train.task": ["classify", "dpo", "orpo", "kto"],
-    "train.beta": ["0.2"],
+    "train.task": ["classify"],
     "train.sample_every": ["5"],
 }
 
@@ -332,7 +331,7 @@ data:
     - {split: test}
     - 5
 train:
-  task: dpo
+  task: classify
   lr: -1
 loar: {rank: 2}
 memory:
@@ -353,7 +352,8 @@ memory:
             "recipe.yaml:16: data.train[1].path is missing; it must be a file, a folder or a hub id",
             "recipe.yaml:17: data.train[2] must be a file, a folder, a hub id or a mapping of path, split, weight, "
             "format, columns, found 5",
-            "recipe.yaml:19: train.task: 'dpo' is not built yet in this version; built: sft, pretrain",
+            "recipe.yaml:19: train.task: 'classify' is not built yet in this version; built: sft, pretrain, dpo, ipo, "
+            "orpo, kto",
             "recipe.yaml:20: train.lr must be a number above 0 or auto, found -1",
             "recipe.yaml:21: loar is not a key (did you mean lora?)",
             "recipe.yaml:23: memory.budget must be a size above 0 with its unit (24GiB) or null, found 24",

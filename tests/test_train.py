@@ -119,7 +119,7 @@ def gradients(model, micro_batches, count=None):
     for parameter in parameters.values():
         parameter.grad = None
     count = count or sum(batch.trained_tokens for batch in micro_batches)
-    loss = accumulate_gradients(model, micro_batches, count).item()
+    loss = accumulate_gradients(model, micro_batches, count).value.item()
     return loss, {name: parameter.grad.clone() for name, parameter in parameters.items()}
 
 
@@ -188,30 +188,31 @@ def reference_loop(model, adapted_model, data, *, steps, rows_a_step, lr, clip, 
 def test_the_loop_equals_a_plain_reference_loop_in_fp32(kind, tmp_path, monkeypatch):
     tiny.uncompiled(monkeypatch)  # it is the loop that is compared: sums are in the reference's order
     settings = {"steps": 8, "lr": 2e-3, "seed": 5}
-    model = tiny.one_by_one(adapted(kind))
-    start = adapted(kind)
+    model = tiny.one_by_one(adapted(kind, awake=True))
+    start = adapted(kind, awake=True)
     job = job_of(
         model,
         tmp_path,
         micro_batch=2,
         accumulation=2,
         schedule="linear",
-        max_grad_norm=0.3,
+        max_grad_norm=0.6,
         weight_decay=0.1,
         **settings,
     )
     found = run(job)[1]
-    wanted, final = reference_loop(tiny.llama(), start, rows(), rows_a_step=4, clip=0.3, decay=0.1, **settings)
+    wanted, final = reference_loop(tiny.llama(), start, rows(), rows_a_step=4, clip=0.6, decay=0.1, **settings)
     assert wanted[-1][0] < wanted[0][0]
-    assert min(norm for _, norm in wanted) < 0.3 < wanted[0][1], "clipping is at work, in some of the steps"
+    assert min(norm for _, norm in wanted) < 0.6 < wanted[0][1], "clipping is at work, in some of the steps"
     for row, (loss, norm) in zip(found, wanted, strict=True):
         assert row["loss"] == pytest.approx(loss, rel=FP32_RTOL)
         assert row["grad_norm"] == pytest.approx(norm, rel=FP32_RTOL)
     before = dict(adapter_parameters(start))
     for name, value in values(job).items():
-        assert tiny.relative(value, before[name]) > 0.01 if name.endswith("a_RI") else value.any()
-        # Adam divides by a root of tiny gradients, where rounding weighs more than in the gradient's own norm.
-        assert tiny.relative(value, final[name]) < 20 * FP32_RTOL, name
+        assert tiny.relative(value, before[name]) > 0.01
+        # The adapter is awake: where B is zero A has tiny gradients at first, Adam divides by their root, and what was
+        # rounding in them is 2e-5 of the adapter on one processor and less on another.
+        assert tiny.relative(value, final[name]) < 2 * FP32_RTOL, name
 
 
 # --- one step ---------------------------------------------------------------------------------------------------------

@@ -201,7 +201,9 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
 def told(monkeypatch, *losses):
     """Let the evaluations of a training loop say these losses, one after the other."""
     left = iter(losses)
-    monkeypatch.setattr("qlora_kit.train.loop.evaluate_loss", lambda *_, **__: SimpleNamespace(loss=next(left)))
+    monkeypatch.setattr(
+        "qlora_kit.train.loop.evaluate_loss", lambda *_, **__: SimpleNamespace(loss=next(left), measures={})
+    )
 
 
 def uncompiled(monkeypatch):

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.judge import judge_scores
-from qlora_kit.report.text import memory_check_text, plan_text
+from qlora_kit.report.text import memory_check_text, plan_text, score_words
 from qlora_kit.units import counted, format_bytes, format_count, format_seconds
 from qlora_kit.watch import Watch
 
@@ -173,9 +173,8 @@ class Screen(Watch):
             self.console.print(table)
         self.console.print(f"\n[bold]score on {counted(scores['rows'], 'held-out row')}[/]")
         for name, label in (("base", "base"), ("adapter", self._trained_name)):
-            fields = scores[name]
-            exact = f"  exact match {fields['exact_match']:.1%}" if "exact_match" in fields else ""
-            self.console.print(f"  {label:15} loss {fields['loss']:.3f}  perplexity {fields['perplexity']:,.2f}{exact}")
+            told = "  ".join(f"{word} {value}" for word, value in score_words(scores[name]).items())
+            self.console.print(f"  {label:15} {told}")
         if worse := judge_scores(scores):
             self.note(f"{worse} A lower train.lr may help.")
 
@@ -244,11 +243,9 @@ class Screen(Watch):
 
 def score_lines(score: "Score") -> str:
     """A score as text."""
-    exact = "" if score.exact_match is None else f"\nexact match  {score.exact_match:.1%}"
-    return (
-        f"loss         {score.loss:.4f} nats a token\nperplexity   {score.perplexity:,.2f}\n"
-        f"tokens       {score.tokens:,} in {score.rows:,} rows{exact}"
-    )
+    words = score_words(score.as_json()) | {"loss": f"{score.loss:.4f} nats" + (" a token" if score.perplexity else "")}
+    lines = [f"{word:15}  {value}" for word, value in words.items()]
+    return "\n".join([*lines, f"{'tokens':15}  {score.tokens:,} in {counted(score.rows, 'row')}"])
 
 
 def audit_lines(exported: Mapping[str, Any], out: Path) -> str:

@@ -4,10 +4,19 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 (files)        (held out)      (token ids)      (batches)
 """
 
-from qlora_kit.data.collate import Batch, Sampler, collate, collate_packs, collate_texts
+from qlora_kit.data.collate import (
+    Batch,
+    Sampler,
+    collate,
+    collate_packs,
+    collate_pairs,
+    collate_rows,
+    collate_texts,
+    swap_answers,
+)
 from qlora_kit.data.encode import Counts, EncodedSet, check_lengths, encode_rows
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
+from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Labelled, Preference, Text, formats_of, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
 from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
@@ -22,6 +31,8 @@ __all__ = [
     "EncodedSet",
     "Example",
     "Faults",
+    "Labelled",
+    "Preference",
     "Sampler",
     "Source",
     "Text",
@@ -31,14 +42,18 @@ __all__ = [
     "check_turn_tokens",
     "collate",
     "collate_packs",
+    "collate_pairs",
+    "collate_rows",
     "collate_texts",
     "efficiency",
     "encode",
     "encode_rows",
     "find_template",
+    "formats_of",
     "full_packs",
     "load_rows",
     "longest_pack",
     "read_row",
     "split_eval",
+    "swap_answers",
 ]

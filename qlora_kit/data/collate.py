@@ -11,6 +11,7 @@ reads a value off a tensor.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,21 +32,23 @@ class Batch:
     """Tokens of each sequence without padding."""
     trained_tokens: int
     """Labels that count, in all sequences."""
+    rows: int
+    """Rows of the data set."""
+    count: int
+    """What the loss is a mean over: trained tokens, texts, or pairs of answers."""
     position_ids: torch.Tensor | None = None
     """(B, T), int64: 0, 1, ... in every document, the last one's through the padding. None where no sequence holds
     several."""
     attention_mask: torch.Tensor | None = None
     """(B, T), bool: False at the padding. None for causal models, and where there is none."""
+    is_good: torch.Tensor | None = None
+    """(B / 2,), bool: the verdict on each answer, where the second half of the sequences are not it."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
-        )
+        values = ((name, getattr(self, name)) for name in self.__slots__)
+        moved: dict[str, Any] = {name: each.to(device) for name, each in values if isinstance(each, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
@@ -59,6 +62,18 @@ def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
         a `Batch` of (B, T) on the CPU, T the length of the longest row.
     """
     return collate_packs([[row] for row in rows], pad_id)
+
+
+def collate_rows(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
+    """A batch of rows of any kind; only those that are a sequence each can share one.
+
+    Args:
+        packs: as for `collate_packs`.
+        pad_id: as for `collate`.
+    """
+    if packs[0][0].other is not None:
+        return collate_pairs([row for pack in packs for row in pack], pad_id)
+    return collate_packs(packs, pad_id)
 
 
 def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
@@ -81,8 +96,9 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
             labels[b, start + 1 : end] = ids[1:].where(torch.tensor(row.trained[1:], dtype=torch.bool), IGNORED)
             start = end
     positions = _positions(packs, shape[1]) if any(len(pack) > 1 for pack in packs) else None
-    trained_tokens = sum(row.trained_tokens for pack in packs for row in pack)
-    return Batch(input_ids, labels, lengths, trained_tokens, positions)
+    rows = [row for pack in packs for row in pack]
+    trained_tokens = sum(row.trained_tokens for row in rows)
+    return Batch(input_ids, labels, lengths, trained_tokens, len(rows), trained_tokens, positions)
 
 
 def _positions(packs: Sequence[Sequence[Encoded]], T: int) -> torch.Tensor:
@@ -110,7 +126,42 @@ def collate_texts(texts: Sequence[Sequence[int]], classes: Sequence[int], pad_id
     T = max(lengths)
     input_ids = torch.tensor([[*text, *[pad_id] * (T - len(text))] for text in texts], dtype=torch.int64)
     mask = torch.arange(T) < torch.tensor(lengths)[:, None] if min(lengths) < T else None
-    return Batch(input_ids, torch.tensor(classes, dtype=torch.int64), lengths, len(texts), attention_mask=mask)
+    labels = torch.tensor(classes, dtype=torch.int64)
+    return Batch(input_ids, labels, lengths, len(texts), len(texts), len(texts), attention_mask=mask)
+
+
+def collate_pairs(rows: Sequence[Encoded], pad_id: int) -> Batch:
+    """Put rows side by side and after them, in the same order, the other sequence that each comes with.
+
+    Args:
+        rows: P rows with an `other`, P >= 1.
+        pad_id: as for `collate`.
+
+    Returns:
+        a `Batch` of (2 P, T) on the CPU, with verdicts where the rows have one.
+    """
+    both = collate([*rows, *(row.other for row in rows if row.other is not None)], pad_id)
+    verdicts = [row.is_good for row in rows if row.is_good is not None]
+    if not verdicts:
+        return replace(both, rows=len(rows), count=len(rows))
+    trained = sum(row.trained_tokens for row in rows)
+    return replace(both, trained_tokens=trained, rows=len(rows), count=len(rows), is_good=torch.tensor(verdicts))
+
+
+def swap_answers(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Rows with a verdict, each with the answer of the row before it, of the last for the first, as its `other`.
+
+    Those tell how far a model has moved where it was not asked to (KTO, arXiv 2402.01306, section 4.1). None is longer
+    than the longest row: its answer ends there.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    swapped = []
+    for row, before in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        prompt, answer = row.input_ids[: row.trained.index(True)], before.input_ids[before.trained.index(True) :]
+        ids = [*prompt, *answer][:longest]
+        trained = [place >= len(prompt) for place in range(len(ids))]
+        swapped.append(replace(row, other=Encoded(ids, trained, where=before.where)))
+    return swapped
 
 
 class Sampler:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Chat, Example
+from qlora_kit.data.formats import Chat, Example, conversations
 from qlora_kit.data.template import Encoded, LossOn, check_template, encode
 from qlora_kit.errors import DataError
 
@@ -58,17 +58,18 @@ class EncodedSet:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row that is kept."""
-        return [len(row.input_ids) for row in self.rows]
+        return [row.longest for row in self.rows]
 
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those in which nothing is trained."""
-        if row.trained_tokens == 0:
+        sequences = [row] if row.other is None else [row, row.other]
+        if any(sequence.trained_tokens == 0 for sequence in sequences):
             self.counts.no_trained += 1
             return
         self.rows.append(row)
         self.counts.rows += 1
-        self.counts.tokens += len(row.input_ids)
-        self.counts.trained_tokens += row.trained_tokens
+        self.counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
+        self.counts.trained_tokens += sum(sequence.trained_tokens for sequence in sequences)
 
 
 def encode_rows(
@@ -104,7 +105,7 @@ def encode_rows(
             a row is too long and `over_length` is error, or no row is left.
     """
     check_lengths(max_tokens, max_positions)
-    has_chats = any(isinstance(example, Chat) for example in examples)
+    has_chats = any(isinstance(part, Chat) for example in examples for part in conversations(example))
     if has_chats:
         check_template(tokenizer, template)
     gathered = Faults() if faults is None else faults
@@ -117,7 +118,7 @@ def encode_rows(
         except DataError as error:
             gathered.add(f"{example.where}: {error}")
             continue
-        counts.longest = max(counts.longest, len(row.input_ids))
+        counts.longest = max(counts.longest, row.longest)
         for piece in _fit(row, max_tokens, over_length, counts):
             encoded.add(piece)
     if faults is None:
@@ -149,6 +150,8 @@ def _check_row(row: Encoded, vocab_size: int | None, most_tokens: int | None) ->
             f"token {highest} is beyond the model's vocabulary of {vocab_size}: the tokenizer is another model's, "
             "or has tokens that were added later (lora.added_tokens)"
         )
+    if row.other is not None:
+        _check_row(row.other, vocab_size, most_tokens)
     if most_tokens is not None and len(row.input_ids) > most_tokens:
         raise DataError(
             f"{len(row.input_ids)} tokens, more than data.max_tokens={most_tokens} (data.over_length=error)"
@@ -157,13 +160,13 @@ def _check_row(row: Encoded, vocab_size: int | None, most_tokens: int | None) ->
 
 def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts) -> Iterator[Encoded]:
     """The row, or what `over_length` leaves of it."""
-    tokens = len(row.input_ids)
+    tokens = row.longest
     if tokens <= max_tokens:
         yield row
     elif over_length == "truncate":
         counts.truncated += 1
         yield _piece(row, 0, max_tokens)
-    elif over_length == "split":
+    elif over_length == "split" and row.other is None and row.is_good is None:
         counts.split += 1
         for start in range(0, tokens - 1, max_tokens - 1):
             yield _piece(row, start, start + max_tokens)
@@ -173,7 +176,8 @@ def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts)
 
 def _piece(row: Encoded, start: int, end: int) -> Encoded:
     """A part of a row; it has no prompt and answer, since neither is whole."""
-    return Encoded(row.input_ids[start:end], row.trained[start:end], where=row.where)
+    other = None if row.other is None else _piece(row.other, start, end)
+    return Encoded(row.input_ids[start:end], row.trained[start:end], None, None, row.where, other, row.is_good)
 
 
 def _nothing_left(given: int, counts: Counts, faults: Faults, max_tokens: int) -> str:

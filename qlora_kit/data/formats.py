@@ -5,13 +5,15 @@
     alpaca       instruction, input, output, system                      -> Chat
     completion   prompt, completion                                      -> Completion
     text         text                                                    -> Text
+    preference   prompt, chosen, rejected: texts, or turns               -> Preference
+    labelled     label; prompt, completion or messages                   -> Labelled
 
 A format is one line in `FORMATS` and one function that builds its example. This file reads no files and knows no
 tokenizer. Keys of a message beside role and content (tool_calls, name, reasoning_content) are kept for the template.
 """
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, TypeAlias
@@ -48,7 +50,36 @@ class Text:
     where: str = field(default="", compare=False)
 
 
-Example: TypeAlias = Chat | Completion | Text
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, of which one was preferred."""
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """An answer to a prompt, and whether it is wanted."""
+
+    answer: Chat | Completion
+    is_good: bool
+    where: str = field(default="", compare=False)
+
+
+Example: TypeAlias = Chat | Completion | Text | Preference | Labelled
+
+
+def conversations(example: Example) -> tuple[Chat | Completion | Text, ...]:
+    """What an example is made of: itself, or its answers with their prompts."""
+    match example:
+        case Preference():
+            return example.chosen, example.rejected
+        case Labelled():
+            return (example.answer,)
+        case _:
+            return (example,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +91,21 @@ class Format:
     build: Callable[[Columns], Example]
 
 
-def read_row(row: object, where: str, format: str = "auto", columns: Mapping[str, str] | None = None) -> Example:
+def read_row(
+    row: object,
+    where: str,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    task: str = "sft",
+) -> Example:
     """Turn the columns of one row into an example.
 
     Args:
         row: column name -> value, as the file has it.
         where: `file:line` or `source row N`; every message begins with it.
-        format: a name in `FORMATS`, or `auto`: the first format whose required columns are all there.
+        format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there.
         columns: expected name -> name in the file.
+        task: of `train.task`.
 
     Raises:
         DataError: if a column is missing or has the wrong type, a role is unknown, or nothing could be learnt from it.
@@ -75,15 +113,20 @@ def read_row(row: object, where: str, format: str = "auto", columns: Mapping[str
     try:
         if not isinstance(row, Mapping):
             raise DataError(f"found {_kind(row)}, wanted an object with named columns")
-        check_format(format, columns)
-        chosen, renamed = _match(row, format, columns or {})
+        check_format(format, columns, task)
+        chosen, renamed = _match(row, _candidates(format, task), columns or {})
         return replace(chosen.build(renamed), where=where)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 
 
-def check_format(format: str, columns: Mapping[str, str] | None = None) -> None:
-    """Refuse a format or an expected column that does not exist.
+def formats_of(task: str) -> tuple[str, ...]:
+    """Names of the formats that a task can use, in the order in which `auto` tries them."""
+    return _FORMATS_OF.get(task, _ANSWERS)
+
+
+def check_format(format: str, columns: Mapping[str, str] | None = None, task: str = "sft") -> None:
+    """Refuse a format or an expected column that does not exist, or of which the task can make nothing.
 
     Raises:
         DataError: names the known formats or columns and the nearest one.
@@ -92,10 +135,15 @@ def check_format(format: str, columns: Mapping[str, str] | None = None) -> None:
         raise DataError(
             f"data.format={format} is not known{_nearest(format, FORMATS)}; known: auto, {', '.join(FORMATS)}"
         )
+    if format != "auto" and format not in formats_of(task):
+        raise DataError(
+            f"data.format={format} is of no use to train.task={task}; it takes: {', '.join(formats_of(task))}"
+        )
     mapped = set(columns or ())
-    if any(mapped <= _columns_of(known) for known in _candidates(format)):
+    candidates = _candidates(format, task)
+    if any(mapped <= _columns_of(known) for known in candidates):
         return
-    expected = sorted(set().union(*map(_columns_of, _candidates(format))))
+    expected = sorted(set().union(*map(_columns_of, candidates)))
     for name in sorted(mapped - set(expected)):
         raise DataError(
             f"data.columns: {name} is not an expected column{_nearest(name, expected)}; expected: "
@@ -107,7 +155,7 @@ def check_format(format: str, columns: Mapping[str, str] | None = None) -> None:
 # ---- which format a row has ----------------------------------------------------------------------------------------
 
 
-def _match(row: Columns, format: str, columns: Mapping[str, str]) -> tuple[Format, Columns]:
+def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) -> tuple[Format, Columns]:
     """The format of the row, and the row under the names that the format expects."""
     for expected, name in columns.items():
         if name not in row:
@@ -117,11 +165,11 @@ def _match(row: Columns, format: str, columns: Mapping[str, str]) -> tuple[Forma
             )
     renamed = {**row, **{expected: row[name] for expected, name in columns.items()}}
     # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
-    candidates = [known for known in _candidates(format) if columns.keys() <= _columns_of(known)]
-    for known in candidates:
-        if all(name in renamed for name in known.required):
-            return known, renamed
-    wanted = max(candidates, key=lambda known: _likeness(known, renamed))
+    candidates = [each for each in known if columns.keys() <= _columns_of(each)]
+    for each in candidates:
+        if all(name in renamed for name in each.required):
+            return each, renamed
+    wanted = max(candidates, key=lambda each: _likeness(each, renamed))
     missing = [name for name in wanted.required if name not in renamed]
     near = "".join(_nearest(name, set(renamed) - set(wanted.required)) for name in missing)
     raise DataError(
@@ -130,8 +178,8 @@ def _match(row: Columns, format: str, columns: Mapping[str, str]) -> tuple[Forma
     )
 
 
-def _candidates(format: str) -> list[Format]:
-    return list(FORMATS.values()) if format == "auto" else [FORMATS[format]]
+def _candidates(format: str, task: str) -> list[Format]:
+    return [FORMATS[name] for name in (formats_of(task) if format == "auto" else [format])]
 
 
 def _columns_of(known: Format) -> set[str]:
@@ -139,9 +187,9 @@ def _columns_of(known: Format) -> set[str]:
 
 
 def _likeness(known: Format, row: Columns) -> float:
-    """How near the columns of a row are to those a format requires, 0 to 1."""
+    """How near the columns of a row are to those a format requires, 0 to 1, and the share of them that it knows."""
     best = [max((SequenceMatcher(None, name, found).ratio() for found in row), default=0.0) for name in known.required]
-    return sum(best) / len(best)
+    return sum(best) / len(best) + len(_columns_of(known) & row.keys()) / max(1, len(row))
 
 
 # ---- one builder a format ------------------------------------------------------------------------------------------
@@ -172,14 +220,70 @@ def _text(row: Columns) -> Text:
     return Text(_filled(row["text"], "text"))
 
 
+def _preference(row: Columns) -> Preference:
+    chosen, rejected = (_answer(row.get("prompt"), row[name], name, row) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise DataError("chosen and rejected are the same: nothing to learn from")
+    if _prompt_of(chosen) != _prompt_of(rejected):
+        raise DataError("chosen and rejected differ before their last turn, so they are no answers to one prompt")
+    return Preference(chosen, rejected)
+
+
+def _labelled(row: Columns) -> Labelled:
+    value, name = row["label"], "messages" if "messages" in row else "completion"
+    if value not in (0, 1):
+        raise DataError(f"column 'label' is {_kind(value)}, wanted true (the answer is good) or false")
+    if name not in row:
+        raise DataError(
+            f"there is a label and no answer; found columns: {_listed(row)}; expected: completion or messages"
+        )
+    return Labelled(_answer(row.get("prompt"), row[name], name, row), bool(value))
+
+
+def labelled_pair(pair: Preference) -> list[Labelled]:
+    """Both answers of a pair as answers with a verdict."""
+    return [Labelled(answer, answer is pair.chosen, pair.where) for answer in (pair.chosen, pair.rejected)]
+
+
+def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | Completion:
+    """An answer that ends a conversation, or follows a text.
+
+    Turns that begin with the assistant's go on from `prompt`, be it turns or what the user says; others are the whole
+    conversation, beside which data sets often keep its first words in `prompt`.
+    """
+    if not isinstance(answer, list):
+        if prompt is None:
+            raise DataError(f"{name} is {_kind(answer)} and there is no column 'prompt': give prompt, or turns")
+        if isinstance(prompt, list):
+            answer = [{"role": "assistant", "content": _filled(answer, name)}]
+        else:
+            return Completion(_string(prompt, "prompt"), _filled(answer, name))
+    turns = _turns(answer, name)
+    if turns[0]["role"] == "assistant":
+        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": _string(prompt, "prompt")}]
+        turns = [*_turns(before, "prompt"), *turns]
+    if turns[-1]["role"] != "assistant":
+        raise DataError(f"{name} ends with a turn of the {turns[-1]['role']}, wanted the assistant's")
+    return _chat([*_system(row), *turns], row)
+
+
+def _prompt_of(answer: Chat | Completion) -> object:
+    return answer.messages[:-1] if isinstance(answer, Chat) else answer.prompt
+
+
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("tools",), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
     "alpaca": Format(("instruction", "output"), ("input", "system"), _alpaca),
     "completion": Format(("prompt", "completion"), (), _completion),
     "text": Format(("text",), (), _text),
+    "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
+    "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),
 }
+_ANSWERS = ("messages", "sharegpt", "alpaca", "completion", "text")
 """In the order in which `auto` tries them: the more a format says about a row, the earlier."""
+_PAIRS = ("preference",)
+_FORMATS_OF = {"dpo": _PAIRS, "ipo": _PAIRS, "orpo": _PAIRS, "kto": ("labelled", "preference")}
 
 
 # ---- turns ---------------------------------------------------------------------------------------------------------

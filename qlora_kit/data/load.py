@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Example, check_format, read_row
+from qlora_kit.data.formats import Example, Preference, check_format, labelled_pair, read_row
 from qlora_kit.errors import DataError
 
 RawRow: TypeAlias = tuple[str, Any]
@@ -46,6 +46,7 @@ def load_rows(
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    task: str = "sft",
     faults: Faults | None = None,
 ) -> list[Example]:
     """Read every row of one or several sources.
@@ -55,6 +56,7 @@ def load_rows(
             stands for its .jsonl, .json, .csv and .parquet files, or for its .txt and .md files, by name.
         format: for sources that do not name their own.
         columns: expected name -> name in the file; for sources that do not name their own.
+        task: of `train.task`: rows that it can use are looked for.
         faults: bad rows are left in here and the others returned; without it, bad rows are an error.
 
     Returns:
@@ -65,8 +67,8 @@ def load_rows(
     """
     gathered = Faults() if faults is None else faults
     rows: list[Example] = []
-    for part in _sources(source, format, columns or {}):
-        rows += _weigh(_read_source(part, gathered), part.weight)
+    for part in _sources(source, format, columns or {}, task):
+        rows += _weigh(_read_source(part, task, gathered), part.weight)
     if faults is None:
         gathered.stop()
     if not rows:
@@ -121,12 +123,12 @@ def _weigh(rows: list[Example], weight: float) -> list[Example]:
 # ---- sources -------------------------------------------------------------------------------------------------------
 
 
-def _sources(source: Sources, format: str, columns: Mapping[str, str]) -> list[Source]:
+def _sources(source: Sources, format: str, columns: Mapping[str, str], task: str) -> list[Source]:
     """Every source as a `Source`, checked."""
     listed = [source] if isinstance(source, str | Path | Source | Mapping) else list(source)
     found = [_source(each, format, columns) for each in listed]
     for each in found:
-        check_format(each.format, each.columns)
+        check_format(each.format, each.columns, task)
         if not 0 < each.weight < float("inf"):
             raise DataError(f"{each.path}: weight is {each.weight}, wanted a number above 0")
     return found
@@ -144,23 +146,24 @@ def _source(given: "str | Path | Source | Mapping[str, Any]", format: str, colum
     return Source(**{"format": format, "columns": columns} | said)
 
 
-def _read_source(source: Source, faults: Faults) -> list[Example]:
+def _read_source(source: Source, task: str, faults: Faults) -> list[Example]:
     rows: list[Example] = []
     for name, raw_rows in _open(source, faults):
         try:
-            rows += _read_rows(name, raw_rows, source, faults)
+            rows += _read_rows(name, raw_rows, source, task, faults)
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
     return rows
 
 
-def _read_rows(name: str, raw_rows: Iterator[RawRow], source: Source, faults: Faults) -> list[Example]:
+def _read_rows(name: str, raw_rows: Iterator[RawRow], source: Source, task: str, faults: Faults) -> list[Example]:
     rows: list[Example] = []
     faults_before, is_empty = faults.count, True
     for where, raw in raw_rows:
         is_empty = False
         try:
-            rows.append(read_row(raw, where, source.format, source.columns))
+            row = read_row(raw, where, source.format, source.columns, task)
+            rows += labelled_pair(row) if task == "kto" and isinstance(row, Preference) else [row]
         except DataError as error:
             faults.add(error)
     if is_empty and faults.count == faults_before:

@@ -7,6 +7,8 @@ end token, or a marker that a user quotes, changes nothing. The ids are those th
     Text         [BOS] text EOS
     Chat         the chat template's rendering, tokenised as it is: the template writes BOS and end tokens, or does not
 
+Of preferences and answers with a verdict, what is trained is the last turn or the completion.
+
 In a chat the assistant's turns are found through the template itself, in characters of the rendering:
 
     1. between `{% generation %}` and `{% endgeneration %}`, where the template has these marks; otherwise
@@ -19,14 +21,14 @@ trim offsets; tests/test_data.py shows it).
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jinja2 import TemplateError
 
-from qlora_kit.data.formats import Chat, Completion, Example, Text
+from qlora_kit.data.formats import Chat, Completion, Example, Labelled, Preference, Text
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,11 +55,20 @@ class Encoded:
     """The reference answer in plain text, without end token."""
     where: str = ""
     """`file:line` or `source row N`."""
+    other: "Encoded | None" = None
+    """What goes with it as a sequence of its own: the answer to the same prompt that was not preferred."""
+    is_good: bool | None = None
+    """The verdict on its answer, where there is one."""
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that the loss counts."""
+        """Tokens that the loss counts, the other sequence's aside."""
         return sum(self.trained[1:])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(self.input_ids), 0 if self.other is None else len(self.other.input_ids))
 
 
 def encode(
@@ -88,6 +99,13 @@ def encode(
         case Text():
             ids = _ended(_tokenise(example.text, tokenizer), tokenizer)
             return Encoded(ids, _all_but_bos(ids, tokenizer), where=example.where)
+        case Preference():
+            answers = (example.chosen, example.rejected)
+            chosen, rejected = (encode(each, tokenizer, loss_on="last", template=template) for each in answers)
+            return replace(chosen, other=rejected, where=example.where)
+        case Labelled():
+            answer = encode(example.answer, tokenizer, loss_on="last", template=template)
+            return replace(answer, is_good=example.is_good, where=example.where)
 
 
 def find_template(name: str) -> str | None:

@@ -3,13 +3,14 @@
 from qlora_kit.lora.adapters import load_adapter, save_adapter
 from qlora_kit.lora.inject import LoraReport, add_lora, add_recipe_lora
 from qlora_kit.lora.layer import LoraLinear, adapter_constants, adapter_parameters, lora_layers
-from qlora_kit.lora.several import adapters_off, combine_adapters, delete_adapter, use_adapter
+from qlora_kit.lora.several import adapter_used, adapters_off, combine_adapters, delete_adapter, use_adapter
 
 __all__ = [
     "LoraLinear",
     "LoraReport",
     "adapter_constants",
     "adapter_parameters",
+    "adapter_used",
     "adapters_off",
     "add_lora",
     "add_recipe_lora",

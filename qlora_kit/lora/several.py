@@ -6,7 +6,7 @@ so a weighted sum of adapters is an adapter again, exactly, whose rank is the su
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -48,11 +48,11 @@ def use_adapter(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is its base, bit for bit."""
+def adapter_used(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside the block the adapter `name` is in use, or with None the model is its base, bit for bit."""
     before = [(carrier, carrier.active) for _, carrier in carriers(model)]
     for carrier, _ in before:
-        carrier.active = None
+        carrier.active = name if name is not None and name in carrier.adapters else None
     try:
         yield
     finally:
@@ -60,6 +60,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             carrier.active = None
         for carrier, active in before:
             carrier.active = active
+
+
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block the model is its base, bit for bit."""
+    return adapter_used(model, None)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -39,12 +39,14 @@ from qlora_kit.plan.depths import (
     with_depth,
 )
 from qlora_kit.plan.workload import Workload
+from qlora_kit.recipe import Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.train.tasks import Task, sequences_of, task_of
 
 PLAYED_LAYERS = (4, 8)
 """Depths at which a card's allocator is played through."""
@@ -59,6 +61,7 @@ class _FakeRows:
     labels: Tensor
     position_ids: Tensor | None
     attention_mask: Tensor | None
+    is_good: Tensor | None
 
 
 @dataclass(slots=True)
@@ -206,8 +209,9 @@ def _train(run: _Run) -> None:
     shape = (work.micro_batch, work.tokens)
     rows = [_rows(shape, work) for _ in range(work.accumulation)]  # all of a step are there from its start
     with _told_packing(work.packing) as asked:
-        trained = shape[0] * shape[1]
-        accumulate_gradients(run.model, rows[:1], trained, phase=ledger.phase, loss_chunk=work.loss_chunk)
+        accumulate_gradients(
+            run.model, rows[:1], shape[0] * shape[1], _task(work), phase=ledger.phase, loss_chunk=work.loss_chunk
+        )
     if work.packing and not asked:
         raise no_packing(run.model)
     with ledger.phase("optimizer"):
@@ -224,7 +228,7 @@ def _use(after: Mapping[str, After], run: _Run) -> None:
     if work.eval_shape is not None:
         rows = _rows(work.eval_shape, replace(work, packing=False))
         with _told_packing(False):
-            rehearse_evaluation(run.model, rows, ledger.phase, work.loss_chunk)
+            rehearse_evaluation(run.model, rows, _task(work), phase=ledger.phase, loss_chunk=work.loss_chunk)
     with ledger.phase("save"):
         kept = dict(run.parameters) | dict(adapter_constants(run.model))
         rehearse_checkpoint(kept, run.optimizer, on_card=work.on_card)
@@ -278,13 +282,19 @@ def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
     return freeze_and_quantize(model, work.quantization, work.dtype, cpu, work.skip, quantize_head=work.quantize_head)
 
 
+def _task(work: Workload) -> Task:
+    return task_of(Train.model_validate({"task": work.task}))
+
+
 def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:
-    is_text = work.task == "classify"
+    is_text, has_verdict = work.task == "classify", work.task == "kto"
+    shape = shape[0] * sequences_of(work.task), shape[1]
     return _FakeRows(
         input_ids=torch.zeros(shape, dtype=torch.int64),
         labels=torch.zeros(shape[:1] if is_text else shape, dtype=torch.int64),
         position_ids=torch.zeros(shape, dtype=torch.int64) if work.packing else None,
         attention_mask=torch.zeros(shape, dtype=torch.bool) if is_text and work.is_padded else None,
+        is_good=torch.zeros(shape[0] // 2, dtype=torch.bool) if has_verdict else None,
     )
 
 

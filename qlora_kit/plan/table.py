@@ -20,6 +20,7 @@ from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
+from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import parse_bytes
 
 STEP = ("forward", "loss", "backward", "optimizer")
@@ -152,7 +153,7 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
         config,
         planned["parameters"],
         tokens=work.tokens,
-        micro_batch=work.micro_batch,
+        micro_batch=work.micro_batch * sequences_of(work.task),
         accumulation=work.accumulation,
         quantization=work.quantization,
         optimizer=work.optimizer,

@@ -1,7 +1,6 @@
 """What a planned step works on: the recipe's step, once its batch and its longest row are known."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -32,7 +31,7 @@ class Workload:
         eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
         on_card: whether the device is a card: what lies in the host's memory is counted by itself then.
         packing: whether a row may hold several documents; then `tokens` are those of the fullest.
-        task: pretrain and sft are one and the same step.
+        task: of `train.task`; where that takes pairs of answers, a row is two sequences.
         is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
         loss_chunk: tokens whose logits stand at one time; None for whole logits.
     """
@@ -52,7 +51,7 @@ class Workload:
     eval_shape: tuple[int, int] | None = None
     on_card: bool = False
     packing: bool = False
-    task: Literal["sft", "pretrain", "classify"] = "sft"
+    task: str = "sft"
     is_padded: bool = False
     loss_chunk: int | None = None
 
@@ -83,5 +82,6 @@ class Workload:
             skip=tuple(base.skip),
             quantize_head=base.quantize_head is True,
             packing=recipe.data.packing is True,
+            task=recipe.train.task,
             loss_chunk=loss_chunk,
         )

@@ -22,21 +22,20 @@ def _all_but(*missing: str | bool) -> Callable[[Any], bool]:
     return lambda value: value not in missing
 
 
-_PLAIN_FORMATS = _all_but("preference", "labelled", "classification")
-_FORMATS = "built: auto, messages, sharegpt, alpaca, completion, text"
+_FORMATS = _all_but("classification")
+_FORMATS_BUILT = "built: auto, messages, sharegpt, alpaca, completion, text, preference, labelled"
 
 ROWS = (
     NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
     NotYet("lora.from", _only(None), "built: null, which starts new adapters"),
     NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
     NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
-    NotYet("data.train[].format", _PLAIN_FORMATS, _FORMATS),
-    NotYet("data.format", _PLAIN_FORMATS, _FORMATS),
+    NotYet("data.train[].format", _FORMATS, _FORMATS_BUILT),
+    NotYet("data.format", _FORMATS, _FORMATS_BUILT),
     NotYet("data.over_length", _all_but("split"), "built: drop, truncate, error"),
     NotYet("data.thinking", _only("keep"), "built: keep"),
     NotYet("data.on_error", _only("stop"), "built: stop"),
-    NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),
-    NotYet("train.beta", _only(0.1), "preference tasks, which read it, are not built either"),
+    NotYet("train.task", _all_but("classify"), "built: sft, pretrain, dpo, ipo, orpo, kto"),
     NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
 )
 

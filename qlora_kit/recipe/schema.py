@@ -205,8 +205,8 @@ class Data(Section):
 class Train(Section):
     """The run: objective, length, optimizer and what is written on the way."""
 
-    task: Literal["sft", "pretrain", "classify", "dpo", "orpo", "kto"] = "sft"
-    """The objective."""
+    task: Literal["sft", "pretrain", "classify", "dpo", "ipo", "orpo", "kto"] = "sft"
+    """The objective: answers, text, classes, pairs of answers (dpo, ipo, orpo), or answers with a verdict (kto)."""
     epochs: Number = 1
     """Passes over the rows; may be a fraction."""
     steps: Count | None = None
@@ -230,7 +230,7 @@ class Train(Section):
     max_grad_norm: Above0 = 0.3
     """Longest gradient before it is scaled down; 0.3 as in QLoRA's scripts."""
     beta: Above0 = 0.1
-    """How strongly preference objectives hold to the reference model."""
+    """How strongly dpo, ipo and kto hold to the model that training starts from; of orpo the odds ratio's weight."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Says("a whole number from 0 to 4294967295")] = 0
     """Seed of every random choice; 32 bits, because NumPy takes no more."""
     eval_every: Count | Auto = "auto"

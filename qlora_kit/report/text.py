@@ -5,7 +5,7 @@ terminal. `plan`, `memory` and `scores` are the documents plan.json, memory.json
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from textwrap import wrap
 from typing import Any
 
@@ -23,7 +23,7 @@ CATEGORIES = (
 )
 METHODS = {"qlora": "QLoRA (this recipe)", "lora_16bit": "LoRA 16-bit", "full_finetune": "full fine-tuning"}
 TERMINAL_COLUMNS = 80
-_SHARES = ("exact_match", "accuracy", "f1")
+_SHARES = ("exact_match", "accuracy", "reward_accuracy", "f1")
 
 Table = list[list[str]]
 
@@ -285,6 +285,14 @@ def scores_table(scores: dict[str, Any], trained: str = "adapter") -> Table:
         ["", "base", trained, "change"],
         *([in_words(name), *_score_cells(name, base.get(name), adapter.get(name))] for name in names),
     ]
+
+
+def score_words(score: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of one model on held-out rows, by name in words: `loss`, `perplexity`, `exact match` and so on."""
+    told = {in_words(name): value for name, value in score.items() if name not in ("schema", "rows", "tokens")}
+    shares = [in_words(name) for name in _SHARES]
+    forms = {"perplexity": ",.2f"} | dict.fromkeys(shares, ".1%")
+    return {name: format(value, forms.get(name, ".3f")) for name, value in told.items()}
 
 
 def scores_text(scores: dict[str, Any]) -> str:

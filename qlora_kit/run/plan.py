@@ -23,8 +23,10 @@ from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, count_parameters, largest_eval_shape, positions_of, prepare
+from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
+from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
@@ -64,11 +66,12 @@ def plan_memory(
     config = read_config(folder, trust_remote_code=trust_remote_code)
     check_lengths(tokens, positions_of(config))
     check_weights(recipe, config)
+    check_task(recipe)
     check_full_finetune(recipe, config, watch)
     pace = set_pace(
         recipe.train,
         rows=ROWS_A_STEP,
-        longest=tokens,
+        longest=tokens * sequences_of(recipe.train.task),
         tokens=ROWS_A_STEP * tokens,
         trained_tokens=ROWS_A_STEP * tokens,
         parameters=count_parameters(config),

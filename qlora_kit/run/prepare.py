@@ -18,17 +18,20 @@ from qlora_kit.data import (
     Encoded,
     EncodedSet,
     check_turn_tokens,
-    collate,
+    collate_rows,
     encode_rows,
     find_template,
     load_rows,
     longest_pack,
     split_eval,
+    swap_answers,
 )
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
 from qlora_kit.run.full_finetune import check_full_finetune
+from qlora_kit.run.task import check_task
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
+from qlora_kit.train.tasks import sequences_of
 from qlora_kit.watch import Watch
 
 
@@ -70,15 +73,17 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
     config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_task(recipe)
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
     counts, is_packed = train_rows.counts, recipe.data.packing is True
+    longest = max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest
     pace = set_pace(
         recipe.train,
         rows=counts.rows,
-        longest=max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest,
+        longest=longest * sequences_of(recipe.train.task),
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
         parameters=count_parameters(config),
@@ -86,6 +91,9 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
     prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
     watch.prepared(prepared)
+    if recipe.train.task == "kto" and pace.rows_a_step < 2:
+        raise DataError("train.task=kto holds answers of other rows against a prompt, so a step needs two rows: "
+                        "raise train.accumulation, or give more rows")  # fmt: skip
     if recipe.train.early_stopping is not None and not prepared.eval.rows:
         watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
     if pace.warning is not None:
@@ -140,27 +148,29 @@ def held_out_rows(
 ) -> EncodedSet:
     """The run's held-out rows, or those of another file encoded as the run's own are."""
     if data is not None:
-        rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns)
+        rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns, task=recipe.train.task)
         return _encode(rows, recipe, tokenizer, config)
     return _read_rows(recipe, tokenizer, config)[1]
 
 
 def eval_batches(rows: list[Encoded], pad: int, device: torch.device) -> list[Batch]:
     """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
-    return [collate(group, pad).to(device) for group in _groups(rows)]
+    if rows and rows[0].is_good is not None:
+        rows = swap_answers(rows)
+    return [collate_rows([[row] for row in group], pad).to(device) for group in _groups(rows)]
 
 
 def largest_eval_shape(rows: list[Encoded]) -> tuple[int, int] | None:
     """Rows and tokens of the largest of `eval_batches`; None where there are no rows."""
-    shapes = ((len(group), len(group[-1].input_ids)) for group in _groups(rows))
+    shapes = ((len(group), group[-1].longest) for group in _groups(rows))
     return max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
 
 
 def _groups(rows: list[Encoded]) -> list[list[Encoded]]:
     """Rows of a batch each, the longest of them last."""
     groups: list[list[Encoded]] = [[]]
-    for row in sorted(rows, key=lambda row: len(row.input_ids)):
-        tokens = (len(groups[-1]) + 1) * len(row.input_ids)
+    for row in sorted(rows, key=lambda row: row.longest):
+        tokens = (len(groups[-1]) + 1) * row.longest * (1 if row.other is None else 2)
         if groups[-1] and (tokens > TOKENS_A_MICRO_BATCH or len(groups[-1]) == ROWS_A_STEP):
             groups.append([])
         groups[-1].append(row)
@@ -188,12 +198,12 @@ def _read_rows(
         if isinstance(data.train, str)
         else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
     )
-    examples = load_rows(sources, format=data.format, columns=data.columns)
+    examples = load_rows(sources, format=data.format, columns=data.columns, task=recipe.train.task)
     held_out: list[Any] = []
     if data.eval == "auto":
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
-        held_out = load_rows(data.eval, format=data.format, columns=data.columns)
+        held_out = load_rows(data.eval, format=data.format, columns=data.columns, task=recipe.train.task)
     encoded = _encode(examples, recipe, tokenizer, config)
     # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
     return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=not held_out or data.eval == "auto")

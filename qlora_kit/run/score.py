@@ -1,6 +1,6 @@
 """Scores of a model on held-out rows: losses always, exact match where answers are short, a few answers to look at."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -9,6 +9,7 @@ from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, generate_texts
+from qlora_kit.train.tasks import AGAINST_REFERENCE, LIKELIHOOD, Task
 
 SAMPLES = 4
 """Held-out rows that are answered before and after."""
@@ -21,6 +22,7 @@ SAMPLE_TOKENS = 64
 def score(
     model: PreTrainedModel,
     prepared: Prepared,
+    task: Task = LIKELIHOOD,
     base_model: PreTrainedModel | None = None,
     loss_chunk: int | None = None,
 ) -> dict[str, Any]:
@@ -29,14 +31,16 @@ def score(
     Args:
         model: as trained; under `adapter` in the result, be it an adapter or every weight.
         prepared: the rows.
+        task: whose losses are meant.
         base_model: the base as it was, where training changed the base; None takes the model without its adapters.
         loss_chunk: tokens whose logits stand at one time, or None.
     """
     tokenizer, rows = prepared.tokenizer, prepared.eval.rows
     batches = eval_batches(rows, pad_id(tokenizer), model.device)
     with adapters_off(model):
-        base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, loss_chunk)
-    adapter, texts = score_rows(model, tokenizer, rows, batches, loss_chunk)
+        base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, task, loss_chunk)
+    own = {name: value for name, value in base.measures.items() if name not in AGAINST_REFERENCE}
+    adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
     samples = [
         {
             "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
@@ -50,7 +54,7 @@ def score(
     ]
     return {
         "rows": len(prepared.eval.rows),
-        "base": base.as_json(),
+        "base": replace(base, measures=own).as_json(),
         "adapter": adapter.as_json(),
         "samples": samples,
     }
@@ -61,10 +65,11 @@ def score_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Encoded],
     batches: list[Batch],
+    task: Task = LIKELIHOOD,
     loss_chunk: int | None = None,
 ) -> tuple[Score, list[str]]:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
-    measured = evaluate_loss(model, batches, loss_chunk=loss_chunk)
+    measured = evaluate_loss(model, batches, task, loss_chunk=loss_chunk)
     answered = answered_rows(rows)
     if not answered:
         return measured, []
@@ -75,8 +80,8 @@ def score_rows(
     texts = generate_texts(model, tokenizer, [row.prompt or [] for row in asked], max_new_tokens=room)
     if not is_short:
         return measured, texts
-    fields = asdict(measured) | {"exact_match": exact_match(texts, [reference(tokenizer, row) for row in asked])}
-    return Score(**fields), texts
+    right = exact_match(texts, [reference(tokenizer, row) for row in asked])
+    return replace(measured, exact_match=right), texts
 
 
 def answered_rows(rows: list[Encoded]) -> list[Encoded]:

@@ -55,6 +55,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
+from qlora_kit.train.tasks import task_of
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -131,7 +132,7 @@ def train(
         if end.finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(model, prepared, base, loss_chunk)
+            scores = score(model, prepared, task_of(recipe.train), base, loss_chunk)
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
@@ -244,6 +245,7 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
+        task=task_of(recipe.train),
         loss_chunk=loss_chunk,
         folder=folder,
         watch=watch.row,

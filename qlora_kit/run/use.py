@@ -18,6 +18,7 @@ from qlora_kit.storage import read_json
 from qlora_kit.train.evaluate import Score, generate_texts
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
+from qlora_kit.train.tasks import task_of
 
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
@@ -88,7 +89,7 @@ def evaluate(
     batches = eval_batches(rows.rows, pad_id(tokenizer), model.device)
     chunk = automatic_chunk(model.config.get_text_config().vocab_size)
     loss_chunk, _ = settled_chunk(model, rows.rows[0].input_ids, chunk)
-    measured, _ = score_rows(model, tokenizer, rows.rows, batches, loss_chunk)
+    measured, _ = score_rows(model, tokenizer, rows.rows, batches, task_of(recipe.train), loss_chunk)
     return measured
 
 

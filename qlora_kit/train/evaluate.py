@@ -4,17 +4,18 @@ Evaluation changes nothing: no gradient, no random state (unless answers are sam
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.ops import IGNORED
-from qlora_kit.train.step import Phase, Rows, loss_sum, no_phase
+from qlora_kit.data import Batch
+from qlora_kit.train.forward import Phase, Rows, evaluation_mode, no_phase
+from qlora_kit.train.tasks import LIKELIHOOD, Task
 
 TOKENS_AT_ONCE = 2048
 """Tokens, of prompts and answers, that are generated together: their keys and values stand beside the model, up to
@@ -26,64 +27,72 @@ class Score:
     """Loss of a model on a set of rows.
 
     Attributes:
-        loss: mean over trained tokens, in nats.
-        perplexity: exp(loss).
+        loss: mean over trained tokens, in nats; of preferences over rows, of classes over texts.
         tokens: trained tokens that counted.
         rows: rows that they came from.
+        perplexity: exp(loss), where that is a loss a token.
         exact_match: share of the rows answered exactly, or None where nothing was generated.
+        measures: what else the task tells, by name.
     """
 
     loss: float
-    perplexity: float
     tokens: int
     rows: int
+    perplexity: float | None = None
     exact_match: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The fields that are known."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside the block, whatever mode was before."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+        known = {key: value for key, value in asdict(self).items() if value is not None and key != "measures"}
+        return known | dict(self.measures)
 
 
 def evaluate_loss(
-    model: nn.Module, batches: Sequence[Rows], phase: Phase = no_phase, loss_chunk: int | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    task: Task = LIKELIHOOD,
+    *,
+    phase: Phase = no_phase,
+    loss_chunk: int | None = None,
 ) -> Score:
-    """Mean loss over the trained tokens of all batches.
+    """Mean loss over all batches, and what else the task measures.
 
     Args:
-        model: any causal language model.
+        model: that the task can be asked of.
         batches: with at least one trained token in all.
+        task: what is evaluated.
         phase: marker for a ledger.
         loss_chunk: tokens whose logits stand at one time, or None.
     """
-    total, tokens, rows = 0.0, 0, 0
+    count = sum(batch.count for batch in batches)
+    loss, measures = 0.0, Counter[str]()
     with evaluation_mode(model), phase("evaluate"):
+        begun = task.begun(model, batches, loss_chunk)
         for batch in batches:
-            total += loss_sum(model, batch, loss_chunk=loss_chunk).item()
-            tokens += int((batch.labels[:, 1:] != IGNORED).sum())
-            rows += len(batch.labels)
-    loss = total / tokens
-    return Score(loss, math.exp(min(loss, 700.0)), tokens, rows)
+            share = begun(model, batch, no_phase, loss_chunk, 1)
+            loss += share.value.item() / count
+            measures.update({name: value.item() / count for name, value in share.measures.items()})
+    return Score(
+        loss,
+        tokens=sum(batch.trained_tokens for batch in batches),
+        rows=sum(batch.rows for batch in batches),
+        perplexity=math.exp(min(loss, 700.0)) if task is LIKELIHOOD else None,
+        measures=dict(measures),
+    )
 
 
-def rehearse_evaluation(model: PreTrainedModel, rows: Rows, phase: Phase, loss_chunk: int | None = None) -> None:
+def rehearse_evaluation(
+    model: PreTrainedModel, rows: Rows, task: Task = LIKELIHOOD, *, phase: Phase, loss_chunk: int | None = None
+) -> None:
     """What an evaluation of one batch allocates, its values aside: for the dry run.
 
     Answers are generated over as many tokens: their keys and values stay in a cache, which grows by a copy a step.
     """
     with evaluation_mode(model), phase("evaluate"):
-        loss_sum(model, rows, loss_chunk=loss_chunk)
+        task.begun(model, [rows], loss_chunk)(model, rows, no_phase, loss_chunk, 1)
+    if not task.answers:
+        return
     body, ids = model.base_model, rows.input_ids
     with evaluation_mode(model), phase("evaluate/answer"):
         begun = body(input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids, use_cache=True)

@@ -7,8 +7,9 @@ loss is weighted by tokens, that changes nothing but the padding.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel
 
-from qlora_kit.data import Batch, Encoded, Sampler, arrange, collate_packs, full_packs
+from qlora_kit.data import Batch, Encoded, Sampler, arrange, collate_rows, full_packs, swap_answers
 from qlora_kit.errors import DeviceError, RunError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import Progress, rehearse_checkpoint, save_checkpoint
 from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
+from qlora_kit.train.forward import no_phase
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
 from qlora_kit.train.schedule import learning_rate
-from qlora_kit.train.step import accumulate_gradients, no_phase
+from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.train.tasks import LIKELIHOOD, Task
 
 SAVE_INTERVAL_S = 15 * 60
 """Seconds between checkpoints under `save_every: auto`."""
@@ -48,6 +51,7 @@ class Job:
         pad_id: fills rows on the right.
         pace: steps and batch sizes.
         train: section of the recipe.
+        task: what is minimised.
         loss_chunk: tokens whose logits stand at one time; None for whole logits.
         folder: of the run.
         progress: where to start.
@@ -66,6 +70,7 @@ class Job:
     pace: Pace
     train: Train
     folder: Path
+    task: Task = LIKELIHOOD
     loss_chunk: int | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
@@ -141,15 +146,21 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         job.model.train()
-        batches = [batch] * min(2, job.pace.accumulation)  # from the second on, gradients stand through a forward pass
-        checked = _checked(job, batches, job.progress.step + 1)
-        accumulate_gradients(job.model, checked, batch.trained_tokens, phase=ledger.phase, loss_chunk=job.loss_chunk)
+        accumulate_gradients(
+            job.model,
+            [batch] * min(2, job.pace.accumulation),  # from the second on, gradients stand through a forward pass
+            batch.count,
+            job.task,
+            phase=ledger.phase,
+            loss_chunk=job.loss_chunk,
+            before=partial(job.check_memory, job.progress.step + 1),
+        )
         untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
         for parameter in job.parameters.values():
             parameter.grad = None
         if job.eval_batches:
             largest = max(job.eval_batches, key=lambda each: each.input_ids.numel())
-            rehearse_evaluation(job.model, largest, ledger.phase, job.loss_chunk)
+            rehearse_evaluation(job.model, largest, job.task, phase=ledger.phase, loss_chunk=job.loss_chunk)
     with ledger.phase("save"):
         rehearse_checkpoint(job.kept, job.optimizer, on_card=job.device.type == "cuda")
     return untouched
@@ -160,9 +171,15 @@ def _longest(job: Job) -> Batch:
     if job.packed_tokens is not None:
         packs = full_packs(job.rows, job.pace.micro_batch, job.packed_tokens)
     else:
-        by_length = sorted(job.rows, key=lambda row: len(row.input_ids), reverse=True)
-        packs = [[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
-    return collate_packs(packs, job.pad_id).to(job.device)
+        by_length = sorted(job.rows, key=lambda row: row.longest, reverse=True)
+        rows = list(islice(cycle(by_length), job.pace.micro_batch))  # few rows come round again
+        packs = [[row] for row in _with_others(rows)]
+    return collate_rows(packs, job.pad_id).to(job.device)
+
+
+def _with_others(rows: list[Encoded]) -> list[Encoded]:
+    """The rows of a step; answers with a verdict each with the sequence that only the step gives them."""
+    return rows if rows[0].is_good is None else swap_answers(rows)
 
 
 def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:
@@ -223,9 +240,16 @@ def _take_step(
     phase = no_phase if ledger is None else ledger.phase
     epoch = sampler.position / len(job.rows)
     batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
-    trained = sum(batch.trained_tokens for batch in batches)
-    checked = _checked(job, batches, step)
-    mean = accumulate_gradients(model, checked, trained, accelerator.backward, phase, job.loss_chunk)
+    mean, measures = accumulate_gradients(
+        model,
+        batches,
+        sum(batch.count for batch in batches),
+        job.task,
+        backward=accelerator.backward,
+        phase=phase,
+        loss_chunk=job.loss_chunk,
+        before=partial(job.check_memory, step),
+    )
     with phase("optimizer"):
         norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
     loss, grad_norm = mean.item(), float(norm)
@@ -234,10 +258,11 @@ def _take_step(
         with phase("optimizer"):
             job.optimizer.step(lr)
         job.progress.step, job.progress.rows = step, sampler.position
-        job.progress.tokens += trained
+        job.progress.tokens += sum(batch.trained_tokens for batch in batches)
     return {
         "step": step,
         "loss": loss,
+        **{name: measure.item() for name, measure in measures.items()},
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": job.progress.tokens,
@@ -248,19 +273,14 @@ def _take_step(
 
 def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
     """The rows of a step, cut into micro-batches."""
-    rows = [job.rows[index] for index in indices]
-    for packs in arrange([len(row.input_ids) for row in rows], job.pace.micro_batch, job.packed_tokens):
-        yield collate_packs([[rows[row] for row in pack] for pack in packs], job.pad_id).to(job.device)
-
-
-def _checked(job: Job, batches: Iterable[Batch], step: int) -> Iterator[Batch]:
-    for batch in batches:
-        job.check_memory(step)
-        yield batch
+    rows = _with_others([job.rows[index] for index in indices])
+    for packs in arrange([row.longest for row in rows], job.pace.micro_batch, job.packed_tokens):
+        yield collate_rows([[rows[row] for row in pack] for pack in packs], job.pad_id).to(job.device)
 
 
 def _evaluate(job: Job) -> dict[str, Any]:
-    return {"eval_loss": evaluate_loss(job.model, job.eval_batches, loss_chunk=job.loss_chunk).loss}
+    score = evaluate_loss(job.model, job.eval_batches, job.task, loss_chunk=job.loss_chunk)
+    return {"eval_loss": score.loss, **{f"eval_{name}": value for name, value in score.measures.items()}}
 
 
 def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:

@@ -1,0 +1,34 @@
+"""What a task cannot be asked together with, said before anything is read."""
+
+from qlora_kit.errors import RecipeError
+from qlora_kit.recipe import Recipe
+from qlora_kit.train.tasks import sequences_of
+
+_WITH_REFERENCE = ("dpo", "ipo", "kto")
+"""Tasks that hold to the model that training starts from."""
+
+
+def check_task(recipe: Recipe) -> None:
+    """See that a recipe's task goes with its other settings.
+
+    Raises:
+        RecipeError: it does not; names both and the way out.
+    """
+    task = recipe.train.task
+    if sequences_of(task) == 1:
+        return
+    if recipe.data.packing is True:
+        raise RecipeError(
+            f"data.packing=true is for tasks that learn every row by itself; leave it out for train.task={task}"
+        )
+    if recipe.data.loss_on == "all":
+        raise RecipeError(f"data.loss_on=all would count prompts, and train.task={task} compares answers; leave it out")
+    if recipe.data.over_length == "split":
+        raise RecipeError(
+            f"data.over_length=split would part answers from prompts; train.task={task} takes drop, truncate or error"
+        )
+    if recipe.train.full_finetune and task in _WITH_REFERENCE:
+        raise RecipeError(
+            f"train.task={task} holds to the model that training starts from, which train.full_finetune changes; "
+            "leave that out, or set train.task=orpo"
+        )

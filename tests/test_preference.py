@@ -1,0 +1,450 @@
+"""Preferences: dpo, ipo, orpo and kto are their formulas, agree with other people's code, and hold to the base."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import assert_mistake, call, write_recipe
+
+from qlora_kit.data import Encoded, collate_rows, read_row, swap_answers
+from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
+from qlora_kit.errors import DataError
+from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
+from qlora_kit.recipe import Train
+from qlora_kit.train.evaluate import evaluate_loss
+from qlora_kit.train.forward import sequence_losses
+from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
+from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.train.tasks import task_of
+
+PAIRS, VERDICTS = ("dpo", "ipo", "orpo"), ("kto",)
+FP32 = 2e-6  # a few roundings of 6e-8, summed in another order, of a difference of sums
+WIDE = torch.float64
+
+
+def sequence(prompt, answer):
+    return Encoded([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), list(prompt), "")
+
+
+def pairs():
+    """Three pairs of answers of several lengths."""
+    prompts = [5, 6, 7], [8, 9], [3, 4, 5, 6, 7]
+    chosen, rejected = ([20, 21, 2], [30, 31, 32, 33, 2], [40, 2]), ([22, 2], [34, 2], [41, 42, 43, 2])
+    return [replace(sequence(p, c), other=sequence(p, r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+
+
+def verdicts():
+    """The same answers, of which some are good."""
+    answers = [replace(each, other=None) for each in pairs()] + [pair.other for pair in pairs()]
+    return [replace(row, is_good=number != 1) for number, row in enumerate(answers[:5])]
+
+
+def tuned(seed=0, name="default"):
+    """A dense frozen model with an adapter that says something else."""
+    model = tiny.quantized(tiny.llama(), "none")
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32, name=name)
+    tiny.wake(model, seed=seed, name=name)
+    return model.train()
+
+
+def trained(model, task, rows, size=8, loss_chunk=None):
+    """Loss, measures and gradients of a step over rows, `size` of them at a time."""
+    parameters = dict(adapter_parameters(model))
+    for parameter in parameters.values():
+        parameter.grad = None
+    rows = swap_answers(rows) if rows[0].is_good is not None else rows
+    batches = [collate_rows([[row] for row in rows[i : i + size]], 0) for i in range(0, len(rows), size)]
+    loss = accumulate_gradients(model, batches, len(rows), task, loss_chunk=loss_chunk)
+    return loss, {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+def rows_of(task):
+    return verdicts() if task in VERDICTS else pairs()
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
+
+
+def test_losses_are_the_formulas_of_the_papers():
+    chosen, rejected = torch.tensor([-3.0, 2.5, 0.0], dtype=WIDE), torch.tensor([1.0, -2.0, 0.0], dtype=WIDE)
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    for beta in (0.1, 2.0):
+        each = list(zip(chosen.tolist(), rejected.tolist(), strict=True))
+        assert dpo_losses(chosen, rejected, beta).tolist() == pytest.approx(
+            [-math.log(sigmoid(beta * (c - r))) for c, r in each], rel=1e-12
+        )
+        assert ipo_losses(chosen, rejected, beta).tolist() == pytest.approx(
+            [(c - r - 1 / (2 * beta)) ** 2 for c, r in each], rel=1e-12
+        )
+        is_good, kl = torch.tensor([True, False, True]), torch.tensor(0.3, dtype=WIDE)
+        assert kto_losses(chosen, is_good, kl, beta).tolist() == pytest.approx(
+            [
+                1 - sigmoid(beta * (c - 0.3) * (1 if good else -1))
+                for c, good in zip(chosen.tolist(), is_good, strict=True)
+            ],
+            rel=1e-12,
+        )
+
+
+@given(st.floats(-50, -1e-9), st.floats(-50, -1e-9))
+def test_the_odds_ratio_is_right_for_likely_and_unlikely_answers(chosen, rejected):
+    def log_odds(log_p):  # 200 bits would do; log1p and expm1 in fp64 do as well
+        return log_p - math.log(-math.expm1(log_p))
+
+    wanted = -math.log(1 / (1 + math.exp(log_odds(rejected) - log_odds(chosen)))) if (
+        abs(log_odds(rejected) - log_odds(chosen)) < 30) else None  # fmt: skip
+    a, b = (torch.tensor([each], dtype=WIDE, requires_grad=True) for each in (chosen, rejected))
+    found = odds_ratio_losses(a, b)
+    found.backward()
+    assert a.grad.isfinite().all()
+    assert b.grad.isfinite().all()
+    assert wanted is None or found.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 3, 64])
+def test_the_likelihood_of_a_sequence_is_that_of_its_trained_tokens(loss_chunk):
+    model, rows = tuned(), pairs()
+    batch = collate_rows([[row] for row in rows], 0)
+    found = sequence_losses(model, batch, loss_chunk=loss_chunk)
+    for loss, row in zip(found, [*rows, *(row.other for row in rows)], strict=True):
+        log_p = model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        said = [log_p[i - 1, row.input_ids[i]] for i in range(1, len(row.input_ids)) if row.trained[i]]
+        assert loss.item() == pytest.approx(-sum(said).item(), rel=FP32)
+
+
+@pytest.mark.parametrize("task", PAIRS + VERDICTS)
+def test_the_split_into_micro_batches_and_chunks_changes_neither_loss_nor_gradient(task):
+    model, rows, objective = tuned(), rows_of(task), task_of(Train(task=task))
+    wanted, gradients = trained(model, objective, rows)
+    assert all(gradient.norm() > 1e-6 for gradient in gradients.values())
+    for size, chunk in ((1, None), (2, 3), (8, 5)):
+        found, others = trained(model, objective, rows, size, chunk)
+        assert found.value.item() == pytest.approx(wanted.value.item(), rel=FP32)
+        for name, measure in wanted.measures.items():
+            assert found.measures[name].item() == pytest.approx(measure.item(), rel=20 * FP32, abs=1e-7)
+        for name, gradient in gradients.items():
+            # differences of sums over answers: what cancels leaves its rounding
+            assert tiny.relative(others[name], gradient) < 20 * FP32, (size, chunk, name)
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_what_has_not_moved_is_at_the_loss_of_a_tossed_coin(task):
+    model = tiny.quantized(tiny.llama(), "none")
+    add_lora(model, rank=4, dtype=torch.float32)
+    loss, gradients = trained(model.train(), task_of(Train(task=task)), rows_of(task))
+    assert loss.value.item() == pytest.approx({"dpo": math.log(2), "kto": 0.5}[task], rel=1e-6)
+    assert any(gradient.norm() > 1e-4 for gradient in gradients.values())
+
+
+def test_dpo_reads_the_base_as_its_reference_and_leaves_the_adapter_in_use():
+    model, rows = tuned(), pairs()
+    loss, _ = trained(model, task_of(Train(task="dpo", beta=0.3)), rows)
+    assert model.training
+    base = tiny.llama()
+
+    def ratio(row):
+        ids, first = torch.tensor([row.input_ids]), row.trained.index(True)
+        here, there = (each(ids).logits[0].log_softmax(-1) for each in (model, base))
+        return sum((here - there)[i - 1, row.input_ids[i]] for i in range(first, len(row.input_ids)))
+
+    losses = [-F.logsigmoid(0.3 * (ratio(row) - ratio(row.other))) for row in rows]
+    assert abs(loss.value.item() - math.log(2)) > 0.01
+    assert loss.value.item() == pytest.approx(sum(losses).item() / 3, rel=FP32)
+    margins = [0.3 * (ratio(row) - ratio(row.other)).item() for row in rows]
+    assert loss.measures["reward_margin"].item() == pytest.approx(sum(margins) / 3, rel=20 * FP32)
+    assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(m > 0 for m in margins) / 3)
+
+
+def test_a_frozen_adapter_can_be_the_reference():
+    model = tuned()
+    add_lora(model, rank=2, dtype=torch.float32, name="before")
+    tiny.wake(model, seed=3, name="before")
+    use_adapter(model, "default")
+    by_base, _ = trained(model, task_of(Train(task="dpo")), pairs())
+    by_adapter, _ = trained(model, task_of(Train(task="dpo"), "before"), pairs())
+    assert by_base.value.item() != pytest.approx(by_adapter.value.item(), rel=1e-3)
+    assert all(parameter.grad is None for _, parameter in adapter_parameters(model, "before"))
+    use_adapter(model, "before")
+    batch = collate_rows([[row] for row in pairs()], 0)
+    own = evaluate_loss(model, [batch], task_of(Train(task="dpo"), "before"))
+    assert own.loss == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("task", PAIRS + VERDICTS)
+def test_an_evaluation_says_the_loss_of_a_step(task):
+    model, rows, objective = tuned(), rows_of(task), task_of(Train(task=task))
+    loss, _ = trained(model, objective, rows)
+    rows = swap_answers(rows) if task in VERDICTS else rows
+    score = evaluate_loss(model, [collate_rows([[row] for row in part], 0) for part in (rows[:2], rows[2:])], objective)
+    assert score.loss == pytest.approx(loss.value.item(), rel=FP32)
+    assert score.rows == len(rows)
+    assert score.perplexity is None
+    assert "perplexity" not in score.as_json()
+    assert score.as_json()["reward_accuracy"] == pytest.approx(loss.measures["reward_accuracy"].item())
+
+
+def test_orpo_needs_no_reference_and_counts_a_chosen_answer_by_its_mean_token():
+    model, rows = tuned(), pairs()
+    loss, _ = trained(model, task_of(Train(task="orpo", beta=0.5)), rows)
+    batch = collate_rows([[row] for row in rows], 0)
+    mean = -sequence_losses(model, batch) / torch.tensor([3.0, 5, 2, 2, 2, 4])
+    chosen, rejected = mean.double().chunk(2)
+    log_odds = (each - torch.log1p(-each.exp()) for each in (chosen, rejected))
+    wanted = (-chosen - 0.5 * F.logsigmoid(next(log_odds) - next(log_odds))).mean()
+    assert loss.value.item() == pytest.approx(wanted.item(), rel=FP32)
+
+
+def test_answers_that_are_swapped_follow_other_prompts_and_are_no_longer_than_any_row():
+    rows = verdicts()
+    swapped = swap_answers(rows)
+    for row, after, before in zip(rows, swapped, [rows[-1], *rows[:-1]], strict=True):
+        assert replace(after, other=None) == row
+        prompt = row.input_ids[: row.trained.index(True)]
+        answer = before.input_ids[before.trained.index(True) :]
+        assert after.other.input_ids == (prompt + answer)[: max(len(each.input_ids) for each in rows)]
+        assert after.other.trained_tokens > 0
+
+
+# --- other people's code ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peft_side(tmp_path_factory):
+    """The adapter of `tuned(4)`, whose answers to other prompts have become likelier, on PEFT's side."""
+    from peft import PeftModel
+
+    save_adapter(tuned(4), folder := tmp_path_factory.mktemp("peft") / "adapter")
+    return lambda: PeftModel.from_pretrained(tiny.llama(), folder, is_trainable=True)
+
+
+def trainer_of(kind, model, tmp_path, **settings):
+    """One of TRL's trainers around a model, its rows made up: batches are given to it by hand."""
+    from datasets import Dataset
+    from test_train import tokenizer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    config, trainer = {
+        "dpo": (DPOConfig, DPOTrainer),
+        "kto": (KTOConfig, KTOTrainer),
+        "orpo": (ORPOConfig, ORPOTrainer),
+    }[kind]
+    row = {"prompt": "w5", "chosen": " w6", "rejected": " w7"}
+    if kind == "kto":
+        row = {"prompt": "w5", "completion": " w6", "label": True}
+    args = config(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
+                  per_device_train_batch_size=2, **settings)  # fmt: skip
+    made = trainer(model=model, args=args, train_dataset=Dataset.from_list([row, row]), processing_class=tokenizer())
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")  # a copy of the adapter: now the base is the reference
+    return made
+
+
+def side_by_side(sequences):
+    ids = torch.zeros(len(sequences), max(len(each.input_ids) for each in sequences), dtype=torch.int64)
+    shape = {"input_ids": ids, "attention_mask": torch.zeros_like(ids), "completion_mask": torch.zeros_like(ids)}
+    for b, each in enumerate(sequences):
+        length = len(each.input_ids)
+        shape["input_ids"][b, :length] = torch.tensor(each.input_ids)
+        shape["attention_mask"][b, :length] = 1
+        shape["completion_mask"][b, :length] = torch.tensor(each.trained)
+    return shape
+
+
+def assert_same(model, peft_model, loss, theirs, gradients):
+    assert theirs.item() == pytest.approx(loss.value.item(), rel=1e-5)
+    theirs.backward()
+    names = {"a_RI": "lora_A.default.weight", "b_OR": "lora_B.default.weight"}
+    found = dict(peft_model.named_parameters())
+    for name, gradient in gradients.items():
+        layer, _, leaf = name.rpartition(".")
+        assert (
+            tiny.relative(
+                found[f"base_model.model.{layer.removesuffix('.adapters.default')}.{names[leaf]}"].grad, gradient
+            )
+            < 1e-4
+        ), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "ipo"])
+def test_dpo_and_ipo_agree_with_trl(task, peft_side, tmp_path):
+    model = tuned(4)
+    loss, gradients = trained(model, task_of(Train(task=task, beta=0.2)), pairs())
+    theirs = trainer_of("dpo", peft_side(), tmp_path, beta=0.2, loss_type=["sigmoid" if task == "dpo" else "ipo"])
+    batch = side_by_side([*pairs(), *(pair.other for pair in pairs())])
+    assert_same(model, theirs.model, loss, theirs._compute_loss(theirs.model, batch, False), gradients)
+
+
+@pytest.mark.slow
+def test_kto_agrees_with_trl(peft_side, tmp_path):
+    model, rows = tuned(4), swap_answers(verdicts())
+    loss, gradients = trained(model, task_of(Train(task="kto", beta=0.2)), verdicts())
+    assert loss.measures["kl"] > 0, "or the estimate says nothing"
+    theirs = trainer_of("kto", peft_side(), tmp_path, beta=0.2)
+    swapped = {f"KL_{key}": value for key, value in side_by_side([row.other for row in rows]).items()}
+    batch = side_by_side(rows) | swapped | {"label": torch.tensor([row.is_good for row in rows])}
+    assert_same(model, theirs.model, loss, theirs._compute_loss(theirs.model, batch, False), gradients)
+
+
+@pytest.mark.slow
+def test_orpo_agrees_with_trl_where_both_count_the_same_tokens(peft_side, tmp_path):
+    # TRL counts the chosen likelihood over prompt and answer and over the tokens of all pairs, the paper over answers
+    # pair by pair; with prompts of one token, which nothing predicts, and answers of one length they are the same.
+    rows = [
+        replace(sequence([5], c), other=sequence([5], r))
+        for c, r in (([20, 21, 2], [22, 2]), ([30, 31, 2], [7, 8, 9, 2]))
+    ]
+    model = tuned(4)
+    loss, gradients = trained(model, task_of(Train(task="orpo", beta=0.2)), rows)
+    theirs = trainer_of("orpo", peft_side(), tmp_path, beta=0.2)
+
+    def side(name, sequences):
+        made = side_by_side(sequences)
+        labels = made["input_ids"].masked_fill(made["completion_mask"] == 0, -100)
+        return {
+            f"{name}_input_ids": made["input_ids"],
+            f"{name}_attention_mask": made["attention_mask"],
+            f"{name}_labels": labels,
+        }
+
+    batch = side("chosen", rows) | side("rejected", [row.other for row in rows])
+    theirs_loss, _ = theirs.get_batch_loss_metrics(theirs.model, batch)
+    assert_same(model, theirs.model, loss, theirs_loss, gradients)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+QUESTION = {"role": "user", "content": "Where?"}
+HERE, THERE = {"role": "assistant", "content": "Here."}, {"role": "assistant", "content": "There."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [QUESTION], "chosen": [HERE], "rejected": [THERE]},
+        {"prompt": "Where?", "chosen": [HERE], "rejected": [THERE]},
+        {"prompt": [QUESTION], "chosen": "Here.", "rejected": "There."},
+        {"chosen": [QUESTION, HERE], "rejected": [QUESTION, THERE]},
+        {"prompt": "Where?", "chosen": [QUESTION, HERE], "rejected": [QUESTION, THERE], "score_chosen": 3.0},
+    ],
+)
+def test_every_way_to_write_a_pair_of_chats_is_the_same_pair(row):
+    for task in PAIRS:
+        assert read_row(row, "x", task=task) == Preference(Chat([QUESTION, HERE]), Chat([QUESTION, THERE]))
+
+
+def test_a_pair_of_texts_is_a_pair_of_completions():
+    found = read_row({"prompt": "a", "chosen": "b", "rejected": "c"}, "x", task="dpo")
+    assert found == Preference(Completion("a", "b"), Completion("a", "c"))
+
+
+@pytest.mark.parametrize("label", [True, False, 1, 0])
+def test_answers_with_a_verdict_are_texts_or_turns(label):
+    text = read_row({"prompt": "a", "completion": "b", "label": label}, "x", task="kto")
+    assert text == Labelled(Completion("a", "b"), bool(label))
+    for row in ({"messages": [QUESTION, HERE]}, {"prompt": [QUESTION], "completion": [HERE]}):
+        assert read_row({**row, "label": label}, "x", task="kto") == Labelled(Chat([QUESTION, HERE]), bool(label))
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "words"),
+    [
+        ("dpo", {"prompt": "a", "completion": "b"}, "missing 'chosen', 'rejected'"),
+        ("dpo", {"chosen": "b", "rejected": "c"}, "no column 'prompt'"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": "b"}, "the same"),
+        ("dpo", {"prompt": "a", "chosen": "b", "rejected": " "}, "rejected is empty"),
+        (
+            "dpo",
+            {"chosen": [QUESTION, HERE], "rejected": [{**QUESTION, "content": "Who?"}, THERE]},
+            "no answers to one",
+        ),
+        ("dpo", {"chosen": [QUESTION], "rejected": [QUESTION, THERE]}, "chosen ends with a turn of the user"),
+        ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": 2}, "wanted true"),
+        ("kto", {"prompt": "a", "label": True}, "completion or messages"),
+        ("kto", {"prompt": "a", "completion": "b"}, "missing 'label'"),
+        ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "missing"),
+    ],
+)
+def test_a_bad_row_is_one_sentence_that_says_where(task, row, words):
+    with pytest.raises(DataError, match=f"^rows.jsonl:3: .*{words}") as caught:
+        read_row(row, "rows.jsonl:3", task=task)
+    assert "\n" not in str(caught.value)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows_of_a_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    words = ("cat", "dog", "owl", "bee", "ant", "elk", "hen", "fox")
+    pairs = [{"prompt": f"say {a} ", "chosen": a, "rejected": b} for a, b in zip(words, words[::-1], strict=True)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("task", ["dpo", *(pytest.param(task, marks=pytest.mark.slow) for task in ("kto", "orpo"))])
+def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
+    task, rows_of_a_run, tmp_path, model_folder
+):
+    def recipe(name, steps):
+        recipe = write_recipe(tmp_path, model_folder, task=task, steps=steps, lr=3e-2, save_every=3, eval_every=3)
+        return recipe, f"data.train={rows_of_a_run}", f"data.eval={rows_of_a_run}", f"output={tmp_path / name}"
+
+    assert call("train", *recipe("whole", 9)).exit_code == 0
+    scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
+    assert scores["adapter"]["loss"] < scores["base"]["loss"]
+    assert not {"reward_accuracy", "perplexity"} & scores["base"].keys()
+    memory = json.loads((tmp_path / "whole" / "memory.json").read_text())
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert call("train", *recipe("parts", 3)).exit_code == 0
+    assert call("train", *recipe("parts", 9), "--resume").exit_code == 0
+    courses = [
+        [
+            {key: value for key, value in json.loads(line).items() if key not in ("tokens_per_s", "peak_bytes")}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert courses[0] == courses[1]
+    assert "reward_accuracy" in courses[0][0]
+    assert "eval_reward_accuracy" in courses[0][3]
+    evaluated = call("eval", tmp_path / "whole", "--json")
+    found = json.loads(evaluated.stdout)
+    assert found["loss"] == pytest.approx(scores["adapter"]["loss"])
+    assert found["reward_accuracy"] == scores["adapter"]["reward_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train.task=dpo", "train.full_finetune=true"], ["train.full_finetune", "orpo"]),
+        (["train.task=orpo", "data.packing=true"], ["data.packing"]),
+        (["train.task=dpo", "data.loss_on=all"], ["data.loss_on"]),
+        (["train.task=dpo", "data.format=text"], ["data.format=text", "preference"]),
+        (["train.task=kto", "train.micro_batch=1", "train.accumulation=1"], ["two rows"]),
+        (["train.task=dpo"], ["chosen"]),
+    ],
+)
+def test_what_a_task_cannot_do_is_refused_before_anything_is_read(
+    settings, words, rows_of_a_run, tmp_path, model_folder
+):
+    rows = tmp_path / "answers.jsonl" if settings == ["train.task=dpo"] else rows_of_a_run
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert_mistake(
+        call("train", write_recipe(tmp_path, model_folder), f"data.train={rows}", "data.eval=null", *settings), *words
+    )
