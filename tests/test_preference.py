@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_cli import assert_mistake, call, write_recipe
 
 from qlora_kit.data import Encoded, collate_rows, read_row, swap_answers
@@ -21,7 +22,7 @@ from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses
 from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
 from qlora_kit.train.step import accumulate_gradients
-from qlora_kit.train.tasks import task_of
+from qlora_kit.train.tasks import Dpo, task_of
 
 PAIRS, VERDICTS = ("dpo", "ipo", "orpo"), ("kto",)
 FP32 = 2e-6  # a few roundings of 6e-8, summed in another order, of a difference of sums
@@ -173,12 +174,12 @@ def test_a_frozen_adapter_can_be_the_reference():
     tiny.wake(model, seed=3, name="before")
     use_adapter(model, "default")
     by_base, _ = trained(model, task_of(Train(task="dpo")), pairs())
-    by_adapter, _ = trained(model, task_of(Train(task="dpo"), "before"), pairs())
+    by_adapter, _ = trained(model, Dpo(0.1, reference="before"), pairs())
     assert by_base.value.item() != pytest.approx(by_adapter.value.item(), rel=1e-3)
     assert all(parameter.grad is None for _, parameter in adapter_parameters(model, "before"))
     use_adapter(model, "before")
     batch = collate_rows([[row] for row in pairs()], 0)
-    own = evaluate_loss(model, [batch], task_of(Train(task="dpo"), "before"))
+    own = evaluate_loss(model, [batch], Dpo(0.1, reference="before"))
     assert own.loss == pytest.approx(math.log(2), rel=1e-6)
 
 
@@ -448,3 +449,56 @@ def test_what_a_task_cannot_do_is_refused_before_anything_is_read(
     assert_mistake(
         call("train", write_recipe(tmp_path, model_folder), f"data.train={rows}", "data.eval=null", *settings), *words
     )
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory, model_folder):
+    """A run that learnt answers, to go on from."""
+    folder = tmp_path_factory.mktemp("answered")
+    (folder / "rows.jsonl").write_text(json.dumps({"prompt": "say cat ", "completion": "cat"}) + "\n")
+    recipe = write_recipe(folder, model_folder, steps=2, lr=0.05)
+    assert call("train", recipe, "lora.rank=3", "lora.targets=[q_proj, up_proj]", "lora.scaling=rslora").exit_code == 0
+    return folder / "run"
+
+
+def test_preferences_go_on_from_an_adapter_and_hold_to_it(answered, rows_of_a_run, tmp_path, model_folder):
+    result = call("train", write_recipe(tmp_path, model_folder, task="dpo", steps=2), f"data.train={rows_of_a_run}",
+                  f"data.eval={rows_of_a_run}", f"lora.from={answered}")  # fmt: skip
+    assert_mistake(result, "lora.from", "lora.rank=3", "leave out lora.rank")
+    recipe = write_recipe(tmp_path, model_folder, task="dpo", steps=2, lr=1e-2)
+    recipe.write_text(recipe.read_text().replace("lora:\n  rank: 4\n", f"lora:\n  from: {answered}\n"))
+    result = call("train", recipe, f"data.train={rows_of_a_run}", f"data.eval={rows_of_a_run}")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-6), "nothing has moved from where it starts"
+    memory = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert abs(memory["error"]["adapters"]) < 0.01, "of which two stand there"
+    before, after = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (answered, tmp_path / "run"))
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert all(tiny.relative(after[key].float(), before[key].float()) < 0.5 for key in before if "lora_A" in key)
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["use_rslora"], config["target_modules"]) == (3, True, ["q_proj", "up_proj"])
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    found = json.loads(call("eval", tmp_path / "run", "--json").stdout)
+    assert found["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-6)
+    assert call("train", tmp_path / "run" / "recipe.yaml", "train.steps=3", "--resume").exit_code == 0
+
+
+def test_answers_go_on_from_an_adapter(answered, tmp_path, model_folder):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "say cat ", "completion": "cat"}) + "\n")
+    recipe = write_recipe(tmp_path, model_folder, steps=1)
+    recipe.write_text(recipe.read_text().replace("lora:\n  rank: 4\n", f"lora:\n  from: {answered}\n"))
+    assert call("train", recipe).exit_code == 0
+    scores = json.loads((answered / "scores.json").read_text())
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-5)
+    assert first["loss"] < scores["base"]["loss"] - 0.01
+
+
+@pytest.mark.parametrize("start", ["nowhere", "rows"])
+def test_a_start_that_is_no_adapter_is_one_line(start, rows_of_a_run, tmp_path, model_folder):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    start = rows_of_a_run.parent if start == "rows" else tmp_path / start
+    assert_mistake(call("train", write_recipe(tmp_path, model_folder), f"lora.from={start}"), "lora.from", "neither")

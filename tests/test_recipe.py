@@ -114,7 +114,6 @@ WORDS = {
 
 NOT_BUILT = {
     "base.attention": ["flex", "flash"],
-    "lora.from": ["./adapter"],
     "lora.rank": ["auto"],
     "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: classification}]"],
     "data.format": ["classification"],

@@ -96,7 +96,12 @@ def save_adapter(
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | Path, *, name: str = "default", force: bool = False
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    force: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> LoraReport:
     """Read an adapter that the kit or PEFT saved, attach it under `name`, and switch to it.
 
@@ -105,6 +110,7 @@ def load_adapter(
         folder: holds the two files.
         name: to give the adapter here.
         force: attach it although it was trained on another base.
+        dtype: of A and B; None takes the file's.
 
     Returns:
         What it covers, and a note of the fields that were read over.
@@ -129,7 +135,7 @@ def load_adapter(
     if faults:
         raise AdapterError(f"the adapter in {folder} does not fit this model: {'; '.join(faults)}")
     with whole_or_nothing(model, name):
-        _attach(model, contents, config, name)
+        _attach(model, contents, config, name, dtype)
         use_adapter(model, name)
     ignored = ignored_fields(config)
     notes = (f"{CONFIG} says {', '.join(ignored)}, which changes nothing here",) if ignored else ()
@@ -170,7 +176,9 @@ def _check_replaceable(folder: Path) -> None:
         raise AdapterError(f"{folder} holds {listed(others)}, which saving would delete; give a folder of its own")
 
 
-def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts) -> Adapter:
+def _adapter(
+    layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts, dtype: torch.dtype | None
+) -> Adapter:
     rank = patterned(config.get("rank_pattern"), layer_name, config["r"])
     adapter = Adapter(
         layer.shape,
@@ -179,7 +187,7 @@ def _adapter(layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts
         scaling="rslora" if config.get("use_rslora") else "standard",
         dropout=config.get("lora_dropout") or 0.0,
         square_O=row_squares(layer.base) if "magnitude_O" in parts else None,
-        dtype=torch.promote_types(parts["a_RI"].dtype, parts["b_OR"].dtype),
+        dtype=dtype or torch.promote_types(parts["a_RI"].dtype, parts["b_OR"].dtype),
         device=device_of(layer.base),
     )
     with torch.no_grad():
@@ -291,11 +299,13 @@ def _is_tied_head(model: PreTrainedModel, key: str) -> bool:
     return head_is_tied(model) and key == head_name(model)
 
 
-def _attach(model: PreTrainedModel, contents: _Contents, config: Mapping[str, Any], name: str) -> None:
+def _attach(
+    model: PreTrainedModel, contents: _Contents, config: Mapping[str, Any], name: str, dtype: torch.dtype | None
+) -> None:
     """Put everything on the model; `contents` has no faults."""
     for layer_name, parts in contents.layers.items():
         layer = wrap(model, layer_name)
-        layer.adapters[name] = _adapter(layer, layer_name, config, parts).train(layer.training)
+        layer.adapters[name] = _adapter(layer, layer_name, config, parts, dtype).train(layer.training)
     for module_name, parts in contents.modules.items():
         train_module(model, module_name, name).load_state_dict(parts)
     for key, (ids, values) in contents.rows.items():

@@ -152,7 +152,9 @@ def add_lora(
     return replace(report, notes=tuple(_notes(model, name, report.total)))
 
 
-def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_ids: Sequence[int] = ()) -> LoraReport:
+def add_recipe_lora(
+    model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_ids: Sequence[int] = (), name: str = "default"
+) -> LoraReport:
     """`add_lora` with the settings of a recipe's section; `token_ids` are those of its added tokens."""
     return add_lora(
         model,
@@ -168,6 +170,7 @@ def add_recipe_lora(model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_
         also_train=lora.also_train,
         added_tokens=token_ids,
         untie_head=lora.untie_head,
+        name=name,
         seed=seed,
     )
 

@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
 from qlora_kit.base.load import Head, body_linears, build_model, freeze_and_quantize
-from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora
+from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
 from qlora_kit.plan.depths import (
@@ -262,7 +262,12 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
         if work.lora is not None:
             # What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
             lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
-            add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)))
+            tokens = range(len(lora.added_tokens))
+            if work.has_reference:
+                add_recipe_lora(model, lora, token_ids=tokens, name=REFERENCE)
+                for _, parameter in adapter_parameters(model, REFERENCE):
+                    parameter.requires_grad_(False)
+            add_recipe_lora(model, lora, token_ids=tokens)
     del linears
     ledger.adopt(model, activation_blocks(model))
     if work.lora is None:
@@ -283,7 +288,7 @@ def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
 
 
 def _task(work: Workload) -> Task:
-    return task_of(Train.model_validate({"task": work.task}))
+    return task_of(Train.model_validate({"task": work.task}), has_reference=work.has_reference)
 
 
 def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:

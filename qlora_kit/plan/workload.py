@@ -9,6 +9,7 @@ from qlora_kit.base.load import resolve_device, resolve_dtype
 from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy
 from qlora_kit.train.optim import MasterWeights, definite_masters
+from qlora_kit.train.tasks import has_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Workload:
         on_card: whether the device is a card: what lies in the host's memory is counted by itself then.
         packing: whether a row may hold several documents; then `tokens` are those of the fullest.
         task: of `train.task`; where that takes pairs of answers, a row is two sequences.
+        has_reference: whether a frozen copy of the adapter stands beside it.
         is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
         loss_chunk: tokens whose logits stand at one time; None for whole logits.
     """
@@ -52,6 +54,7 @@ class Workload:
     on_card: bool = False
     packing: bool = False
     task: str = "sft"
+    has_reference: bool = False
     is_padded: bool = False
     loss_chunk: int | None = None
 
@@ -83,5 +86,6 @@ class Workload:
             quantize_head=base.quantize_head is True,
             packing=recipe.data.packing is True,
             task=recipe.train.task,
+            has_reference=has_reference(recipe),
             loss_chunk=loss_chunk,
         )

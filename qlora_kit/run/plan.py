@@ -23,6 +23,7 @@ from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, count_parameters, largest_eval_shape, positions_of, prepare
+from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
@@ -51,7 +52,7 @@ def plan_memory(
     Raises:
         QloraKitError: as `train`, as far as it gets.
     """
-    watch = watch or Watch()
+    watch, recipe = watch or Watch(), as_it_starts(recipe)
     card = None if gpu is None else find_card(gpu)
     if card is not None:
         recipe = _for_card(recipe, card)

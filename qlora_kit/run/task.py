@@ -2,10 +2,7 @@
 
 from qlora_kit.errors import RecipeError
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.tasks import sequences_of
-
-_WITH_REFERENCE = ("dpo", "ipo", "kto")
-"""Tasks that hold to the model that training starts from."""
+from qlora_kit.train.tasks import WITH_REFERENCE, sequences_of
 
 
 def check_task(recipe: Recipe) -> None:
@@ -27,7 +24,7 @@ def check_task(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.over_length=split would part answers from prompts; train.task={task} takes drop, truncate or error"
         )
-    if recipe.train.full_finetune and task in _WITH_REFERENCE:
+    if recipe.train.full_finetune and task in WITH_REFERENCE:
         raise RecipeError(
             f"train.task={task} holds to the model that training starts from, which train.full_finetune changes; "
             "leave that out, or set train.task=orpo"

@@ -14,7 +14,7 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.load import resolve_device
 from qlora_kit.export import save_model, trained_against
-from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
+from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import write_report
@@ -40,6 +40,7 @@ from qlora_kit.run.prepare import (
     prepare,
 )
 from qlora_kit.run.score import score
+from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
@@ -55,7 +56,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
-from qlora_kit.train.tasks import task_of
+from qlora_kit.train.tasks import has_reference, task_of
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -101,6 +102,7 @@ def train(
     """
     started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
+    recipe = as_it_starts(recipe)
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
@@ -132,7 +134,9 @@ def train(
         if end.finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(model, prepared, task_of(recipe.train), base, loss_chunk)
+            scores = score(
+                model, prepared, task_of(recipe.train, has_reference=has_reference(recipe)), base, loss_chunk
+            )
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
@@ -184,7 +188,10 @@ def _make_trainable(
     else:
         ids = added_ids(prepared.tokenizer, recipe)
         with ledger.watch("load"):
-            report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=ids)
+            if recipe.lora.from_ is None:
+                report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=ids)
+            else:
+                report = load_start(model, recipe.lora, has_reference=has_reference(recipe))
         watch.adapted(report)
     ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, Blocks(**plan["blocks"]))
@@ -245,7 +252,7 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
-        task=task_of(recipe.train),
+        task=task_of(recipe.train, has_reference=has_reference(recipe)),
         loss_chunk=loss_chunk,
         folder=folder,
         watch=watch.row,

@@ -9,7 +9,7 @@ from qlora_kit.base import load_base, locate_model
 from qlora_kit.base.load import Watching
 from qlora_kit.errors import RunError
 from qlora_kit.export import check_request, export_adapter, export_merged
-from qlora_kit.lora import load_adapter
+from qlora_kit.lora import load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
 from qlora_kit.run.folder import DATA, RECIPE, provenance_of, trained_folder
 from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed
@@ -18,7 +18,7 @@ from qlora_kit.storage import read_json
 from qlora_kit.train.evaluate import Score, generate_texts
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
-from qlora_kit.train.tasks import task_of
+from qlora_kit.train.tasks import has_reference, task_of
 
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
@@ -89,7 +89,10 @@ def evaluate(
     batches = eval_batches(rows.rows, pad_id(tokenizer), model.device)
     chunk = automatic_chunk(model.config.get_text_config().vocab_size)
     loss_chunk, _ = settled_chunk(model, rows.rows[0].input_ids, chunk)
-    measured, _ = score_rows(model, tokenizer, rows.rows, batches, task_of(recipe.train), loss_chunk)
+    if has_reference(recipe):
+        load_reference(model, recipe.lora)
+    task = task_of(recipe.train, has_reference=has_reference(recipe))
+    measured, _ = score_rows(model, tokenizer, rows.rows, batches, task, loss_chunk)
     return measured
 
 

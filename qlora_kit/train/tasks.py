@@ -16,9 +16,9 @@ from typing import ClassVar, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from qlora_kit.lora import adapter_used
+from qlora_kit.lora import REFERENCE, adapter_used
 from qlora_kit.ops import IGNORED
-from qlora_kit.recipe import Train
+from qlora_kit.recipe import Recipe, Train
 from qlora_kit.train.forward import Phase, Rows, evaluation_mode, loss_sum, no_phase, sequence_losses
 from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
 
@@ -32,6 +32,8 @@ class Loss(NamedTuple):
     """Scalars without a graph, that a person wants to see beside it, by the names they have in metrics.jsonl."""
 
 
+WITH_REFERENCE = ("dpo", "ipo", "kto")
+"""Tasks that hold to the model that training starts from."""
 AGAINST_REFERENCE = ("reward_margin", "reward_accuracy", "kl")
 """Measures that say how far a model has moved, and nothing of one that has not."""
 
@@ -160,13 +162,19 @@ def sequences_of(task: str) -> int:
     return 2 if task in ("dpo", "ipo", "orpo", "kto") else 1
 
 
-def task_of(train: Train, reference: str | None = None) -> Task:
+def has_reference(recipe: Recipe) -> bool:
+    """Whether a run holds to a frozen copy of the adapter that it goes on from, and not to the base."""
+    return recipe.lora.from_ is not None and recipe.train.task in WITH_REFERENCE
+
+
+def task_of(train: Train, *, has_reference: bool = False) -> Task:
     """The task that a recipe names.
 
     Args:
         train: that section of it.
-        reference: frozen adapter that preferences hold to; None is the base.
+        has_reference: whether it holds to the frozen adapter `REFERENCE`, and not to the base.
     """
+    reference = REFERENCE if has_reference else None
     match train.task:
         case "dpo" | "ipo":
             return Dpo(train.beta, train.task == "ipo", reference)
