@@ -23,8 +23,9 @@ from qlora_kit.data import collate_texts
 from qlora_kit.errors import ModelError
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
-from qlora_kit.train.forward import loss_sum
+from qlora_kit.train.forward import no_phase
 from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.train.tasks import CLASSIFICATION
 
 COMMON = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
           "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -205,6 +206,10 @@ def texts():
     return [ids[:length] for ids, length in zip(tiny.tokens(4).tolist(), LENGTHS, strict=True)]
 
 
+def loss_of(model, batch):
+    return CLASSIFICATION.begun(model, [batch], None)(model, batch, no_phase, None, 1).value.item()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_a_step_is_transformers_own(family):
     """Times the texts, since transformers takes the mean; both softmaxes are fp32."""
@@ -213,11 +218,11 @@ def test_the_loss_of_a_step_is_transformers_own(family):
     assert batch.attention_mask.tolist() == [[t < length for t in range(11)] for length in LENGTHS]
     own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=torch.tensor(CLASSES))
     assert own.loss > 0.1
-    assert loss_sum(model, batch).item() == pytest.approx(4 * own.loss.item(), rel=1e-6)
-    assert loss_sum(model, replace(batch, attention_mask=None)).item() != pytest.approx(4 * own.loss.item(), rel=1e-5)
+    assert loss_of(model, batch) == pytest.approx(4 * own.loss.item(), rel=1e-6)
+    assert loss_of(model, replace(batch, attention_mask=None)) != pytest.approx(4 * own.loss.item(), rel=1e-5)
     ignored = replace(batch, labels=torch.tensor([0, -100, 1, 2]))
     without = F.cross_entropy(own.logits[1:2], torch.tensor([2])).item()
-    assert loss_sum(model, ignored).item() == pytest.approx(4 * own.loss.item() - without, rel=1e-6)
+    assert loss_of(model, ignored) == pytest.approx(4 * own.loss.item() - without, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -230,7 +235,7 @@ def test_texts_side_by_side_have_the_loss_and_gradients_of_texts_alone(family):
         for _, parameter in adapter_parameters(model):
             parameter.grad = None
         batches = [collate_texts([texts()[i] for i in group], [CLASSES[i] for i in group], 0) for group in groups]
-        loss = accumulate_gradients(model.train(), batches, 4).value
+        loss = accumulate_gradients(model.train(), batches, 4, CLASSIFICATION).value
         assert [batch.attention_mask is None for batch in batches] == [len(group) == 1 for group in groups]
         return loss.item(), torch.cat([parameter.grad.flatten() for _, parameter in adapter_parameters(model)])
 

@@ -36,6 +36,7 @@ from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
 from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.train.tasks import CLASSIFICATION
 
 dry_run_room = sys.modules["qlora_kit.plan.dry_run"]  # its function bears the same name
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def real_classification(config, work, lengths):
     with ledger:
         for _ in range(2):
             batch = collate_texts(texts, [0, 2, 1, 0][: len(texts)], 0)
-            loss = accumulate_gradients(model, [batch], batch.count, phase=ledger.phase).value
+            loss = accumulate_gradients(model, [batch], batch.count, CLASSIFICATION, phase=ledger.phase).value
             with ledger.phase("optimizer"):
                 torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
                 optimizer.step(1e-3)

@@ -27,7 +27,8 @@ class Batch:
     """(B, T), int64."""
     labels: torch.Tensor
     """(B, T), int64, not shifted: the id where the loss counts its prediction, otherwise IGNORED. The first of a
-    document is always ignored, since nothing predicts it. (B,) of a classification: the class of each text."""
+    document is always ignored, since nothing predicts it. Of a classification (B,), the class of each text, or (B, L),
+    fp32, for each class whether it is one."""
     lengths: tuple[int, ...]
     """Tokens of each sequence without padding."""
     trained_tokens: int
@@ -71,9 +72,11 @@ def collate_rows(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
         packs: as for `collate_packs`.
         pad_id: as for `collate`.
     """
-    if packs[0][0].other is not None:
-        return collate_pairs([row for pack in packs for row in pack], pad_id)
-    return collate_packs(packs, pad_id)
+    rows = [row for pack in packs for row in pack]
+    targets = [row.target for row in rows if row.target is not None]
+    if targets:
+        return collate_texts([row.input_ids for row in rows], targets, pad_id)
+    return collate_packs(packs, pad_id) if rows[0].other is None else collate_pairs(rows, pad_id)
 
 
 def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
@@ -112,21 +115,21 @@ def _positions(packs: Sequence[Sequence[Encoded]], T: int) -> torch.Tensor:
     return position_ids
 
 
-def collate_texts(texts: Sequence[Sequence[int]], classes: Sequence[int], pad_id: int) -> Batch:
+def collate_texts(texts: Sequence[Sequence[int]], targets: Sequence[int | tuple[float, ...]], pad_id: int) -> Batch:
     """Put texts to be classified side by side, padded on the right; a model that looks both ways gets a mask.
 
     Texts of one length get none: transformers drops a mask of ones when it has read it, which a dry run cannot.
 
     Args:
         texts: token ids of B texts, B >= 1.
-        classes: of each, 0 to L - 1.
+        targets: of each its class, 0 to L - 1, or for each of L classes whether it is one.
         pad_id: the model's own pad token: some models look for it.
     """
     lengths = tuple(len(text) for text in texts)
     T = max(lengths)
     input_ids = torch.tensor([[*text, *[pad_id] * (T - len(text))] for text in texts], dtype=torch.int64)
     mask = torch.arange(T) < torch.tensor(lengths)[:, None] if min(lengths) < T else None
-    labels = torch.tensor(classes, dtype=torch.int64)
+    labels = torch.tensor(targets, dtype=torch.int64 if isinstance(targets[0], int) else torch.float32)
     return Batch(input_ids, labels, lengths, len(texts), len(texts), len(texts), attention_mask=mask)
 
 

@@ -5,12 +5,13 @@ counted: rows given = rows + dropped + no_trained + faults, and one more for eac
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from qlora_kit.data.classes import Classes
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Chat, Example, conversations
-from qlora_kit.data.template import Encoded, LossOn, check_template, encode
+from qlora_kit.data.formats import Chat, Classified, Example, conversations
+from qlora_kit.data.template import Encoded, LossOn, check_template, encode, encode_text
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def encode_rows(
     template: str | None = None,
     vocab_size: int | None = None,
     max_positions: int | None = None,
+    classes: Classes | None = None,
     faults: Faults | None = None,
     may_be_empty: bool = False,
 ) -> EncodedSet:
@@ -97,6 +99,7 @@ def encode_rows(
         template: as for `encode`.
         vocab_size: rows of the model's embedding; None if it is not known.
         max_positions: positions of the model; None if it has no such limit.
+        classes: of texts that are classified.
         faults: rows that cannot be encoded are left in here; without it they are an error.
         may_be_empty: whether it is no error if no row is left.
 
@@ -113,7 +116,10 @@ def encode_rows(
     counts = encoded.counts
     for example in examples:
         try:
-            row = encode(example, tokenizer, loss_on=loss_on, template=template)
+            if isinstance(example, Classified) and classes is not None:
+                row = encode_text(example, tokenizer, classes)
+            else:
+                row = encode(example, tokenizer, loss_on=loss_on, template=template)
             _check_row(row, vocab_size, max_tokens if over_length == "error" else None)
         except DataError as error:
             gathered.add(f"{example.where}: {error}")
@@ -166,7 +172,7 @@ def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts)
     elif over_length == "truncate":
         counts.truncated += 1
         yield _piece(row, 0, max_tokens)
-    elif over_length == "split" and row.other is None and row.is_good is None:
+    elif over_length == "split" and row.other is None and row.is_good is None and row.target is None:
         counts.split += 1
         for start in range(0, tokens - 1, max_tokens - 1):
             yield _piece(row, start, start + max_tokens)
@@ -177,7 +183,8 @@ def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts)
 def _piece(row: Encoded, start: int, end: int) -> Encoded:
     """A part of a row; it has no prompt and answer, since neither is whole."""
     other = None if row.other is None else _piece(row.other, start, end)
-    return Encoded(row.input_ids[start:end], row.trained[start:end], None, None, row.where, other, row.is_good)
+    part = Encoded(row.input_ids[start:end], row.trained[start:end], where=row.where)
+    return replace(part, other=other, is_good=row.is_good, target=row.target)
 
 
 def _nothing_left(given: int, counts: Counts, faults: Faults, max_tokens: int) -> str:

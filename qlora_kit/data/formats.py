@@ -7,6 +7,7 @@
     text         text                                                    -> Text
     preference   prompt, chosen, rejected: texts, or turns               -> Preference
     labelled     label; prompt, completion or messages                   -> Labelled
+    classification   text, label: a name, a number, or a list of them    -> Classified
 
 A format is one line in `FORMATS` and one function that builds its example. This file reads no files and knows no
 tokenizer. Keys of a message beside role and content (tool_calls, name, reasoning_content) are kept for the template.
@@ -68,10 +69,21 @@ class Labelled:
     where: str = field(default="", compare=False)
 
 
-Example: TypeAlias = Chat | Completion | Text | Preference | Labelled
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """A text, and what it is."""
+
+    text: str
+    labels: tuple[str, ...]
+    is_multi: bool = False
+    """Whether it may have several labels, or none."""
+    where: str = field(default="", compare=False)
 
 
-def conversations(example: Example) -> tuple[Chat | Completion | Text, ...]:
+Example: TypeAlias = Chat | Completion | Text | Preference | Labelled | Classified
+
+
+def conversations(example: Example) -> tuple[Chat | Completion | Text | Classified, ...]:
     """What an example is made of: itself, or its answers with their prompts."""
     match example:
         case Preference():
@@ -220,6 +232,24 @@ def _text(row: Columns) -> Text:
     return Text(_filled(row["text"], "text"))
 
 
+def _classified(row: Columns) -> Classified:
+    value = row["label"]
+    is_multi = isinstance(value, list)
+    labels = [_class_name(each) for each in (value if is_multi else [value])]
+    if len(set(labels)) < len(labels):
+        raise DataError(f"column 'label' names a class twice: {', '.join(labels)}")
+    return Classified(_filled(row["text"], "text"), tuple(labels), is_multi)
+
+
+def _class_name(value: object) -> str:
+    """The name of a class, which may be a number that counts from 0."""
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, bool) or (isinstance(value, int) and value >= 0):
+        return str(int(value))
+    raise DataError(f"column 'label' is {_kind(value)}, wanted a name, a number from 0, or a list of them")
+
+
 def _preference(row: Columns) -> Preference:
     chosen, rejected = (_answer(row.get("prompt"), row[name], name, row) for name in ("chosen", "rejected"))
     if chosen == rejected:
@@ -279,11 +309,13 @@ FORMATS: dict[str, Format] = {
     "text": Format(("text",), (), _text),
     "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
     "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),
+    "classification": Format(("text", "label"), (), _classified),
 }
 _ANSWERS = ("messages", "sharegpt", "alpaca", "completion", "text")
 """In the order in which `auto` tries them: the more a format says about a row, the earlier."""
 _PAIRS = ("preference",)
-_FORMATS_OF = {"dpo": _PAIRS, "ipo": _PAIRS, "orpo": _PAIRS, "kto": ("labelled", "preference")}
+_FORMATS_OF = {"dpo": _PAIRS, "ipo": _PAIRS, "orpo": _PAIRS, "kto": ("labelled", "preference"),
+               "classify": ("classification",)}  # fmt: skip
 
 
 # ---- turns ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jinja2 import TemplateError
 
-from qlora_kit.data.formats import Chat, Completion, Example, Labelled, Preference, Text
+from qlora_kit.data.classes import Classes
+from qlora_kit.data.formats import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -59,11 +60,13 @@ class Encoded:
     """What goes with it as a sequence of its own: the answer to the same prompt that was not preferred."""
     is_good: bool | None = None
     """The verdict on its answer, where there is one."""
+    target: int | tuple[float, ...] | None = None
+    """Of a text that is classified: its class, or for every class whether it is one. No token of it is predicted."""
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that the loss counts, the other sequence's aside."""
-        return sum(self.trained[1:])
+        """Tokens that the loss counts, the other sequence's aside; one for the class of a text."""
+        return sum(self.trained[1:]) if self.target is None else 1
 
     @property
     def longest(self) -> int:
@@ -99,6 +102,8 @@ def encode(
         case Text():
             ids = _ended(_tokenise(example.text, tokenizer), tokenizer)
             return Encoded(ids, _all_but_bos(ids, tokenizer), where=example.where)
+        case Classified():
+            raise ValueError("texts that are classified go through encode_text")
         case Preference():
             answers = (example.chosen, example.rejected)
             chosen, rejected = (encode(each, tokenizer, loss_on="last", template=template) for each in answers)
@@ -106,6 +111,16 @@ def encode(
         case Labelled():
             answer = encode(example.answer, tokenizer, loss_on="last", template=template)
             return replace(answer, is_good=example.is_good, where=example.where)
+
+
+def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", classes: Classes) -> Encoded:
+    """Tokenise a text as its model reads it, with the tokens that its tokenizer puts around every text.
+
+    Raises:
+        DataError: its label is none of the classes.
+    """
+    ids = tokenizer(example.text, verbose=False)["input_ids"]
+    return Encoded(ids, [False] * len(ids), where=example.where, target=classes.target(example.labels))
 
 
 def find_template(name: str) -> str | None:

@@ -12,17 +12,18 @@ def check_task(recipe: Recipe) -> None:
         RecipeError: it does not; names both and the way out.
     """
     task = recipe.train.task
-    if sequences_of(task) == 1:
+    if sequences_of(task) == 1 and task != "classify":
         return
     if recipe.data.packing is True:
         raise RecipeError(
             f"data.packing=true is for tasks that learn every row by itself; leave it out for train.task={task}"
         )
     if recipe.data.loss_on == "all":
-        raise RecipeError(f"data.loss_on=all would count prompts, and train.task={task} compares answers; leave it out")
+        raise RecipeError(f"data.loss_on=all is of no use to train.task={task}, which learns no prompts; leave it out")
     if recipe.data.over_length == "split":
         raise RecipeError(
-            f"data.over_length=split would part answers from prompts; train.task={task} takes drop, truncate or error"
+            f"data.over_length=split would part a row into what no longer stands for it; for train.task={task} set drop, "
+            "truncate or error"
         )
     if recipe.train.full_finetune and task in WITH_REFERENCE:
         raise RecipeError(

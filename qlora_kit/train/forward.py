@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.train.head import chunked_loss_sum, has_own_head
-from qlora_kit.train.objectives import causal_loss_sum, classification_loss_sum
+from qlora_kit.train.objectives import causal_loss_sum
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Marks a block as one phase of the step, for a ledger."""
@@ -29,7 +29,7 @@ class Rows(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """(batch, tokens), int64, -100 where not trained; or (batch,): the class of each text."""
+        """(batch, tokens), int64, -100 where not trained; or of classified texts (batch,) or (batch, classes)."""
 
     @property
     def position_ids(self) -> Tensor | None:
@@ -76,16 +76,14 @@ def loss_sum(
     Returns:
         fp32 scalar, summed over the trained tokens, in nats, and divided.
     """
-    if loss_chunk is not None and rows.labels.ndim == 2 and has_own_head(model):
+    if loss_chunk is not None and has_own_head(model):
         with phase("forward"):
             hidden = model.base_model(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
         with phase("loss"):
             return chunked_loss_sum(model, hidden, rows.labels, loss_chunk, divisor)
-    with phase("forward"):
-        logits = model(input_ids=rows.input_ids, **_structure(rows), use_cache=False).logits
+    logits = whole_logits(model, rows, phase)
     with phase("loss"):
-        objective = classification_loss_sum if rows.labels.ndim == 1 else causal_loss_sum
-        return objective(logits, rows.labels) / divisor
+        return causal_loss_sum(logits, rows.labels) / divisor
 
 
 def sequence_losses(model: nn.Module, rows: Rows, phase: Phase = no_phase, loss_chunk: int | None = None) -> Tensor:
@@ -103,11 +101,17 @@ def sequence_losses(model: nn.Module, rows: Rows, phase: Phase = no_phase, loss_
         with phase("loss"):
             each = zip(hidden.split(1), labels_BT.split(1), strict=True)
             return torch.stack([chunked_loss_sum(model, h_1TD, labels, loss_chunk) for h_1TD, labels in each])
-    with phase("forward"):
-        logits = model(input_ids=rows.input_ids, **_structure(rows), use_cache=False).logits
+    logits = whole_logits(model, rows, phase)
     with phase("loss"):
         each = zip(logits.split(1), labels_BT.split(1), strict=True)
         return torch.stack([causal_loss_sum(logits_1TV, labels) for logits_1TV, labels in each])
+
+
+def whole_logits(model: nn.Module, rows: Rows, phase: Phase = no_phase) -> Tensor:
+    """Forward pass of one micro-batch: (batch, tokens, vocabulary), or (batch, classes)."""
+    with phase("forward"):
+        logits: Tensor = model(input_ids=rows.input_ids, **_structure(rows), use_cache=False).logits
+    return logits
 
 
 def _structure(rows: Rows) -> dict[str, Tensor]:

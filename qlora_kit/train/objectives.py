@@ -28,16 +28,19 @@ def causal_loss_sum(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return F.cross_entropy(predicted, labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def classification_loss_sum(logits_BL: Tensor, labels_B: Tensor) -> Tensor:
+def classification_loss_sum(logits_BL: Tensor, labels: Tensor) -> Tensor:
     """Summed cross entropy of the classes of texts, fp32 scalar, in nats.
 
-    loss = -sum over b of log softmax(logits[b])[labels[b]]
+    loss = -sum over b of log softmax(logits[b])[labels[b]]; where a text may have several classes, each is a question
+    of its own, and loss = -sum over b of the mean over l of log sigmoid(+-logits[b, l]), + where l is one of them
 
     Args:
-        logits_BL: (batch, labels), any floating dtype; the softmax is taken in fp32.
-        labels_B: (batch,), the class of each text or IGNORED.
+        logits_BL: (batch, classes), any floating dtype; the softmax is taken in fp32.
+        labels: (batch,), the class of each text or IGNORED; or (batch, classes), fp32, 1 or 0.
     """
-    return F.cross_entropy(logits_BL.float(), labels_B, ignore_index=IGNORED, reduction="sum")
+    if labels.is_floating_point():
+        return F.binary_cross_entropy_with_logits(logits_BL.float(), labels, reduction="sum") / labels.shape[1]
+    return F.cross_entropy(logits_BL.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
 def dpo_losses(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from qlora_kit.lora import REFERENCE, adapter_used
 from qlora_kit.ops import IGNORED
 from qlora_kit.recipe import Recipe, Train
-from qlora_kit.train.forward import Phase, Rows, evaluation_mode, loss_sum, no_phase, sequence_losses
-from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
+from qlora_kit.train.forward import Phase, Rows, evaluation_mode, loss_sum, no_phase, sequence_losses, whole_logits
+from qlora_kit.train.objectives import classification_loss_sum, dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
 
 
 class Loss(NamedTuple):
@@ -66,6 +66,33 @@ class Likelihood:
 
 
 LIKELIHOOD = Likelihood()
+
+
+class Classification:
+    """Classes of texts."""
+
+    answers: ClassVar[bool] = False
+
+    def begun(self, model: nn.Module, micro_batches: Sequence[Rows], loss_chunk: int | None) -> StepLoss:
+        """Nothing need be known."""
+        return self._loss
+
+    def _loss(self, model: nn.Module, rows: Rows, phase: Phase, loss_chunk: int | None, count: float) -> Loss:
+        logits_BL = whole_logits(model, rows, phase)
+        with phase("loss"):
+            value = classification_loss_sum(logits_BL, rows.labels) / count
+            said = said_classes(logits_BL.detach(), is_multi=rows.labels.is_floating_point())
+            agree = said == rows.labels
+            is_right = agree.all(1) if agree.ndim == 2 else agree
+            return Loss(value, {"accuracy": is_right.float().sum() / count})
+
+
+CLASSIFICATION = Classification()
+
+
+def said_classes(logits_BL: Tensor, *, is_multi: bool) -> Tensor:
+    """The class of each text that a model holds likeliest, (batch,); or (batch, classes), which it holds likely."""
+    return (logits_BL > 0).float() if is_multi else logits_BL.argmax(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +205,8 @@ def task_of(train: Train, *, has_reference: bool = False) -> Task:
     match train.task:
         case "dpo" | "ipo":
             return Dpo(train.beta, train.task == "ipo", reference)
+        case "classify":
+            return CLASSIFICATION
         case "orpo":
             return Orpo(train.beta)
         case "kto":

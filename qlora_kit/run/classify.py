@@ -1,0 +1,73 @@
+"""A run that classifies texts: what its model's configuration says of the classes, and how well it tells them apart."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from qlora_kit.data import Batch, Classes
+from qlora_kit.train.evaluate import evaluation_mode
+from qlora_kit.train.forward import whole_logits
+from qlora_kit.train.tasks import said_classes
+
+
+def name_classes(config: PretrainedConfig, classes: Classes, pad: int) -> PretrainedConfig:
+    """Say in a configuration which classes there are, in place; every program reads them off an export so.
+
+    Args:
+        config: of the model.
+        classes: of the rows.
+        pad: the token that texts are filled with: a causal model looks for the last that is none.
+    """
+    config.num_labels = len(classes.names)
+    config.id2label = dict(enumerate(classes.names))
+    config.label2id = {name: number for number, name in enumerate(classes.names)}
+    config.problem_type = "multi_label_classification" if classes.is_multi else "single_label_classification"
+    text = config.get_text_config()
+    if text.pad_token_id is None:
+        text.pad_token_id = pad
+    return config
+
+
+def known_classes(config: PretrainedConfig) -> list[str]:
+    """The names that a model's outputs have already, in their order; none where they are numbered."""
+    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    return [] if names == [f"LABEL_{number}" for number in range(config.num_labels)] else names
+
+
+def classes_in(config: PretrainedConfig) -> Classes:
+    """The classes that `name_classes` wrote."""
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return Classes(names, config.problem_type == "multi_label_classification")
+
+
+def predictions(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tensor:
+    """What a model says of the texts of all batches: (texts,), or (texts, classes) of 1 and 0, on the CPU."""
+    with evaluation_mode(model):
+        said = [
+            said_classes(whole_logits(model, batch), is_multi=batch.labels.is_floating_point()).cpu()
+            for batch in batches
+        ]
+    return torch.cat(said)
+
+
+def f1_score(said: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
+    """Mean over the classes that are wanted or said of the harmonic mean of precision and recall: macro F1.
+
+    Args:
+        said: as `predictions` gives it.
+        wanted: labels of the same texts.
+        classes: how many there are.
+    """
+    if said.ndim == 1:
+        said, wanted = (torch.nn.functional.one_hot(each, classes) for each in (said, wanted))
+    hits = (said * wanted).sum(0).double()
+    total = (said.sum(0) + wanted.sum(0)).double()
+    return (2 * hits[total > 0] / total[total > 0]).mean().item()
+
+
+def words_of(target: int | Sequence[float], classes: Classes) -> str:
+    """The names of a target or of what was said."""
+    if isinstance(target, int):
+        return classes.names[target]
+    return ", ".join(name for name, is_one in zip(classes.names, target, strict=True) if is_one) or "none"
