@@ -1,5 +1,5 @@
-"""What all tests share: one thread, so that sums are added in one order; the same examples every time; and a reason
-where there is no GPU. `pytest --hypothesis-profile random` looks for new examples."""
+"""What all tests share: one thread, so that sums are added in one order; the same examples every time; and, where there
+is no GPU, a reason, and Triton's interpreter. `pytest --hypothesis-profile random` looks for new examples."""
 
 import os
 
@@ -10,6 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "0")
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # which is read when triton is imported, by transformers at the latest
 
 hypothesis.settings.register_profile("random", derandomize=False)
 hypothesis.settings.register_profile("same", derandomize=True)
