@@ -28,6 +28,7 @@ from qlora_kit.ops import (
     rms_norm_plain,
     triton,
 )
+from qlora_kit.ops.slices import row_parts
 from qlora_kit.train.step import accumulate_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy, for Triton
@@ -184,28 +185,42 @@ def test_kernels_are_for_cuda_devices_and_for_dtypes_they_know(monkeypatch):
     assert triton.device_kernel("gated", draw(3), draw(3).half()) is None
 
 
-@pytest.mark.parametrize("trouble", ["none", "no triton", "switched off"])
-def test_without_triton_or_switched_off_nothing_is_tried(trouble, monkeypatch):
+@pytest.mark.parametrize(("switch", "tries"), [("1", True), ("0", False)])
+def test_switched_off_nothing_is_tried(switch, tries, monkeypatch):
     tried = []
     monkeypatch.setattr(triton, "_work", lambda device: tried.append(device) or True)
-    monkeypatch.setattr(triton, "find_spec", lambda name: None if trouble == "no triton" else object())
-    monkeypatch.setenv("QLORA_KIT_TRITON", "0" if trouble == "switched off" else "1")
-    is_served = triton.serves.__wrapped__(CUDA)  # past its cache
-    assert (is_served, len(tried)) == ((True, 1) if trouble == "none" else (False, 0))
+    monkeypatch.setenv("QLORA_KIT_TRITON", switch)
+    assert triton.serves.__wrapped__(CUDA) is tries  # past its cache
+    assert tried == [CUDA] * tries
 
 
-@pytest.mark.parametrize(
-    "fault", [None, RuntimeError("Failed to find C compiler"), subprocess.CalledProcessError(1, "gcc"), OSError("full")]
-)
+@pytest.mark.parametrize("fault", ["no triton", "no compiler", "no headers", "no room", "no such card", "wrong"])
 def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(fault, by_triton, monkeypatch):
+    from triton.runtime.errors import PTXASError
+
     assert triton._work(torch.device("cpu"))
+    faults = {
+        "no compiler": RuntimeError("Failed to find C compiler"),
+        "no headers": subprocess.CalledProcessError(1, "gcc"),
+        "no room": OSError("No space left on device"),
+        "no such card": PTXASError("unknown target"),
+    }
 
     def launch(*_):
-        if fault is not None:
-            raise fault
+        if fault in faults:
+            raise faults[fault]
 
     monkeypatch.setattr(triton, "_launcher", lambda name: launch)
+    if fault == "no triton":
+        monkeypatch.setitem(sys.modules, "triton.errors", None)
     assert not triton._work(torch.device("cpu"))
+
+
+def test_a_twin_on_a_card_makes_little_in_fp32_at_a_time():
+    x = torch.empty(10_000, 4096, device="meta")
+    parts = [len(x[part]) for part in row_parts(x)]
+    assert sum(parts) == len(x)
+    assert max(parts) * 4096 * 4 <= 32 * 2**20
 
 
 COMPILE = """

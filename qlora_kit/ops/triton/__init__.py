@@ -9,7 +9,6 @@ import os
 import subprocess
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -42,17 +41,20 @@ def device_kernel(name: str, *tensors: Tensor) -> Callable[..., None] | None:
 @functools.cache
 def serves(device: torch.device) -> bool:
     """Whether kernels run on a device: they are tried once, since that something is installed says little."""
-    is_wanted = device.type == "cuda" and os.environ.get("QLORA_KIT_TRITON") != "0"
-    return is_wanted and find_spec("triton") is not None and _work(device)
+    return device.type == "cuda" and os.environ.get("QLORA_KIT_TRITON") != "0" and _work(device)
 
 
 def _work(device: torch.device) -> bool:
+    try:
+        from triton.errors import TritonError
+    except (ImportError, OSError):
+        return False
     try:
         with _disable_current_modes(), torch.inference_mode(False):
             x = torch.ones(16, device=device)
             _launcher("gated")(x, x, "silu", x)
             return bool((x > 0.7).all() and (x < 0.8).all())  # silu(1) = 0.731
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError, TritonError):
         return False
 
 
