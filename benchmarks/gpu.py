@@ -8,10 +8,12 @@ weights, which are quantised one by one on the device into a checkpoint that all
 which is kept where it is given, for another call). Phases, in this order:
 
     memory     most bytes allocated in a step of 1 x 2,048, blocks recomputed, beside the plan and its floor
-    speed      tokens a second at 4 x 2,048, blocks recomputed, and as `memory.activations: auto` has it, beside the
-               time that products, decoding and elementwise passes need at the rates measured here (`speed_floor`)
+    speed      tokens a second at 4 x 2,048, blocks recomputed, their inputs on the device or offloaded, and as
+               `memory.activations: auto` has it, beside what products, decoding and elementwise passes need at the
+               rates measured here (`speed_floor`)
     kernels    each Triton kernel beside its twin in plain torch
-    gradients  in bf16 with kernels and without, against fp32 on the same codes
+    gradients  in bf16, against fp32 on the same codes: with kernels and without, and with sums of split products in
+               fp32, where cuBLAS may take them in bf16
     peers      PEFT on bitsandbytes in two forms, and Unsloth where it is installed, each in a process of its own
     lengths    the longest row that fits 8, 12, 16 and 24 GiB less the driver's context, by the allocator's own limit
     paged      paged optimizer state with the device filled up: the same losses as with room
@@ -234,7 +236,7 @@ def speed(bench: Bench) -> Iterator[Row]:
     """Tokens a second, recomputed and as the kit would choose."""
     count, tokens = bench.size.rows, bench.size.tokens
     rates = matmul_rate(bench.device, torch.bfloat16), bytes_a_second(bench)
-    for asked in ("recompute", "auto"):
+    for asked in ("recompute", "offload", "auto"):
         plan = bench.plan(count, asked, bench.free_bytes())
         blocks, rows = Blocks(**plan["blocks"]), plan["micro_batch"]
         taken = bench.timed(bench.stepper(rows, tokens, blocks))
@@ -286,7 +288,8 @@ def gradients(bench: Bench) -> Iterator[Row]:
     shape = bench.size.shape | small | {"intermediate_size": 2 * small["hidden_size"], "vocab_size": 512}
     ids = torch.randint(3, 512, (2, min(256, bench.size.tokens)), generator=torch.Generator().manual_seed(0))
 
-    def gradient(dtype: torch.dtype, *, serves: bool) -> Tensor:
+    def gradient(dtype: torch.dtype, *, serves: bool, sums_in_16_bits: bool = True) -> Tensor:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = sums_in_16_bits
         torch.manual_seed(0)
         dense = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
         model = freeze_and_quantize(dense, Quantization(), dtype, bench.device)
@@ -301,9 +304,13 @@ def gradients(bench: Bench) -> Iterator[Row]:
         return torch.cat([parameter.grad.double().flatten() for _, parameter in adapter_parameters(model)])
 
     truth = gradient(torch.float32, serves=False)
-    for serves in (True, False) if triton.serves(truth.device) else (False,):
-        off = (gradient(torch.bfloat16, serves=serves) - truth).norm() / truth.norm()
-        yield {"computed_in": "bfloat16", "kernels": serves, "off_by": round(off.item(), 6), "against": "float32"}
+    for serves, sums_in_16_bits in ((False, True), (True, True), (True, False)):
+        if serves and not triton.serves(truth.device):
+            continue
+        found = gradient(torch.bfloat16, serves=serves, sums_in_16_bits=sums_in_16_bits)
+        off = round(((found - truth).norm() / truth.norm()).item(), 6)
+        yield {"computed_in": "bfloat16", "kernels": serves, "sums_in_16_bits": sums_in_16_bits, "off_by": off}
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
 
 
 def peers(bench: Bench) -> Iterator[Row]:

@@ -13,29 +13,32 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 4096
-"""Of all rows of a program, where a row has fewer: 16 a thread of 8 warps."""
+"""Of all rows of a program, where a row has fewer."""
+_WARP_ELEMENTS = 512
+"""16 a thread: what it holds of them in fp32 stays in registers."""
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, epsilon: float, form: str, y: Tensor, inverse_T: Tensor) -> None:
     """Fill y, as x, and 1 / rms, (T,), fp32."""
-    grid, sizes = _layout(x)
+    grid, sizes, warps = _layout(x)
     with torch.cuda.device_of(x):
-        _forward[grid](x, weight_H, y, inverse_T, epsilon, *sizes, form != "twice", form == "offset")
+        _forward[grid](x, weight_H, y, inverse_T, epsilon, *sizes, form != "twice", form == "offset", num_warps=warps)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, inverse_T: Tensor, form: str, dx: Tensor) -> None:
     """Fill dx, as x."""
-    grid, sizes = _layout(x)
+    grid, sizes, warps = _layout(x)
     with torch.cuda.device_of(x):
-        _backward[grid](grad, x, weight_H, inverse_T, dx, *sizes, form == "offset")
+        _backward[grid](grad, x, weight_H, inverse_T, dx, *sizes, form == "offset", num_warps=warps)
 
 
-def _layout(x: Tensor) -> tuple[tuple[int], tuple[int, int, int, int]]:
-    """The grid, and T, H, rows of a program and its columns, powers of two."""
+def _layout(x: Tensor) -> tuple[tuple[int], tuple[int, int, int, int], int]:
+    """The grid; T, H, rows of a program and its columns, powers of two; warps."""
     width = x.shape[-1]
     tokens, columns = x.numel() // width, triton.next_power_of_2(width)
     rows = max(1, _ELEMENTS // columns)
-    return (triton.cdiv(tokens, rows),), (tokens, width, rows, columns)
+    warps = min(32, rows * columns // _WARP_ELEMENTS)
+    return (triton.cdiv(tokens, rows),), (tokens, width, rows, columns), warps
 
 
 @triton.jit
