@@ -19,7 +19,8 @@ which is kept where it is given, for another call). Phases, in this order:
     paged      paged optimizer state with the device filled up: the same losses as with room
     runs       `qlora-kit` under budgets of 8 and 12 GiB: train, kill, resume, generate, merge
 
-Medians and ranges. A phase that fails leaves a row that says why; one that would not end in time is not begun.
+Medians and ranges. A phase that fails leaves a row that says why; one that would not end in time is not begun, and can
+be asked for in another call on the same --folder.
 """
 
 import argparse
@@ -236,9 +237,13 @@ def speed(bench: Bench) -> Iterator[Row]:
     """Tokens a second, recomputed and as the kit would choose."""
     count, tokens = bench.size.rows, bench.size.tokens
     rates = matmul_rate(bench.device, torch.bfloat16), bytes_a_second(bench)
-    for asked in ("recompute", "offload", "auto"):
-        plan = bench.plan(count, asked, bench.free_bytes())
-        blocks, rows = Blocks(**plan["blocks"]), plan["micro_batch"]
+    plan, layers = bench.plan(count, "auto", bench.free_bytes()), bench.size.shape["num_hidden_layers"]
+    settings = {
+        "recompute": (count, Blocks(recompute=layers)),
+        "offload": (count, Blocks(offload=layers)),
+        "auto": (plan["micro_batch"], Blocks(**plan["blocks"])),
+    }
+    for asked, (rows, blocks) in settings.items():
         taken = bench.timed(bench.stepper(rows, tokens, blocks))
         rate = rows * tokens / statistics.median(taken)
         again = (blocks.recompute + blocks.offload) / max(1, blocks.all)
@@ -444,7 +449,7 @@ def run_row(bench: Bench, folder: Path, base: Path, data: Path, cap: int) -> Row
 
 PHASES: dict[str, tuple[Callable[[Bench], Iterator[Row]], int]] = {
     "memory": (memory, 45), "speed": (speed, 45), "kernels": (kernels, 15), "gradients": (gradients, 15),
-    "peers": (peers, 90), "lengths": (lengths, 60), "paged": (paged, 20), "runs": (runs, 90),
+    "peers": (peers, 120), "lengths": (lengths, 60), "paged": (paged, 20), "runs": (runs, 150),
 }  # fmt: skip
 """Each with the seconds that must be left to begin it."""
 

@@ -153,6 +153,24 @@ def test_what_an_ignored_token_says_does_no_harm(by_triton):
     assert not gradient[1].any()
 
 
+# --- roundings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_norms_and_gates_round_where_plain_torch_does(dtype, by_triton):
+    """Bits may differ where fp32 does in its last place and a tie is near: less than one in a thousand."""
+    x, w, u = draw(40, 100, dtype=dtype), draw(100, seed=1, dtype=dtype), draw(40, 100, seed=2, dtype=dtype)
+    made = {form: rms_norm(x, w, 1e-6, form) for form in ("twice", "once", "offset")}
+    assert (made["twice"] != made["once"]).float().mean() > 0.1, "a rounding more or less shows"
+    for form, y in made.items():
+        assert (y != rms_norm_plain(x, w, 1e-6, form)).float().mean() < 1e-3
+    out, plain = gated(x, u, "silu"), gated_plain(x, u, "silu")
+    unrounded = (torch.nn.functional.silu(x.float()) * u.float()).to(dtype)
+    assert (out != unrounded).float().mean() > 0.1
+    assert (out != plain).float().mean() < 1e-3
+    assert {*by_triton} == {"rms_norm", "gated"}
+
+
 # --- where they run ---------------------------------------------------------------------------------------------------
 
 
