@@ -1,5 +1,5 @@
-"""What all tests share: one thread, so that sums are added in one order; the same examples every time; and a reason
-where there is no GPU. `pytest --hypothesis-profile random` looks for new examples."""
+"""What all tests share: one thread, so that sums are added in one order; the same examples every time; and, where there
+is no GPU, a reason, and Triton's interpreter. `pytest --hypothesis-profile random` looks for new examples."""
 
 import os
 
@@ -13,6 +13,11 @@ import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # which is read when triton is imported, by transformers at the latest
 
 hypothesis.settings.register_profile("random", derandomize=False)
 hypothesis.settings.register_profile("same", derandomize=True)

@@ -102,6 +102,14 @@ def test_an_optimizer_that_does_nothing_is_noticed(monkeypatch):
     assert "off by 0.001" in check.found
 
 
+@pytest.mark.parametrize("serves", [True, False])
+def test_kernels_of_a_gpu_are_found_or_are_no_failure(serves, monkeypatch):
+    monkeypatch.setattr("qlora_kit.ops.triton.serves", lambda device: serves)
+    check = only("Triton kernels, cuda:0", doctor._device_checks("cuda:0"))
+    assert check.ok is (True if serves else None)
+    assert ("plain torch instead" in check.found) != serves
+
+
 def test_a_version_outside_the_range_of_the_metadata_fails(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "requires", lambda _: ["torch>=2.11", "safetensors>=99", "peft; extra == 'x'"])
     assert "(>=2.11)" in doctor._package("torch")

@@ -1,4 +1,4 @@
-"""Norms and gated MLPs as single operators, compiled and not; layers with one input"""
+"""Norms and gated MLPs as single operators, in C, in Triton and in plain torch; layers with one input"""
 
 import copy
 import pickle
@@ -20,16 +20,19 @@ from qlora_kit.base.fuse import fuse
 from qlora_kit.lora import add_lora, lora_layers, use_adapter
 from qlora_kit.ops import gated, gated_plain, native, rms_norm, rms_norm_plain, share_input
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy, for Triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("twice", "once", "offset")
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 
-@pytest.fixture(params=["compiled", "plain"])
+@pytest.fixture(params=["compiled", "plain", "triton"])
 def way(request, monkeypatch):
-    """By the compiled kernels, and by torch's operators alone."""
+    """By the compiled kernels, by torch's operators alone, and by the kernels of a CUDA device."""
     if request.param == "plain":
         tiny.uncompiled(monkeypatch)
+    elif request.param == "triton":
+        tiny.by_triton(monkeypatch)
     else:
         assert native.library() is not None, "these tests want a C compiler"
     return request.param

@@ -32,6 +32,7 @@ DOORS = {
     "bitsandbytes": ("base/", "train/optim", "cli/doctor"),
     "datasets": ("data/load",),
     "accelerate": ("train/",),
+    "triton": ("ops/triton/",),
     "peft": (),
     "trl": (),
 }

@@ -4,9 +4,12 @@ The widths are chosen to hurt: 176 is a multiple of 16 and not of 64, and 48 x 1
 block for blocks above 256.
 """
 
+import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -28,6 +31,7 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import freeze_and_quantize
 from qlora_kit.lora import lora_layers
 from qlora_kit.lora.layer import bare
+from qlora_kit.ops import triton
 
 CPU = torch.device("cpu")
 LLAMA = {
@@ -210,6 +214,30 @@ def uncompiled(monkeypatch):
     """Let norms and gates run by torch's own operators, which give the bits of transformers' modules."""
     for name in ("rms_norm", "gated"):
         monkeypatch.setattr(sys.modules[f"qlora_kit.ops.{name}"], "typed_kernel", lambda *_: None)
+
+
+def by_triton(monkeypatch):
+    """Let operators do on a CPU what they do on a CUDA device, by Triton's interpreter; which cuts bfloat16 off where
+    devices and torch round it to the nearest."""
+    pytest.importorskip("triton", reason="Triton is not installed: it is in the test extra on Linux")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton is not interpreted where there is a CUDA device: make gpu")
+    from triton import language
+    from triton.runtime import interpreter
+
+    def rounded(values, source, target, mode):
+        if (source, target) != (language.float32, language.bfloat16):
+            return cut_off(values, source, target, mode)
+        return torch.from_numpy(np.array(values)).bfloat16().view(torch.uint16).numpy()
+
+    uncompiled(monkeypatch)
+    cut_off = interpreter._convert_float
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(triton, "serves", lambda device: True)
+    for name in ("rms_norm", "gated"):
+        op = sys.modules[f"qlora_kit.ops.{name}"]
+        for direction in ("_forward", "_backward"):
+            monkeypatch.setattr(op, direction, getattr(op, f"{direction}_cuda"))
 
 
 def one_by_one(model: nn.Module) -> nn.Module:

@@ -123,6 +123,7 @@ def _device_checks(device: str) -> list[Check]:
         attempts.insert(0, _attempt(device, partial(_gpu, device), "look for other programs on the GPU: nvidia-smi"))
         advice = "raise the limit of locked memory (ulimit -l), or keep activations on the GPU: memory.activations=keep"
         attempts.append(_attempt(f"pinned memory, {device}", _pinned_memory, advice))
+        attempts.append(_attempt(f"Triton kernels, {device}", partial(_triton_kernels, device), ""))
     return attempts
 
 
@@ -306,6 +307,19 @@ def _optimizer_step(device: str) -> str:
     if not worst <= 1e-2 * lr:
         raise DeviceError(f"a weight is off by {worst:.2g} after one step of {lr:g}")
     return f"{type(optimizer).__name__} moved {weight.numel()} weights as it should"
+
+
+def _triton_kernels(device: str) -> str:
+    import torch
+
+    from qlora_kit.ops.triton import serves
+
+    if not serves(torch.device(device)):
+        raise _AbsentError(
+            "none, plain torch instead: Triton is not installed, switched off (QLORA_KIT_TRITON=0), or cannot compile "
+            "(it wants a C compiler and Python's headers)"
+        )
+    return "norms, gates and the loss"
 
 
 def _pinned_memory() -> str:

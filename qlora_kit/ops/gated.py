@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_kit.ops.native import address, size, threads, typed_kernel
 from qlora_kit.ops.slices import as_rows, row_parts
+from qlora_kit.ops.triton import device_kernel
 
 Gate = Literal["silu", "gelu"]
 """SiLU, x sigmoid(x); GELU by its tanh formula."""
@@ -109,8 +110,32 @@ def _backward_cpu(grad: Tensor, g: Tensor, u: Tensor, gate: Gate) -> tuple[Tenso
     return dg, du
 
 
+def _forward_cuda(g: Tensor, u: Tensor, gate: Gate) -> Tensor:
+    kernel = device_kernel("gated", g, u)
+    if kernel is None:
+        return _forward(g, u, gate)
+    _check(g, u)
+    out = torch.empty_like(g, memory_format=torch.contiguous_format)
+    kernel(g.contiguous(), u.contiguous(), gate, out)
+    return out
+
+
+def _backward_cuda(grad: Tensor, g: Tensor, u: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
+    kernel = device_kernel("gated_backward", grad, g, u)
+    if kernel is None:
+        return _backward(grad, g, u, gate)
+    _check(g, u, grad)
+    dg, du = (torch.empty_like(g, memory_format=torch.contiguous_format) for _ in range(2))
+    kernel(grad.contiguous(), g.contiguous(), u.contiguous(), gate, dg, du)
+    return dg, du
+
+
+torch.library.impl("qlora_kit::gated", "cuda", _forward_cuda)
+torch.library.impl("qlora_kit::gated_backward", "cuda", _backward_cuda)
+
+
 def _check(g: Tensor, *others: Tensor) -> None:
-    """C reads as many as it is told: so they must be there."""
+    """Kernels read as many as they are told: so they must be there."""
     for each in others:
         torch._check(each.shape == g.shape, lambda each=each: f"{tuple(each.shape)} beside {tuple(g.shape)}")
 

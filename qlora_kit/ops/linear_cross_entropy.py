@@ -12,7 +12,8 @@ divisor is given here and not divided by outside, where 16 bits would be rounded
 of one, and the factor that is left a power of two.
 
 The logits of a chunk are in the compute dtype, the softmax is in fp32 over a slice of the chunk: 2 bytes a logit in
-16 bits, and 4 in fp32, where the slice is the chunk's own memory.
+16 bits, and 4 in fp32, where the slice is the chunk's own memory. A CUDA device does it in one kernel, which needs no
+slice (`ops/triton/loss.py`).
 
 Axes: N tokens, D width of the head's input, V vocabulary; C tokens of a chunk, S tokens of a slice.
 
@@ -29,12 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.lora_linear import compute_dtype
+from qlora_kit.ops.triton import device_kernel
 
 IGNORED = -100
 """The label of a token that the loss does not count."""
 
 SLICE_ELEMENTS = 2**23
 """Logits that stand in fp32 at one time, in 16 bits: 32 MiB, which a large card's cache holds."""
+
+torch.library.define(
+    "qlora_kit::softmax_gradient",
+    "(Tensor(a!) logits, Tensor labels, float weight, float scale, float? cap) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +251,9 @@ def split_factor(share: float) -> tuple[float, float]:
 
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, weight: float) -> Tensor:
     """The summed loss of a chunk times `weight`, a scalar; its gradient takes the place of the logits."""
+    if logits_CV.is_contiguous() and device_kernel("softmax_gradient", logits_CV) is not None:
+        losses_C: Tensor = torch.ops.qlora_kit.softmax_gradient(logits_CV, labels_C, weight, rule.scale, rule.cap)
+        return losses_C.sum()
     is_ignored_C1 = (labels_C == IGNORED)[:, None]
     weight_C1 = torch.full_like(is_ignored_C1, weight, dtype=wide_dtype(logits_CV.dtype)).masked_fill_(is_ignored_C1, 0)
     label_C1 = labels_C[:, None].masked_fill(is_ignored_C1, 0)  # any that is there, since its weight is zero
@@ -264,6 +275,29 @@ def _of_slice(logits_SV: Tensor, label_S1: Tensor, weight_S1: Tensor, rule: Logi
     if z_SV is not logits_SV:
         logits_SV.copy_(z_SV)
     return loss
+
+
+@torch.library.impl("qlora_kit::softmax_gradient", "default")
+def _softmax_gradient(logits_CV: Tensor, labels_C: Tensor, weight: float, scale: float, cap: float | None) -> Tensor:
+    kernel = device_kernel("softmax_gradient", logits_CV)
+    assert kernel is not None  # or the caller would have taken slices, which a ledger sees
+    losses_C = _losses(logits_CV, labels_C)
+    kernel(logits_CV, labels_C.contiguous(), losses_C, weight, scale, cap, IGNORED)
+    return losses_C
+
+
+@torch.library.register_fake("qlora_kit::softmax_gradient")
+def _softmax_gradient_fake(
+    logits_CV: Tensor, labels_C: Tensor, weight: float, scale: float, cap: float | None
+) -> Tensor:
+    return _losses(logits_CV, labels_C)
+
+
+def _losses(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Memory for the loss of each token, (C,), fp32."""
+    torch._check(labels_C.shape == logits_CV.shape[:1], lambda: f"{len(labels_C)} labels for {len(logits_CV)} tokens")
+    torch._check(labels_C.dtype == torch.int64, lambda: f"labels in {labels_C.dtype}")
+    return logits_CV.new_empty(len(logits_CV), dtype=torch.float32)
 
 
 def apply_rule(z: Tensor, rule: LogitRule) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_kit.ops.native import address, size, threads, typed_kernel
 from qlora_kit.ops.slices import as_rows, row_parts
+from qlora_kit.ops.triton import device_kernel
 
 Form = Literal["twice", "once", "offset"]
 """twice: w times what x / rms(x) is in the dtype of x, as in Llama; once: all in fp32, as in OLMo 2; offset: the same
@@ -120,14 +121,36 @@ def _backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, form
     kernel = typed_kernel("rms_norm_backward", x, weight, grad)
     if kernel is None:
         return _backward(grad, x, weight, inverse, form)
-    _check(x, weight)
-    torch._check(grad.shape == x.shape, lambda: f"a gradient of {tuple(grad.shape)} for {tuple(x.shape)}")
+    _check(x, weight, grad)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     shape = size(len(inverse)), size(x.shape[-1])
     sources = (address(each) for each in (grad, x, weight, inverse))
     kernel(*sources, c_float(form == "offset"), *shape, address(dx), threads())
     return dx
+
+
+def _forward_cuda(x: Tensor, weight: Tensor, epsilon: float, form: Form) -> tuple[Tensor, Tensor]:
+    kernel = device_kernel("rms_norm", x, weight)
+    if kernel is None:
+        return _forward(x, weight, epsilon, form)
+    y, inverse = _results(x, weight)
+    kernel(x.contiguous(), weight.contiguous(), epsilon, form, y, inverse)
+    return y, inverse
+
+
+def _backward_cuda(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, form: Form) -> Tensor:
+    kernel = device_kernel("rms_norm_backward", x, weight, grad)
+    if kernel is None:
+        return _backward(grad, x, weight, inverse, form)
+    _check(x, weight, grad)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernel(grad.contiguous(), x.contiguous(), weight.contiguous(), inverse, form, dx)
+    return dx
+
+
+torch.library.impl("qlora_kit::rms_norm", "cuda", _forward_cuda)
+torch.library.impl("qlora_kit::rms_norm_backward", "cuda", _backward_cuda)
 
 
 @torch.library.register_fake("qlora_kit::rms_norm")
@@ -140,9 +163,11 @@ def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, for
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    """C reads as many as it is told: so they must be there."""
+def _check(x: Tensor, weight: Tensor, grad: Tensor | None = None) -> None:
+    """Kernels read as many as they are told: so they must be there."""
     torch._check(weight.shape == x.shape[-1:], lambda: f"a weight of {tuple(weight.shape)} for {tuple(x.shape)}")
+    if grad is not None:
+        torch._check(grad.shape == x.shape, lambda: f"a gradient of {tuple(grad.shape)} for {tuple(x.shape)}")
 
 
 def _results(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

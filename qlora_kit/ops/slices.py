@@ -21,9 +21,10 @@ DecodeRows = Callable[[slice, torch.dtype], Tensor]
 SLICE_ELEMENTS = 2**24
 """Weights in one slice: 32 MiB in 16 bits."""
 
-
 PART_ELEMENTS = 2**17
-"""Values that an elementwise operator takes at once on a CPU: 512 KiB in fp32."""
+"""Values that an elementwise operator takes at once on a CPU: 512 KiB in fp32, which its caches hold."""
+CARD_PART_ELEMENTS = 2**23
+"""And elsewhere: 32 MiB in fp32, so that a plan, which does not see what is made of them, is hardly exceeded."""
 
 
 def sliced_linear(x: Tensor, decode_rows: DecodeRows, shape: tuple[int, int], bias: Tensor | None = None) -> Tensor:
@@ -62,9 +63,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def row_parts(x: Tensor) -> Iterator[slice]:
-    """Some rows of (..., H) after others: on a CPU so few that what is made of them in fp32 stays in its caches."""
+    """Some rows of (..., H) after others, so few that what is made of them in fp32 is small."""
     count = x.numel() // x.shape[-1]
-    step = PART_ELEMENTS // x.shape[-1] if x.device.type == "cpu" else count
+    step = (PART_ELEMENTS if x.device.type == "cpu" else CARD_PART_ELEMENTS) // x.shape[-1]
     for begin in range(0, count, max(1, step)):
         yield slice(begin, begin + step)
 
