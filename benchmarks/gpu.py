@@ -159,7 +159,7 @@ class Bench:
         stepping, chunk = AdapterOptimizer(parameters, **settings), automatic_chunk(self.size.shape["vocab_size"])
 
         def step() -> float:
-            loss = accumulate_gradients(self.model, [rows], rows.input_ids.numel(), loss_chunk=chunk)
+            loss = accumulate_gradients(self.model, [rows], rows.input_ids.numel(), loss_chunk=chunk).value
             torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 0.3)
             stepping.step(1e-4)
             self.wait()

@@ -190,7 +190,7 @@ def step_of(model):
     tiny.wake(model.train())
     ids = tiny.tokens(2, 7).to(model.device)
     rows = type("Rows", (), {"input_ids": ids, "labels": ids, "position_ids": None, "attention_mask": None})
-    loss = accumulate_gradients(model, [rows], ids.numel(), loss_chunk=5)
+    loss = accumulate_gradients(model, [rows], ids.numel(), loss_chunk=5).value
     return torch.cat([loss[None].cpu(), *(p.grad.float().flatten().cpu() for _, p in adapter_parameters(model))])
 
 

@@ -1,6 +1,6 @@
 """A run that classifies texts: what its model's configuration says of the classes, and how well it tells them apart."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -31,14 +31,18 @@ def name_classes(config: PretrainedConfig, classes: Classes, pad: int) -> Pretra
 
 def known_classes(config: PretrainedConfig) -> list[str]:
     """The names that a model's outputs have already, in their order; none where they are numbered."""
-    names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    return [] if names == [f"LABEL_{number}" for number in range(config.num_labels)] else names
+    names = list(_names(config))
+    return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
 def classes_in(config: PretrainedConfig) -> Classes:
     """The classes that `name_classes` wrote."""
-    names = tuple(config.id2label[number] for number in range(config.num_labels))
-    return Classes(names, config.problem_type == "multi_label_classification")
+    return Classes(_names(config), config.problem_type == "multi_label_classification")
+
+
+def _names(config: PretrainedConfig) -> tuple[str, ...]:
+    named: Mapping[int, str] = config.id2label  # type: ignore[assignment]  # JSON's keys are made numbers when it is read
+    return tuple(named[number] for number in sorted(named))
 
 
 def predictions(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tensor:

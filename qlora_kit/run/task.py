@@ -22,8 +22,8 @@ def check_task(recipe: Recipe) -> None:
         raise RecipeError(f"data.loss_on=all is of no use to train.task={task}, which learns no prompts; leave it out")
     if recipe.data.over_length == "split":
         raise RecipeError(
-            f"data.over_length=split would part a row into what no longer stands for it; for train.task={task} set drop, "
-            "truncate or error"
+            f"data.over_length=split would part a row into what no longer stands for it; for train.task={task} set "
+            "drop, truncate or error"
         )
     if recipe.train.full_finetune and task in WITH_REFERENCE:
         raise RecipeError(
