@@ -4,15 +4,24 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 (files)        (held out)      (token ids)      (batches)
 """
 
+from qlora_kit.data.chat_template import (
+    FALLBACK,
+    check_turn_tokens,
+    end_token_id,
+    find_template,
+    fix_tokenizer,
+    template_tokens,
+)
 from qlora_kit.data.collate import Batch, Sampler, collate, collate_packs, collate_texts
 from qlora_kit.data.encode import Counts, EncodedSet, check_lengths, encode_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
-from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
+from qlora_kit.data.template import Encoded, encode, encode_turns
 
 __all__ = [
+    "FALLBACK",
     "FORMATS",
     "Batch",
     "Chat",
@@ -35,10 +44,14 @@ __all__ = [
     "efficiency",
     "encode",
     "encode_rows",
+    "encode_turns",
+    "end_token_id",
     "find_template",
+    "fix_tokenizer",
     "full_packs",
     "load_rows",
     "longest_pack",
     "read_row",
     "split_eval",
+    "template_tokens",
 ]
