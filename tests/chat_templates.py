@@ -149,7 +149,9 @@ GEMMA = (
 PHI3 = """{%- for m in messages -%}{{- '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- else -%}{{- eos_token -}}{%- endif -%}
 """
-PHI4 = """{%- for m in messages -%}{{- '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' -}}{%- endfor -%}
+PHI4 = """{%- for m in messages -%}
+    {{- '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' -}}
+{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant<|im_sep|>' -}}{%- endif -%}
 """
 
@@ -158,10 +160,10 @@ DEEPSEEK = (
     _SPLIT_SYSTEM
     + """{{- bos_token + rules -}}
 {%- for m in turns -%}
-    {%- if m.role == 'user' -%}{{- '<｜User｜>' + m.content -}}
-    {%- else -%}{{- '<｜Assistant｜>' + m.content.split('</think>')[-1].lstrip('\\n') + eos_token -}}{%- endif -%}
+    {%- if m.role == 'user' -%}{{- '<|User|>' + m.content -}}
+    {%- else -%}{{- '<|Assistant|>' + m.content.split('</think>')[-1].lstrip('\\n') + eos_token -}}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- '<|Assistant|><think>\\n' -}}{%- endif -%}
 """
 )
 
@@ -222,8 +224,8 @@ FAMILIES = {
     "gemma": Family(GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>", "<bos>", "<eos>", str.strip),
     "phi3": Family(PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "phi4": Family(PHI4, (*_IM, "<|im_sep|>"), "<|im_end|>"),
-    "deepseek": Family(DEEPSEEK, ("<｜User｜>", "<｜Assistant｜>"), "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>",
-                       "<｜end▁of▁sentence｜>", lambda said: "\n</think>\n\n" + said.lstrip("\n"), is_stable=False),
+    "deepseek": Family(DEEPSEEK, ("<|User|>", "<|Assistant|>"), "<|end_of_sentence|>", "<|begin_of_sentence|>",
+                       "<|end_of_sentence|>", lambda said: "\n</think>\n\n" + said.lstrip("\n"), is_stable=False),
     "marked": Family(MARKED, _IM, "<|im_end|>", "<s>", "</s>"),
 }  # fmt: skip
 

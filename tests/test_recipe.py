@@ -119,7 +119,6 @@ NOT_BUILT = {
     "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: preference}]"],
     "data.format": ["preference", "labelled", "classification"],
     "data.over_length": ["split"],
-    "data.thinking": ["strip", "empty"],
     "data.on_error": ["skip"],
     "train.task": ["classify", "dpo", "orpo", "kto"],
     "train.beta": ["0.2"],

@@ -3,10 +3,16 @@
 The oracle is transformers' own `apply_chat_template` on the turns before an answer.
 """
 
-import pytest
-from chat_templates import FAMILIES, tokenizer_of
+from dataclasses import replace
+from datetime import date, datetime
 
-from qlora_kit.data import Chat, collate, encode_turns
+import pytest
+from chat_templates import FAMILIES, LLAMA3, QWEN3, tokenizer_of
+from transformers.utils import chat_template_utils
+
+from qlora_kit.data import Chat, collate, encode_rows, encode_turns, end_token_id, fix_tokenizer, template_tokens
+from qlora_kit.data.chat_template import fix_template, writes_date
+from qlora_kit.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be a cat."}
 ASKED = {"role": "user", "content": "where?"}
@@ -100,7 +106,7 @@ def test_tokens_decode_to_what_the_template_renders_with_one_first_token(name, c
         if name == "deepseek":  # its turns leave out the thought that its prompts open
             assert found.endswith("<think>\n" + family.said(messages[i]["content"]) + family.end)
             found = "".join(found.rsplit("<think>\n\n</think>\n\n", 1))
-            text = text.replace("<｜Assistant｜>\n", "<｜Assistant｜>")
+            text = text.replace("<|Assistant|>\n", "<|Assistant|>")
         assert text.startswith(found)
         assert text[len(found) :] in ("", "\n", "\n<|endoftext|>"), "what a template adds behind an end token"
         assert row.input_ids.count(tokenizer.bos_token_id) == (family.bos is not None)
@@ -152,3 +158,152 @@ def test_padding_with_the_end_token_changes_no_label(name):
     assert not (ours.input_ids == other.input_ids).all()
     assert (ours.labels == other.labels).all()
     assert all((labels == end).any() for labels in ours.labels)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_token_that_ends_answers_is_found_by_rendering_one(name):
+    family = FAMILIES[name]
+    tokenizer = tokenizer_of(family)
+    assert tokenizer.convert_ids_to_tokens(end_token_id(tokenizer)) == family.end
+    assert family.end in template_tokens(tokenizer)
+    assert set(template_tokens(tokenizer)) <= {*family.specials, family.bos, family.eos}
+
+
+# ---- thoughts ------------------------------------------------------------------------------------------------------
+
+THOUGHT = "a mat is there"
+INSIDE = {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\non the mat"}
+APART = {"role": "assistant", "content": "on the mat", "reasoning_content": THOUGHT}
+BLOCK = "<think>\n\n</think>\n\n"
+FULL = f"<think>\n{THOUGHT}\n</think>\n\n"
+
+
+def thinking(family, mode, *answers):
+    """The tokenizer of a run in a mode, and the rows of one chat with these answers."""
+    tokenizer = tokenizer_of(family)
+    fix_tokenizer(tokenizer, mode, date(2024, 5, 6))
+    messages = [message for answer in answers for message in (ASKED, answer)]
+    return tokenizer, encode_rows([Chat(messages)], tokenizer, thinking=mode).rows
+
+
+@pytest.mark.parametrize("answer", [INSIDE, APART])
+@pytest.mark.parametrize(
+    ("name", "mode", "opened", "said"),
+    [
+        ("qwen3", "keep", "", FULL),
+        ("qwen3", "strip", BLOCK, ""),
+        ("qwen3", "empty", BLOCK, ""),
+        ("phi4", "keep", "", FULL),
+        ("phi4", "strip", "", ""),
+        ("phi4", "empty", "", BLOCK),
+        ("deepseek", "keep", "<think>\n", FULL.removeprefix("<think>\n")),
+        ("deepseek", "strip", "<think>\n", BLOCK.removeprefix("<think>\n")),
+        ("deepseek", "empty", "<think>\n", BLOCK.removeprefix("<think>\n")),
+    ],
+)
+def test_thoughts_are_kept_left_out_or_emptied_behind_the_prompt_of_that_mode(name, mode, opened, said, answer):
+    """`opened` is what inference writes before the answer of itself, `said` what the model has to say before it."""
+    family = FAMILIES[name]
+    tokenizer, rows = thinking(family, mode, answer, answer)
+    assert THOUGHT in str(answer)
+    for row in rows:
+        parts = stretches(row, tokenizer)
+        assert set(parts) == {said + "on the mat" + family.end}
+    prompt = tokenizer.apply_chat_template([ASKED], add_generation_prompt=True)["input_ids"]
+    assert rows[0].input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt).endswith(opened)
+    assert (BLOCK in tokenizer.decode(prompt)) == (opened == BLOCK)
+
+
+def test_earlier_thoughts_of_a_forgetful_template_are_trained_and_not_seen_again():
+    tokenizer, rows = thinking(FAMILIES["qwen3"], "keep", APART, APART)
+    assert [stretches(row, tokenizer) for row in rows] == [[FULL + "on the mat<|im_end|>"]] * 2
+    assert tokenizer.decode(rows[1].input_ids).count(THOUGHT) == 1
+
+
+def test_templates_that_could_not_say_a_thought_refuse_to_lose_it():
+    deaf = replace(
+        FAMILIES["phi4"], source=FAMILIES["phi4"].source.replace("m.content", "m.content.split('</think>')[-1]")
+    )
+    assert deaf.source != FAMILIES["phi4"].source
+    with pytest.raises(DataError, match=r"leaves out the thought of turn 2: set data\.thinking=strip"):
+        thinking(deaf, "keep", APART)
+    tokenizer, rows = thinking(deaf, "strip", APART)
+    assert stretches(rows[0], tokenizer) == ["on the mat<|im_end|>"]
+
+
+def test_a_thought_that_is_not_closed_is_refused_where_it_is_to_go():
+    open_ended = {"role": "assistant", "content": "<think>hm, on the mat"}
+    assert thinking(FAMILIES["phi4"], "keep", open_ended)[1]
+    with pytest.raises(DataError, match="opens <think> and does not close it"):
+        thinking(FAMILIES["phi4"], "strip", open_ended)
+
+
+def test_a_prompt_that_no_turn_begins_with_is_refused():
+    odd = replace(FAMILIES["phi4"], source=FAMILIES["phi4"].source + "{% if add_generation_prompt %}Well:{% endif %}")
+    with pytest.raises(DataError, match=r"gives a prompt for turn 2 that the turn does not begin with: .*Well:"):
+        thinking(odd, "keep", SAID)
+
+
+# ---- dates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets what day it is for templates."""
+
+    def it_is(year, month, day):
+        class Fake(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(year, month, day, 15, 30)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Fake)
+
+    return it_is
+
+
+def test_a_fixed_template_says_the_same_on_every_day(clock):
+    tokenizer = tokenizer_of(FAMILIES["llama3"])
+    clock(2024, 5, 6)
+    then = tokenizer.apply_chat_template([ASKED, SAID], tokenize=False)
+    clock(2025, 12, 31)
+    now = tokenizer.apply_chat_template([ASKED, SAID], tokenize=False)
+    assert ("06 May 2024" in then, "31 Dec 2025" in now) == (True, True)
+    assert fix_tokenizer(tokenizer, "keep", date(2024, 5, 6)) == date(2024, 5, 6)
+    assert tokenizer.apply_chat_template([ASKED, SAID], tokenize=False) == then
+    assert fix_tokenizer(tokenizer, "keep", date(2025, 12, 31)) is None, "it is fixed already"
+    assert tokenizer.apply_chat_template([ASKED, SAID], tokenize=False) == then
+    given = tokenizer.apply_chat_template([ASKED, SAID], tokenize=False, date_string="tomorrow")
+    assert "Today: tomorrow" in given, "who renders may still give a date"
+
+
+@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %y", "%H:%M:%S", "100%%", "%j %W"])
+def test_every_form_of_a_date_is_that_of_the_clock(form, clock):
+    source = "{{ strftime_now('" + form + "') }}"
+    tokenizer = tokenizer_of(replace(FAMILIES["phi4"], source=source))
+    tokenizer.chat_template = fix_template(source, today=date(2024, 5, 6))
+    clock(2025, 12, 31)
+    assert tokenizer.apply_chat_template([ASKED], tokenize=False) == datetime(2024, 5, 6).strftime(form)
+
+
+@pytest.mark.parametrize("source", [LLAMA3, QWEN3, "\n  {{ messages[0].content }}", "{% if x %}\n{% endif %} a"])
+def test_what_is_written_in_front_of_a_template_leaves_no_trace(source, clock):
+    clock(2024, 5, 6)
+    tokenizer = tokenizer_of(replace(FAMILIES["phi4"], source=source))
+    before = tokenizer.apply_chat_template([ASKED, SAID], tokenize=False, enable_thinking=False)
+    marked = source + "{# enable_thinking strftime_now #}"
+    fixed = fix_template(marked, thinking="strip", today=date(2024, 5, 6))
+    assert fixed.endswith(marked) != (fixed == marked)
+    tokenizer.chat_template = fixed
+    assert tokenizer.apply_chat_template([ASKED, SAID], tokenize=False) == before
+    assert not writes_date(fixed)
+    assert fix_template(fixed, thinking="strip", today=date(2025, 1, 1)) == fixed
+
+
+def test_fixing_reaches_every_template_of_a_tokenizer_that_has_several():
+    tokenizer = tokenizer_of(FAMILIES["llama3"])
+    tokenizer.chat_template = {"default": LLAMA3, "tool_use": LLAMA3}
+    assert fix_tokenizer(tokenizer, "keep", date(2024, 5, 6))
+    assert not any(map(writes_date, tokenizer.chat_template.values()))
+    assert "06 May 2024" in tokenizer.apply_chat_template([ASKED], tools=TOOLS, tokenize=False)

@@ -183,7 +183,7 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     if tokenizer.chat_template is None:
         return None
     token = end_token(Renderer(tokenizer, tokenizer.get_chat_template()), special_tokens(tokenizer))
-    return None if token is None else tokenizer.convert_tokens_to_ids(token)
+    return next((id for id, added in tokenizer.added_tokens_decoder.items() if added.content == token), None)
 
 
 def template_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

@@ -33,7 +33,6 @@ ROWS = (
     NotYet("data.train[].format", _PLAIN_FORMATS, _FORMATS),
     NotYet("data.format", _PLAIN_FORMATS, _FORMATS),
     NotYet("data.over_length", _all_but("split"), "built: drop, truncate, error"),
-    NotYet("data.thinking", _only("keep"), "built: keep"),
     NotYet("data.on_error", _only("stop"), "built: stop"),
     NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),
     NotYet("train.beta", _only(0.1), "preference tasks, which read it, are not built either"),

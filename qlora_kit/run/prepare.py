@@ -1,8 +1,8 @@
 """Before any weight is read: where the model lies, the rows as tokens, and the numbers of the run."""
 
 from dataclasses import dataclass
+from datetime import date as Date
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -14,13 +14,17 @@ from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import build_model, read_config
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
+    FALLBACK,
     Batch,
+    Chat,
     Encoded,
     EncodedSet,
+    Example,
     check_turn_tokens,
     collate,
     encode_rows,
     find_template,
+    fix_tokenizer,
     load_rows,
     longest_pack,
     split_eval,
@@ -38,11 +42,12 @@ class Prepared:
 
     Attributes:
         config: of the model.
-        tokenizer: with the chat template that the recipe names.
+        tokenizer: with the chat template that the recipe names, fixed for the run.
         train: encoded training rows.
         eval: encoded held-out rows; empty where the recipe wants none.
         pace: steps and batch sizes.
         packed_tokens: most tokens of a sequence where rows are packed; None where every row is its own.
+        date: that the chat template writes; None where it writes none.
     """
 
     config: PretrainedConfig
@@ -51,6 +56,7 @@ class Prepared:
     eval: EncodedSet
     pace: Pace
     packed_tokens: int | None = None
+    date: Date | None = None
 
     @property
     def longest(self) -> int:
@@ -58,13 +64,16 @@ class Prepared:
         return self.train.longest if self.packed_tokens is None else self.packed_tokens
 
 
-def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
+) -> Prepared:
     """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
     Args:
         recipe: the run.
         watch: is told of downloads and of what became of the rows.
         weights: whether a model folder is asked for sound weights, too.
+        today: the date that a chat template may write; None asks the clock.
         trust_remote_code: let the model's own code run.
     """
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
@@ -73,7 +82,14 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
-    train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
+    examples = _read_examples(recipe)
+    date = _settle_template(tokenizer, recipe, examples, today, watch)
+    train_rows, eval_rows = _encode_all(examples, recipe, tokenizer, config)
+    if train_rows.counts.turns:
+        watch.note(
+            "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
+            f"{train_rows.counts.turns:,} rows more"
+        )
     counts, is_packed = train_rows.counts, recipe.data.packing is True
     pace = set_pace(
         recipe.train,
@@ -84,7 +100,7 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
         parameters=count_parameters(config),
     )
     packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
-    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
+    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
     watch.prepared(prepared)
     if recipe.train.early_stopping is not None and not prepared.eval.rows:
         watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
@@ -119,6 +135,26 @@ def load_tokenizer(
     return tokenizer
 
 
+def set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, today: Date | None) -> Date | None:
+    """Give the tokenizer of a run whose rows are chats its chat template, as `chat_template.py` fixes it, in place.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        recipe: the run.
+        today: the date that the run's template writes, if it writes any; None asks the clock.
+
+    Returns:
+        the date that the template writes; None if it writes none.
+
+    Raises:
+        DataError: there is no template, and none that ships would do.
+    """
+    if tokenizer.chat_template is None:
+        check_turn_tokens(FALLBACK, tokenizer)
+        tokenizer.chat_template = find_template(FALLBACK)
+    return fix_tokenizer(tokenizer, recipe.data.thinking, today or Date.today())
+
+
 def added_ids(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
     """Ids of the tokens whose rows the recipe trains."""
     ids = tokenizer.convert_tokens_to_ids(recipe.lora.added_tokens)
@@ -142,7 +178,7 @@ def held_out_rows(
     if data is not None:
         rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns)
         return _encode(rows, recipe, tokenizer, config)
-    return _read_rows(recipe, tokenizer, config)[1]
+    return _encode_all(_read_examples(recipe), recipe, tokenizer, config)[1]
 
 
 def eval_batches(rows: list[Encoded], pad: int, device: torch.device) -> list[Batch]:
@@ -179,9 +215,8 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return positions
 
 
-def _read_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> tuple[EncodedSet, EncodedSet]:
+def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Training rows and held-out rows."""
     data = recipe.data
     sources = (
         data.train
@@ -189,18 +224,50 @@ def _read_rows(
         else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
     )
     examples = load_rows(sources, format=data.format, columns=data.columns)
-    held_out: list[Any] = []
+    held_out: list[Example] = []
     if data.eval == "auto":
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
         held_out = load_rows(data.eval, format=data.format, columns=data.columns)
-    encoded = _encode(examples, recipe, tokenizer, config)
+    return examples, held_out
+
+
+def _settle_template(
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    examples: tuple[list[Example], list[Example]],
+    today: Date | None,
+    watch: Watch,
+) -> Date | None:
+    """Set the template if any row is a chat, and say what a person would not expect; gives the date that it writes."""
+    if not any(isinstance(example, Chat) for rows in examples for example in rows):
+        return None
+    if tokenizer.chat_template is None:
+        watch.note(
+            f"the tokenizer has no chat template: chats are written by the shipped template {FALLBACK}, in words and "
+            "the end of text, which every base has learnt (data.template)"
+        )
+    date = set_template(tokenizer, recipe, today)
+    if date is not None:
+        watch.note(f"the chat template writes today's date: it stays {date} in this run and its exports")
+    return date
+
+
+def _encode_all(
+    examples: tuple[list[Example], list[Example]],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> tuple[EncodedSet, EncodedSet]:
+    train_rows, held_out = examples
+    encoded = _encode(train_rows, recipe, tokenizer, config)
     # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
-    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=not held_out or data.eval == "auto")
+    may_be_empty = not held_out or recipe.data.eval == "auto"
+    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=may_be_empty)
 
 
 def _encode(
-    examples: list[Any],
+    examples: list[Example],
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
@@ -212,6 +279,7 @@ def _encode(
         loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
         max_tokens=recipe.data.max_tokens,
         over_length=recipe.data.over_length,
+        thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
         max_positions=positions_of(config),
         may_be_empty=may_be_empty,

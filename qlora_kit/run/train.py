@@ -27,6 +27,7 @@ from qlora_kit.run.folder import (
     clear_run_folder,
     describe_run,
     provenance_of,
+    recorded_date,
     run_folder,
     trained_folder,
     write_memory,
@@ -103,7 +104,8 @@ def train(
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
-    prepared = prepare(begun, watch, weights=True, trust_remote_code=trust_remote_code)
+    today = recorded_date(folder) if resume else None
+    prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)
     check_weights(begun, prepared.config)
     plan = plan_prepared(begun, prepared)
     watch.planned(plan)
