@@ -33,6 +33,7 @@ from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
+from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
 
@@ -88,7 +89,7 @@ def prepare(
     if train_rows.counts.turns:
         watch.note(
             "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
-            f"{train_rows.counts.turns:,} rows more"
+            f"{counted(train_rows.counts.turns, 'row')} more"
         )
     counts, is_packed = train_rows.counts, recipe.data.packing is True
     pace = set_pace(
