@@ -8,6 +8,7 @@ from datetime import date, datetime
 from pathlib import Path
 
 import pytest
+import torch
 from chat_templates import FAMILIES, tokenizer_of
 from tiny import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -41,15 +42,18 @@ class Listening(Watch):
         self.tokenizer = prepared.tokenizer
 
 
-def base_of(folder, family, **changes):
+def base_of(folder, family, *unlearnt):
     """A random base with the family's tokenizer, saved, whose own config ends answers by the end of text alone.
 
-    Its head is drawn wide enough that adapters before it can make it certain of a token.
+    It knows nothing of the tokens `unlearnt`. Its head is drawn wide enough that adapters before it can make it certain
+    of a token.
     """
     tokenizer = tokenizer_of(family)
     bos = tokenizer.bos_token_id if family.bos else None
     model = llama(vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=bos, pad_token_id=None,
-                  eos_token_id=tokenizer.eos_token_id, initializer_range=0.5, **changes)  # fmt: skip
+                  eos_token_id=tokenizer.eos_token_id, initializer_range=0.5)  # fmt: skip
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(unlearnt)] = 0.0
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     return folder / "base"
@@ -109,7 +113,7 @@ def day(*numbers):
 def learnt(tmp_path_factory):
     """Chats learnt by heart on 6 May 2024; the tokenizer has no pad token, and its end of text ends no turn."""
     folder = tmp_path_factory.mktemp("learnt")
-    recipe, watch = recipe_of(folder, base_of(folder, DATED), *LEARN), Listening()
+    recipe, watch = recipe_of(folder, base_of(folder, DATED, "<|im_end|>"), *LEARN), Listening()
     with day(2024, 5, 6):
         train(recipe, watch=watch)
     return folder, watch
@@ -140,6 +144,13 @@ def test_a_set_learnt_by_heart_is_said_word_for_word_and_every_answer_stops_at_i
         told = said(model, tokenizer, asked, GenerationConfig(eos_token_id=end_tokens(model, tokenizer)))
         assert told == [*tokenizer(answer)["input_ids"], end]
         assert len(said(model, tokenizer, asked)) > len(told), "told of the end of text alone, it goes on"
+
+
+def test_a_run_tells_of_a_token_that_its_base_has_not_learnt(learnt):
+    _, watch = learnt
+    told = [note for note in watch.notes if "learnt nothing" in note]
+    assert len(told) == 1
+    assert "'lora.added_tokens=[<|im_end|>]'" in told[0]
 
 
 def test_exports_stop_at_the_end_token_and_render_what_training_rendered(learnt, tmp_path):

@@ -41,6 +41,7 @@ from qlora_kit.run.prepare import (
     prepare,
 )
 from qlora_kit.run.score import score
+from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
@@ -120,6 +121,9 @@ def train(
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
+        unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
+        if unlearnt is not None:
+            watch.note(unlearnt)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, plan["loss_chunk"])
         if why_whole is not None:
