@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from datetime import date as Date
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,13 @@ def through_end(said: str, end: str | None, specials: tuple[str, ...]) -> str:
     bare = said.rstrip()
     if not bare.endswith(specials):
         return said
-    one = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
-    last = re.search(rf"(?:(?:{one})\s*)+\Z", bare)
+    last = _run_at_the_end(specials).search(bare)
     at = -1 if end is None or last is None else bare.rfind(end, last.start())
     return bare if at < 0 or end is None else bare[: at + len(end)]
+
+
+@lru_cache(maxsize=8)
+def _run_at_the_end(specials: tuple[str, ...]) -> re.Pattern[str]:
+    """Special tokens, one behind the other, white space between them aside."""
+    one = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+    return re.compile(rf"(?:(?:{one})\s*)+\Z")

@@ -24,6 +24,7 @@ trim offsets; tests/test_data.py shows it).
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -173,14 +174,13 @@ class _Turn:
     """One answer as inference has it: what it is given, and what is to be said, end token included."""
 
     prompt: str
-    prompt_ids: list[int]
     said: str
     answer: str | None
     """Its plain text, where it is nothing but text."""
 
-    def stands_in(self, text: str, ids: list[int]) -> bool:
+    def stands_in(self, whole: "_Whole") -> bool:
         """Whether a rendering of the whole chat has the turn, and all before it, in the same characters and tokens."""
-        return text.startswith(self.prompt + self.said) and ids[: len(self.prompt_ids)] == self.prompt_ids
+        return whole.text.startswith(self.prompt + self.said) and whole.begins_with(self.prompt)
 
     @property
     def span(self) -> Span:
@@ -189,10 +189,36 @@ class _Turn:
 
     def row(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> Encoded:
         """The turn as a row of its own."""
-        whole = _ids(self.prompt + self.said, tokenizer)
-        ids = _behind(self.prompt_ids, whole, self.said, tokenizer)
-        trained = [place >= len(self.prompt_ids) for place in range(len(ids))]
-        return Encoded(ids, trained, self.prompt_ids, self.answer, where)
+        prompt = _ids(self.prompt, tokenizer)
+        ids = _behind(prompt, _ids(self.prompt + self.said, tokenizer), self.said, tokenizer)
+        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A rendering of a whole chat and its tokens."""
+
+    text: str
+    ids: list[int]
+    offsets: list[Span]
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def begins_with(self, prompt: str) -> bool:
+        """Whether the ids begin with those of a prompt with which the text begins.
+
+        Added tokens are cut out of a text before anything else, so that what is behind the last one is enough to look
+        at: to tokenise every prompt of a long chat would take time by the square of its turns. Where a text that stands
+        alone begins otherwise (SentencePiece puts a space there), all of the prompt is tokenised.
+        """
+        count = bisect_left(self.offsets, (len(prompt),))
+        added = self.tokenizer.added_tokens_decoder
+        last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
+        if last is not None:
+            behind = _ids(prompt[self.offsets[last][1] :], self.tokenizer)
+            if behind == self.ids[last + 1 : count]:
+                return True
+        ids = _ids(prompt, self.tokenizer)
+        return self.ids[: len(ids)] == ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +236,7 @@ class _Form:
             DataError: what the template writes for the turn does not go on from the prompt that it gives for it, or
                 leaves out its thought.
         """
-        message, tokenizer = messages[i], self.render.tokenizer
+        message = messages[i]
         prompt, whole = self.render(messages[:i], prompt=True), self.render(messages[: i + 1])
         said = after_prompt(prompt, whole, thought_of(message))
         if said is None:
@@ -226,12 +252,7 @@ class _Form:
                 "template that writes it with data.template=FILE"
             )
         is_text = message.get("content") is not None and not message.get("tool_calls")
-        return _Turn(
-            prompt,
-            _ids(prompt, tokenizer),
-            through_end(said, self.end, self.specials),
-            message["content"] if is_text else None,
-        )
+        return _Turn(prompt, through_end(said, self.end, self.specials), message["content"] if is_text else None)
 
 
 def _encode_chat(
@@ -247,9 +268,9 @@ def _encode_chat(
     text = render(messages)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = tokens["input_ids"]
+    whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
     if loss_on == "all":
-        return [Encoded(ids, _all_but_bos(ids, tokenizer), where=chat.where)]
+        return [Encoded(whole.ids, _all_but_bos(whole.ids, tokenizer), where=chat.where)]
 
     specials = special_tokens(tokenizer)
     form = _Form(render, specials, end_token(render, specials))
@@ -258,7 +279,7 @@ def _encode_chat(
         answers = answers[-1:]
     marked = _spans_by_marks(messages, text, form)[-len(answers) :]
     turns = [form.turn(messages, i) for i in answers if i > 0]
-    is_one_row = all(turn.stands_in(text, ids) for turn in turns)
+    is_one_row = all(turn.stands_in(whole) for turn in turns)
     if answers[0] == 0 and not (marked and is_one_row):
         raise DataError(
             "the chat opens with an assistant turn, which answers nothing: put a user or system turn before it"
@@ -266,10 +287,10 @@ def _encode_chat(
     if not is_one_row:
         return [turn.row(tokenizer, chat.where) for turn in turns]
     spans = marked or [turn.span for turn in turns]
-    trained = [any(_stands_in(token, span) for span in spans) for token in tokens["offset_mapping"]]
+    trained = [_stands_in(token, spans[bisect_right(spans, token[0], key=_start) - 1]) for token in whole.offsets]
     is_asked = answers == [len(messages) - 1] and turns and turns[0].answer is not None
-    prompt, answer = (turns[0].prompt_ids, turns[0].answer) if is_asked else (None, None)
-    return [Encoded(ids, trained, prompt, answer, chat.where)]
+    prompt, answer = (_ids(turns[0].prompt, tokenizer), turns[0].answer) if is_asked else (None, None)
+    return [Encoded(whole.ids, trained, prompt, answer, chat.where)]
 
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
@@ -311,6 +332,10 @@ def _with_end(text: str, span: Span, form: _Form) -> Span:
 
 def _excerpt(text: str, at: int) -> str:
     return repr(text[max(0, at - 20) : at + 20])
+
+
+def _start(span: Span) -> int:
+    return span[0]
 
 
 def _stands_in(token: Span, span: Span) -> bool:
