@@ -252,14 +252,30 @@ def _bytes_and_words(specials: tuple[str, ...], breaks_join: bool) -> str:
     return bpe.to_str()
 
 
-def tokenizer_of(family: Family, *, pad: str | None = None, breaks_join: bool = True) -> PreTrainedTokenizerFast:
-    """A tokenizer with the family's tokens and template, and no pad token unless one is given."""
+@cache
+def _pieces(specials: tuple[str, ...], prepends: str) -> str:
+    """A vocabulary in the manner of SentencePiece, where a space is part of the word behind it."""
+    pieces = Tokenizer(models.BPE(unk_token=specials[0]))
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepends)
+    pieces.decoder = decoders.Metaspace(prepend_scheme=prepends)
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=list(specials), show_progress=False)
+    pieces.train_from_iterator(["on the mat\n\n the cat\nwhere? and then?"] * 9, trainer)
+    return pieces.to_str()
+
+
+def tokenizer_of(
+    family: Family, *, pad: str | None = None, breaks_join: bool = True, prepends: str | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with the family's tokens and template, and no pad token unless one is given.
+
+    `breaks_join`: line breaks end a word; `prepends`: a vocabulary of pieces, and where it puts a space of its own.
+    """
     ends = tuple(token for token in (family.bos, family.eos) if token is not None)
     specials = (*ends, *(token for token in family.specials if token not in ends))
+    made = _bytes_and_words(specials, breaks_join) if prepends is None else _pieces(specials, prepends)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_bytes_and_words(specials, breaks_join)), bos_token=family.bos,
-        eos_token=family.eos, pad_token=pad, chat_template=family.source,
-        extra_special_tokens=[token for token in specials if token not in ends],
+        tokenizer_object=Tokenizer.from_str(made), bos_token=family.bos, eos_token=family.eos, pad_token=pad,
+        chat_template=family.source, extra_special_tokens=[token for token in specials if token not in ends],
     )  # fmt: skip
     tokenizer.add_tokens(["<think>", "</think>"])  # as Qwen3 has them: tokens of their own, not special
     return tokenizer

@@ -14,6 +14,7 @@ from tiny import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_kit.errors import DataError
+from qlora_kit.export import merge
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import train
 from qlora_kit.run.prepare import load_tokenizer, prepare, set_template
@@ -157,8 +158,9 @@ def test_exports_stop_at_the_end_token_and_render_what_training_rendered(learnt,
     folder, watch = learnt
     export_run(folder / "run", tmp_path / "merged", to="merged", onto="dequantized", dtype="float32", force=False)
     export_run(folder / "run", tmp_path / "adapter", to="adapter", onto="dequantized", dtype="float32", force=False)
+    merge(tmp_path / "adapter", folder / "base", tmp_path / "again", dtype="float32", device="cpu")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    for out in ("merged", "adapter"):
+    for out in ("merged", "adapter", "again"):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / out)
         ends = GenerationConfig.from_pretrained(tmp_path / out).eos_token_id
         assert ends == sorted(tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"]))

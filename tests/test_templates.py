@@ -147,6 +147,21 @@ def test_words_that_take_the_last_line_break_of_a_prompt_are_rows_of_their_own()
     assert [stretches(row, tokenizer) for row in rows] == [["on the mat<|eot_id|>"], ["the cat 🙂<|eot_id|>"]]
 
 
+@pytest.mark.parametrize("prepends", ["always", "first", "never"])
+@pytest.mark.parametrize("name", ["mistral", "gemma", "qwen3", "phi3", "llama3"])
+def test_vocabularies_of_pieces_keep_the_tokens_of_prompts_too(name, prepends):
+    tokenizer = tokenizer_of(FAMILIES[name], prepends=prepends)
+    spaces = tokenizer("the")["input_ids"] != tokenizer("<think>the")["input_ids"][1:]
+    assert spaces == (prepends == "first"), "there a text that stands alone is not one behind another token"
+    for chat in ("multi", "spaced", "broken"):
+        rows = encode_turns(Chat(CHATS[chat]), tokenizer)
+        given = prompts(tokenizer, chat)
+        for number, prompt in enumerate(given):
+            row = rows[0 if len(rows) == 1 else number]
+            assert row.input_ids[: len(prompt)] == prompt
+            assert row.trained[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_with_the_end_token_changes_no_label(name):
     family = FAMILIES[name]
@@ -167,6 +182,9 @@ def test_the_token_that_ends_answers_is_found_by_rendering_one(name):
     assert tokenizer.convert_ids_to_tokens(end_token_id(tokenizer)) == family.end
     assert family.end in template_tokens(tokenizer)
     assert set(template_tokens(tokenizer)) <= {*family.specials, family.bos, family.eos}
+    for source in (None, {"tool_use": family.source}, "{{ messages[0].nothing.there }}"):
+        tokenizer.chat_template = source
+        assert (end_token_id(tokenizer), template_tokens(tokenizer)) == (None, [])
 
 
 # ---- thoughts ------------------------------------------------------------------------------------------------------

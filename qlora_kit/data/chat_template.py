@@ -181,17 +181,16 @@ def end_token(render: Renderer, specials: tuple[str, ...]) -> str | None:
 
 def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The id of the token that ends an answer in the tokenizer's chat template; None where there is neither."""
-    if tokenizer.chat_template is None:
-        return None
-    token = end_token(Renderer(tokenizer, tokenizer.get_chat_template()), special_tokens(tokenizer))
+    render = _own(tokenizer)
+    token = None if render is None else end_token(render, special_tokens(tokenizer))
     return next((id for id, added in tokenizer.added_tokens_decoder.items() if added.content == token), None)
 
 
 def template_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The special tokens that the tokenizer's chat template writes around turns, sorted."""
-    if tokenizer.chat_template is None:
+    render = _own(tokenizer)
+    if render is None:
         return []
-    render = Renderer(tokenizer, tokenizer.get_chat_template())
     chat = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     try:
         text = render(chat, prompt=True)
@@ -200,6 +199,13 @@ def template_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
     added = tokenizer.added_tokens_decoder
     return sorted(added[token].content for token in ids & added.keys() if added[token].special)
+
+
+def _own(tokenizer: "PreTrainedTokenizerBase") -> Renderer | None:
+    """The template of a tokenizer that chats without tools go through; None where it has none."""
+    held = tokenizer.chat_template
+    source = held.get("default") if isinstance(held, dict) else held
+    return None if source is None else Renderer(tokenizer, source)
 
 
 def through_end(said: str, end: str | None, specials: tuple[str, ...]) -> str:
