@@ -3,15 +3,20 @@
 The oracle is transformers' own `apply_chat_template` on the turns before an answer.
 """
 
+from collections import namedtuple
 from dataclasses import replace
 from datetime import date, datetime
+from functools import cache
 
 import pytest
 from chat_templates import FAMILIES, LLAMA3, QWEN3, tokenizer_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from qlora_kit.data import Chat, collate, encode_rows, encode_turns, end_token_id, fix_tokenizer, template_tokens
 from qlora_kit.data.chat_template import fix_template, writes_date
+from qlora_kit.data.thinking import after_prompt, thought_of, with_thinking
 from qlora_kit.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be a cat."}
@@ -147,6 +152,60 @@ def test_words_that_take_the_last_line_break_of_a_prompt_are_rows_of_their_own()
     assert [stretches(row, tokenizer) for row in rows] == [["on the mat<|eot_id|>"], ["the cat 🙂<|eot_id|>"]]
 
 
+def test_runs_of_spaces_that_are_added_tokens_join_over_no_prompt():
+    """GPT-NeoX's and Phi-2's vocabularies add them, and look for them before they split words."""
+    source = FAMILIES["phi4"].source.replace("assistant<|im_sep|>", "assistant<|im_sep|> ")
+    source = source.replace("+ m.content", "+ ' ' * (m.role == 'assistant') + m.content")
+    tokenizer = tokenizer_of(replace(FAMILIES["phi4"], source=source))
+    tokenizer.add_tokens(["  ", "   "])
+    messages = [ASKED, {"role": "assistant", "content": "  on the mat"}]
+    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    assert whole[: len(prompt)] != prompt
+    (row,) = encode_turns(Chat(messages), tokenizer)
+    assert row.input_ids[: len(prompt)] == prompt
+    assert stretches(row, tokenizer) == ["  on the mat<|im_end|>"]
+
+
+def test_a_chat_of_one_answer_can_be_asked_whatever_is_trained():
+    for loss_on in ("assistant", "last", "all"):
+        tokenizer, (row,) = encoded("phi4", "single", loss_on=loss_on)
+        assert (row.prompt, row.answer) == (prompts(tokenizer, "single")[0], "on the mat")
+
+
+@cache
+def any_tokenizer(name, kind):
+    return tokenizer_of(FAMILIES[name], **kind._asdict())
+
+
+Kind = namedtuple("Kind", ["breaks_join", "prepends"])
+CONTENTS = st.lists(
+    st.sampled_from([" ", "\n", "\t", "the", "🙂", "<|im_end|>", "</s>", "\ue000", "\u200b"]), max_size=6
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(sorted(FAMILIES)),
+    st.builds(Kind, st.booleans(), st.sampled_from([None, "always", "first"])),
+    st.lists(CONTENTS.map("".join), min_size=4, max_size=4),
+)
+def test_whatever_is_asked_and_answered_prompts_are_those_of_inference(name, kind, contents):
+    tokenizer = any_tokenizer(name, kind)
+    roles = ("user", "assistant") * 2
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    rows = encode_turns(Chat(messages), tokenizer)
+    end = tokenizer.convert_tokens_to_ids(FAMILIES[name].end)
+    for number, i in enumerate((1, 3)):
+        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)["input_ids"]
+        row = rows[0 if len(rows) == 1 else number]
+        assert row.input_ids[: len(prompt)] == prompt
+        stops = row.trained.index(False, len(prompt)) if False in row.trained[len(prompt) :] else len(row.trained)
+        assert row.input_ids[stops - 1] == end
+        assert all(row.trained[len(prompt) : stops])
+        assert not row.trained[len(prompt) - 1]
+
+
 @pytest.mark.parametrize("prepends", ["always", "first", "never"])
 @pytest.mark.parametrize("name", ["mistral", "gemma", "qwen3", "phi3", "llama3"])
 def test_vocabularies_of_pieces_keep_the_tokens_of_prompts_too(name, prepends):
@@ -237,6 +296,42 @@ def test_earlier_thoughts_of_a_forgetful_template_are_trained_and_not_seen_again
     tokenizer, rows = thinking(FAMILIES["qwen3"], "keep", APART, APART)
     assert [stretches(row, tokenizer) for row in rows] == [[FULL + "on the mat<|im_end|>"]] * 2
     assert tokenizer.decode(rows[1].input_ids).count(THOUGHT) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turn", "thought", "said"),
+    [
+        ("<A>", "<A>yes<E>", "", "yes<E>"),
+        ("<A><think>\n", "<A><think>\nhm\n</think>\n\nyes<E>", "hm", "hm\n</think>\n\nyes<E>"),
+        ("<A><think>\n", "<A>yes<E>", "hm", "hm\n</think>\n\nyes<E>"),
+        ("<A><think>", "<A></think>yes<E>", "hm", "hm\n</think>\n\nyes<E>"),
+        ("<A></think>", "<A>yes<E>", "", "yes<E>"),
+        ("<A>" + BLOCK, "<A>yes<E>", "", "yes<E>"),
+        ("<B>", "<A>yes<E>", "", None),
+        ("<B><think>\n", "<A>yes<E>", "hm", None),
+    ],
+)
+def test_a_turn_goes_on_from_its_prompt_whatever_the_prompt_says_of_a_thought(prompt, turn, thought, said):
+    assert after_prompt(prompt, turn, thought) == said
+
+
+@pytest.mark.parametrize(
+    ("content", "thought", "bare"),
+    [
+        ("<think>hm</think>yes", "hm", "yes"),
+        ("\n<think>\nhm\n</think>\n\nyes", "hm", "yes"),
+        ("hm\n</think>\n\nyes", "hm", "yes"),
+        ("<think></think>yes", "", "yes"),
+        ("yes", "", "yes"),
+        ("say <think>hm</think> to think", "", "say <think>hm</think> to think"),
+        ("<think>a</think>yes<think>b</think>", "a", "yes<think>b</think>"),
+    ],
+)
+def test_a_thought_is_what_stands_first_and_nothing_that_is_quoted_later(content, thought, bare):
+    message = {"role": "assistant", "content": content}
+    assert thought_of(message) == thought
+    stripped, user = with_thinking(Chat([message, {**message, "role": "user"}]), "strip").messages
+    assert (stripped["content"], user["content"]) == (bare, content)
 
 
 def test_templates_that_could_not_say_a_thought_refuse_to_lose_it():

@@ -213,7 +213,7 @@ class _Whole:
         count = bisect_left(self.offsets, (len(prompt),))
         added = self.tokenizer.added_tokens_decoder
         last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
-        if last is not None:
+        if last is not None and self.offsets[last][1] <= len(prompt):
             behind = _ids(prompt[self.offsets[last][1] :], self.tokenizer)
             if behind == self.ids[last + 1 : count]:
                 return True
@@ -251,8 +251,7 @@ class _Form:
                 f"the chat template leaves out the thought of turn {i + 1}: set data.thinking=strip, or name a "
                 "template that writes it with data.template=FILE"
             )
-        is_text = message.get("content") is not None and not message.get("tool_calls")
-        return _Turn(prompt, through_end(said, self.end, self.specials), message["content"] if is_text else None)
+        return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))
 
 
 def _encode_chat(
@@ -269,14 +268,15 @@ def _encode_chat(
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
-    if loss_on == "all":
-        return [Encoded(whole.ids, _all_but_bos(whole.ids, tokenizer), where=chat.where)]
-
-    specials = special_tokens(tokenizer)
-    form = _Form(render, specials, end_token(render, specials))
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
+    asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
+    if loss_on == "all":
+        return [Encoded(whole.ids, _all_but_bos(whole.ids, tokenizer), *asked, chat.where)]
+
+    specials = special_tokens(tokenizer)
+    form = _Form(render, specials, end_token(render, specials))
     marked = _spans_by_marks(messages, text, form)[-len(answers) :]
     turns = [form.turn(messages, i) for i in answers if i > 0]
     is_one_row = all(turn.stands_in(whole) for turn in turns)
@@ -288,9 +288,21 @@ def _encode_chat(
         return [turn.row(tokenizer, chat.where) for turn in turns]
     spans = marked or [turn.span for turn in turns]
     trained = [_stands_in(token, spans[bisect_right(spans, token[0], key=_start) - 1]) for token in whole.offsets]
-    is_asked = answers == [len(messages) - 1] and turns and turns[0].answer is not None
-    prompt, answer = (_ids(turns[0].prompt, tokenizer), turns[0].answer) if is_asked else (None, None)
-    return [Encoded(whole.ids, trained, prompt, answer, chat.where)]
+    return [Encoded(whole.ids, trained, *asked, chat.where)]
+
+
+def _asked(messages: Messages, render: Renderer) -> tuple[list[int] | None, str | None]:
+    """What inference would be given for the last turn, and that turn; None for one that is no plain answer."""
+    *before, last = messages
+    answer = _plain(last)
+    if not before or answer is None:
+        return None, None
+    return _ids(render(before, prompt=True), render.tokenizer), answer
+
+
+def _plain(message: dict[str, Any]) -> str | None:
+    """The text of a turn that is nothing but text."""
+    return None if message.get("tool_calls") else message.get("content")
 
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
