@@ -83,9 +83,7 @@ def prepare(
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
-    examples = _read_examples(recipe)
-    date = _settle_template(tokenizer, recipe, examples, today, watch)
-    train_rows, eval_rows = _encode_all(examples, recipe, tokenizer, config)
+    train_rows, eval_rows, date = _read_rows(recipe, tokenizer, config, watch, today)
     if train_rows.counts.turns:
         watch.note(
             "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
@@ -179,7 +177,7 @@ def held_out_rows(
     if data is not None:
         rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns)
         return _encode(rows, recipe, tokenizer, config)
-    return _encode_all(_read_examples(recipe), recipe, tokenizer, config)[1]
+    return _read_rows(recipe, tokenizer, config)[1]
 
 
 def eval_batches(rows: list[Encoded], pad: int, device: torch.device) -> list[Batch]:
@@ -216,8 +214,14 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return positions
 
 
-def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """Training rows and held-out rows."""
+def _read_rows(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    watch: Watch | None = None,
+    today: Date | None = None,
+) -> tuple[EncodedSet, EncodedSet, Date | None]:
+    """Training rows, held-out rows, and the date that their template writes."""
     data = recipe.data
     sources = (
         data.train
@@ -230,19 +234,18 @@ def _read_examples(recipe: Recipe) -> tuple[list[Example], list[Example]]:
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
         held_out = load_rows(data.eval, format=data.format, columns=data.columns)
-    return examples, held_out
+    chats = any(isinstance(example, Chat) for example in (*examples, *held_out))
+    date = _settle_template(tokenizer, recipe, today, watch or Watch()) if chats else None
+    encoded = _encode(examples, recipe, tokenizer, config)
+    # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
+    may_be_empty = not held_out or data.eval == "auto"
+    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=may_be_empty), date
 
 
 def _settle_template(
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: Recipe,
-    examples: tuple[list[Example], list[Example]],
-    today: Date | None,
-    watch: Watch,
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, today: Date | None, watch: Watch
 ) -> Date | None:
-    """Set the template if any row is a chat, and say what a person would not expect; gives the date that it writes."""
-    if not any(isinstance(example, Chat) for rows in examples for example in rows):
-        return None
+    """`set_template`, and say of it what a person would not expect."""
     if tokenizer.chat_template is None:
         watch.note(
             f"the tokenizer has no chat template: chats are written by the shipped template {FALLBACK}, in words and "
@@ -252,19 +255,6 @@ def _settle_template(
     if date is not None:
         watch.note(f"the chat template writes today's date: it stays {date} in this run and its exports")
     return date
-
-
-def _encode_all(
-    examples: tuple[list[Example], list[Example]],
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-) -> tuple[EncodedSet, EncodedSet]:
-    train_rows, held_out = examples
-    encoded = _encode(train_rows, recipe, tokenizer, config)
-    # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
-    may_be_empty = not held_out or recipe.data.eval == "auto"
-    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=may_be_empty)
 
 
 def _encode(
