@@ -554,12 +554,14 @@ def test_a_prompt_is_put_as_training_put_it(recipe, model_folder, tmp_path):
         assert (answers[0] != answers[1]) == is_chat
 
 
-def test_chatml_is_refused_where_its_marks_are_no_tokens(recipe):
+def test_chatml_is_refused_where_its_marks_are_no_tokens_and_no_template_need_be_named(recipe):
     turns = [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]
     (recipe.parent / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
     chats = f"data.train={recipe.parent / 'chats.jsonl'}"
     assert_mistake(call("train", recipe, chats, "data.template=chatml"), "<|im_end|>", "data.template=plain")
-    assert call("train", recipe, chats, "data.template=plain", "data.eval=null", "data.max_tokens=64").exit_code == 0
+    result = call("train", recipe, chats, "data.eval=null", "data.max_tokens=64")
+    assert result.exit_code == 0, result.output
+    assert "chats are written by the shipped template plain" in result.output
 
 
 def test_a_full_disk_is_one_line(recipe, monkeypatch):

@@ -24,6 +24,7 @@ from qlora_kit.data import (
     collate,
     encode,
     encode_rows,
+    encode_turns,
     find_template,
     load_rows,
     read_row,
@@ -240,14 +241,23 @@ def test_loss_on_last_trains_the_last_answer_alone_and_all_trains_all_but_bos():
     assert every.trained == [False] + [True] * (len(every.input_ids) - 1)
 
 
-def test_forgetful_template_is_refused_for_all_turns_and_taken_for_the_last():
+def test_chat_of_a_forgetful_template_is_one_row_an_answer_as_inference_has_it():
     tokenizer = make_tokenizer(template=FORGETFUL)
     thought = {"role": "assistant", "content": "<think>hm</think>on the mat"}
     chat = Chat([TURNS[0], thought, *TURNS[2:]])
-    assert encode(CHAT, tokenizer).trained_tokens > 0
-    with pytest.raises(DataError, match=r"not prefix-stable.*turn 2.*loss_on=last"):
+    assert len(encode_turns(CHAT, tokenizer)) == 1
+    rows = encode_turns(chat, tokenizer)
+    said = [trained_text(row, tokenizer) for row in rows]
+    assert said == [["<think>hm</think>on the mat<|im_end|>"], ["then the cat ate<|im_end|>"]]
+    assert "hm" not in tokenizer.decode(rows[1].input_ids)
+    for row, i in zip(rows, (1, 3), strict=True):
+        prompt = tokenizer.apply_chat_template(chat.messages[:i], add_generation_prompt=True, return_dict=True)
+        assert row.prompt == row.input_ids[: len(row.prompt)] == prompt["input_ids"]
+    assert trained_text(encode(chat, tokenizer, loss_on="last"), tokenizer) == said[1]
+    with pytest.raises(DataError, match=r"makes 2 rows where one is wanted: set data\.loss_on=last"):
         encode(chat, tokenizer)
-    assert trained_text(encode(chat, tokenizer, loss_on="last"), tokenizer) == ["then the cat ate<|im_end|>"]
+    kept = encode_rows([chat, CHAT], tokenizer, max_tokens=256)
+    assert (kept.counts.rows, kept.counts.turns, len(kept.rows)) == (3, 1, 3)
 
 
 def test_answer_that_opens_a_chat_needs_markers():

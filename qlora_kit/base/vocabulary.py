@@ -5,13 +5,14 @@ it: a row's codes and constants are its own, since `block_size` has to divide th
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.dense import QuantizedLinear, device_of
 from qlora_kit.base.formats import Quantization, block_constants
 from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
@@ -142,6 +143,36 @@ def row_width(matrix: Any) -> int:
     if isinstance(matrix, QuantizedEmbedding | QuantizedTable):
         return _table(matrix).in_features
     return matrix.weight.shape[1]
+
+
+UNLEARNT = 0.01
+"""Share of a usual row's norm below which a row, or what parts it from another, is nothing that was learnt."""
+
+
+def unlearnt_rows(matrix: Any, ids: Sequence[int], others: Sequence[int]) -> list[int]:
+    """Which of some tokens' rows were never trained, as far as the rows can tell.
+
+    A row that is almost zero says nothing, and one that is almost another's cannot be told from it: so rows are that
+    stayed as they were added (at zero, at one mean, or as copies). Rows left at random numbers of their own look like
+    trained ones and are not found.
+
+    Args:
+        matrix: embedding or head, dense or quantised.
+        ids: of the tokens, ascending, each once.
+        others: ids of rows to compare with, none of them among `ids`: special tokens, and rows behind the last token,
+            which nothing trains.
+
+    Source: Land and Bartolo 2024, arXiv 2405.05417 (tokens that training has not seen show in their rows, small or near
+    rows known to be unused); the share is ours, far below the distance of any two rows that were trained.
+    """
+    every, device = row_count(matrix), device_of(matrix)
+    sample = torch.arange(0, every, max(1, every // 1024), device=device)
+    usual = read_rows(matrix, sample, torch.float32).norm(dim=1).median()
+    rows_ND = read_rows(matrix, torch.tensor([*ids, *others], device=device), torch.float32)
+    apart_KN = torch.cdist(rows_ND[: len(ids)], rows_ND, compute_mode="donot_use_mm_for_euclid_dist")
+    apart_KN.fill_diagonal_(torch.inf)
+    least_K = torch.minimum(rows_ND[: len(ids)].norm(dim=1), apart_KN.amin(1))
+    return [token for token, least in zip(ids, least_K.tolist(), strict=True) if least < UNLEARNT * usual]
 
 
 def _table(matrix: QuantizedEmbedding | QuantizedTable) -> QuantizedTable:

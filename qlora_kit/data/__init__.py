@@ -4,6 +4,14 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 (files)        (held out)      (token ids)      (batches)
 """
 
+from qlora_kit.data.chat_template import (
+    FALLBACK,
+    check_turn_tokens,
+    end_token_id,
+    find_template,
+    fix_tokenizer,
+    template_tokens,
+)
 from qlora_kit.data.classes import Classes, classes_of
 from qlora_kit.data.collate import (
     Batch,
@@ -26,14 +34,16 @@ from qlora_kit.data.formats import (
     Labelled,
     Preference,
     Text,
+    conversations,
     formats_of,
     read_row,
 )
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
-from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
+from qlora_kit.data.template import Encoded, encode, encode_turns
 
 __all__ = [
+    "FALLBACK",
     "FORMATS",
     "Batch",
     "Chat",
@@ -60,10 +70,14 @@ __all__ = [
     "collate_pairs",
     "collate_rows",
     "collate_texts",
+    "conversations",
     "efficiency",
     "encode",
     "encode_rows",
+    "encode_turns",
+    "end_token_id",
     "find_template",
+    "fix_tokenizer",
     "formats_of",
     "full_packs",
     "load_rows",
@@ -71,4 +85,5 @@ __all__ = [
     "read_row",
     "split_eval",
     "swap_answers",
+    "template_tokens",
 ]

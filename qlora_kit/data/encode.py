@@ -1,17 +1,20 @@
 """Encode: all rows of a data set as token ids, each one accounted for.
 
 Rows that are too long, cannot be trained on, or do not fit the model are dropped, cut or refused by choice, and always
-counted: rows given = rows + dropped + no_trained + faults, and one more for each further piece of a row that was split.
+counted: rows given + turns = rows + dropped + no_trained + faults, and one more for each further piece of a row that
+was split.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from qlora_kit.data.chat_template import check_template
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import Chat, Classified, Example, conversations
-from qlora_kit.data.template import Encoded, LossOn, check_template, encode, encode_text
+from qlora_kit.data.template import Encoded, LossOn, encode_text, encode_turns
+from qlora_kit.data.thinking import Thinking, with_thinking
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class Counts:
     """Longer than max_tokens, and cut into several."""
     no_trained: int = 0
     """Rows or pieces without a trained token, and left out."""
+    turns: int = 0
+    """Further rows, beyond one a chat, of chats of which every answer is a row: see `template.py`."""
     longest: int = 0
     """Tokens of the longest row before anything was cut."""
 
@@ -81,6 +86,7 @@ def encode_rows(
     max_tokens: int = 2048,
     over_length: OverLength = "drop",
     template: str | None = None,
+    thinking: Thinking = "keep",
     vocab_size: int | None = None,
     max_positions: int | None = None,
     classes: Classes | None = None,
@@ -97,6 +103,7 @@ def encode_rows(
         over_length: drop; truncate: keep the first max_tokens; split: into pieces of max_tokens, each beginning with
             the last token of the one before, so that every token is still predicted once; error.
         template: as for `encode`.
+        thinking: what becomes of thoughts in assistant turns: keep, strip or empty.
         vocab_size: rows of the model's embedding; None if it is not known.
         max_positions: positions of the model; None if it has no such limit.
         classes: of texts that are classified.
@@ -117,16 +124,20 @@ def encode_rows(
     for example in examples:
         try:
             if isinstance(example, Classified) and classes is not None:
-                row = encode_text(example, tokenizer, classes)
+                rows = [encode_text(example, tokenizer, classes)]
             else:
-                row = encode(example, tokenizer, loss_on=loss_on, template=template)
-            _check_row(row, vocab_size, max_tokens if over_length == "error" else None)
+                thought = with_thinking(example, thinking)
+                rows = encode_turns(thought, tokenizer, loss_on=loss_on, template=template)
+            for row in rows:
+                _check_row(row, vocab_size, max_tokens if over_length == "error" else None)
         except DataError as error:
             gathered.add(f"{example.where}: {error}")
             continue
-        counts.longest = max(counts.longest, row.longest)
-        for piece in _fit(row, max_tokens, over_length, counts):
-            encoded.add(piece)
+        counts.turns += len(rows) - 1
+        for row in rows:
+            counts.longest = max(counts.longest, row.longest)
+            for piece in _fit(row, max_tokens, over_length, counts):
+                encoded.add(piece)
     if faults is None:
         gathered.stop()
     if not encoded.rows and not may_be_empty:

@@ -9,11 +9,16 @@ end token, or a marker that a user quotes, changes nothing. The ids are those th
 
 Of preferences and answers with a verdict, what is trained is the last turn or the completion.
 
-In a chat the assistant's turns are found through the template itself, in characters of the rendering:
+In a chat the assistant's turns are found through the template itself. A turn is what has to follow the prompt that
+inference renders for it, render(messages[:i], generation prompt), to make render(messages[:i + 1]), up to the token
+that ends it. Where all turns stand so in the rendering of the whole chat, token by token, the chat is one row, and the
+turns are (in characters of the rendering)
 
     1. between `{% generation %}` and `{% endgeneration %}`, where the template has these marks; otherwise
-    2. from the end of render(messages[:i], generation prompt) to the end of render(messages[:i + 1]), after checking
-       that each is a prefix of the whole.
+    2. behind their prompts.
+
+Where one does not (Qwen3 writes earlier turns without their thoughts; a line break that an answer begins with joins
+the one before it in one token), every turn is a row of its own, prompt | turn, as inference has it.
 
 transformers' `return_assistant_tokens_mask` reads the same marks, but is not used: where an answer begins with a space
 it loses that turn and all later ones, and where one ends with a space it marks all that follows (5.23, tokenizers that
@@ -21,15 +26,14 @@ trim offsets; tests/test_data.py shows it).
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from jinja2 import TemplateError
-
+from qlora_kit.data.chat_template import Renderer, check_template, end_token, special_tokens, through_end
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.formats import Chat, Classified, Completion, Example, Labelled, Preference, Text
+from qlora_kit.data.thinking import after_prompt, thought_of, written_out
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,8 +43,7 @@ LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
 Span: TypeAlias = tuple[int, int]
 """Characters of a rendering, [start, end)."""
 
-_CHATML = ("<|im_start|>", "<|im_end|>")
-_SHIPPED = Path(__file__).parent / "templates"
+Messages: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,28 @@ def encode(
     loss_on: LossOn = "assistant",
     template: str | None = None,
 ) -> Encoded:
-    """Render and tokenise one example.
+    """Render and tokenise one example that is one row; takes what `encode_turns` takes.
+
+    Raises:
+        DataError: as `encode_turns`, or if the example makes several rows.
+    """
+    rows = encode_turns(example, tokenizer, loss_on=loss_on, template=template)
+    if len(rows) > 1:
+        raise DataError(
+            f"the chat template writes earlier turns otherwise than inference saw them, so that this chat makes "
+            f"{len(rows)} rows where one is wanted: set data.loss_on=last"
+        )
+    return rows[0]
+
+
+def encode_turns(
+    example: Example,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    loss_on: LossOn = "assistant",
+    template: str | None = None,
+) -> list[Encoded]:
+    """Render and tokenise one example: one row, or one for each answer of a chat that cannot be trained as one.
 
     Args:
         example: what `read_row` made.
@@ -91,26 +115,26 @@ def encode(
         template: source of a chat template; None takes the tokenizer's own. See `find_template`.
 
     Raises:
-        DataError: if there is no chat template or end token, the template refuses the chat or is not prefix-stable.
-            The message does not name the row.
+        DataError: if there is no chat template or end token, the template refuses the chat, or what it writes for a
+            turn does not go on from the prompt that it gives for it. The message does not name the row.
     """
     match example:
         case Chat():
             return _encode_chat(example, tokenizer, loss_on, template)
         case Completion():
-            return _encode_completion(example, tokenizer, loss_on)
+            return [_encode_completion(example, tokenizer, loss_on)]
         case Text():
             ids = _ended(_tokenise(example.text, tokenizer), tokenizer)
-            return Encoded(ids, _all_but_bos(ids, tokenizer), where=example.where)
-        case Classified():
-            raise ValueError("texts that are classified go through encode_text")
+            return [Encoded(ids, _all_but_bos(ids, tokenizer), where=example.where)]
         case Preference():
             answers = (example.chosen, example.rejected)
             chosen, rejected = (encode(each, tokenizer, loss_on="last", template=template) for each in answers)
-            return replace(chosen, other=rejected, where=example.where)
+            return [replace(chosen, other=rejected, where=example.where)]
         case Labelled():
             answer = encode(example.answer, tokenizer, loss_on="last", template=template)
-            return replace(answer, is_good=example.is_good, where=example.where)
+            return [replace(answer, is_good=example.is_good, where=example.where)]
+        case Classified():
+            raise ValueError("texts that are classified go through encode_text")
 
 
 def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", classes: Classes) -> Encoded:
@@ -123,69 +147,13 @@ def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", class
     return Encoded(ids, [False] * len(ids), where=example.where, target=classes.target(example.labels))
 
 
-def find_template(name: str) -> str | None:
-    """The source of a chat template.
-
-    Args:
-        name: `auto` for the tokenizer's own, the name of a shipped template (chatml, plain), or a file.
-
-    Returns:
-        Jinja source; None for `auto`.
-
-    Raises:
-        DataError: if there is no such template, or the file is not UTF-8.
-    """
-    if name == "auto":
-        return None
-    shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.jinja"))}
-    path = shipped.get(name, Path(name))
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise DataError(f"data.template={name}: the file is not UTF-8") from None
-    except OSError as error:
-        near = "".join(f" (did you mean {close}?)" for close in get_close_matches(name, shipped, n=1))
-        raise DataError(
-            f"data.template={name} is neither a shipped template ({', '.join(shipped)}) nor a file that "
-            f"can be read: {error.strerror}{near}"
-        ) from None
-
-
-def check_turn_tokens(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse the shipped chatml where its marks are no tokens: pieces of text would never end an answer.
-
-    Raises:
-        DataError: names a template that does without them.
-    """
-    missing = [token for token in _CHATML if token not in tokenizer.get_vocab()]
-    if name == "chatml" and missing:
-        raise DataError(f"data.template=chatml wants the tokens {', '.join(missing)}, which this tokenizer has not: "
-                        "set data.template=plain")  # fmt: skip
-
-
-def check_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> None:
-    """Refuse chats for which there is no template.
-
-    Raises:
-        DataError: says which settings give one.
-    """
-    if template is None and tokenizer.chat_template is None:
-        raise DataError(
-            "the rows are chats and the tokenizer has no chat template: set data.template=plain (or chatml), "
-            "or name a .jinja file"
-        )
-
-
 # ---- completions and texts -----------------------------------------------------------------------------------------
 
 
 def _encode_completion(example: Completion, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn) -> Encoded:
     prompt = _tokenise(example.prompt, tokenizer)
     whole = _tokenise(example.prompt + example.completion, tokenizer)
-    # Tokens of the whole text are the most natural; where one of them straddles the seam, the two are tokenised apart.
-    if whole[: len(prompt)] != prompt:
-        whole = prompt + _continuation(example.completion, tokenizer)
-    ids = _ended(whole, tokenizer)
+    ids = _ended(_behind(prompt, whole, example.completion, tokenizer), tokenizer)
     trained = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
     if loss_on == "all":
         trained = _all_but_bos(ids, tokenizer)
@@ -199,6 +167,14 @@ def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if habit != [tokenizer.bos_token_id] or ids[:1] == habit:
         return ids
     return habit + ids
+
+
+def _behind(prompt: list[int], whole: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The prompt's ids and those of the text that goes on from it.
+
+    Tokens of the whole are the most natural; where one of them straddles the seam, the two are tokenised apart.
+    """
+    return whole if whole[: len(prompt)] == prompt else prompt + _continuation(text, tokenizer)
 
 
 def _continuation(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -227,68 +203,147 @@ def _all_but_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[b
 
 
 @dataclass(frozen=True, slots=True)
-class _Renderer:
-    """A chat template bound to a tokenizer and the tools of one chat."""
+class _Turn:
+    """One answer as inference has it: what it is given, and what is to be said, end token included."""
 
+    prompt: str
+    said: str
+    answer: str | None
+    """Its plain text, where it is nothing but text."""
+
+    def stands_in(self, whole: "_Whole") -> bool:
+        """Whether a rendering of the whole chat has the turn, and all before it, in the same characters and tokens."""
+        return whole.text.startswith(self.prompt + self.said) and whole.begins_with(self.prompt)
+
+    @property
+    def span(self) -> Span:
+        """Where it stands in such a rendering."""
+        return len(self.prompt), len(self.prompt) + len(self.said)
+
+    def row(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> Encoded:
+        """The turn as a row of its own."""
+        prompt = _ids(self.prompt, tokenizer)
+        ids = _behind(prompt, _ids(self.prompt + self.said, tokenizer), self.said, tokenizer)
+        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A rendering of a whole chat and its tokens."""
+
+    text: str
+    ids: list[int]
+    offsets: list[Span]
     tokenizer: "PreTrainedTokenizerBase"
-    template: str
-    tools: list[Any] | None
 
-    def __call__(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
-        """The text of `messages`; `prompt` opens the assistant's next turn, as inference does."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tools=self.tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
+    def begins_with(self, prompt: str) -> bool:
+        """Whether the ids begin with those of a prompt with which the text begins.
+
+        Added tokens are cut out of a text before anything else, so that what is behind the last one is enough to look
+        at: to tokenise every prompt of a long chat would take time by the square of its turns. Where a text that stands
+        alone begins otherwise (SentencePiece puts a space there), all of the prompt is tokenised.
+        """
+        count = bisect_left(self.offsets, (len(prompt),))
+        added = self.tokenizer.added_tokens_decoder
+        last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
+        if last is not None and self.offsets[last][1] <= len(prompt):
+            behind = _ids(prompt[self.offsets[last][1] :], self.tokenizer)
+            if behind == self.ids[last + 1 : count]:
+                return True
+        ids = _ids(prompt, self.tokenizer)
+        return self.ids[: len(ids)] == ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How chats are written down: the template, all special tokens, and the one that ends an answer."""
+
+    render: Renderer
+    specials: tuple[str, ...]
+    end: str | None
+
+    def turn(self, messages: Messages, i: int) -> _Turn:
+        """The answer number `i`.
+
+        Raises:
+            DataError: what the template writes for the turn does not go on from the prompt that it gives for it, or
+                leaves out its thought.
+        """
+        message = messages[i]
+        prompt, whole = self.render(messages[:i], prompt=True), self.render(messages[: i + 1])
+        said = after_prompt(prompt, whole, thought_of(message))
+        if said is None:
+            at = next(n for n, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
+            raise DataError(
+                f"the chat template gives a prompt for turn {i + 1} that the turn does not begin with: "
+                f"{_excerpt(prompt, at)} where the turn has {_excerpt(whole, at)}; what inference would see cannot be "
+                "trained: mend the template and name it with data.template=FILE"
             )
-            return str(text)
-        # A TypeError is the template's too: it adds text to something else that a message holds.
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses the chat: {error}") from error
+        if thought_of(message) not in said:
+            raise DataError(
+                f"the chat template leaves out the thought of turn {i + 1}: set data.thinking=strip, or name a "
+                "template that writes it with data.template=FILE"
+            )
+        return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))
 
 
-def _encode_chat(chat: Chat, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn, template: str | None) -> Encoded:
+def _encode_chat(
+    chat: Chat, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn, template: str | None
+) -> list[Encoded]:
     check_template(tokenizer, template)
     if not tokenizer.is_fast:
         raise DataError(
             f"{type(tokenizer).__name__} does not say where its tokens stand in a chat: use a fast tokenizer"
         )
-    render = _Renderer(tokenizer, tokenizer.get_chat_template(template, chat.tools), chat.tools)
-    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if loss_on in ("last", "completion"):
-        answers = answers[-1:]
-
-    text = render(chat.messages)
+    render = Renderer(tokenizer, tokenizer.get_chat_template(template, chat.tools), chat.tools)
+    messages = [written_out(message, render.template) for message in chat.messages]
+    text = render(messages)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = tokens["input_ids"]
+    whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if loss_on in ("last", "completion"):
+        answers = answers[-1:]
+    asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
     if loss_on == "all":
-        trained = _all_but_bos(ids, tokenizer)
-    else:
-        spans = [_without_separator(text, span, tokenizer) for span in _spans(chat, text, answers, render)]
-        trained = [any(_stands_in(token, span) for span in spans) for token in tokens["offset_mapping"]]
+        return [Encoded(whole.ids, _all_but_bos(whole.ids, tokenizer), *asked, chat.where)]
 
-    *before, last = chat.messages
-    is_plain_answer = last.get("content") is not None and not last.get("tool_calls")
-    if answers != [len(before)] or not before or not is_plain_answer:
-        return Encoded(ids, trained, where=chat.where)
-    return Encoded(ids, trained, _ids(render(before, prompt=True), tokenizer), last["content"], chat.where)
+    specials = special_tokens(tokenizer)
+    form = _Form(render, specials, end_token(render, specials))
+    marked = _spans_by_marks(messages, text, form)[-len(answers) :]
+    turns = [form.turn(messages, i) for i in answers if i > 0]
+    is_one_row = all(turn.stands_in(whole) for turn in turns)
+    if answers[0] == 0 and not (marked and is_one_row):
+        raise DataError(
+            "the chat opens with an assistant turn, which answers nothing: put a user or system turn before it"
+        )
+    if not is_one_row:
+        return [turn.row(tokenizer, chat.where) for turn in turns]
+    spans = marked or [turn.span for turn in turns]
+    trained = [_stands_in(token, spans[bisect_right(spans, token[0], key=_start) - 1]) for token in whole.offsets]
+    return [Encoded(whole.ids, trained, *asked, chat.where)]
 
 
-def _spans(chat: Chat, text: str, answers: list[int], render: _Renderer) -> list[Span]:
-    """Where in `text` the turns number `answers` stand."""
-    marked = _spans_by_marks(chat, text, render)
-    turns = sum(message["role"] == "assistant" for message in chat.messages)
-    if len(marked) == turns:
-        return marked[-len(answers) :]
-    return [_span_by_prefixes(chat, text, i, render) for i in answers]
+def _asked(messages: Messages, render: Renderer) -> tuple[list[int] | None, str | None]:
+    """What inference would be given for the last turn, and that turn; None for one that is no plain answer."""
+    *before, last = messages
+    answer = _plain(last)
+    if not before or answer is None:
+        return None, None
+    return _ids(render(before, prompt=True), render.tokenizer), answer
+
+
+def _plain(message: dict[str, Any]) -> str | None:
+    """The text of a turn that is nothing but text."""
+    return None if message.get("tool_calls") else message.get("content")
 
 
 _MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _OPEN, _CLOSE = "\ue000", "\ue001"  # Unicode keeps these for private use
 
 
-def _spans_by_marks(chat: Chat, text: str, render: _Renderer) -> list[Span]:
-    """The spans between generation marks; none where the template has no marks, or the text hides them.
+def _spans_by_marks(messages: Messages, text: str, form: _Form) -> list[Span]:
+    """The spans between generation marks, one a turn; none where there are not as many, or the text hides them.
 
     The template is rendered once more, printing a private character in place of each mark.
     """
@@ -296,63 +351,36 @@ def _spans_by_marks(chat: Chat, text: str, render: _Renderer) -> list[Span]:
     def visible(mark: re.Match[str]) -> str:
         return f"{{%{mark[1]} print '{_CLOSE if mark[2] else _OPEN}' {mark[3]}%}}"
 
-    source, marks = _MARK.subn(visible, render.template)
+    source, marks = _MARK.subn(visible, form.render.template)
     if marks == 0:
         return []
-    pieces = re.split(f"([{_OPEN}{_CLOSE}])", _Renderer(render.tokenizer, source, render.tools)(chat.messages))
+    pieces = re.split(f"([{_OPEN}{_CLOSE}])", replace(form.render, template=source)(messages))
     if "".join(pieces[::2]) != text:
         return []
     places, end = [], 0
     for piece, _mark in zip(pieces[::2], pieces[1::2], strict=False):
         end += len(piece)
         places.append(end)
-    ends = _special_tokens(render.tokenizer)
-    return [_through_end_token(text, span, ends) for span in zip(places[::2], places[1::2], strict=True)]
+    spans = list(zip(places[::2], places[1::2], strict=True))
+    if len(spans) != sum(message["role"] == "assistant" for message in messages):
+        return []
+    return [_with_end(text, span, form) for span in spans]
 
 
-def _through_end_token(text: str, span: Span, ends: tuple[str, ...]) -> Span:
-    """The span with the end token behind it: marks that stop short of it would teach a model that never stops."""
+def _with_end(text: str, span: Span, form: _Form) -> Span:
+    """The span to its end token: marks that stop short of it would teach a model that never stops."""
     start, end = span
-    if text[start:end].rstrip().endswith(ends):
-        return span
-    return start, end + max((len(token) for token in ends if text.startswith(token, end)), default=0)
-
-
-def _span_by_prefixes(chat: Chat, text: str, i: int, render: _Renderer) -> Span:
-    """The span of turn `i`, between two renderings that end before and after it.
-
-    Raises:
-        DataError: if one of the two is not a prefix of the whole rendering.
-    """
-    if i == 0:
-        raise DataError(
-            "the chat opens with an assistant turn, which answers nothing: put a user or system turn before it"
-        )
-    before, after = render(chat.messages[:i], prompt=True), render(chat.messages[: i + 1])
-    for prefix, turns in ((before, i), (after, i + 1)):
-        if not text.startswith(prefix):
-            at = next(n for n, (a, b) in enumerate(zip(prefix + "\0", text + "\1", strict=False)) if a != b)
-            raise DataError(
-                f"the chat template is not prefix-stable: turns 1 to {turns} alone render as {_excerpt(prefix, at)} "
-                f"where the whole chat has {_excerpt(text, at)}, so turn {i + 1} is not trained as inference would "
-                "see it: set data.loss_on=last, or give a template with {% generation %} marks"
-            )
-    return len(before), len(after)
+    if not text[start:end].rstrip().endswith(form.specials):
+        end += max((len(token) for token in form.specials if text.startswith(token, end)), default=0)
+    return start, start + len(through_end(text[start:end], form.end, form.specials))
 
 
 def _excerpt(text: str, at: int) -> str:
     return repr(text[max(0, at - 20) : at + 20])
 
 
-def _without_separator(text: str, span: Span, tokenizer: "PreTrainedTokenizerBase") -> Span:
-    """The span up to its end token: inference stops there, so the line break that some templates add is not learnt."""
-    start, end = span
-    bare = text[start:end].rstrip()
-    return (start, start + len(bare)) if bare.endswith(_special_tokens(tokenizer)) else span
-
-
-def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+def _start(span: Span) -> int:
+    return span[0]
 
 
 def _stands_in(token: Span, span: Span) -> bool:

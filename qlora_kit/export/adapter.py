@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.export.folder import write_tokenizer
+from qlora_kit.export.folder import write_generation_config, write_tokenizer
 from qlora_kit.export.sealed import TEXT_BYTES, check_room, check_vacant, seal, settings_of, without_prefix, write_card
 from qlora_kit.export.stream import streamed, write_safetensors
 from qlora_kit.export.trained_against import trained_against
@@ -54,6 +54,7 @@ def export_adapter(
         write_text(staged / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             write_tokenizer(tokenizer, staged)
+            write_generation_config(model, tokenizer, staged)  # PEFT does not read it; who loads the base can
         sections: dict[str, Mapping[str, object]] = {
             "Provenance": facts,
             "Adapter": settings_of(adapters),

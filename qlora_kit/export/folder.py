@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_kit.lora.vocabulary import head_name
 from qlora_kit.storage import write_text
+from qlora_kit.train.evaluate import end_tokens
 
 LIBRARIES = ("qlora-kit", "torch", "transformers", "bitsandbytes", "safetensors")
 """Whose versions an export records."""
@@ -41,12 +42,20 @@ def write_model_files(
         tensor_names: of the exported weights; a head among them stands on its own.
     """
     write_text(folder / "config.json", dense_config(model, dtype, tensor_names).to_json_string())
-    if model.can_generate() and model.generation_config is not None:
-        # Written as it is: `save_pretrained` refuses the contradictory settings that some published models carry.
-        text = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
-        write_text(folder / "generation_config.json", text)
+    write_generation_config(model, tokenizer, folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
+
+
+def write_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write generation_config.json for a model that generates: the base's, with every token that ends an answer."""
+    if not model.can_generate() or model.generation_config is None:
+        return
+    config = copy.deepcopy(model.generation_config)
+    ends = end_tokens(model, tokenizer)
+    config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+    # Written as it is: `save_pretrained` refuses the contradictory settings that some published models carry.
+    write_text(folder / "generation_config.json", config.to_json_string(keys_to_pop=["compile_config"]))
 
 
 def dense_config(model: PreTrainedModel, dtype: torch.dtype, tensor_names: Container[str]) -> PretrainedConfig:

@@ -89,7 +89,8 @@ def merge(
     model = load_base(base, revision=revision, device=device, **settings)
     load_adapter(model, adapter, force=force)
     provenance = {"base": str(base), "adapter": str(adapter)} | ({"revision": revision} if revision else {})
-    tokenizer = _tokenizer(locate_model(str(base), revision))
+    # An exported adapter brings its tokenizer along, whose chat template the base need not have.
+    tokenizer = _tokenizer(adapter) or _tokenizer(locate_model(str(base), revision))
     if tokenizer is not None:
         tokenizer.add_tokens(read_added_tokens(adapter))
     export_merged(model, tokenizer, out, dtype=dtype, audit_batches=audit_batches, provenance=provenance)

@@ -195,9 +195,9 @@ class Data(Section):
     loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
     """The tokens that are learnt: those of the assistant, its last turn, the completion, or all."""
     template: TemplateName = "auto"
-    """Chat template; auto takes the tokenizer's."""
+    """Chat template; auto takes the tokenizer's, and plain where it has none."""
     thinking: Literal["keep", "strip", "empty"] = "keep"
-    """What happens to reasoning in assistant turns: kept, left out, or replaced by an empty block."""
+    """What happens to reasoning in assistant turns: kept; left out, or an empty block (enable_thinking is off then)."""
     on_error: Literal["stop", "skip"] = "stop"
     """What happens at a row that cannot be read."""
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared
-from qlora_kit.storage import remove_folder, write_json, write_text
+from qlora_kit.storage import read_json, remove_folder, write_json, write_text
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
@@ -135,7 +136,15 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
         data["eval"] = asdict(prepared.eval.counts)
     if prepared.packed_tokens is not None:
         data["packing"] = _packing(recipe, prepared, prepared.packed_tokens)
+    if prepared.date is not None:
+        data["date"] = prepared.date.isoformat()
     write_json(folder / DATA, data)
+
+
+def recorded_date(folder: Path) -> Date | None:
+    """The date that a run's chat template writes; None where it writes none."""
+    recorded = read_json(folder / DATA).get("date")
+    return None if recorded is None else Date.fromisoformat(recorded)
 
 
 def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:

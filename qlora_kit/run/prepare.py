@@ -1,8 +1,8 @@
 """Before any weight is read: where the model lies, the rows as tokens, and the numbers of the run."""
 
 from dataclasses import dataclass
+from datetime import date as Date
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -14,13 +14,18 @@ from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import build_model, read_config
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
+    FALLBACK,
     Batch,
+    Chat,
     Encoded,
     EncodedSet,
+    Example,
     check_turn_tokens,
     collate_rows,
+    conversations,
     encode_rows,
     find_template,
+    fix_tokenizer,
     load_rows,
     longest_pack,
     split_eval,
@@ -32,6 +37,7 @@ from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
 from qlora_kit.train.tasks import sequences_of
+from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
 
@@ -41,11 +47,12 @@ class Prepared:
 
     Attributes:
         config: of the model.
-        tokenizer: with the chat template that the recipe names.
+        tokenizer: with the chat template that the recipe names, fixed for the run.
         train: encoded training rows.
         eval: encoded held-out rows; empty where the recipe wants none.
         pace: steps and batch sizes.
         packed_tokens: most tokens of a sequence where rows are packed; None where every row is its own.
+        date: that the chat template writes; None where it writes none.
     """
 
     config: PretrainedConfig
@@ -54,6 +61,7 @@ class Prepared:
     eval: EncodedSet
     pace: Pace
     packed_tokens: int | None = None
+    date: Date | None = None
 
     @property
     def longest(self) -> int:
@@ -61,13 +69,16 @@ class Prepared:
         return self.train.longest if self.packed_tokens is None else self.packed_tokens
 
 
-def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
+) -> Prepared:
     """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
     Args:
         recipe: the run.
         watch: is told of downloads and of what became of the rows.
         weights: whether a model folder is asked for sound weights, too.
+        today: the date that a chat template may write; None asks the clock.
         trust_remote_code: let the model's own code run.
     """
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
@@ -77,7 +88,12 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
-    train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
+    train_rows, eval_rows, date = _read_rows(recipe, tokenizer, config, watch, today)
+    if train_rows.counts.turns:
+        watch.note(
+            "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
+            f"{counted(train_rows.counts.turns, 'row')} more"
+        )
     counts, is_packed = train_rows.counts, recipe.data.packing is True
     longest = max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest
     pace = set_pace(
@@ -89,7 +105,7 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
         parameters=count_parameters(config),
     )
     packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
-    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
+    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
     watch.prepared(prepared)
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
         raise DataError("train.task=kto holds answers of other rows against a prompt, so a step needs two rows: "
@@ -125,6 +141,26 @@ def load_tokenizer(
         check_turn_tokens(recipe.data.template, tokenizer)
         tokenizer.chat_template = source
     return tokenizer
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, today: Date | None) -> Date | None:
+    """Give the tokenizer of a run whose rows are chats its chat template, as `chat_template.py` fixes it, in place.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        recipe: the run.
+        today: the date that the run's template writes, if it writes any; None asks the clock.
+
+    Returns:
+        the date that the template writes; None if it writes none.
+
+    Raises:
+        DataError: there is no template, and none that ships would do.
+    """
+    if tokenizer.chat_template is None:
+        check_turn_tokens(FALLBACK, tokenizer)
+        tokenizer.chat_template = find_template(FALLBACK)
+    return fix_tokenizer(tokenizer, recipe.data.thinking, today or Date.today())
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[int]:
@@ -190,8 +226,13 @@ def positions_of(config: PretrainedConfig) -> int | None:
 
 
 def _read_rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> tuple[EncodedSet, EncodedSet]:
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    watch: Watch | None = None,
+    today: Date | None = None,
+) -> tuple[EncodedSet, EncodedSet, Date | None]:
+    """Training rows, held-out rows, and the date that their template writes."""
     data = recipe.data
     sources = (
         data.train
@@ -199,18 +240,36 @@ def _read_rows(
         else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
     )
     examples = load_rows(sources, format=data.format, columns=data.columns, task=recipe.train.task)
-    held_out: list[Any] = []
+    held_out: list[Example] = []
     if data.eval == "auto":
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
         held_out = load_rows(data.eval, format=data.format, columns=data.columns, task=recipe.train.task)
+    chats = any(isinstance(part, Chat) for example in (*examples, *held_out) for part in conversations(example))
+    date = _settle_template(tokenizer, recipe, today, watch or Watch()) if chats else None
     encoded = _encode(examples, recipe, tokenizer, config)
     # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
-    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=not held_out or data.eval == "auto")
+    may_be_empty = not held_out or data.eval == "auto"
+    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=may_be_empty), date
+
+
+def _settle_template(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, today: Date | None, watch: Watch
+) -> Date | None:
+    """`set_template`, and say of it what a person would not expect."""
+    if tokenizer.chat_template is None:
+        watch.note(
+            f"the tokenizer has no chat template: chats are written by the shipped template {FALLBACK}, in words and "
+            "the end of text, which every base has learnt (data.template)"
+        )
+    date = set_template(tokenizer, recipe, today)
+    if date is not None:
+        watch.note(f"the chat template writes today's date: it stays {date} in this run and its exports")
+    return date
 
 
 def _encode(
-    examples: list[Any],
+    examples: list[Example],
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
@@ -222,6 +281,7 @@ def _encode(
         loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
         max_tokens=recipe.data.max_tokens,
         over_length=recipe.data.over_length,
+        thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
         max_positions=positions_of(config),
         may_be_empty=may_be_empty,

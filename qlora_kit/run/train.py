@@ -27,6 +27,7 @@ from qlora_kit.run.folder import (
     clear_run_folder,
     describe_run,
     provenance_of,
+    recorded_date,
     run_folder,
     trained_folder,
     write_memory,
@@ -41,6 +42,7 @@ from qlora_kit.run.prepare import (
 )
 from qlora_kit.run.score import score
 from qlora_kit.run.start import as_it_starts
+from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
@@ -106,7 +108,8 @@ def train(
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
-    prepared = prepare(begun, watch, weights=True, trust_remote_code=trust_remote_code)
+    today = recorded_date(folder) if resume else None
+    prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)
     check_weights(begun, prepared.config)
     plan = plan_prepared(begun, prepared)
     watch.planned(plan)
@@ -121,6 +124,9 @@ def train(
         check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
+        unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
+        if unlearnt is not None:
+            watch.note(unlearnt)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, plan["loss_chunk"])
         if why_whole is not None:

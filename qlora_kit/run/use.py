@@ -11,8 +11,8 @@ from qlora_kit.errors import RunError
 from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
-from qlora_kit.run.folder import DATA, RECIPE, provenance_of, trained_folder
-from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed
+from qlora_kit.run.folder import DATA, RECIPE, provenance_of, recorded_date, trained_folder
+from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed, set_template
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
 from qlora_kit.train.evaluate import Score, generate_texts
@@ -53,6 +53,8 @@ def load_run(
     is_whole = recipe.train.full_finetune and not bare_base
     source = trained if is_whole else locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
     tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
+    if read_json(folder / DATA).get("chats"):
+        set_template(tokenizer, recipe, recorded_date(folder))
     model = load_recipe_base(recipe, source, tokenizer, device=device, trust_remote_code=trust_remote_code)
     if not bare_base and not is_whole:
         load_adapter(model, trained, force=force)
@@ -83,6 +85,7 @@ def evaluate(
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
         recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
+        set_template(tokenizer, recipe, None)
         rows = held_out_rows(recipe, tokenizer, model.config, data)
     if not rows.rows:
         raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")

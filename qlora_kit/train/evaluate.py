@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data import Batch
+from qlora_kit.data import Batch, end_token_id
 from qlora_kit.train.forward import Phase, Rows, evaluation_mode, no_phase
 from qlora_kit.train.tasks import LIKELIHOOD, Task
 
@@ -147,11 +147,13 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
     return sum(equal) / len(equal)
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, its chat template's, and those of the model's generation
+    config, ascending."""
     known = model.generation_config.eos_token_id if model.generation_config is not None else None
     listed = known if isinstance(known, list) else [known]
-    return sorted({token for token in (*listed, tokenizer.eos_token_id) if token is not None})
+    own = [] if tokenizer is None else [tokenizer.eos_token_id, end_token_id(tokenizer)]
+    return sorted({token for token in (*listed, *own) if token is not None})
 
 
 def _generation_config(

@@ -1,0 +1,101 @@
+"""Tokens that a base has not learnt are told of, and no others."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from chat_templates import FAMILIES, tokenizer_of
+from tiny import llama, quantized
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qlora_kit
+from qlora_kit.base.formats import Quantization
+from qlora_kit.base.vocabulary import quantize_vocabulary
+from qlora_kit.data import find_template
+from qlora_kit.recipe import read_recipe
+from qlora_kit.run.unlearnt import unlearnt_note, unlearnt_tokens
+
+MARKS = ["<|im_end|>", "<|im_start|>"]
+
+
+def base_of(*, rows_more=0, **changes):
+    """A random model and a tokenizer whose template writes two marks."""
+    tokenizer = tokenizer_of(FAMILIES["qwen2.5"])
+    return llama(vocab_size=len(tokenizer) + rows_more, pad_token_id=None, **changes), tokenizer
+
+
+def marks(tokenizer):
+    return tokenizer.convert_tokens_to_ids(MARKS)
+
+
+@torch.no_grad()
+def zeroed(model, tokenizer, of):
+    of(model).weight[marks(tokenizer)] = 0.0
+
+
+@torch.no_grad()
+def like_unused(model, tokenizer, of):
+    weight = of(model).weight
+    for row, share in zip(marks(tokenizer), (1.0, 1.001), strict=True):
+        weight[row] = weight[-1] * share
+
+
+@torch.no_grad()
+def at_one_mean(model, tokenizer, of):
+    """As transformers adds rows: the mean of the others, and 1e-9 of their variance beside it."""
+    weight = of(model).weight
+    spread = weight.std() * 1e-9**0.5
+    for row in marks(tokenizer):
+        weight[row] = weight.mean(0) + torch.randn(weight.shape[1]) * spread
+
+
+EMBEDDING, HEAD = (lambda model: model.model.embed_tokens), (lambda model: model.lm_head)
+
+
+@pytest.mark.parametrize("of", [EMBEDDING, HEAD])
+@pytest.mark.parametrize("spoil", [zeroed, like_unused, at_one_mean])
+def test_rows_as_they_were_added_are_found_in_embedding_and_head(spoil, of):
+    model, tokenizer = base_of(rows_more=8)
+    assert unlearnt_tokens(model, tokenizer) == []
+    spoil(model, tokenizer, of)
+    assert unlearnt_tokens(model, tokenizer) == MARKS
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_rows_of_a_quantised_vocabulary_are_found_too(kind):
+    model, tokenizer = base_of(hidden_size=64, rows_more=8)
+    zeroed(model, tokenizer, EMBEDDING)
+    quantize_vocabulary(model, Quantization(kind, True, 64), torch.float32, torch.device("cpu"))
+    assert unlearnt_tokens(quantized(model, kind), tokenizer) == MARKS
+
+
+def test_one_token_of_several_is_named_alone():
+    model, tokenizer = base_of()
+    with torch.no_grad():
+        EMBEDDING(model).weight[marks(tokenizer)[0]] = 0.0
+    assert unlearnt_tokens(model, tokenizer) == MARKS[:1]
+
+
+def test_the_note_names_settings_that_mend_it_and_is_not_made_where_they_are_set():
+    model, tokenizer = base_of()
+    zeroed(model, tokenizer, EMBEDDING)
+    given = ["base.model=org/name", "data.train=org/rows"]
+    note = unlearnt_note(model, tokenizer, read_recipe("default", given))
+    mending = "lora.added_tokens=[<|im_end|>, <|im_start|>]"
+    assert "learnt nothing" in note
+    assert f"'{mending}'" in note
+    for setting in (mending, "train.full_finetune=true", "lora.also_train=[embed_tokens]"):
+        assert unlearnt_note(model, tokenizer, read_recipe("default", [*given, setting])) is None
+    tokenizer.chat_template = find_template("plain")
+    assert unlearnt_note(model, tokenizer, read_recipe("default", given)) is None
+
+
+def test_the_shipped_base_raises_no_alarm():
+    folder = Path(qlora_kit.__file__).parents[1] / "recipes" / "quickstart" / "base"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = find_template("plain")
+    assert unlearnt_tokens(model, tokenizer) == []
+    end = tokenizer.eos_token_id
+    with torch.no_grad():
+        model.get_input_embeddings().weight[end] *= 1e-3
+    assert unlearnt_tokens(model, tokenizer) == [tokenizer.eos_token]
