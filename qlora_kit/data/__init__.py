@@ -10,6 +10,8 @@ from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
+from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
+from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
 
 __all__ = [
@@ -22,6 +24,10 @@ __all__ = [
     "EncodedSet",
     "Example",
     "Faults",
+    "Filling",
+    "Piece",
+    "Preview",
+    "Remark",
     "Sampler",
     "Source",
     "Text",
@@ -35,10 +41,14 @@ __all__ = [
     "efficiency",
     "encode",
     "encode_rows",
+    "fill",
     "find_template",
     "full_packs",
     "load_rows",
     "longest_pack",
+    "measure_lengths",
     "read_row",
+    "remarks_on",
+    "show_rows",
     "split_eval",
 ]

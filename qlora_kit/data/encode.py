@@ -4,6 +4,7 @@ Rows that are too long, cannot be trained on, or do not fit the model are droppe
 counted: rows given = rows + dropped + no_trained + faults, and one more for each further piece of a row that was split.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OverLength: TypeAlias = Literal["drop", "truncate", "split", "error"]
+Fate: TypeAlias = Literal["dropped", "truncated", "split", "no_trained"]
+"""What may become of a row other than to be kept as it is; a field of `Counts`."""
 
 
 @dataclass(slots=True)
@@ -37,6 +40,8 @@ class Counts:
     """Longer than max_tokens, and cut into several."""
     no_trained: int = 0
     """Rows or pieces without a trained token, and left out."""
+    faults: int = 0
+    """Rows that cannot be read or encoded, and left out."""
     longest: int = 0
     """Tokens of the longest row before anything was cut."""
 
@@ -49,6 +54,12 @@ class EncodedSet:
     counts: Counts = field(default_factory=Counts)
     has_chats: bool = False
     """Whether any row went through a chat template."""
+    faults: Faults = field(default_factory=Faults)
+    """What is wrong with the rows that were left out as faults."""
+    places: dict[Fate, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Where the rows stand that were not kept as they are."""
+    lengths_given: list[int] = field(default_factory=list)
+    """Tokens of each row that could be encoded, before anything was cut or left out."""
 
     @property
     def longest(self) -> int:
@@ -63,12 +74,17 @@ class EncodedSet:
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those in which nothing is trained."""
         if row.trained_tokens == 0:
-            self.counts.no_trained += 1
+            self.count("no_trained", row.where)
             return
         self.rows.append(row)
         self.counts.rows += 1
         self.counts.tokens += len(row.input_ids)
         self.counts.trained_tokens += row.trained_tokens
+
+    def count(self, fate: Fate, where: str) -> None:
+        """Count a row that is not kept as it is, and remember where it stands."""
+        setattr(self.counts, fate, getattr(self.counts, fate) + 1)
+        self.places[fate].append(where)
 
 
 def encode_rows(
@@ -96,7 +112,8 @@ def encode_rows(
         template: as for `encode`.
         vocab_size: rows of the model's embedding; None if it is not known.
         max_positions: positions of the model; None if it has no such limit.
-        faults: rows that cannot be encoded are left in here; without it they are an error.
+        faults: rows that cannot be encoded are left in here, behind those that could not be read, and all of them
+            are counted; without it they are an error.
         may_be_empty: whether it is no error if no row is left.
 
     Raises:
@@ -108,7 +125,7 @@ def encode_rows(
     if has_chats:
         check_template(tokenizer, template)
     gathered = Faults() if faults is None else faults
-    encoded = EncodedSet(has_chats=has_chats)
+    encoded = EncodedSet(has_chats=has_chats, faults=gathered)
     counts = encoded.counts
     for example in examples:
         try:
@@ -118,12 +135,14 @@ def encode_rows(
             gathered.add(f"{example.where}: {error}")
             continue
         counts.longest = max(counts.longest, len(row.input_ids))
-        for piece in _fit(row, max_tokens, over_length, counts):
+        encoded.lengths_given.append(len(row.input_ids))
+        for piece in _fit(row, max_tokens, over_length, encoded):
             encoded.add(piece)
     if faults is None:
         gathered.stop()
+    counts.faults = gathered.count
     if not encoded.rows and not may_be_empty:
-        raise DataError(_nothing_left(len(examples), counts, gathered, max_tokens))
+        raise DataError(_nothing_left(encoded, max_tokens))
     return encoded
 
 
@@ -155,20 +174,20 @@ def _check_row(row: Encoded, vocab_size: int | None, most_tokens: int | None) ->
         )
 
 
-def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts) -> Iterator[Encoded]:
+def _fit(row: Encoded, max_tokens: int, over_length: OverLength, encoded: EncodedSet) -> Iterator[Encoded]:
     """The row, or what `over_length` leaves of it."""
     tokens = len(row.input_ids)
     if tokens <= max_tokens:
         yield row
     elif over_length == "truncate":
-        counts.truncated += 1
+        encoded.count("truncated", row.where)
         yield _piece(row, 0, max_tokens)
     elif over_length == "split":
-        counts.split += 1
+        encoded.count("split", row.where)
         for start in range(0, tokens - 1, max_tokens - 1):
             yield _piece(row, start, start + max_tokens)
     else:
-        counts.dropped += 1
+        encoded.count("dropped", row.where)
 
 
 def _piece(row: Encoded, start: int, end: int) -> Encoded:
@@ -176,9 +195,10 @@ def _piece(row: Encoded, start: int, end: int) -> Encoded:
     return Encoded(row.input_ids[start:end], row.trained[start:end], where=row.where)
 
 
-def _nothing_left(given: int, counts: Counts, faults: Faults, max_tokens: int) -> str:
-    return (
-        f"no row is left to train on: of {given}, {counts.dropped} have more than data.max_tokens={max_tokens} tokens "
-        f"(the longest {counts.longest}; see data.over_length), {counts.no_trained} have no trained token (see "
-        f"data.loss_on), {faults.count} cannot be encoded"
+def _nothing_left(encoded: EncodedSet, max_tokens: int) -> str:
+    counts, given = encoded.counts, len(encoded.lengths_given) + encoded.faults.count
+    return encoded.faults.told(
+        f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than data.max_tokens={max_tokens} "
+        f"tokens (the longest {counts.longest:,}; see data.over_length), {counts.no_trained:,} have no trained token "
+        f"(see data.loss_on), {counts.faults:,} cannot be used"
     )

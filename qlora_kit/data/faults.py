@@ -1,4 +1,4 @@
-"""Faults: what is wrong with rows, gathered while they are read, and raised once."""
+"""Faults: what is wrong with rows, gathered while they are read, and raised once or left out and counted."""
 
 from qlora_kit.errors import DataError
 
@@ -26,16 +26,27 @@ class Faults:
         if len(self.shown) < self.most_shown:
             self.shown.append(" ".join(str(fault).split()))
 
+    def __add__(self, other: "Faults") -> "Faults":
+        """The faults of two sets of rows, the first 20 of them shown."""
+        both = Faults()
+        both.count = self.count + other.count
+        both.shown = [*self.shown, *other.shown][: self.most_shown]
+        return both
+
     def stop(self) -> None:
         """Raise what was gathered.
 
         Raises:
-            DataError: if there is any fault; names the first 20 and counts them all, on one line.
+            DataError: if there is any fault; a single one is the whole message, of several see `told`.
         """
-        if self.count == 0:
-            return
         if self.count == 1:
             raise DataError(self.shown[0])
+        if self.count > 1:
+            raise DataError(self.told(f"{self.count:,} rows cannot be used (data.on_error=skip leaves them out)"))
+
+    def told(self, what: str) -> str:
+        """`what` and the first fault on one line; below it the others, one a line, and how many are not shown."""
+        if self.count == 0:
+            return what
         more = self.count - len(self.shown)
-        rest = f"; and {more} more" if more else ""
-        raise DataError(f"{self.count} rows cannot be used: {'; '.join(self.shown)}{rest}")
+        return "\n  ".join([f"{what}: {self.shown[0]}", *self.shown[1:], *([f"and {more:,} more"] if more else [])])

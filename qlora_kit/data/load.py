@@ -5,6 +5,7 @@ takes a second to import, reads .parquet and the hub, and is imported only then.
 """
 
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -61,7 +62,8 @@ def load_rows(
         rows in the order of the sources. A .txt or .md file is one row.
 
     Raises:
-        DataError: if rows are bad (the first 20, and their number), or a source is missing, unreadable or empty.
+        DataError: if rows are bad (the first 20, and their number), none is left, or a source is missing, unreadable or
+            empty.
     """
     gathered = Faults() if faults is None else faults
     rows: list[Example] = []
@@ -70,7 +72,8 @@ def load_rows(
     if faults is None:
         gathered.stop()
     if not rows:
-        raise DataError(f"no usable row is left; {'; '.join(gathered.shown) or 'the weights leave none'}")
+        why = f"all of {gathered.count:,} cannot be used" if gathered.count else "the weights leave none"
+        raise DataError(gathered.told(f"no row is left to train on, {why}"))
     return rows
 
 
@@ -234,37 +237,48 @@ def _json_lines(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
-    """One list of objects, or one object a line as in .jsonl."""
+    """One list of objects, one object over several lines, or one object a line as in .jsonl."""
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+        start = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        is_whole = start.startswith(b"[") or start == b"{" or not start
+    if not is_whole:
         yield from _json_lines(path, faults)
         return
     try:
-        rows = _parse(_decode(path.read_bytes(), path), path)
+        text = _decode(path.read_bytes(), path)
+        rows = _parse(text, path) if text.strip() else []
     except DataError as error:
         faults.add(error)
         return
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield f"{path} row {number}", row
 
 
 def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
     """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
     try:
-        reader = csv.DictReader(io.StringIO(_decode(path.read_bytes(), path), newline=""), strict=True)
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                faults.add(
-                    f"{where}: the number of values differs from that of the columns ({len(reader.fieldnames or ())})"
-                )
-            else:
-                yield where, row
+        text = _decode(path.read_bytes(), path)
     except DataError as error:
         faults.add(error)
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise a cell ends at 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] = []
+    start = 1  # the line in which a row begins: its cells may hold line breaks
+    try:
+        for values in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not columns:
+                columns = values
+                if twice := [name for name, count in Counter(columns).items() if count > 1]:
+                    faults.add(f"{where}: the column {twice[0]!r} is there twice")
+                    return
+            elif len(values) == len(columns):
+                yield where, dict(zip(columns, values, strict=True))
+            elif values:
+                faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
     except csv.Error as error:
-        faults.add(f"{path}:{reader.line_num}: not CSV: {error}")
+        faults.add(f"{path}:{start}: not CSV: {error}")
 
 
 def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
@@ -278,7 +292,7 @@ def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
-    return _table(str(path), "parquet", "train", data_files=str(path))
+    return _table(str(path), "parquet", "train", data_files=glob.escape(str(path)))
 
 
 def _hub(source: Source) -> Iterator[RawRow]:

@@ -17,12 +17,16 @@ from qlora_kit.data import (
     Batch,
     Encoded,
     EncodedSet,
+    Faults,
+    Filling,
     check_turn_tokens,
     collate,
     encode_rows,
+    fill,
     find_template,
     load_rows,
     longest_pack,
+    remarks_on,
     split_eval,
 )
 from qlora_kit.errors import DataError
@@ -63,7 +67,7 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
 
     Args:
         recipe: the run.
-        watch: is told of downloads and of what became of the rows.
+        watch: is told of downloads, of what became of the rows and of what is odd about them.
         weights: whether a model folder is asked for sound weights, too.
         trust_remote_code: let the model's own code run.
     """
@@ -74,23 +78,49 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
-    counts, is_packed = train_rows.counts, recipe.data.packing is True
-    pace = set_pace(
-        recipe.train,
-        rows=counts.rows,
-        longest=max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest,
-        tokens=counts.tokens,
-        trained_tokens=counts.trained_tokens,
-        parameters=count_parameters(config),
-    )
-    packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
+    pace, packed = pace_of(recipe, train_rows, count_parameters(config))
     prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
     watch.prepared(prepared)
+    for remark in remarks_on(train_rows, eval_rows, tokenizer):
+        if remark.is_for_runs:
+            watch.note(str(remark))
     if recipe.train.early_stopping is not None and not prepared.eval.rows:
         watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
     if pace.warning is not None:
         watch.note(pace.warning)
     return prepared
+
+
+def pace_of(recipe: Recipe, rows: EncodedSet, parameters: int) -> tuple[Pace, int | None]:
+    """The pace of a run, and the most tokens of a sequence where rows are packed; None where every row is its own.
+
+    Args:
+        recipe: the run.
+        rows: its training rows.
+        parameters: of the base.
+    """
+    counts, is_packed, max_tokens = rows.counts, recipe.data.packing is True, recipe.data.max_tokens
+    pace = set_pace(
+        recipe.train,
+        rows=counts.rows,
+        longest=max(max_tokens, rows.longest) if is_packed else rows.longest,
+        tokens=counts.tokens,
+        trained_tokens=counts.trained_tokens,
+        parameters=parameters,
+    )
+    return pace, longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if is_packed else None
+
+
+def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: int | None) -> Filling:
+    """How full the batches of a run's first epoch are."""
+    return fill(
+        rows.lengths,
+        seed=recipe.train.seed,
+        steps=pace.steps,
+        rows_a_step=pace.rows_a_step,
+        micro_batch=pace.micro_batch,
+        max_tokens=packed_tokens,
+    )
 
 
 def load_tokenizer(
@@ -188,15 +218,22 @@ def _read_rows(
         if isinstance(data.train, str)
         else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
     )
-    examples = load_rows(sources, format=data.format, columns=data.columns)
+    train_faults, eval_faults = Faults(), Faults()
+    examples = load_rows(sources, format=data.format, columns=data.columns, faults=train_faults)
     held_out: list[Any] = []
     if data.eval == "auto":
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
-        held_out = load_rows(data.eval, format=data.format, columns=data.columns)
-    encoded = _encode(examples, recipe, tokenizer, config)
+        held_out = load_rows(data.eval, format=data.format, columns=data.columns, faults=eval_faults)
+    if data.on_error == "stop":
+        (train_faults + eval_faults).stop()  # before the rows are encoded, which may take minutes
+    train_rows = _encode(examples, recipe, tokenizer, config, faults=train_faults)
     # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
-    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=not held_out or data.eval == "auto")
+    may_be_empty = not held_out or data.eval == "auto"
+    eval_rows = _encode(held_out, recipe, tokenizer, config, faults=eval_faults, may_be_empty=may_be_empty)
+    if data.on_error == "stop":
+        (train_faults + eval_faults).stop()
+    return train_rows, eval_rows
 
 
 def _encode(
@@ -204,6 +241,8 @@ def _encode(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
+    *,
+    faults: Faults | None = None,
     may_be_empty: bool = False,
 ) -> EncodedSet:
     return encode_rows(
@@ -214,5 +253,6 @@ def _encode(
         over_length=recipe.data.over_length,
         vocab_size=config.get_text_config().vocab_size,
         max_positions=positions_of(config),
+        faults=faults,
         may_be_empty=may_be_empty,
     )
