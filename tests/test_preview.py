@@ -38,6 +38,8 @@ from qlora_kit.data import (
 from qlora_kit.data.template import Encoded
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import preview
+from qlora_kit.run.prepare import prepare
+from qlora_kit.watch import Watch
 
 # ---- rows as text --------------------------------------------------------------------------------------------------
 
@@ -462,6 +464,31 @@ def test_a_set_of_rows_without_a_trained_token_is_an_error(recipe):
     write(recipe.parent / "rows.jsonl", {"prompt": "the cat " * 90, "completion": "x"}, *GOOD)
     remarks = {each["kind"]: each for each in seen(recipe, "data.over_length=truncate")["remarks"]}
     assert [row[-2:] for row in remarks["no_trained"]["rows"]] == [":1"]
+
+
+class Notes(Watch):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def note(self, text):
+        self.told.append(text)
+
+
+def test_a_run_hears_of_what_matters_and_a_preview_of_all(recipe):
+    write(recipe.parent / "rows.jsonl", *GOOD, {"prompt": "the", "completion": " cat" * 99}, *GOOD[:1], *GOOD[4:6])
+    held_out = write(recipe.parent / "eval.jsonl", *GOOD[2:6])
+    overrides = [f"data.eval={held_out}", "data.over_length=truncate"]
+    remarks = {each["kind"]: each for each in seen(recipe, *overrides)["remarks"]}
+    assert remarks.keys() == {"truncated", "repeated", "leaked"}
+    notes = Notes()
+    prepare(read_recipe(str(recipe), overrides), notes, weights=False)
+    told = [note for note in notes.told if "rows.jsonl" in note]
+    assert [note.partition(":")[0] for note in told] == [
+        "3 rows like one before", "6 rows trained on and held out, too"
+    ]  # fmt: skip
+    assert told[1].endswith("; and 3 more")
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------

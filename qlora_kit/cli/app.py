@@ -140,11 +140,12 @@ def preview(
     from qlora_kit.cli.preview import draw
     from qlora_kit.run import preview as run_preview
 
-    seen = run_preview(checked, rows=rows, trust_remote_code=trust_remote_code)
+    screen = Screen(to_stderr=as_json)
+    seen = run_preview(checked, screen, rows=rows, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps({"schema": 1, **seen.as_json()}, indent=2))
     else:
-        draw(seen, Screen().console)
+        draw(seen, screen.console)
 
 
 @app.command()

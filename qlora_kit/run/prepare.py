@@ -63,11 +63,25 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: bool = False) -> Prepared:
+    """`gather`, and tell what became of the rows and what is odd about them."""
+    prepared = gather(recipe, watch, weights=weights, trust_remote_code=trust_remote_code)
+    watch.prepared(prepared)
+    for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
+        if remark.is_for_runs:
+            watch.note(str(remark))
+    if recipe.train.early_stopping is not None and not prepared.eval.rows:
+        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
+    if prepared.pace.warning is not None:
+        watch.note(prepared.pace.warning)
+    return prepared
+
+
+def gather(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: bool = False) -> Prepared:
     """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
     Args:
         recipe: the run.
-        watch: is told of downloads, of what became of the rows and of what is odd about them.
+        watch: is told of downloads.
         weights: whether a model folder is asked for sound weights, too.
         trust_remote_code: let the model's own code run.
     """
@@ -79,16 +93,7 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
     config = longer_config(config, rows_needed(tokenizer, recipe))
     train_rows, eval_rows = _read_rows(recipe, tokenizer, config)
     pace, packed = pace_of(recipe, train_rows, count_parameters(config))
-    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
-    watch.prepared(prepared)
-    for remark in remarks_on(train_rows, eval_rows, tokenizer):
-        if remark.is_for_runs:
-            watch.note(str(remark))
-    if recipe.train.early_stopping is not None and not prepared.eval.rows:
-        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
-    if pace.warning is not None:
-        watch.note(pace.warning)
-    return prepared
+    return Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
 
 
 def pace_of(recipe: Recipe, rows: EncodedSet, parameters: int) -> tuple[Pace, int | None]:

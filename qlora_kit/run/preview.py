@@ -2,22 +2,23 @@
 
 from qlora_kit.data import Filling, Preview, measure_lengths, remarks_on, show_rows
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.prepare import count_parameters, fill_batches, pace_of, prepare
+from qlora_kit.run.prepare import count_parameters, fill_batches, gather, pace_of
 from qlora_kit.watch import Watch
 
 
-def preview(recipe: Recipe, *, rows: int = 3, trust_remote_code: bool = False) -> Preview:
+def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_remote_code: bool = False) -> Preview:
     """Read and encode the rows of a recipe as its run would, and look at them.
 
     Args:
         recipe: the run.
+        watch: is told of downloads.
         rows: that are shown token by token, from the first that is trained on.
         trust_remote_code: let the model's own code run.
 
     Raises:
         QloraKitError: as `train`, as far as it gets.
     """
-    prepared = prepare(recipe, Watch(), weights=False, trust_remote_code=trust_remote_code)
+    prepared = gather(recipe, watch or Watch(), weights=False, trust_remote_code=trust_remote_code)
     train, held_out, tokenizer = prepared.train, prepared.eval, prepared.tokenizer
     parameters = count_parameters(prepared.config)
 
