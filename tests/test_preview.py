@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -315,6 +316,24 @@ def test_a_preview_needs_no_weights_and_leaves_nothing_behind(recipe, model_fold
     assert "the cat 1 ⟦sat on 1</s>⟧" in result.stdout
     assert result.stdout.count("rows.jsonl:") == 2
     assert not (recipe.parent / "run").exists()
+
+
+def test_a_model_of_the_hub_needs_its_config_and_tokenizer_alone(recipe, model_folder, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = recipe.parent / "hub" / "models--owner--model"
+    shutil.copytree(model_folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(recipe.parent / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = call("preview", recipe, "base.model=owner/model")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    assert "HF_HUB_OFFLINE" in result.output
+    assert "the cat 1 ⟦sat on 1</s>⟧" in result.stdout
+    as_json = call("preview", recipe, "base.model=owner/model", "--json")
+    assert json.loads(as_json.stdout)["train"]["rows"] == 12
+    assert "HF_HUB_OFFLINE" in as_json.stderr
+    assert "owner/nothing" in call("preview", recipe, "base.model=owner/nothing").stderr
 
 
 def test_json_holds_what_is_shown(recipe):
