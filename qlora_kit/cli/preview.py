@@ -25,13 +25,14 @@ def draw(preview: Preview, console: Console) -> None:
     has_colours = console.is_terminal and not console.no_color
     console.print(Text("\n".join(_summary(preview))))
     for remark in preview.remarks:
-        console.print(Text("note: ", "yellow").append(visible(str(remark)), ""))
+        console.print(Text.assemble(("note: ", "yellow"), visible(str(remark))))
     for row in preview.rows:
         for side in row.sides:
             names = "".join(f", {name}" for name in (_FATES.get(row.fate, ""), side.name) if name)
             heading = f"{row.where}{names}  {counted(side.tokens, 'token')}, {side.trained_tokens:,} trained on"
             console.print(Text(f"\n{visible(heading)}", "bold cyan"))
-            console.print(_coloured(side.pieces) if has_colours else Text(_bracketed(side.pieces)))
+            text = _coloured(side.pieces) if has_colours else Text(_bracketed(side.pieces))
+            console.print(text, end="" if text.plain.endswith("\n") else "\n")
     if preview.rows:
         trained = "bold and green" if has_colours else f"{OPEN}in brackets{CLOSE}"
         console.print(Text(f"\ntrained on: {trained}; --rows N shows other numbers of rows", "dim"))
@@ -39,21 +40,22 @@ def draw(preview: Preview, console: Console) -> None:
 
 def _summary(preview: Preview) -> Iterator[str]:
     train, lengths = preview.train, preview.lengths
-    yield f"train     {_kept(train)}"
-    yield f"held out  {_kept(preview.eval)}"
+    yield f"train     {_kept(train, 'trained on')}"
+    yield f"held out  {_kept(preview.eval, 'scored')}"
     yield (
         f"tokens    half of the rows have up to {lengths.median:,}, 95 % {lengths.p95:,}, 99 % {lengths.p99:,}, the "
         f"longest {lengths.longest:,}"
     )
     yield f"          data.max_tokens={lengths.p99} keeps 99 % of them whole (now {preview.max_tokens})"
-    yield f"padding   {_padding(preview.apart)} of {preview.apart.micro_batch} rows{_now(not preview.is_packed)}"
+    apart, packed = preview.apart, preview.packed
+    yield f"padding   {_padding(apart)} of {counted(apart.micro_batch, 'row')}{_now(not preview.is_packed)}"
     yield (
-        f"          {_padding(preview.packed)} of {preview.packed.micro_batch} with data.packing=true"
-        f"{_now(preview.is_packed)}: {preview.packed.sequences:,} sequences, not {preview.apart.sequences:,}"
+        f"          {_padding(packed)} of {packed.micro_batch} with data.packing=true{_now(preview.is_packed)}: "
+        f"{counted(packed.sequences, 'sequence')}, not {apart.sequences:,}"
     )
 
 
-def _kept(counts: Counts) -> str:
+def _kept(counts: Counts, used: str) -> str:
     words = {
         "left out as faulty": counts.faults,
         "with nothing to train": counts.no_trained,
@@ -62,8 +64,8 @@ def _kept(counts: Counts) -> str:
         "split": counts.split,
     }
     others = "".join(f"; {count:,} {text}" for text, count in words.items() if count)
-    trained = f"{format_count(counts.trained_tokens)} of {format_count(counts.tokens)} tokens trained on"
-    return f"{counted(counts.rows, 'row')}, {trained}{others}"
+    tokens = f", {format_count(counts.trained_tokens)} of {format_count(counts.tokens)} tokens {used}"
+    return f"{counted(counts.rows, 'row')}{tokens if counts.rows else ''}{others}"
 
 
 def _padding(filling: Filling) -> str:
@@ -95,8 +97,8 @@ def _bracketed(pieces: Sequence[Piece]) -> str:
 
 
 def _shown(text: str) -> str:
-    """Line breaks break the line and are seen, too."""
-    return visible(text, keep="\n").replace("\n", "⏎\n")
+    """Line breaks and tabs do what they do and are seen, too."""
+    return visible(text, keep="\n\t").replace("\n", "⏎\n").replace("\t", "⇥\t")
 
 
 def _shortened(pieces: Sequence[Piece]) -> Iterator[Piece]:

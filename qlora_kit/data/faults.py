@@ -12,6 +12,7 @@ class Faults:
     Attributes:
         count: bad rows so far.
         shown: the first `most_shown` sentences.
+        hides_rows: whether one of them is a file that breaks off: how many rows are lost in it is not known.
     """
 
     most_shown = 20
@@ -19,17 +20,19 @@ class Faults:
     def __init__(self) -> None:
         self.count = 0
         self.shown: list[str] = []
+        self.hides_rows = False
 
-    def add(self, fault: DataError | str) -> None:
+    def add(self, fault: DataError | str, *, hides_rows: bool = False) -> None:
         """Count one bad row; `fault` says which row it is and what is wrong with it."""
         self.count += 1
+        self.hides_rows |= hides_rows
         if len(self.shown) < self.most_shown:
             self.shown.append(" ".join(str(fault).split()))
 
     def __add__(self, other: "Faults") -> "Faults":
         """The faults of two sets of rows, the first 20 of them shown."""
         both = Faults()
-        both.count = self.count + other.count
+        both.count, both.hides_rows = self.count + other.count, self.hides_rows or other.hides_rows
         both.shown = [*self.shown, *other.shown][: self.most_shown]
         return both
 
@@ -42,7 +45,8 @@ class Faults:
         if self.count == 1:
             raise DataError(self.shown[0])
         if self.count > 1:
-            raise DataError(self.told(f"{self.count:,} rows cannot be used (data.on_error=skip leaves them out)"))
+            way_out = "" if self.hides_rows else " (data.on_error=skip leaves them out)"
+            raise DataError(self.told(f"{self.count:,} rows cannot be used{way_out}"))
 
     def told(self, what: str) -> str:
         """`what` and the first fault on one line; below it the others, one a line, and how many are not shown."""

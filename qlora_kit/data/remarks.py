@@ -53,24 +53,25 @@ def remarks_on(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTo
         held_out: those to evaluate on; may be empty.
         tokenizer: that encoded them.
     """
-    return [*_left_out(train, ""), *_left_out(held_out, "of the held-out ones "), *_kept(train, held_out, tokenizer)]
+    return [*_left_out(train, "row"), *_left_out(held_out, "held-out row"), *_kept(train, held_out, tokenizer)]
 
 
-def _left_out(rows: EncodedSet, which: str) -> Iterator[Remark]:
+def _left_out(rows: EncodedSet, thing: str) -> Iterator[Remark]:
     """What did not come through whole."""
     counts, places = rows.counts, rows.places
     if counts.faults:
-        why = f"{which}left out that cannot be used (data.on_error=skip)"
-        yield _remark("faults", why, rows.faults.shown, counts.faults)
+        why = "left out that cannot be used (data.on_error=skip)"
+        yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
     if counts.no_trained:
-        yield _remark("no_trained", f"{which}left out without a trained token (see data.loss_on)", places["no_trained"])
+        why = "left out without a trained token (see data.loss_on)"
+        yield _remark("no_trained", why, places["no_trained"], thing=thing)
     if counts.dropped > WORTH_A_WORD * given(counts):
         share = f"{counts.dropped / given(counts):.1%} of all"
-        why = f"{which}left out as longer than data.max_tokens, {share} (see data.over_length)"
-        yield _remark("dropped", why, places["dropped"])
+        why = f"left out as longer than data.max_tokens, {share} (see data.over_length)"
+        yield _remark("dropped", why, places["dropped"], thing=thing)
     if counts.truncated:
-        why = f"{which}cut at data.max_tokens: what follows there is not learnt, nor how it ends"
-        yield _remark("truncated", why, places["truncated"], is_for_runs=False)
+        why = "cut at data.max_tokens: what follows there is not learnt, nor how it ends"
+        yield _remark("truncated", why, places["truncated"], thing=thing, is_for_runs=False)
 
 
 def _kept(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Remark]:
@@ -143,6 +144,8 @@ def _contents(row: Encoded) -> int:
     return hash(tuple(tuple(side.input_ids) for side in sides(row).values()))
 
 
-def _remark(kind: str, text: str, rows: list[str], count: int | None = None, *, is_for_runs: bool = True) -> Remark:
+def _remark(
+    kind: str, text: str, rows: list[str], count: int | None = None, *, thing: str = "row", is_for_runs: bool = True
+) -> Remark:
     count = len(rows) if count is None else count
-    return Remark(kind, f"{counted(count, 'row')} {text}", count, rows[: Faults.most_shown], is_for_runs)
+    return Remark(kind, f"{counted(count, thing)} {text}", count, rows[: Faults.most_shown], is_for_runs)

@@ -230,8 +230,9 @@ def _read_rows(
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
         held_out = load_rows(data.eval, format=data.format, columns=data.columns, faults=eval_faults)
-    if data.on_error == "stop":
-        (train_faults + eval_faults).stop()  # before the rows are encoded, which may take minutes
+    unread = train_faults + eval_faults
+    if data.on_error == "stop" or unread.hides_rows:
+        unread.stop()  # before the rows are encoded, which may take minutes
     train_rows = _encode(examples, recipe, tokenizer, config, faults=train_faults)
     # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
     may_be_empty = not held_out or data.eval == "auto"
