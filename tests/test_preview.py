@@ -1,5 +1,6 @@
 """Preview: it shows what is trained on and what became of every row, and no row can do anything to a terminal."""
 
+import io
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from qlora_kit.cli.app import app
+from qlora_kit.cli.app import app, main
 from qlora_kit.cli.preview import draw
 from qlora_kit.cli.visible import visible
 from qlora_kit.data import (
@@ -207,6 +208,15 @@ def test_rows_that_were_cut_are_not_blamed_for_having_no_end():
         assert kinds([*rows_named(3), long], make_tokenizer(), over_length=choice, max_tokens=20).keys() == said
 
 
+def test_a_piece_that_is_all_prompt_is_counted_and_a_row_without_any_trained_token_is_named():
+    asked = Completion("the cat sat " * 9, " on the mat", where="f.jsonl:9")
+    rows = encode_rows([asked], make_tokenizer(), over_length="split", max_tokens=8)
+    assert (rows.counts.no_trained > 0, rows.counts.rows > 0) == (True, True)
+    assert kinds([asked], make_tokenizer(), over_length="split", max_tokens=8) == {}
+    found = kinds([asked, *rows_named(2)], make_tokenizer(), over_length="truncate", max_tokens=12)
+    assert found["no_trained"].rows == ["f.jsonl:9"]
+
+
 def test_two_bos_are_named():
     tokenizer = make_tokenizer(template=UNMARKED["llama3"])
     twice = Chat([{"role": "user", "content": "the"}, TURNS[1]], where="f.jsonl:2")
@@ -357,8 +367,19 @@ def test_in_colour_what_is_trained_is_bold_and_there_are_no_brackets(recipe):
     assert "⟦" not in text.replace("⟦in brackets", "")
     bold_green = "".join(re.findall("\x1b\\[1;(?:32|92|35)m([^\x1b]*)\x1b", text))
     assert bold_green == "".join(f"sat on {n}</s>" for n in range(3))
-    plain = drawn(recipe, force_terminal=True, no_color=True)
-    assert "⟦sat on 0</s>⟧" in plain
+    for without in ({"no_color": True}, {"color_system": None}):
+        assert "⟦sat on 0</s>⟧" in drawn(recipe, force_terminal=True, **without)
+
+
+def test_an_output_that_takes_ascii_alone_gets_the_rest_spelt(recipe, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.argv", ["qlora-kit", "preview", str(recipe), "--rows", "1"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out.flush()
+    assert ended.value.code == 0
+    assert b"\\u27e6sat on 0</s>\\u27e7" in out.buffer.getvalue()
 
 
 def test_line_breaks_are_seen_and_still_break_the_line(recipe):

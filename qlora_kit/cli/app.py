@@ -7,6 +7,7 @@ anywhere shows the traceback instead of the line.
 
 import errno
 import functools
+import io
 import json
 import signal
 import sys
@@ -49,6 +50,8 @@ def main() -> None:
     """Entry point of `qlora-kit`."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _DEBUG["on"] = len(arguments) < len(sys.argv) - 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
     app(args=arguments, prog_name="qlora-kit")
 
 

@@ -22,7 +22,7 @@ _SPECIAL = {True: "bold magenta", False: "magenta"}
 
 def draw(preview: Preview, console: Console) -> None:
     """Show counts, lengths, padding, remarks and rows."""
-    has_colours = console.is_terminal and not console.no_color
+    has_colours = console.color_system is not None and not console.no_color
     console.print(Text("\n".join(_summary(preview))))
     for remark in preview.remarks:
         console.print(Text.assemble(("note: ", "yellow"), visible(str(remark))))

@@ -45,6 +45,11 @@ class Counts:
     longest: int = 0
     """Tokens of the longest row before anything was cut."""
 
+    @property
+    def given(self) -> int:
+        """Rows that there were; of a row that was split its pieces."""
+        return self.rows + self.dropped + self.no_trained + self.faults
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedSet:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_kit.data.encode import Counts, EncodedSet
+from qlora_kit.data.encode import EncodedSet
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.template import Encoded
 from qlora_kit.units import counted
@@ -62,11 +62,11 @@ def _left_out(rows: EncodedSet, thing: str) -> Iterator[Remark]:
     if counts.faults:
         why = "left out that cannot be used (data.on_error=skip)"
         yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
-    if counts.no_trained:
-        why = "left out without a trained token (see data.loss_on)"
-        yield _remark("no_trained", why, places["no_trained"], thing=thing)
-    if counts.dropped > WORTH_A_WORD * given(counts):
-        share = f"{counts.dropped / given(counts):.1%} of all"
+    kept_in_part = {row.where for row in rows.rows}  # a row that was split may well have pieces that are all prompt
+    if untrained := [where for where in dict.fromkeys(places["no_trained"]) if where not in kept_in_part]:
+        yield _remark("no_trained", "left out without a trained token (see data.loss_on)", untrained, thing=thing)
+    if counts.dropped > WORTH_A_WORD * counts.given:
+        share = f"{counts.dropped / counts.given:.1%} of all"
         why = f"left out as longer than data.max_tokens, {share} (see data.over_length)"
         yield _remark("dropped", why, places["dropped"], thing=thing)
     if counts.truncated:
@@ -92,11 +92,6 @@ def _kept(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokeniz
     held = {_contents(row): row.where for row in held_out.rows}
     if leaked := [f"{here} (as {held[key]})" for here, key in said if key in held]:
         yield _remark("leaked", "trained on and held out, too: held-out scores flatter", leaked)
-
-
-def given(counts: Counts) -> int:
-    """Rows there were; of a row that was split its pieces."""
-    return counts.rows + counts.dropped + counts.no_trained + counts.faults
 
 
 def sides(row: Encoded) -> dict[str, Encoded]:
