@@ -579,6 +579,7 @@ def test_split_rows_are_trained_packed_and_scored_with_every_token_once(recipe):
     run = recipe.parent / "run"
     data = json.loads((run / "data.json").read_text())
     assert (whole["train"]["split"], data["train"]["split"]) == (0, 7)
+    assert ", 7 split; " in result.output
     assert data["train"]["rows"] + data["train"]["no_trained"] > whole["train"]["rows"] == 7
     for part in ("train", "eval"):
         assert data[part]["trained_tokens"] == whole[part]["trained_tokens"] > 0

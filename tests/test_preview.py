@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app, main
 from qlora_kit.cli.preview import draw
+from qlora_kit.cli.show import Screen
 from qlora_kit.cli.visible import visible
 from qlora_kit.data import (
     Chat,
@@ -270,6 +271,11 @@ def test_what_is_visible_holds_nothing_that_acts_on_a_terminal(text):
 def test_joiners_that_hold_emoji_together_stay():
     assert visible("👩‍👧") == "👩‍👧"
     assert visible("a\u202eb\x1b[2J\n") == "a\\u202eb\\x1b[2J\\n"
+
+
+def test_a_note_shows_what_it_is_given_and_no_more(capsys):
+    Screen().note("rows\x1b[2J.jsonl:3 [bold] :smile:\n")
+    assert capsys.readouterr().out == "note: rows\\x1b[2J.jsonl:3 [bold] :smile:\\n\n"
 
 
 # ---- through the command line --------------------------------------------------------------------------------------
@@ -528,7 +534,7 @@ def test_a_run_hears_of_what_matters_and_a_preview_of_all(recipe):
     prepare(read_recipe(str(recipe), overrides), notes, weights=False)
     told = [note for note in notes.told if "rows.jsonl" in note]
     assert [note.partition(":")[0] for note in told] == [
-        "3 rows like one before", "6 rows trained on and held out, too"
+        "3 rows like one before, 18.8% of all", "6 rows trained on and held out, too"
     ]  # fmt: skip
     assert told[1].endswith("; and 3 more")
 

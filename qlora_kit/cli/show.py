@@ -94,6 +94,7 @@ class Screen(Watch):
         left_out, held_out = train.dropped + train.no_trained + train.faults, prepared.eval.counts.rows
         more = f", {left_out} left out" if left_out else ""
         more += f", {train.truncated} cut short" if train.truncated else ""
+        more += f", {train.split} split" if train.split else ""
         self.console.print(
             f"[bold]data[/]   {counted(train.rows, 'row')}, {format_count(train.trained_tokens)} trained tokens, "
             f"longest {counted(train.longest, 'token')}{more}; {counted(held_out, 'row')} held out"

@@ -87,8 +87,9 @@ def _kept(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokeniz
     said = [(row.where, _contents(row)) for row in train.rows]
     first: dict[int, str] = {}
     if repeated := [f"{here} (as {there})" for here, key in said if here != (there := first.setdefault(key, here))]:
-        is_for_runs = len(repeated) > WORTH_A_WORD * len(train.rows)
-        yield _remark("repeated", "like one before", repeated, is_for_runs=is_for_runs)
+        share = len(repeated) / len(train.rows)
+        why = f"like one before, {share:.1%} of all"
+        yield _remark("repeated", why, repeated, is_for_runs=share > WORTH_A_WORD)
     held = {_contents(row): row.where for row in held_out.rows}
     if leaked := [f"{here} (as {held[key]})" for here, key in said if key in held]:
         yield _remark("leaked", "trained on and held out, too: held-out scores flatter", leaked)
