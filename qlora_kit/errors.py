@@ -1,4 +1,5 @@
-"""The one hierarchy of errors: each says what was found, what was wanted and what to do, on one line.
+"""The one hierarchy of errors: each says what was found, what was wanted and what to do, on one line. Where several
+rows are bad, that line has their number and the first, and each further one has a line below it.
 
 Every error that a user can cause is a `QloraKitError`; the command line prints it as `error: ...` on standard error and
 exits with `exit_code`. Each class is also the nearest class of the standard library, so that callers of the Python

@@ -534,6 +534,40 @@ def test_held_out_rows_that_are_all_too_long_are_counted_and_do_not_stop_a_run(r
     assert not (recipe.parent / "run" / "scores.json").exists()
 
 
+def test_skipped_rows_are_counted_told_and_kept_out_of_a_run(recipe):
+    rows = recipe.parent / "rows.jsonl"
+    good = rows.read_text()
+    rows.write_text('{"prompt": 5}\n' + good + "nonsense\n")
+    assert call("train", recipe).stderr.startswith("error: 4 rows cannot be used"), "two in the rows, as many held out"
+    result = call("train", recipe, "data.on_error=skip")
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    assert "data 7 rows" in told
+    assert ", 2 left out; 7 rows held out" in told
+    assert f"note: 2 rows left out that cannot be used (data.on_error=skip): {rows}:1: missing 'completion'" in told
+    assert f"{rows}:9: not JSON" in told
+    data = json.loads((recipe.parent / "run" / "data.json").read_text())
+    assert [data[part]["faults"] for part in ("train", "eval")] == [2, 2]
+    assert [data[part]["rows"] for part in ("train", "eval")] == [7, 7]
+    assert json.loads((recipe.parent / "run" / "scores.json").read_text())["rows"] == 7
+
+
+def test_split_rows_are_trained_packed_and_scored_with_every_token_once(recipe):
+    whole = json.loads(call("preview", recipe, "--json").stdout)
+    result = call("train", recipe, "data.max_tokens=6", "data.over_length=split", "data.packing=true")
+    assert result.exit_code == 0, result.output
+    run = recipe.parent / "run"
+    data = json.loads((run / "data.json").read_text())
+    assert (whole["train"]["split"], data["train"]["split"]) == (0, 7)
+    assert ", 7 split; " in result.output
+    assert data["train"]["rows"] + data["train"]["no_trained"] > whole["train"]["rows"] == 7
+    for part in ("train", "eval"):
+        assert data[part]["trained_tokens"] == whole[part]["trained_tokens"] > 0
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["adapter"]["tokens"] == data["eval"]["trained_tokens"]
+    assert "exact_match" not in scores["adapter"], "no piece is a prompt and its whole answer"
+
+
 def test_a_prompt_is_put_as_training_put_it(recipe, model_folder, tmp_path):
     """The tokenizer has a chat template; a run on completions does not use it, and one on chats does."""
     chatty = tmp_path / "chatty"

@@ -10,8 +10,10 @@ import re
 from dataclasses import replace
 from functools import cache
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -522,11 +524,10 @@ def test_all_bad_rows_are_gathered_and_the_first_20_are_shown(tmp_path):
     path = write(tmp_path / "a.jsonl", ROW, *["[]\n"] * 24, {"prompt": "the"}, ROW)
     with pytest.raises(DataError) as caught:
         load_rows(path)
-    message = str(caught.value)
-    assert message.startswith("25 rows cannot be used: ")
-    assert message.endswith("; and 5 more")
-    assert message.count("wanted an object") == 20
-    assert "\n" not in message
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith(f"25 rows cannot be used (data.on_error=skip leaves them out): {path}:2: found a list")
+    assert [line.split(": ")[0] for line in others[:-1]] == [f"  {path}:{line}" for line in range(3, 22)]
+    assert others[-1] == "  and 5 more"
     faults = Faults()
     assert load_rows(path, faults=faults) == [Completion("the", " cat")] * 2
     assert faults.count == 25
@@ -559,26 +560,24 @@ def test_empty_file_is_refused_by_name(tmp_path, name):
 
 def test_hostile_json_is_a_fault_and_no_crash(tmp_path):
     path = write(tmp_path / "a.jsonl", "[" * 100_000 + "\n", '{"text": ' + "9" * 5000 + "}\n", "\ufeff\n")
-    with pytest.raises(DataError, match=r"a.jsonl:1: not JSON.*a.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: not JSON.*\n  .*a.jsonl:2: not JSON"):
         load_rows(path)
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     rows = [{"prompt": "2 + 2 =", "completion": "4"}, {"prompt": "NA\u2028,\n", "completion": 'say "NA"'}]
     expected = [Completion(**row) for row in rows]
     write(tmp_path / "a.jsonl", "\ufeff", rows[0], "\n", rows[1])
     write(tmp_path / "b.json", json.dumps(rows, indent=1))
     write(tmp_path / "c.json", *rows)
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     with (tmp_path / "e.csv").open("w", newline="") as file:
         file.write('prompt,completion\r\n2 + 2 =,4\r\n"NA\u2028,\n","say ""NA"""\r\n')
     for name in ("a.jsonl", "b.json", "c.json", "d.parquet", "e.csv"):
         assert load_rows(tmp_path / name) == expected, name
     assert load_rows(tmp_path / "d.parquet")[1].where.endswith("d.parquet row 2")
     (tmp_path / "bad.parquet").write_bytes(b"not a table")
-    with pytest.raises(DataError, match=r"bad.parquet .*cannot be read"):
+    with pytest.raises(DataError, match=r"bad.parquet: not Parquet that can be read, after row 0: "):
         load_rows(tmp_path / "bad.parquet")
 
 

@@ -117,8 +117,6 @@ NOT_BUILT = {
     "lora.rank": ["auto"],
     "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: classification}]"],
     "data.format": ["classification"],
-    "data.over_length": ["split"],
-    "data.on_error": ["skip"],
     "train.task": ["classify"],
     "train.sample_every": ["5"],
 }

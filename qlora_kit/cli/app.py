@@ -1,11 +1,13 @@
 """The verbs. Each one reads its arguments, calls the room that does the work, and shows what came out.
 
-Exit codes: 0 done; 2 the user can mend it, one line `error: ...` on standard error; 3 does not fit the budget; 130 and
-143 stopped by a signal, state saved if there was any. `--debug` anywhere shows the traceback instead of the line.
+Exit codes: 0 done; 2 the user can mend it, one line `error: ...` on standard error (and below it a line for each
+further bad row); 3 does not fit the budget; 130 and 143 stopped by a signal, state saved if there was any. `--debug`
+anywhere shows the traceback instead of the line.
 """
 
 import errno
 import functools
+import io
 import json
 import signal
 import sys
@@ -17,6 +19,7 @@ import typer
 
 from qlora_kit import __version__
 from qlora_kit.cli.recipes import recipes_app
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, QloraKitError, RecipeError
 
 app = typer.Typer(
@@ -47,6 +50,8 @@ def main() -> None:
     """Entry point of `qlora-kit`."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _DEBUG["on"] = len(arguments) < len(sys.argv) - 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
     app(args=arguments, prog_name="qlora-kit")
 
 
@@ -60,7 +65,7 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except QloraKitError as error:
             if _DEBUG["on"]:
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(visible(f"error: {error}", keep="\n"), err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
@@ -118,6 +123,32 @@ def plan(
     except FitError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
+
+
+@app.command()
+@reports_errors
+def preview(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """What will be trained on, token by token, and what became of every row. Needs no weights."""
+    from qlora_kit.cli.show import Screen, import_libraries
+    from qlora_kit.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides or [])
+    import_libraries()
+    from qlora_kit.cli.preview import draw
+    from qlora_kit.run import preview as run_preview
+
+    screen = Screen(to_stderr=as_json)
+    seen = run_preview(checked, screen, rows=rows, trust_remote_code=trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, **seen.as_json()}, indent=2))
+    else:
+        draw(seen, screen.console)
 
 
 @app.command()

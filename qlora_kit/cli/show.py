@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.cli.visible import visible
 from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.judge import judge_scores
 from qlora_kit.report.text import memory_check_text, plan_text, score_words
@@ -41,6 +42,7 @@ def quiet_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # Offline, bitsandbytes warns of an inference kernel that the kit never calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -73,7 +75,7 @@ class Screen(Watch):
     """
 
     def __init__(self, to_stderr: bool = False) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True, emoji=False)
         self.signal: int | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -84,14 +86,15 @@ class Screen(Watch):
 
     def note(self, text: str) -> None:
         """One line that a person should know."""
-        self.console.print(f"[yellow]note:[/] {escape(text)}")
+        self.console.print(f"[yellow]note:[/] {escape(visible(text))}")
 
     def prepared(self, prepared: "Prepared") -> None:
         """Rows and steps."""
         train, pace = prepared.train.counts, prepared.pace
-        left_out, held_out = train.dropped + train.no_trained, prepared.eval.counts.rows
+        left_out, held_out = train.dropped + train.no_trained + train.faults, prepared.eval.counts.rows
         more = f", {left_out} left out" if left_out else ""
         more += f", {train.truncated} cut short" if train.truncated else ""
+        more += f", {train.split} split" if train.split else ""
         self.console.print(
             f"[bold]data[/]   {counted(train.rows, 'row')}, {format_count(train.trained_tokens)} trained tokens, "
             f"longest {counted(train.longest, 'token')}{more}; {counted(held_out, 'row')} held out"

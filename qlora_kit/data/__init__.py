@@ -40,6 +40,8 @@ from qlora_kit.data.formats import (
 )
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
+from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
+from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.template import Encoded, encode, encode_turns
 
 __all__ = [
@@ -55,8 +57,12 @@ __all__ = [
     "EncodedSet",
     "Example",
     "Faults",
+    "Filling",
     "Labelled",
+    "Piece",
     "Preference",
+    "Preview",
+    "Remark",
     "Sampler",
     "Source",
     "Text",
@@ -76,13 +82,17 @@ __all__ = [
     "encode_rows",
     "encode_turns",
     "end_token_id",
+    "fill",
     "find_template",
     "fix_tokenizer",
     "formats_of",
     "full_packs",
     "load_rows",
     "longest_pack",
+    "measure_lengths",
     "read_row",
+    "remarks_on",
+    "show_rows",
     "split_eval",
     "swap_answers",
     "template_tokens",

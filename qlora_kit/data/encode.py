@@ -5,6 +5,7 @@ counted: rows given + turns = rows + dropped + no_trained + faults, and one more
 was split.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OverLength: TypeAlias = Literal["drop", "truncate", "split", "error"]
+Fate: TypeAlias = Literal["dropped", "truncated", "split", "no_trained"]
+"""What may become of a row other than to be kept as it is; a field of `Counts`."""
 
 
 @dataclass(slots=True)
@@ -43,8 +46,15 @@ class Counts:
     """Rows or pieces without a trained token, and left out."""
     turns: int = 0
     """Further rows, beyond one a chat, of chats of which every answer is a row: see `template.py`."""
+    faults: int = 0
+    """Rows that cannot be read or encoded, and left out."""
     longest: int = 0
     """Tokens of the longest row before anything was cut."""
+
+    @property
+    def given(self) -> int:
+        """Rows that there were; of a row that was split its pieces."""
+        return self.rows + self.dropped + self.no_trained + self.faults
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,12 @@ class EncodedSet:
     counts: Counts = field(default_factory=Counts)
     has_chats: bool = False
     """Whether any row went through a chat template."""
+    faults: Faults = field(default_factory=Faults)
+    """What is wrong with the rows that were left out as faults."""
+    places: dict[Fate, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Where the rows stand that were not kept as they are."""
+    lengths_given: list[int] = field(default_factory=list)
+    """Tokens of each row that could be encoded, before anything was cut or left out."""
 
     @property
     def longest(self) -> int:
@@ -70,12 +86,17 @@ class EncodedSet:
         """Keep a row, or count it among those in which nothing is trained."""
         sequences = [row] if row.other is None else [row, row.other]
         if any(sequence.trained_tokens == 0 for sequence in sequences):
-            self.counts.no_trained += 1
+            self.count("no_trained", row.where)
             return
         self.rows.append(row)
         self.counts.rows += 1
         self.counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
         self.counts.trained_tokens += sum(sequence.trained_tokens for sequence in sequences)
+
+    def count(self, fate: Fate, where: str) -> None:
+        """Count a row that is not kept as it is, and remember where it stands."""
+        setattr(self.counts, fate, getattr(self.counts, fate) + 1)
+        self.places[fate].append(where)
 
 
 def encode_rows(
@@ -107,7 +128,8 @@ def encode_rows(
         vocab_size: rows of the model's embedding; None if it is not known.
         max_positions: positions of the model; None if it has no such limit.
         classes: of texts that are classified.
-        faults: rows that cannot be encoded are left in here; without it they are an error.
+        faults: rows that cannot be encoded are left in here, behind those that could not be read, and all of them
+            are counted; without it they are an error.
         may_be_empty: whether it is no error if no row is left.
 
     Raises:
@@ -119,7 +141,7 @@ def encode_rows(
     if has_chats:
         check_template(tokenizer, template)
     gathered = Faults() if faults is None else faults
-    encoded = EncodedSet(has_chats=has_chats)
+    encoded = EncodedSet(has_chats=has_chats, faults=gathered)
     counts = encoded.counts
     for example in examples:
         try:
@@ -136,12 +158,14 @@ def encode_rows(
         counts.turns += len(rows) - 1
         for row in rows:
             counts.longest = max(counts.longest, row.longest)
-            for piece in _fit(row, max_tokens, over_length, counts):
+            encoded.lengths_given.append(row.longest)
+            for piece in _fit(row, max_tokens, over_length, encoded):
                 encoded.add(piece)
     if faults is None:
         gathered.stop()
+    counts.faults = gathered.count
     if not encoded.rows and not may_be_empty:
-        raise DataError(_nothing_left(len(examples), counts, gathered, max_tokens))
+        raise DataError(_nothing_left(encoded, max_tokens))
     return encoded
 
 
@@ -175,20 +199,20 @@ def _check_row(row: Encoded, vocab_size: int | None, most_tokens: int | None) ->
         )
 
 
-def _fit(row: Encoded, max_tokens: int, over_length: OverLength, counts: Counts) -> Iterator[Encoded]:
+def _fit(row: Encoded, max_tokens: int, over_length: OverLength, encoded: EncodedSet) -> Iterator[Encoded]:
     """The row, or what `over_length` leaves of it."""
     tokens = row.longest
     if tokens <= max_tokens:
         yield row
     elif over_length == "truncate":
-        counts.truncated += 1
+        encoded.count("truncated", row.where)
         yield _piece(row, 0, max_tokens)
     elif over_length == "split" and row.other is None and row.is_good is None and row.target is None:
-        counts.split += 1
+        encoded.count("split", row.where)
         for start in range(0, tokens - 1, max_tokens - 1):
             yield _piece(row, start, start + max_tokens)
     else:
-        counts.dropped += 1
+        encoded.count("dropped", row.where)
 
 
 def _piece(row: Encoded, start: int, end: int) -> Encoded:
@@ -198,9 +222,10 @@ def _piece(row: Encoded, start: int, end: int) -> Encoded:
     return replace(part, other=other, is_good=row.is_good, target=row.target)
 
 
-def _nothing_left(given: int, counts: Counts, faults: Faults, max_tokens: int) -> str:
-    return (
-        f"no row is left to train on: of {given}, {counts.dropped} have more than data.max_tokens={max_tokens} tokens "
-        f"(the longest {counts.longest}; see data.over_length), {counts.no_trained} have no trained token (see "
-        f"data.loss_on), {faults.count} cannot be encoded"
+def _nothing_left(encoded: EncodedSet, max_tokens: int) -> str:
+    counts, given = encoded.counts, len(encoded.lengths_given) + encoded.faults.count
+    return encoded.faults.told(
+        f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than data.max_tokens={max_tokens} "
+        f"tokens (the longest {counts.longest:,}; see data.over_length), {counts.no_trained:,} have no trained token "
+        f"(see data.loss_on), {counts.faults:,} cannot be used"
     )

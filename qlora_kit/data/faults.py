@@ -1,4 +1,4 @@
-"""Faults: what is wrong with rows, gathered while they are read, and raised once."""
+"""Faults: what is wrong with rows, gathered while they are read, and raised once or left out and counted."""
 
 from qlora_kit.errors import DataError
 
@@ -12,6 +12,7 @@ class Faults:
     Attributes:
         count: bad rows so far.
         shown: the first `most_shown` sentences.
+        hides_rows: whether one of them is a file that breaks off: how many rows are lost in it is not known.
     """
 
     most_shown = 20
@@ -19,23 +20,37 @@ class Faults:
     def __init__(self) -> None:
         self.count = 0
         self.shown: list[str] = []
+        self.hides_rows = False
 
-    def add(self, fault: DataError | str) -> None:
+    def add(self, fault: DataError | str, *, hides_rows: bool = False) -> None:
         """Count one bad row; `fault` says which row it is and what is wrong with it."""
         self.count += 1
+        self.hides_rows |= hides_rows
         if len(self.shown) < self.most_shown:
             self.shown.append(" ".join(str(fault).split()))
+
+    def __add__(self, other: "Faults") -> "Faults":
+        """The faults of two sets of rows, the first 20 of them shown."""
+        both = Faults()
+        both.count, both.hides_rows = self.count + other.count, self.hides_rows or other.hides_rows
+        both.shown = [*self.shown, *other.shown][: self.most_shown]
+        return both
 
     def stop(self) -> None:
         """Raise what was gathered.
 
         Raises:
-            DataError: if there is any fault; names the first 20 and counts them all, on one line.
+            DataError: if there is any fault; a single one is the whole message, of several see `told`.
         """
-        if self.count == 0:
-            return
         if self.count == 1:
             raise DataError(self.shown[0])
+        if self.count > 1:
+            way_out = "" if self.hides_rows else " (data.on_error=skip leaves them out)"
+            raise DataError(self.told(f"{self.count:,} rows cannot be used{way_out}"))
+
+    def told(self, what: str) -> str:
+        """`what` and the first fault on one line; below it the others, one a line, and how many are not shown."""
+        if self.count == 0:
+            return what
         more = self.count - len(self.shown)
-        rest = f"; and {more} more" if more else ""
-        raise DataError(f"{self.count} rows cannot be used: {'; '.join(self.shown)}{rest}")
+        return "\n  ".join([f"{what}: {self.shown[0]}", *self.shown[1:], *([f"and {more:,} more"] if more else [])])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, TypeAlias
 
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, listed
 
 Columns: TypeAlias = Mapping[str, Any]
 
@@ -403,7 +403,7 @@ def _short(value: object) -> str:
 
 
 def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, names)) or "none"
+    return listed(list(map(str, names))) or "none"
 
 
 def _nearest(name: str, known: Mapping[str, Any] | list[str] | set[str]) -> str:

@@ -1,7 +1,8 @@
 """Load: rows from files, folders and the Hugging Face hub, and which of them are held out.
 
-What is text (.jsonl, .json, .csv, .txt, .md) is read here, so that a fault has a file and a line. `datasets`, which
-takes a second to import, reads .parquet and the hub, and is imported only then.
+What is text (.jsonl, .json, .csv, .txt, .md) is read here, so that a fault has a file and a line; .parquet goes through
+pyarrow, batch by batch and with no copy on the disk; the hub through `datasets`, which takes a second to import and is
+imported only then.
 """
 
 import csv
@@ -63,7 +64,8 @@ def load_rows(
         rows in the order of the sources. A .txt or .md file is one row.
 
     Raises:
-        DataError: if rows are bad (the first 20, and their number), or a source is missing, unreadable or empty.
+        DataError: if rows are bad (the first 20, and their number), none is left, or a source is missing, unreadable or
+            empty.
     """
     gathered = Faults() if faults is None else faults
     rows: list[Example] = []
@@ -72,7 +74,8 @@ def load_rows(
     if faults is None:
         gathered.stop()
     if not rows:
-        raise DataError(f"no usable row is left; {'; '.join(gathered.shown) or 'the weights leave none'}")
+        why = f"all of {gathered.count:,} cannot be used" if gathered.count else "the weights leave none"
+        raise DataError(gathered.told(f"no row is left to train on, {why}"))
     return rows
 
 
@@ -194,6 +197,8 @@ def _files(folder: Path) -> list[Path]:
     )
     files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in _READERS)
     documents = [file for file in files if _READERS[file.suffix.lower()] is _document]
+    if any(folder.rglob("*.arrow")):
+        raise DataError(f"{folder} holds .arrow files, which are not read: write them again with Dataset.to_parquet")
     if not files:
         raise DataError(f"{folder} is empty: no file in it ends in {', '.join(_READERS)}")
     if documents and len(documents) < len(files):
@@ -218,7 +223,7 @@ def _read(path: Path, faults: Faults) -> Iterator[RawRow]:
     """The rows of a file, by its ending; of one that is UTF-16 one fault, and not one a line."""
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            faults.add(f"{path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            faults.add(f"{path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)", hides_rows=True)
             return
     yield from _READERS[path.suffix.lower()](path, faults)
 
@@ -237,37 +242,48 @@ def _json_lines(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
-    """One list of objects, or one object a line as in .jsonl."""
+    """One list of objects, one object over several lines, or one object a line as in .jsonl."""
     with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+        start = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        is_whole = start.startswith(b"[") or start == b"{" or not start
+    if not is_whole:
         yield from _json_lines(path, faults)
         return
     try:
-        rows = _parse(_decode(path.read_bytes(), path), path)
+        text = _decode(path.read_bytes(), path)
+        rows = _parse(text, path) if text.strip() else []
     except DataError as error:
-        faults.add(error)
+        faults.add(error, hides_rows=True)
         return
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
         yield f"{path} row {number}", row
 
 
 def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
     """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
     try:
-        reader = csv.DictReader(io.StringIO(_decode(path.read_bytes(), path), newline=""), strict=True)
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                faults.add(
-                    f"{where}: the number of values differs from that of the columns ({len(reader.fieldnames or ())})"
-                )
-            else:
-                yield where, row
+        text = _decode(path.read_bytes(), path)
     except DataError as error:
-        faults.add(error)
+        faults.add(error, hides_rows=True)
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise a cell ends at 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] = []
+    start = 1  # the line in which a row begins: its cells may hold line breaks
+    try:
+        for values in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not columns:
+                columns = values
+                if twice := [name for name, count in Counter(columns).items() if count > 1]:
+                    faults.add(f"{where}: the column {twice[0]!r} is there twice", hides_rows=True)
+                    return
+            elif len(values) == len(columns):
+                yield where, dict(zip(columns, values, strict=True))
+            elif values:
+                faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
     except csv.Error as error:
-        faults.add(f"{path}:{reader.line_num}: not CSV: {error}")
+        faults.add(f"{path}:{start}: not CSV: {error}", hides_rows=True)
 
 
 def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
@@ -281,25 +297,32 @@ def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
-    return _table(str(path), "parquet", "train", data_files=str(path))
+    """Rows, counted from 1."""
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (ArrowException, ValueError, OverflowError) as error:  # of Python's own: a date that it has not
+        faults.add(f"{path}: not Parquet that can be read, after row {number}: {error}", hides_rows=True)
 
 
 def _hub(source: Source) -> Iterator[RawRow]:
-    return _table(source.path, source.path, source.split)
-
-
-def _table(name: str, loader: str, split: str, **options: str) -> Iterator[RawRow]:
-    """Rows through `datasets`, counted from 1."""
+    """Rows, counted from 1."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     try:
-        table = datasets.load_dataset(loader, split=split, **options)
+        table = datasets.load_dataset(source.path, split=source.split)
     except (DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise DataError(f"{name} (split {split}) cannot be read: {' '.join(str(cause).split())}") from error
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise DataError(f"{source.path} (split {source.split}) cannot be read: {cause}") from error
     for number, row in enumerate(table, 1):
-        yield f"{name} row {number}", row
+        yield f"{source.path} row {number}", row
 
 
 _READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
@@ -329,6 +352,7 @@ def _parse(text: str, where: object) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = where if isinstance(where, str) else f"{where}:{error.lineno}"
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+        what = error.msg.removesuffix(" at")
+        raise DataError(f"{place}: not JSON: {what} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets
         raise DataError(f"{where}: not JSON that can be read: {error}") from None

@@ -31,8 +31,6 @@ ROWS = (
     NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
     NotYet("data.train[].format", _FORMATS, _FORMATS_BUILT),
     NotYet("data.format", _FORMATS, _FORMATS_BUILT),
-    NotYet("data.over_length", _all_but("split"), "built: drop, truncate, error"),
-    NotYet("data.on_error", _only("stop"), "built: stop"),
     NotYet("train.task", _all_but("classify"), "built: sft, pretrain, dpo, ipo, orpo, kto"),
     NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
 )

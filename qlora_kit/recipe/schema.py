@@ -199,7 +199,7 @@ class Data(Section):
     thinking: Literal["keep", "strip", "empty"] = "keep"
     """What happens to reasoning in assistant turns: kept; left out, or an empty block (enable_thinking is off then)."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens at a row that cannot be read."""
+    """What happens to rows that cannot be used: an error that names them, or they are left out, counted and named."""
 
 
 class Train(Section):

@@ -7,6 +7,7 @@ and what a finished run is used for. What a person sees goes through `Watch`; wh
 
 from qlora_kit.run.plan import check_budget, plan_memory
 from qlora_kit.run.prepare import Prepared
+from qlora_kit.run.preview import preview
 from qlora_kit.run.train import Result, train
 from qlora_kit.run.use import answer, evaluate, export_run, load_run
 
@@ -19,5 +20,6 @@ __all__ = [
     "export_run",
     "load_run",
     "plan_memory",
+    "preview",
     "train",
 ]

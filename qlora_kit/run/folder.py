@@ -3,7 +3,6 @@
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -18,13 +17,12 @@ from typing import Any
 import torch
 
 from qlora_kit.base.load import resolve_device
-from qlora_kit.data import Sampler, arrange, efficiency
 from qlora_kit.errors import RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
-from qlora_kit.run.prepare import Prepared
+from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.storage import read_json, remove_folder, write_json, write_text
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
@@ -148,21 +146,9 @@ def recorded_date(folder: Path) -> Date | None:
 
 
 def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:
-    """Sequences of the first epoch, and the share of their places that is no padding; of a long one, of 1,000 steps."""
-    pace, lengths = prepared.pace, prepared.train.lengths
-    sampler = Sampler(len(lengths), recipe.train.seed)
-    micro_batches: list[list[list[int]]] = []
-    steps = min(pace.steps, math.ceil(len(lengths) / pace.rows_a_step), 1000)
-    for _ in range(steps):
-        rows = sampler.next_rows(pace.rows_a_step)
-        arranged = arrange([lengths[row] for row in rows], pace.micro_batch, tokens)
-        micro_batches += [[[rows[row] for row in pack] for pack in packs] for packs in arranged]
-    return {
-        "steps": steps,
-        "sequences": sum(len(packs) for packs in micro_batches),
-        "longest": tokens,
-        "efficiency": efficiency(lengths, micro_batches),
-    }
+    """Sequences of the first epoch, and the share of their places that is no padding."""
+    filling = fill_batches(recipe, prepared.train, prepared.pace, tokens)
+    return {**asdict(filling), "longest": tokens}
 
 
 def trained_folder(folder: Path, recipe: Recipe) -> Path:

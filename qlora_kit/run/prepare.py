@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import date as Date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,18 @@ from qlora_kit.data import (
     Encoded,
     EncodedSet,
     Example,
+    Faults,
+    Filling,
     check_turn_tokens,
     collate_rows,
     conversations,
     encode_rows,
+    fill,
     find_template,
     fix_tokenizer,
     load_rows,
     longest_pack,
+    remarks_on,
     split_eval,
     swap_answers,
 )
@@ -72,11 +77,27 @@ class Prepared:
 def prepare(
     recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
 ) -> Prepared:
+    """`gather`, and tell what became of the rows and what is odd about them."""
+    prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code)
+    watch.prepared(prepared)
+    for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
+        if remark.is_for_runs:
+            watch.note(str(remark))
+    if recipe.train.early_stopping is not None and not prepared.eval.rows:
+        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
+    if prepared.pace.warning is not None:
+        watch.note(prepared.pace.warning)
+    return prepared
+
+
+def gather(
+    recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
+) -> Prepared:
     """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
     Args:
         recipe: the run.
-        watch: is told of downloads and of what became of the rows.
+        watch: is told of downloads.
         weights: whether a model folder is asked for sound weights, too.
         today: the date that a chat template may write; None asks the clock.
         trust_remote_code: let the model's own code run.
@@ -94,27 +115,47 @@ def prepare(
             "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
             f"{counted(train_rows.counts.turns, 'row')} more"
         )
-    counts, is_packed = train_rows.counts, recipe.data.packing is True
-    longest = max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest
+    pace, packed = pace_of(recipe, train_rows, count_parameters(config))
+    return Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
+
+
+def pace_of(recipe: Recipe, rows: EncodedSet, parameters: int) -> tuple[Pace, int | None]:
+    """The pace of a run, and the most tokens of a sequence where rows are packed; None where every row is its own.
+
+    Args:
+        recipe: the run.
+        rows: its training rows.
+        parameters: of the base.
+
+    Raises:
+        DataError: a step has fewer rows than its task needs.
+    """
+    counts, is_packed, max_tokens = rows.counts, recipe.data.packing is True, recipe.data.max_tokens
+    longest = max(max_tokens, rows.longest) if is_packed else rows.longest
     pace = set_pace(
         recipe.train,
         rows=counts.rows,
         longest=longest * sequences_of(recipe.train.task),
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
-        parameters=count_parameters(config),
+        parameters=parameters,
     )
-    packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
-    prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
-    watch.prepared(prepared)
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
         raise DataError("train.task=kto holds answers of other rows against a prompt, so a step needs two rows: "
                         "raise train.accumulation, or give more rows")  # fmt: skip
-    if recipe.train.early_stopping is not None and not prepared.eval.rows:
-        watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
-    if pace.warning is not None:
-        watch.note(pace.warning)
-    return prepared
+    return pace, longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if is_packed else None
+
+
+def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: int | None) -> Filling:
+    """How full the batches of a run's first epoch are."""
+    return fill(
+        rows.lengths,
+        seed=recipe.train.seed,
+        steps=pace.steps,
+        rows_a_step=pace.rows_a_step,
+        micro_batch=pace.micro_batch,
+        max_tokens=packed_tokens,
+    )
 
 
 def load_tokenizer(
@@ -239,18 +280,26 @@ def _read_rows(
         if isinstance(data.train, str)
         else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
     )
-    examples = load_rows(sources, format=data.format, columns=data.columns, task=recipe.train.task)
+    read = partial(load_rows, format=data.format, columns=data.columns, task=recipe.train.task)
+    train_faults, eval_faults = Faults(), Faults()
+    examples = read(sources, faults=train_faults)
     held_out: list[Example] = []
     if data.eval == "auto":
         examples, held_out = split_eval(examples)
     elif data.eval is not None:
-        held_out = load_rows(data.eval, format=data.format, columns=data.columns, task=recipe.train.task)
+        held_out = read(data.eval, faults=eval_faults)
+    unread = train_faults + eval_faults
+    if data.on_error == "stop" or unread.hides_rows:
+        unread.stop()  # before the rows are encoded, which may take minutes
     chats = any(isinstance(part, Chat) for example in (*examples, *held_out) for part in conversations(example))
     date = _settle_template(tokenizer, recipe, today, watch or Watch()) if chats else None
-    encoded = _encode(examples, recipe, tokenizer, config)
+    train_rows = _encode(examples, recipe, tokenizer, config, faults=train_faults)
     # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
     may_be_empty = not held_out or data.eval == "auto"
-    return encoded, _encode(held_out, recipe, tokenizer, config, may_be_empty=may_be_empty), date
+    eval_rows = _encode(held_out, recipe, tokenizer, config, faults=eval_faults, may_be_empty=may_be_empty)
+    if data.on_error == "stop":
+        (train_faults + eval_faults).stop()
+    return train_rows, eval_rows, date
 
 
 def _settle_template(
@@ -273,6 +322,8 @@ def _encode(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
+    *,
+    faults: Faults | None = None,
     may_be_empty: bool = False,
 ) -> EncodedSet:
     return encode_rows(
@@ -284,5 +335,6 @@ def _encode(
         thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
         max_positions=positions_of(config),
+        faults=faults,
         may_be_empty=may_be_empty,
     )

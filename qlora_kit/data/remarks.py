@@ -1,0 +1,152 @@
+"""Remarks: what a person should know about the rows before they are trained on, and which rows are meant.
+
+None of this stops a run: what does is an error where it is found (formats, load, encode).
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_kit.data.encode import EncodedSet
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.template import Encoded
+from qlora_kit.units import counted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORTH_A_WORD = 0.01
+"""Share of the rows above which one hears of those that are left out for their length, or say nothing new."""
+NAMED = 3
+"""Rows that a sentence names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something about several rows.
+
+    Attributes:
+        kind: a word for programs: faults, no_trained, dropped, truncated, no_end, two_bos, repeated, leaked.
+        text: what is the matter with how many rows.
+        count: how many.
+        rows: where the first 20 stand, each as `file:line` or `source row N`; of faults what is wrong with them, too.
+        is_for_runs: whether it is said before training as well, where the counts say part of it already.
+    """
+
+    kind: str
+    text: str
+    count: int
+    rows: list[str]
+    is_for_runs: bool
+
+    def __str__(self) -> str:
+        more = f"; and {self.count - NAMED:,} more" if self.count > NAMED else ""
+        return f"{self.text}: {'; '.join(self.rows[:NAMED])}{more}"
+
+
+def remarks_on(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> list[Remark]:
+    """What there is to say about the rows of a run.
+
+    Args:
+        train: the rows to train on.
+        held_out: those to evaluate on; may be empty.
+        tokenizer: that encoded them.
+    """
+    return [*_left_out(train, "row"), *_left_out(held_out, "held-out row"), *_kept(train, held_out, tokenizer)]
+
+
+def _left_out(rows: EncodedSet, thing: str) -> Iterator[Remark]:
+    """What did not come through whole."""
+    counts, places = rows.counts, rows.places
+    if counts.faults:
+        why = "left out that cannot be used (data.on_error=skip)"
+        yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
+    kept_in_part = {row.where for row in rows.rows}  # a row that was split may well have pieces that are all prompt
+    if untrained := [where for where in dict.fromkeys(places["no_trained"]) if where not in kept_in_part]:
+        yield _remark("no_trained", "left out without a trained token (see data.loss_on)", untrained, thing=thing)
+    if counts.dropped > WORTH_A_WORD * counts.given:
+        share = f"{counts.dropped / counts.given:.1%} of all"
+        why = f"left out as longer than data.max_tokens, {share} (see data.over_length)"
+        yield _remark("dropped", why, places["dropped"], thing=thing)
+    if counts.truncated:
+        why = "cut at data.max_tokens: what follows there is not learnt, nor how it ends"
+        yield _remark("truncated", why, places["truncated"], thing=thing, is_for_runs=False)
+
+
+def _kept(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Remark]:
+    """What is odd about rows that are trained on."""
+    ends = _end_tokens(tokenizer)
+    # A chat of which every answer is a row stands in one place.
+    if endless := [*dict.fromkeys(row.where for row in _whole(train) if not _all_end(row, ends, tokenizer))]:
+        why = "with an answer that has no end token behind it: the model may not learn to stop (see data.template)"
+        yield _remark("no_end", why, endless)
+    bos = tokenizer.bos_token_id
+    if doubled := [row.where for row in train.rows if _begins_with(row, [bos, bos])]:
+        yield _remark("two_bos", "with two BOS tokens at the start: the text or the template brings another", doubled)
+    # The pieces of a row, and rows of a higher weight, stand in one place and repeat nothing.
+    said = [(row.where, _contents(row)) for row in train.rows]
+    first: dict[int, str] = {}
+    if repeated := [f"{here} (as {there})" for here, key in said if here != (there := first.setdefault(key, here))]:
+        share = len(repeated) / len(train.rows)
+        why = f"like one before, {share:.1%} of all"
+        yield _remark("repeated", why, repeated, is_for_runs=share > WORTH_A_WORD)
+    held = {_contents(row): row.where for row in held_out.rows}
+    if leaked := [f"{here} (as {held[key]})" for here, key in said if key in held]:
+        yield _remark("leaked", "trained on and held out, too: held-out scores flatter", leaked)
+
+
+def sides(row: Encoded) -> dict[str, Encoded]:
+    """The sequences that a row is made of, by what they are called; most rows are one, which needs no name."""
+    if row.other is not None:
+        return {"chosen": row, "rejected": row.other}
+    if row.is_good is not None:
+        return {"good" if row.is_good else "bad": row}
+    return {"" if row.target is None else f"class {row.target}": row}
+
+
+def _whole(rows: EncodedSet) -> Iterator[Encoded]:
+    """Rows that were not cut: the others have no end for a reason."""
+    cut = {*rows.places["truncated"], *rows.places["split"]}
+    return (row for row in rows.rows if row.where not in cut)
+
+
+def _end_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int | None]:
+    """Ids that may end an answer: the end token's, and those of other special ones."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return special | {tokenizer.eos_token_id}
+
+
+def _all_end(row: Encoded, ends: set[int | None], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether one of `ends` stands last in every stretch of trained tokens."""
+    return all(
+        _last(side, end, tokenizer) in ends for side in sides(row).values() for end in _stretch_ends(side.trained)
+    )
+
+
+def _stretch_ends(trained: list[bool]) -> Iterator[int]:
+    """The last place of every stretch of trained tokens."""
+    return (match.start() for match in re.finditer(b"\x01\x00", bytes([*trained, False])))
+
+
+def _last(side: Encoded, place: int, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The last token up to `place` that is no white space: templates put a line break behind their end token."""
+    while place > 0 and not str(tokenizer.decode(side.input_ids[place])).strip():
+        place -= 1
+    return side.input_ids[place]
+
+
+def _begins_with(row: Encoded, ids: list[int]) -> bool:
+    return any(side.input_ids[: len(ids)] == ids for side in sides(row).values())
+
+
+def _contents(row: Encoded) -> int:
+    """A hash of what a row says; 64 bits, so that of a million rows two that differ hardly ever have the same."""
+    return hash(tuple((name, *side.input_ids) for name, side in sides(row).items()))
+
+
+def _remark(
+    kind: str, text: str, rows: list[str], count: int | None = None, *, thing: str = "row", is_for_runs: bool = True
+) -> Remark:
+    count = len(rows) if count is None else count
+    return Remark(kind, f"{counted(count, thing)} {text}", count, rows[: Faults.most_shown], is_for_runs)

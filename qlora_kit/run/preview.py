@@ -1,0 +1,39 @@
+"""What a run will be given to learn, before anything else of it is done: no weights are needed, and none are read."""
+
+from qlora_kit.data import Filling, Preview, measure_lengths, remarks_on, show_rows
+from qlora_kit.recipe import Recipe
+from qlora_kit.run.prepare import count_parameters, fill_batches, gather, pace_of
+from qlora_kit.watch import Watch
+
+
+def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_remote_code: bool = False) -> Preview:
+    """Read and encode the rows of a recipe as its run would, and look at them.
+
+    Args:
+        recipe: the run.
+        watch: is told of downloads.
+        rows: that are shown token by token, from the first that is trained on.
+        trust_remote_code: let the model's own code run.
+
+    Raises:
+        QloraKitError: as `train`, as far as it gets.
+    """
+    prepared = gather(recipe, watch or Watch(), weights=False, trust_remote_code=trust_remote_code)
+    train, held_out, tokenizer = prepared.train, prepared.eval, prepared.tokenizer
+    parameters = count_parameters(prepared.config)
+
+    def filling(packing: bool) -> Filling:
+        variant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": packing})})
+        return fill_batches(variant, train, *pace_of(variant, train, parameters))
+
+    return Preview(
+        max_tokens=recipe.data.max_tokens,
+        train=train.counts,
+        eval=held_out.counts,
+        lengths=measure_lengths(train),
+        is_packed=recipe.data.packing is True,
+        apart=filling(False),
+        packed=filling(True),
+        remarks=remarks_on(train, held_out, tokenizer),
+        rows=show_rows(train, tokenizer, rows),
+    )
