@@ -16,10 +16,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import llama, told
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny import save_model, told
 from torch import OutOfMemoryError
-from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
@@ -40,20 +39,7 @@ RUN_FILES = {"recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "memory.js
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A two-layer Llama with random weights and a byte-level tokenizer, saved as a user would have it."""
-    folder = tmp_path_factory.mktemp("model")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        ["say cat"],
-        trainers.BpeTrainer(
-            vocab_size=260, special_tokens=["</s>"], initial_alphabet=sorted(alphabet), show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
-    llama(vocab_size=len(tokenizer), eos_token_id=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS, Chat, Completion, Example, Text, read_row
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
+from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.template import Encoded, check_turn_tokens, encode, find_template
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "EncodedSet",
     "Example",
     "Faults",
+    "Prompt",
     "Sampler",
     "Source",
     "Text",
     "arrange",
+    "ask",
     "best_fit",
     "check_lengths",
     "check_turn_tokens",
@@ -39,6 +42,7 @@ __all__ = [
     "full_packs",
     "load_rows",
     "longest_pack",
+    "read_prompts",
     "read_row",
     "split_eval",
 ]

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
-from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, generate_texts
+from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
+from qlora_kit.train.generate import generate_texts
 
 SAMPLES = 4
 """Held-out rows that are answered before and after."""

@@ -1,0 +1,326 @@
+"""What a trained model is used for: prompts are put to it as training put them, and answers come out as they were."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+import yaml
+from test_cli import assert_mistake, call
+from transformers import AutoTokenizer
+
+from qlora_kit.cli.terminal import printable
+from qlora_kit.data import ask, encode, read_prompts, read_row
+from qlora_kit.errors import DataError
+from qlora_kit.run import load_run
+from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]}
+WORDS = ("cat", "dog", "owl", "bee", "ant", "elk")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A tiny model folder whose tokenizer has a chat template."""
+    folder = tiny.save_model(tmp_path_factory.mktemp("chatty"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(chatty):
+    """That model and its tokenizer, at logits so far apart that nothing is a draw."""
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    return tiny.llama(vocab_size=len(tokenizer), eos_token_id=0, initializer_range=0.2), tokenizer
+
+
+def trained(folder, model, rows, evals="rows.jsonl", **train):
+    """A run of a few steps."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "base": {"model": str(model), "compute_dtype": "float32", "device": "cpu"},
+        "lora": {"rank": 4},
+        "data": {"train": "rows.jsonl", "max_tokens": 64, "eval": evals},
+        "train": {"steps": 12, "micro_batch": 4, "lr": 0.01, "warmup": 0, "save_every": 1, "eval_every": 100, **train},
+        "output": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    result = call("train", folder / "recipe.yaml")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory, chatty):
+    """A run on chats; with it every verb is tried."""
+    return trained(tmp_path_factory.mktemp("chats"), chatty, [CHAT] * 6)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory, chatty):
+    """A run on prompts and completions, of the same base."""
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
+    return trained(tmp_path_factory.mktemp("texts"), chatty, rows, evals=None)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+PROMPTS = [[40, 41, 42], [50], [60, 61, 62, 63, 64]]
+
+
+@torch.no_grad()
+def by_hand(model, prompt, tokens, end=0):
+    """The likeliest token after the other, without cache, padding or `generate`."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] != end):
+        ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(model):
+    net, tokenizer = model
+    wanted = [tokenizer.decode(by_hand(net, prompt, 6), skip_special_tokens=True) for prompt in PROMPTS]
+    assert len(set(wanted)) == 3
+    told = []
+    for at_once in (1, 22, 1000):
+        found = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, tokens_at_once=at_once, progress=told.append)
+        assert found == wanted
+    assert told == [1, 2, 3, 2, 3, 3]
+
+
+def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
+    net, tokenizer = model
+    plain = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6)
+    drawn = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
+    own = net.generation_config
+    odd = {"do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "top_p": 0.1, "num_beams": 2, "min_p": 0.9}
+    before = {key: getattr(own, key) for key in odd}
+    try:
+        for key, value in odd.items():
+            setattr(own, key, value)
+        assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6) == plain
+        again = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
+        assert again == drawn != plain
+    finally:
+        for key, value in before.items():
+            setattr(own, key, value)
+
+
+def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
+    net, tokenizer = model
+
+    def drawn(**how):
+        return generate_texts(net, tokenizer, PROMPTS, max_new_tokens=8, sampling=Sampling(temperature=3.0, **how))
+
+    state = torch.get_rng_state()
+    first = drawn(seed=1)
+    torch.manual_seed(7)
+    assert drawn(seed=1) == first
+    assert drawn(seed=2) != first
+    torch.set_rng_state(state)
+    drawn(seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    greedy = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=8)
+    assert first != greedy
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert drawn(**narrow) == greedy, narrow
+
+
+def test_a_penalty_holds_back_what_was_there(model):
+    net, tokenizer = model
+    plain = by_hand(net, PROMPTS[0], 50, end=-1)
+    assert len(set(plain)) < 50, "it repeats itself"
+    held = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=50, sampling=Sampling(repetition_penalty=1e6))
+    assert held != generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=50)
+
+
+def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(model, monkeypatch):
+    net, tokenizer = model
+    whole = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12)
+    stop = whole[0][3:5]
+    assert whole[0].find(stop) > 0
+    passes = []
+    forward = type(net).forward
+    monkeypatch.setattr(type(net), "forward", lambda self, *a, **k: passes.append(1) or forward(self, *a, **k))
+    cut = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12, sampling=Sampling(stop=("no such", stop)))
+    assert cut == [whole[0][: whole[0].find(stop)]]
+    assert len(passes) < 12
+    both = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12, sampling=Sampling(stop=(stop,)))
+    assert both == [text.partition(stop)[0] for text in whole], "each row ends by itself"
+
+
+def test_no_answer_goes_past_the_positions_of_the_model(model):
+    net, tokenizer = model
+    short = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=30, tokens_at_once=1, positions=8)
+    assert short == [tokenizer.decode(by_hand(net, p, 8 - len(p)), skip_special_tokens=True) for p in PROMPTS]
+
+
+def test_a_streamed_answer_is_the_answer_in_pieces_and_stops_when_told_to(model):
+    net, tokenizer = model
+    (whole,) = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12)
+    pieces = []
+    streamed = stream_text(net, tokenizer, PROMPTS[0], max_new_tokens=12, tell=pieces.append)
+    assert "".join(pieces) == streamed == whole
+    assert len(pieces) > 2
+    few = []
+    stream_text(net, tokenizer, PROMPTS[0], max_new_tokens=12, tell=few.append, stopped=lambda: len(few) >= 2)
+    assert few == pieces[: len(few)]
+    assert len(few) < len(pieces)
+
+
+@pytest.mark.parametrize("text", ["süß 🙂 日本", "plain words", "\n\n  two", "🙂"])
+def test_a_stream_tells_whole_characters(model, text):
+    _, tokenizer = model
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) >= len(text), "characters of several tokens are among them"
+    pieces = []
+    streamer = _Streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stream_that_ends_within_a_character_says_so(model):
+    _, tokenizer = model
+    pieces = []
+    streamer = _Streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1]]))
+    for token in tokenizer("a🙂", add_special_tokens=False)["input_ids"][:-1]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == streamer.text
+    assert streamer.text.startswith("a\ufffd")
+
+
+def test_what_a_model_says_moves_no_cursor():
+    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u0085\b\x00é\n\t🙂"
+    assert printable(hostile) == "a[2J]0;titlebc31mé\n\t🙂"
+    assert printable("plain\ttext\n") == "plain\ttext\n"
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": "say cat ", "completion": "cat"},
+    CHAT,
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    {"instruction": "add", "input": "1 2", "output": "3", "system": "be brief"},
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_prompt_is_the_one_that_its_row_was_trained_with(model, row, tmp_path):
+    _, tokenizer = model
+    trained_with = encode(read_row(row, "row"), tokenizer)
+    bare = {key: value for key, value in row.items() if key not in ("completion", "output")}
+    for column in ("messages", "conversations"):
+        if column in row:
+            bare[column] = row[column][:-1]
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(bare) + "\n")
+    whole, unanswered = read_prompts(tmp_path / "p.jsonl", tokenizer, is_chat=False)
+    assert whole.ids == unanswered.ids == trained_with.prompt
+    assert len(whole.ids) > 1
+    assert (whole.reference, unanswered.reference) == (trained_with.answer, None)
+
+
+def test_a_text_is_a_turn_for_a_model_of_chats_and_a_beginning_for_others(model, tmp_path):
+    _, tokenizer = model
+    as_turn = ask([{"role": "user", "content": "hi"}], tokenizer, is_chat=True)
+    (tmp_path / "p.txt").write_text("hi\n\nho\r\n")
+    for is_chat in (True, False):
+        texts = [ask(text, tokenizer, is_chat=is_chat) for text in ("hi", "ho")]
+        assert read_prompts(tmp_path / "p.txt", tokenizer, is_chat=is_chat) == texts
+        assert (texts[0].ids == as_turn.ids) == is_chat
+    assert tokenizer.decode(as_turn.ids) == "<user>hi</s><assistant>"
+    with_system = ask("hi", tokenizer, is_chat=True, system="be brief")
+    assert tokenizer.decode(with_system.ids) == "<system>be brief</s><user>hi</s><assistant>"
+    own = [{"role": "system", "content": "be long"}, {"role": "user", "content": "hi"}]
+    assert ask(own, tokenizer, is_chat=True, system="be brief").ids == ask(own, tokenizer, is_chat=True).ids
+    with pytest.raises(DataError, match="--system"):
+        ask("hi", tokenizer, is_chat=False, system="be brief")
+    with pytest.raises(DataError, match="no prompt"):
+        ask("", tokenizer, is_chat=False)
+
+
+def test_prompts_that_cannot_be_used_are_told_with_their_lines(model, tmp_path):
+    _, tokenizer = model
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "good"}\n{"prompt": 5}\n{nonsense\n{"text": "no question"}\n')
+    with pytest.raises(DataError) as caught:
+        read_prompts(path, tokenizer, is_chat=False)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [f"{path}:{line}" in message for line in (1, 2, 3, 4)] == [False, True, True, True]
+    (tmp_path / "none.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="no prompts"):
+        read_prompts(tmp_path / "none.txt", tokenizer, is_chat=False)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(text_run, tmp_path):
+    lines = [f"say {word} " for word in ("elephant", "ox", "cat")]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    short = ["--max-new-tokens", 5]
+    one_by_one = [call("generate", text_run, "--prompt", line, *short).output.rstrip("\n") for line in lines]
+    assert len(set(one_by_one)) > 1
+    printed = call("generate", text_run, "--prompts", tmp_path / "p.txt", *short)
+    rows = [json.loads(line) for line in printed.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == lines
+    assert [row["answer"].rstrip("\n") for row in rows] == one_by_one
+    assert "3 of 3" in printed.stderr
+    out = tmp_path / "answers.jsonl"
+    assert call("generate", text_run, "--prompts", tmp_path / "p.txt", *short, "--out", out).exit_code == 0
+    assert out.read_text() == printed.stdout
+    assert_mistake(call("generate", text_run, "--prompts", tmp_path / "p.txt", "--out", out), "exists", "--out")
+    whole = json.loads(call("generate", text_run, "--prompts", text_run.parent / "rows.jsonl", *short, "--json").stdout)
+    assert whole["schema"] == 1
+    assert [each["reference"] for each in whole["answers"]] == list(WORDS)
+
+
+def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_path):
+    exported = call("export", chat_run, "--dtype", "float32", "--out", tmp_path / "merged")
+    assert exported.exit_code == 0, exported.output
+
+    def said(folder, *more):
+        return call("generate", folder, "--prompt", "say cat ", "--max-new-tokens", 6, *more).output
+
+    end, early = (chat_run / "checkpoints" / name for name in ("step-000012", "step-000011"))
+    assert said(chat_run) == said(end) != said(chat_run, "--base")
+    logits = [tiny.logits(load_run(folder)[0]) for folder in (chat_run, end, early)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    assert said(tmp_path / "merged", "--raw") != said(tmp_path / "merged")
+    (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
+    shutil.copy(chat_run / "recipe.yaml", tmp_path / "damaged")
+    shutil.copytree(end, tmp_path / "damaged" / "checkpoints" / "step-000012")
+    (tmp_path / "damaged" / "checkpoints" / "step-000012" / "parameters.safetensors").write_bytes(b"")
+    assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["--prompt", "--prompts"]),
+        (["--prompt", "a", "--prompts", "b"], ["one of"]),
+        (["--prompt", "a", "--top-p", 0.5], ["--top-p", "--temperature"]),
+        (["--prompt", "a", "--stop", ""], ["--stop"]),
+        (["--prompt", "a", "--system", "b"], ["--system"]),
+        (["--prompt", "a" * 99], ["99 tokens", "64 positions"]),
+        (["--prompt", ""], ["no prompt"]),
+        (["--prompts", "nothing.jsonl"], ["nothing.jsonl"]),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(text_run, options, words):
+    assert_mistake(call("generate", text_run, *options), *words)
