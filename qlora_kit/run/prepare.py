@@ -8,10 +8,9 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_kit.base import locate_model
-from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.hub import is_folder
-from qlora_kit.base.load import build_model, read_config
+from qlora_kit.base.load import read_config
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     Batch,
@@ -81,7 +80,7 @@ def prepare(recipe: Recipe, watch: Watch, *, weights: bool, trust_remote_code: b
         longest=max(recipe.data.max_tokens, train_rows.longest) if is_packed else train_rows.longest,
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
-        parameters=count_parameters(config),
+        config=config,
     )
     packed = longest_pack(train_rows.lengths, recipe.data.max_tokens, pace.rows_a_step) if is_packed else None
     prepared = Prepared(config, tokenizer, train_rows, eval_rows, pace, packed)
@@ -165,12 +164,6 @@ def _groups(rows: list[Encoded]) -> list[list[Encoded]]:
             groups.append([])
         groups[-1].append(row)
     return groups if rows else []
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model, counted on a model without storage."""
-    with torch.device("meta"):
-        return parameter_count(build_model(config, torch.bfloat16, "eager"))
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
