@@ -123,7 +123,6 @@ NOT_BUILT = {
     "data.on_error": ["skip"],
     "train.task": ["classify", "dpo", "orpo", "kto"],
     "train.beta": ["0.2"],
-    "train.sample_every": ["5"],
 }
 
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
 from test_cli import assert_mistake, call
 from transformers import AutoTokenizer
 
@@ -15,6 +17,7 @@ from qlora_kit.data import ask, encode, read_prompts, read_row
 from qlora_kit.errors import DataError
 from qlora_kit.run import load_run
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
+from qlora_kit.train.samples import Question, Samples
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -41,20 +44,26 @@ def model(chatty):
     return tiny.llama(vocab_size=len(tokenizer), eos_token_id=0, initializer_range=0.2), tokenizer
 
 
-def trained(folder, model, rows, evals="rows.jsonl", **train):
-    """A run of a few steps."""
+def trained(folder, model, rows, evals="rows.jsonl", lora=None, **train):
+    """The folder of a run of a few steps."""
+    result = call("train", write_recipe(folder, model, rows, evals, lora, **train))
+    assert result.exit_code == 0, result.output + str(result.exception)
+    (folder / "output.txt").write_text(result.output)
+    return folder / "run"
+
+
+def write_recipe(folder, model, rows, evals="rows.jsonl", lora=None, **train):
+    """A recipe with its rows beside it."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
         "base": {"model": str(model), "compute_dtype": "float32", "device": "cpu"},
-        "lora": {"rank": 4},
+        "lora": lora or {"rank": 4},
         "data": {"train": "rows.jsonl", "max_tokens": 64, "eval": evals},
         "train": {"steps": 12, "micro_batch": 4, "lr": 0.01, "warmup": 0, "save_every": 1, "eval_every": 100, **train},
         "output": str(folder / "run"),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    result = call("train", folder / "recipe.yaml")
-    assert result.exit_code == 0, result.output + str(result.exception)
-    return folder / "run"
+    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,7 @@ def chat_run(tmp_path_factory, chatty):
 def text_run(tmp_path_factory, chatty):
     """A run on prompts and completions, of the same base."""
     rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
-    return trained(tmp_path_factory.mktemp("texts"), chatty, rows, evals=None)
+    return trained(tmp_path_factory.mktemp("texts"), chatty, rows, evals=None, sample_every=1)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -324,3 +333,107 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_pa
 )
 def test_what_cannot_be_asked_is_one_line(text_run, options, words):
     assert_mistake(call("generate", text_run, *options), *words)
+
+
+# --- samples on the way -----------------------------------------------------------------------------------------------
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, chatty):
+    """A run of which nothing is asked on the way, and one that is; dropout would betray a random state that moved."""
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
+    plain = {"optimizer": "adamw_8bit", "eval_every": 5}
+    folders = [tmp_path_factory.mktemp(name) for name in ("quiet", "asked")]
+    return [
+        trained(folder, chatty, rows, lora={"rank": 4, "dropout": 0.2}, **plain, **asks)
+        for folder, asks in zip(folders, ({}, {"sample_every": 4}), strict=True)
+    ]
+
+
+def test_samples_leave_training_bit_for_bit_as_it_was(sampled):
+    quiet, asked = sampled
+    assert not (quiet / "samples.jsonl").exists()
+    assert [row["step"] for row in jsonl(asked / "samples.jsonl")] == [4] * 4 + [8] * 4 + [12] * 4
+    told = ("step", "loss", "grad_norm", "eval_loss")
+    courses = [[{key: row.get(key) for key in told} for row in jsonl(run / "metrics.jsonl")] for run in sampled]
+    assert len({row["loss"] for row in courses[0]}) > 10
+    assert courses[0] == courses[1]
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in sampled]  # the header has no order
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_samples_ask_the_same_each_time_and_are_what_the_checkpoint_says(sampled):
+    rows = jsonl(sampled[1] / "samples.jsonl")
+    prompts = [f"say {word} " for word in WORDS[:4]]
+    assert [row["prompt"] for row in rows] == 3 * prompts
+    assert [row["reference"] for row in rows] == 3 * list(WORDS[:4])
+    assert len({row["answer"] for row in rows}) > 1
+    model, tokenizer, _ = load_run(sampled[1] / "checkpoints" / "step-000012")
+    asked = [ask(prompt, tokenizer, is_chat=False).ids for prompt in prompts]
+    assert [row["answer"] for row in rows[-4:]] == generate_texts(model, tokenizer, asked, max_new_tokens=64)
+
+
+def test_samples_of_a_step_that_is_taken_again_are_replaced(sampled, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sampled[1], run)
+    before = jsonl(run / "samples.jsonl")
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 13, "prompt": "from a run that crashed"}\n{"half a li')
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"output": str(run)}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    resumed = call("train", run / "recipe.yaml", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on from step-000011" in resumed.output
+    assert jsonl(run / "samples.jsonl") == before
+
+
+def test_samples_take_no_more_tokens_at_one_time_than_an_evaluation(model, monkeypatch):
+    """So that the plan of an evaluation is theirs as well."""
+    net, tokenizer = model
+    shapes = []
+    prompts = [[40 + i] * 20 for i in range(3)]
+    real = type(net).generate
+
+    def watched(self, input_ids, generation_config, **rest):
+        shapes.append((input_ids.shape[0], input_ids.shape[1] + generation_config.max_new_tokens))
+        return real(self, input_ids=input_ids, generation_config=generation_config, **rest)
+
+    monkeypatch.setattr(type(net), "generate", watched)
+    for most, positions in ((30, None), (63, 25), (100, 64)):
+        asked = [Question(ids, "?", "!") for ids in prompts]
+        log = SimpleNamespace(add=lambda row: None)
+        shapes.clear()
+        Samples(net, tokenizer, asked, 2, most, positions, log, lambda step, rows: None)(4)
+        assert sum(rows for rows, _ in shapes) == 3
+        assert all(rows * tokens <= most and tokens <= (positions or most) for rows, tokens in shapes), shapes
+
+
+def test_samples_without_held_out_prompts_are_told(text_run):
+    assert "train.sample_every has no effect" in (text_run.parent / "output.txt").read_text()
+    assert not (text_run / "samples.jsonl").exists()
+
+
+def test_samples_are_told_and_reported_first_and_last(sampled):
+    asked = sampled[1]
+    rows = jsonl(asked / "samples.jsonl")
+    output = (asked.parent / "output.txt").read_text()
+    assert all(f"step {step}: say cat ->" in output for step in (4, 8, 12))
+    page = (asked / "report.html").read_text()
+    assert "step 4" in page
+    assert "step 12" in page
+    assert "Samples on the way" in page
+    assert "Samples on the way" not in (sampled[0] / "report.html").read_text()
+    (asked / "samples.jsonl").write_text(json.dumps(rows[0] | {"answer": "<script>x</script>"}) + "\n")
+    try:
+        assert call("report", asked).exit_code == 0
+        assert "<script>" not in (asked / "report.html").read_text()
+        (asked / "samples.jsonl").write_text('{"step": 1}\n')
+        assert_mistake(call("report", asked), "samples.jsonl", "prompt")
+    finally:
+        (asked / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

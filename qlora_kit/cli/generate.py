@@ -102,10 +102,8 @@ class _Tells(Protocol):
 def _progress() -> Iterator[_Tells]:
     """How many prompts are answered, on standard error: a bar, or a line now and then where there is no terminal."""
     console = Console(stderr=True, highlight=False)
-    bar = Progress(
-        TextColumn("[bold]answers[/]"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip
+    columns = TextColumn("[bold]answers[/]"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task, told = bar.add_task("answers", total=None), 0
 
     def tell(done: int, of: int) -> None:

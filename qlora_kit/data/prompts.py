@@ -104,9 +104,11 @@ def _answered(raw: Any) -> Any:
     """The row with an answer: one that stands for it where it has none."""
     if not isinstance(raw, Mapping):
         return raw
-    given = {answer: UNSAID for asks, answer in _ANSWERS.items() if asks in raw and raw.get(answer) is None}
+    given: dict[str, Any] = {
+        answer: UNSAID for asks, answer in _ANSWERS.items() if asks in raw and raw.get(answer) is None
+    }
     for column in ("messages", "conversations"):
-        turns = raw.get(column)
+        turns: Any = raw.get(column)
         last = turns[-1] if isinstance(turns, list) and turns else None
         if isinstance(last, Mapping) and last.get("role", last.get("from")) not in ("assistant", "gpt"):
             given[column] = [*turns, {"role": "assistant", "content": UNSAID}]

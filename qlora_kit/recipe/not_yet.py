@@ -37,7 +37,6 @@ ROWS = (
     NotYet("data.on_error", _only("stop"), "built: stop"),
     NotYet("train.task", _only("sft", "pretrain"), "built: sft, pretrain"),
     NotYet("train.beta", _only(0.1), "preference tasks, which read it, are not built either"),
-    NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

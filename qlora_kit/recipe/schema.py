@@ -238,7 +238,7 @@ class Train(Section):
     save_every: Count | Auto = "auto"
     """Steps between checkpoints; auto: about every 15 minutes. Each better evaluation and the end have one anyway."""
     sample_every: Count | None = None
-    """Steps between sample generations; null: none."""
+    """Steps between answers to a few held-out prompts, in samples.jsonl; null: none."""
     keep_checkpoints: Count = 2
     """Checkpoints that are kept, the newest; that of the lowest held-out loss comes on top."""
     early_stopping: Count | None = None

@@ -28,14 +28,14 @@ from qlora_kit.storage import remove_folder, write_json, write_text
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
-RESULT, SCORES = "result.json", "scores.json"
-FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, "report.html")
+RESULT, SCORES, SAMPLES = "result.json", "scores.json", "samples.jsonl"
+FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES, "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
 _SETTLED = ("base.quantize_head", "auto")
 """What a run's folder holds as it was settled."""
 
-_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
+_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every",
                "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 

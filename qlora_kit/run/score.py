@@ -10,13 +10,12 @@ from qlora_kit.lora import adapters_off
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
+from qlora_kit.train.samples import SAMPLE_TOKENS, Question
 
 SAMPLES = 4
-"""Held-out rows that are answered before and after."""
+"""Held-out rows that are answered before and after, and on the way."""
 SHORT_ANSWER = 32
 """Tokens up to which every answer is generated and compared: above that exact match says little and costs much."""
-SAMPLE_TOKENS = 64
-"""Most tokens of a sample where answers are longer."""
 
 
 def score(
@@ -40,14 +39,12 @@ def score(
     adapter, texts = score_rows(model, tokenizer, rows, batches, loss_chunk)
     samples = [
         {
-            "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
-            "reference": reference(prepared.tokenizer, row),
+            "prompt": question.prompt,
+            "reference": question.reference,
             "base": before,
             "adapter": after,
         }
-        for row, before, after in list(zip(answered_rows(prepared.eval.rows), base_texts, texts, strict=False))[
-            :SAMPLES
-        ]
+        for question, before, after in zip(questions(tokenizer, rows), base_texts, texts, strict=False)
     ]
     return {
         "rows": len(prepared.eval.rows),
@@ -78,6 +75,12 @@ def score_rows(
         return measured, texts
     fields = asdict(measured) | {"exact_match": exact_match(texts, [reference(tokenizer, row) for row in asked])}
     return Score(**fields), texts
+
+
+def questions(tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+    """The first few of the rows that a model can be asked for."""
+    asked = [(row.prompt or [], reference(tokenizer, row)) for row in answered_rows(rows)[:SAMPLES]]
+    return [Question(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), wanted) for ids, wanted in asked]
 
 
 def answered_rows(rows: list[Encoded]) -> list[Encoded]:

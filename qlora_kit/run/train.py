@@ -22,6 +22,7 @@ from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
     RESULT,
+    SAMPLES,
     SCORES,
     check_run_folder,
     clear_run_folder,
@@ -37,9 +38,10 @@ from qlora_kit.run.prepare import (
     added_ids,
     eval_batches,
     pad_id,
+    positions_of,
     prepare,
 )
-from qlora_kit.run.score import score
+from qlora_kit.run.score import questions, score
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
@@ -55,6 +57,7 @@ from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
+from qlora_kit.train.samples import Samples
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -255,7 +258,9 @@ def _train(
         check_isolation(model)
     if resume:
         _go_on(job, watch)
-    metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
+    since = job.progress.step if resume else None
+    metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
+    samples = _let_sample(job, recipe, prepared, since, watch)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
     try:
@@ -266,8 +271,25 @@ def _train(
         finished = train_loop(job, metrics, limit.counter, ledger)
     finally:
         metrics.close()
+        if samples is not None:
+            samples.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
     return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
+
+
+def _let_sample(job: Job, recipe: Recipe, prepared: Prepared, since: int | None, watch: Watch) -> MetricsLog | None:
+    """Have held-out prompts answered on the way, if the recipe asks for it and there are any; the log of it."""
+    every, asked = recipe.train.sample_every, questions(prepared.tokenizer, prepared.eval.rows)
+    if every is None:
+        return None
+    if not asked:
+        watch.note("train.sample_every has no effect: no held-out row has a prompt and an answer; set data.eval")
+        return None
+    log = MetricsLog(job.folder / SAMPLES, resume_from=since)
+    most = max(batch.input_ids.numel() for batch in job.eval_batches)
+    positions = positions_of(prepared.config)
+    job.sample = Samples(job.model, prepared.tokenizer, asked, every, most, positions, log, watch.sampled)
+    return log
 
 
 def _go_on(job: Job, watch: Watch) -> None:

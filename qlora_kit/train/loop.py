@@ -54,6 +54,7 @@ class Job:
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
         packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
+        sample: is told every step when it is done; it may ask the model, and leaves training as it was.
         check_memory: is told the step before each of its micro-batches; it may end the run, which then saves nothing.
     """
 
@@ -72,6 +73,7 @@ class Job:
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
     packed_tokens: int | None = None
+    sample: Callable[[int], None] = lambda step: None
     check_memory: Callable[[int], None] = lambda step: None
 
     @property
@@ -203,6 +205,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
             evaluated = {"step": step, **_evaluate(job)}
             _record(job, metrics, accelerator, evaluated)
             is_best = job.progress.judge(evaluated["eval_loss"])
+        job.sample(step)
         is_stopping = job.stop_requested()
         if job.is_over or is_best or is_stopping or _is_due(job.pace, step, saved_at):
             save_checkpoint(
