@@ -1,7 +1,9 @@
 """What a trained model is used for: prompts are put to it as training put them, and answers come out as they were."""
 
 import json
+import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +13,14 @@ import yaml
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from qlora_kit.cli import chat
+from qlora_kit.cli.app import app
 from qlora_kit.cli.terminal import printable
 from qlora_kit.data import ask, encode, read_prompts, read_row
-from qlora_kit.errors import DataError
-from qlora_kit.run import load_run
+from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.run import Conversation, load_run, load_speaker
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
 
@@ -333,6 +338,151 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_pa
 )
 def test_what_cannot_be_asked_is_one_line(text_run, options, words):
     assert_mistake(call("generate", text_run, *options), *words)
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def talk(*arguments, lines=(), code=0):
+    """What a chat says to piped lines: standard output, and standard error."""
+    result = CliRunner().invoke(app, ["chat", *map(str, arguments), "--max-new-tokens", "6"], input="\n".join(lines))
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.stdout, result.stderr
+
+
+@pytest.fixture
+def conversation(chat_run):
+    """A chat with the run, of answers that differ by what was said before."""
+    return Conversation([chat_run], max_new_tokens=6, sampling=Sampling())
+
+
+def say(conversation, text, stopped=lambda: False):
+    notes, pieces = [], []
+    said = conversation.answer(text, tell=pieces.append, note=notes.append, stopped=stopped)
+    assert "".join(pieces) == said
+    return said, notes
+
+
+def test_a_chat_answers_what_the_turns_so_far_would_be_answered(conversation):
+    first, _ = say(conversation, "hi")
+    second, _ = say(conversation, "ho")
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "ho"},
+    ]
+    assert conversation.messages == [*turns, {"role": "assistant", "content": second}]
+    asked = ask(turns, conversation._speaker.tokenizer, is_chat=True).ids
+    assert generate_texts(conversation.model, conversation._speaker.tokenizer, [asked], max_new_tokens=6) == [second]
+    assert conversation.undo()
+    assert conversation.messages == turns[:2]
+    assert say(conversation, "ho")[0] == second
+    conversation.set_system("be brief")
+    conversation.start_anew()
+    assert conversation.messages == [{"role": "system", "content": "be brief"}]
+    assert not conversation.undo()
+
+
+def test_a_chat_forgets_its_oldest_turns_when_the_positions_run_out_and_keeps_the_system(conversation):
+    conversation.set_system("s")
+    notes = [note for text in "abcdef" for note in say(conversation, text)[1]]
+    assert notes, "64 positions are few"
+    assert "64 positions" in notes[0]
+    assert conversation.messages[0] == {"role": "system", "content": "s"}
+    assert [turn["role"] for turn in conversation.messages[1:3]] == ["user", "assistant"]
+    kept = list(conversation.messages)
+    with pytest.raises(DataError, match="positions"):
+        say(conversation, "x" * 99)
+    assert conversation.messages == kept
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_came(conversation):
+    whole, _ = say(conversation, "hi")
+    conversation.undo()
+    answers = iter([False, True])
+    part, _ = say(conversation, "hi", stopped=lambda: next(answers))
+    assert whole.startswith(part)
+    assert conversation.messages[-1]["content"] == part
+
+
+def test_adapters_of_one_base_take_turns_and_the_base_is_bare(chat_run, text_run, tmp_path):
+    other = shutil.copytree(text_run, tmp_path / "other")
+    conversation = Conversation([chat_run, other], max_new_tokens=6, sampling=Sampling())
+    ids = torch.tensor([[5, 6, 7]])
+    alone = [tiny.logits(load_run(run, bare_base=bare)[0], ids) for run, bare in
+             ((chat_run, False), (other, False), (chat_run, True))]  # fmt: skip
+    assert not torch.equal(alone[0], alone[1])
+    assert not torch.equal(alone[0], alone[2])
+    for name, wanted, is_chat in (("run", alone[0], True), ("other", alone[1], False), ("run", alone[0], True)):
+        conversation.use(name)
+        assert torch.equal(tiny.logits(conversation.model, ids), wanted)
+        assert conversation.is_chat == is_chat
+    conversation.use(None)
+    said, _ = say(conversation, "hi")
+    speaker = load_speaker(chat_run, bare_base=True)
+    wanted = generate_texts(speaker.model, speaker.tokenizer, [ask("hi", speaker.tokenizer, is_chat=True).ids],
+                            max_new_tokens=6)  # fmt: skip
+    assert [said] == wanted
+    conversation.use(str(shutil.copytree(text_run / "adapter", tmp_path / "bare")))
+    assert torch.equal(tiny.logits(conversation.model, ids), alone[1])
+    with pytest.raises(AdapterError, match="nowhere"):
+        conversation.use("nowhere")
+
+
+def test_runs_on_different_bases_do_not_share_one(chat_run, tmp_path):
+    other = shutil.copytree(chat_run, tmp_path / "other")
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["base"]["quantization"] = "int8"
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert_mistake(call("chat", chat_run, other), "base.quantization is int8, not nf4")
+    assert_mistake(call("chat", chat_run, chat_run), "called run already")
+    assert_mistake(call("chat", tmp_path), str(tmp_path))
+
+
+def test_chat_works_through_a_pipe(chat_run, tmp_path):
+    saved = tmp_path / "saved.jsonl"
+    said, told = talk(
+        chat_run,
+        lines=["hi", "", "/nothing", "//new", "/undo", f"/save {saved}", f"/save {saved}", "/base", "hi",
+               "/adapter run", "/adapter", "/system be brief", "/help", "/new", "/quit", "never read"],
+    )  # fmt: skip
+    rows = jsonl(saved)
+    assert rows[0]["messages"][0] == {"role": "user", "content": "hi"}
+    assert said.startswith(printable(rows[0]["messages"][1]["content"]) + "\n")
+    assert len(rows[0]["messages"]) == 2, "the second question was taken back"
+    for words in ("there is no /nothing", "taken back", "exists already", "the bare base speaks", "run (speaks)",
+                  "/undo", "a row of training data"):  # fmt: skip
+        assert words in told
+    assert "never read" not in said + told
+
+
+def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves(text_run):
+    said, told = talk(text_run, lines=["say cat ", "say cat ", "/system be brief"])
+    assert "by itself" in told
+    assert "no system turn" in told
+    alone = call("generate", text_run, "--prompt", "say cat ", "--max-new-tokens", 6).stdout
+    assert said == 2 * alone
+    assert_mistake(call("chat", text_run, "--system", "be brief"), "no system turn")
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch):
+    """A signal after the first piece: what is said is shorter, and the next line is read."""
+    whole, _ = talk(chat_run, lines=["/base", "hi", "/quit"])
+    show, pieces = chat._show, []
+
+    def interrupted(piece):
+        pieces.append(piece)
+        show(piece)
+        if len(pieces) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat, "_show", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    said, told = talk(chat_run, lines=["/base", "hi", "/undo", "/quit"])
+    assert 1 < len(said) < len(whole)
+    assert whole.startswith(said.rstrip("\n\ufffd"))
+    assert "taken back" in told
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # --- samples on the way -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_kit import __version__
+from qlora_kit.cli.chat import chat
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
@@ -165,6 +166,7 @@ def evaluate(
 
 
 app.command()(reports_errors(generate))
+app.command()(reports_errors(chat))
 
 
 @app.command()

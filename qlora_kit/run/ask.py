@@ -67,8 +67,13 @@ def load_speaker(
     """
     model, tokenizer, _ = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     run = run_of(folder)
-    is_chat = tokenizer.chat_template is not None if run is None else bool(read_json(run / DATA).get("chats"))
+    is_chat = tokenizer.chat_template is not None if run is None else has_chats(run)
     return Speaker(model, tokenizer, is_chat and not raw)
+
+
+def has_chats(run: Path) -> bool:
+    """Whether a run was trained on chats."""
+    return bool(read_json(run / DATA).get("chats"))
 
 
 def answer(

@@ -52,13 +52,23 @@ def load_run(
         raise RunError(f"{run} has no {trained.name} yet; let the run finish with `qlora-kit train ... --resume`")
     is_whole = recipe.train.full_finetune and not bare_base and is_end
     source = trained if is_whole else locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
-    tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
+    tokenizer = load_run_tokenizer(run, source, trust_remote_code=trust_remote_code)
     model = load_recipe_base(recipe, source, tokenizer, device=device, trust_remote_code=trust_remote_code)
     if not bare_base and not is_end:
         _go_to_checkpoint(model, tokenizer, recipe, folder)
     elif not bare_base and not is_whole:
         load_adapter(model, trained, force=force)
     return model, tokenizer, recipe
+
+
+def load_run_tokenizer(
+    run: Path, source: Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, which writes chats as its training did; from `source`, or where its base is."""
+    recipe = read_recipe(run / RECIPE)
+    base = recipe.base
+    source = source or locate_model(base.model, base.revision, weights=False, code=trust_remote_code)
+    return load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
 
 
 def load_any(
