@@ -25,6 +25,7 @@ from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.storage import remove_folder, write_json, write_text
+from qlora_kit.train.trackers import PROJECT
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
@@ -93,7 +94,7 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else that lies there."""
-    for name in (ADAPTER, MODEL, CHECKPOINTS):
+    for name in (ADAPTER, MODEL, CHECKPOINTS, PROJECT):
         remove_folder(folder / name)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -105,19 +106,18 @@ def _things_in(folder: Path) -> bool:
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:
     """What a resumed run would compute otherwise."""
-    old, new = (
-        {
-            f"{section}.{key}": value
-            for section, keys in recipe.model_dump(by_alias=True, exclude={"output"}).items()
-            for key, value in keys.items()
-        }
-        for recipe in (before, now)
-    )
+    old, new = settings_of(before), settings_of(now)
     return [
         f"{key} was {old[key]}, is {new[key]}"
         for key in new
         if old[key] != new[key] and not key.startswith(_MAY_CHANGE) and (key, new[key]) != _SETTLED
     ]
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted key, the output aside."""
+    sections = recipe.model_dump(by_alias=True, exclude={"output"})
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 def _has_run(folder: Path) -> bool:

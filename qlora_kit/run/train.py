@@ -29,6 +29,7 @@ from qlora_kit.run.folder import (
     describe_run,
     provenance_of,
     run_folder,
+    settings_of,
     trained_folder,
     write_memory,
 )
@@ -53,11 +54,12 @@ from qlora_kit.train.checkpoint import (
     verify_checkpoint,
 )
 from qlora_kit.train.isolation import check_isolation
-from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
+from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.samples import Samples
+from qlora_kit.train.trackers import check_trackers
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -252,6 +254,7 @@ def _train(
         watch=watch.row,
         stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
+        settings=settings_of(recipe) | {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps},
         check_memory=limit.check,
     )
     if job.packed_tokens is not None:
