@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,7 @@ from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.run import Conversation, load_run, load_speaker
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
+from qlora_kit.watch import Watch
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -587,3 +589,33 @@ def test_samples_are_told_and_reported_first_and_last(sampled):
         assert_mistake(call("report", asked), "samples.jsonl", "prompt")
     finally:
         (asked / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- a loss that explodes ---------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_explodes_is_told_once_during_the_run_and_after_a_resume_as_well():
+    rows = [{"step": step, "loss": 1.0 if step <= 40 else 9.0} for step in range(1, 81)]
+    rows.insert(50, {"step": 50, "eval_loss": 5.0})
+    rows.insert(51, {"step": 51, "loss": None, "nonfinite": True})
+    for before in (0, 30):
+        watch = Told()
+        show = import_module("qlora_kit.run.train")._watched(rows[:before], watch)
+        for row in rows[before:]:
+            show(row)
+        assert watch.rows == rows[before:]
+        (note,) = watch.notes
+        assert "exploded" in note
+
+
+class Told(Watch):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.notes, self.rows = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def row(self, row):
+        self.rows.append(row)

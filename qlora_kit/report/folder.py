@@ -71,6 +71,7 @@ PLAN = {
     "cards?": Maybe([CARD]),
     "planned_on?": SCALAR,
     "device_profile?": SCALAR,
+    "pace?": Maybe({"lr?": COUNT, "lr_reason?": TEXT}),
     "steps?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
     "hours?": MAYBE_COUNT,

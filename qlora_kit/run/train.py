@@ -1,7 +1,7 @@
 """The main job: plan, load, adapt, train, score, report; each arrow is one function."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
-from qlora_kit.report import write_report
+from qlora_kit.report import LossWatch, write_report
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
@@ -251,7 +251,6 @@ def _train(
         train=recipe.train,
         loss_chunk=loss_chunk,
         folder=folder,
-        watch=watch.row,
         stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
         settings=settings_of(recipe) | {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps},
@@ -263,6 +262,7 @@ def _train(
         _go_on(job, watch)
     since = job.progress.step if resume else None
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
+    job.watch = _watched(metrics.rows, watch)
     samples = _let_sample(job, recipe, prepared, since, watch)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
@@ -278,6 +278,26 @@ def _train(
             samples.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
     return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
+
+
+def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch) -> Callable[[Mapping[str, Any]], None]:
+    """Shows each row, and says it once if the training loss explodes; `rows` are those of before a resume."""
+    losses = LossWatch()
+
+    def see(row: Mapping[str, Any]) -> str:
+        loss = row.get("loss")
+        exploded = None if loss is None else losses.see(row["step"], loss)
+        return "" if exploded is None else str(exploded)
+
+    for row in rows:
+        see(row)
+
+    def show(row: Mapping[str, Any]) -> None:
+        watch.row(row)
+        if told := see(row):
+            watch.note(told)
+
+    return show
 
 
 def _let_sample(job: Job, recipe: Recipe, prepared: Prepared, since: int | None, watch: Watch) -> MetricsLog | None:
