@@ -24,7 +24,7 @@ MAX_TOKENS = 2048
 
 
 def load_run(
-    folder: Path,
+    folder: str | Path,
     *,
     device: str | None = None,
     bare_base: bool = False,
@@ -43,6 +43,7 @@ def load_run(
     Raises:
         RunError: the folder is no run, or has no adapter or model yet.
     """
+    folder = Path(folder)
     run = run_of(folder)
     if run is None:
         raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
