@@ -26,7 +26,7 @@ def run(tmp_path_factory):
 
 @torch.no_grad()
 def by_hand(model, tokenizer, context, continuation):
-    """Log-probability of the continuation, and whether it is the likeliest; lm-eval puts the end token for no context."""
+    """Log-probability of the continuation, and whether it is the likeliest; for no context the end token stands."""
     before = tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]
     after = tokenizer(continuation)["input_ids"]
     logits = model(torch.tensor([before + after]), use_cache=False).logits[0, len(before) - 1 : -1]
