@@ -30,11 +30,15 @@ SETTINGS = ("data.train=/rows/not/needed.jsonl", "base.compute_dtype=bfloat16", 
 
 def floor_row(model: str, tokens: int, masters: str, activations: str) -> dict[str, Any]:
     """Plan a step on the shape of `model`."""
-    folder = HERE / "models" / model
-    asked = f"base.model={folder}", f"train.master_weights={masters}", f"memory.activations={activations}"
+    config = read_config(HERE / "models" / model)
+    asked = (
+        f"base.model={HERE / 'models' / model}",
+        f"train.master_weights={masters}",
+        f"memory.activations={activations}",
+    )
     recipe = read_recipe("default", [*asked, *SETTINGS])
-    pace = set_pace(recipe.train, rows=2, longest=tokens, tokens=tokens, trained_tokens=tokens, parameters=1)
-    plan = plan_methods(recipe, read_config(folder), pace, tokens, card=CARD)
+    pace = set_pace(recipe.train, rows=2, longest=tokens, tokens=tokens, trained_tokens=tokens, config=config)
+    plan = plan_methods(recipe, config, pace, tokens, card=CARD)
     qlora = plan["methods"]["qlora"]
     return {
         "model_shape": model,

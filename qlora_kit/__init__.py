@@ -4,6 +4,8 @@ The names below are imported when they are first used, so that `import qlora_kit
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -16,6 +18,7 @@ _HOMES = {
     "delete_adapter": "qlora_kit.lora",
     "load_adapter": "qlora_kit.lora",
     "load_base": "qlora_kit.base",
+    "load_run": "qlora_kit.run",
     "merge": "qlora_kit.export",
     "plan_memory": "qlora_kit.run",
     "read_recipe": "qlora_kit.recipe",
@@ -35,3 +38,23 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Room(ModuleType):
+    """A room that has the name of a verb, `train`: called, it is the verb."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(_HOMES[name]), name)(*args, **kwargs)
+
+
+class _Face(ModuleType):
+    """This module: a room that is imported becomes an attribute of it, and would hide the verb of its name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):
+            value.__class__ = _Room
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

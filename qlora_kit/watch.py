@@ -1,6 +1,6 @@
 """What a run tells while it goes: hooks that do nothing, for the command line and for notebooks to fill in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -24,6 +24,9 @@ class Watch:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """A row of metrics.jsonl."""
+
+    def sampled(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of samples.jsonl: what the model says to a few held-out prompts after a step."""
 
     def scored(self, scores: Mapping[str, Any]) -> None:
         """scores.json is known."""

@@ -11,8 +11,6 @@ import hypothesis
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 if not torch.cuda.is_available():
     os.environ.setdefault(
@@ -37,17 +35,4 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A two-layer Llama with random weights and a byte-level tokenizer, saved as a user would have it."""
-    folder = tmp_path_factory.mktemp("model")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        ["say cat"],
-        trainers.BpeTrainer(
-            vocab_size=260, special_tokens=["</s>"], initial_alphabet=sorted(alphabet), show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
-    tiny.llama(vocab_size=len(tokenizer), eos_token_id=0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return tiny.save_model(tmp_path_factory.mktemp("model"))

@@ -20,7 +20,7 @@ from qlora_kit.run import train
 from qlora_kit.run.prepare import load_tokenizer, prepare, set_template
 from qlora_kit.run.use import export_run, load_run
 from qlora_kit.storage import read_json
-from qlora_kit.train.evaluate import end_tokens
+from qlora_kit.train.generate import end_tokens
 from qlora_kit.watch import Watch
 
 ANSWERS = {"where?": "on the mat", "who?": "the cat", "what?": "a dog 🙂", "why?": "hm"}

@@ -623,7 +623,7 @@ def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monke
 
 
 def test_a_tracker_that_is_not_installed_is_refused_and_not_left_out(recipe, monkeypatch):
-    monkeypatch.setattr("qlora_kit.train.loop.get_available_trackers", list)
+    monkeypatch.setattr("qlora_kit.train.trackers.get_available_trackers", list)
     assert_mistake(call("train", recipe, "train.trackers=[wandb]"), "wandb", "pip install wandb")
 
 

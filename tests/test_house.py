@@ -204,3 +204,18 @@ def test_asking_for_a_recipe_costs_no_torch(module):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""
+
+
+def test_every_verb_of_the_face_can_be_called_whatever_was_imported_before():
+    """The room `train` has the name of a verb, and importing it sets an attribute of that name."""
+    code = (
+        "import qlora_kit as qk; import qlora_kit.train.loop; from qlora_kit.train import pace\n"
+        "assert qk.train.loop.train_loop and pace\n"
+        "print(*[name for name in qk.__all__ if name != '__version__' and not callable(getattr(qk, name))])\n"
+        "try: qk.train(None)\n"
+        "except AttributeError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n")[0] == ""
+    assert "'NoneType' object has no attribute 'output'" in result.stdout, "it reached the verb"

@@ -118,7 +118,6 @@ NOT_BUILT = {
     "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: classification}]"],
     "data.format": ["classification"],
     "train.task": ["classify"],
-    "train.sample_every": ["5"],
 }
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from qlora_kit.cli.app import app
 from qlora_kit.errors import RunError
 from qlora_kit.report import (
+    LossWatch,
     PhaseBar,
     Series,
     card_groups,
@@ -42,6 +43,7 @@ from qlora_kit.report import (
     write_report,
 )
 from qlora_kit.report.curve import smooth, thin
+from qlora_kit.report.judge import judge_explosion
 from qlora_kit.report.text import CATEGORIES, METHODS
 from qlora_kit.units import GIB, MIB
 
@@ -800,6 +802,54 @@ def test_what_is_kept_is_read_from_the_folder(run):
     assert read_run(run).left_step == 60
     (run / "result.json").write_text(json.dumps({"step": 20}))
     assert (read_run(run).left_step, read_run(run).kept_steps) == (20, {20, 40})
+
+
+def told_by(losses):
+    """The explosions that a watch tells of."""
+    watch = LossWatch()
+    return [told for step, loss in enumerate(losses, 1) if (told := watch.see(step, loss)) is not None]
+
+
+def noise(mean, spread, count, seed=0):
+    draw = random.Random(seed)
+    return [max(0.0, draw.gauss(mean, spread)) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "earliest", "latest"),
+    [
+        (noise(1.0, 0.1, 60) + noise(9.0, 0.5, 40), 62, 80),
+        (noise(9.0, 0.5, 20) + noise(2.0, 0.2, 40) + noise(7.0, 0.5, 40), 62, 80),  # below where it began
+        ([2.0] * 20 + [11.0] * 20, 22, 40),
+    ],
+)
+def test_a_loss_that_explodes_is_told_once_and_within_twenty_steps(losses, earliest, latest):
+    (told,) = told_by(losses)
+    assert earliest <= told.step <= latest
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    assert judge_explosion(rows) == str(told)
+    assert f"by step {told.step}" in str(told)
+    assert "train.lr" in str(told)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("mean", "spread"),
+    [(1.0, 0.1), (3.0, 1.0), (0.02, 0.02), (10.0, 0.1)],
+    ids=["usual", "wild", "learnt", "untrained"],
+)
+def test_noise_is_no_explosion(mean, spread, seed):
+    losses = noise(mean, spread, 2000, seed)
+    assert max(losses) > mean + 2 * spread, "single steps are high"
+    assert told_by(losses) == []
+
+
+def test_overfitting_spikes_and_short_runs_are_no_explosion():
+    assert told_by([3.0] * 30 + [30.0] + [2.9] * 30) == []
+    assert told_by([2.0 + 0.01 * step for step in range(100)]) == []
+    assert told_by([0.001] * 40 + [0.4] * 40) == []
+    assert told_by([1.0] * 10 + [20.0] * 10) == []
+    assert judge_explosion([]) == ""
 
 
 def test_a_curve_of_no_or_one_point_is_not_judged():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from qlora_kit.base import decode
 from qlora_kit.base.dense import QuantizedLinear
@@ -36,12 +36,13 @@ from qlora_kit.train.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from qlora_kit.train.evaluate import evaluate_loss, exact_match, generate_texts
+from qlora_kit.train.evaluate import evaluate_loss, exact_match
+from qlora_kit.train.generate import generate_texts
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters, round_stochastically
 from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
-from qlora_kit.train.schedule import LARGE_MODEL, Schedule, automatic_rate, learning_rate
+from qlora_kit.train.schedule import NARROWEST, SHORT_RUN, Schedule, automatic_rate, learning_rate
 from qlora_kit.train.step import accumulate_gradients
 
 SHARP = {"initializer_range": 0.2}  # with small weights no logit of a tiny model can say much
@@ -648,18 +649,36 @@ def test_the_schedules_fall_as_they_are_named():
     assert all(rates[-1] > 0 for rates in at.values()), "no step is for nothing"
 
 
-def test_the_automatic_rate_knows_size_and_full_fine_tuning():
-    assert automatic_rate(7_000_000_000, False)[0] == 2e-4
-    assert automatic_rate(LARGE_MODEL + 1, False)[0] == 1e-4
-    assert automatic_rate(7_000_000_000, True)[0] == pytest.approx(2e-5)
-    assert "QLoRA" in automatic_rate(7_000_000_000, True)[1]
+CONFIG = LlamaConfig(**tiny.LLAMA)
+PUBLISHED = {("llama", 2048): 4.91e-4, ("llama", 4096): 2.86e-4, ("llama", 8192): 1.66e-4, ("qwen3", 4096): 4.73e-4}
+"""5e-5 * 10 * (2000 / hidden) ^ power, worked out by hand."""
+
+
+@pytest.mark.parametrize(("family", "hidden"), PUBLISHED)
+def test_the_automatic_rate_is_the_published_fit(family, hidden):
+    rate, reason = automatic_rate(family, hidden, SHORT_RUN, False)
+    assert rate == pytest.approx(PUBLISHED[family, hidden], rel=0.03)  # it is given to two digits
+    assert "LoRA Without Regret" in reason
+    assert f"{hidden:,}" in reason
+    assert automatic_rate(family, hidden, SHORT_RUN, True)[0] == pytest.approx(rate / 10, rel=0.03)
+    assert automatic_rate(family, hidden, SHORT_RUN - 1, False)[0] == pytest.approx(1.5 * rate, rel=0.05)
+
+
+def test_the_automatic_rate_of_another_family_is_the_lower_of_two_and_that_of_a_narrow_one_is_bounded():
+    for hidden, lower in ((1024, "qwen2"), (8192, "llama")):
+        both = [automatic_rate(family, hidden, 500, False)[0] for family in ("llama", "qwen2")]
+        assert both[0] != both[1]
+        assert automatic_rate("mistral", hidden, 500, False)[0] == min(both)
+        assert automatic_rate(lower, hidden, 500, False)[0] == min(both)
+    rates = [automatic_rate("llama", hidden, 500, False)[0] for hidden in (16, NARROWEST, 2 * NARROWEST)]
+    assert rates[0] == rates[1] > rates[2]
 
 
 @hypothesis.settings(max_examples=100, deadline=None)
 @hypothesis.given(count=st.integers(1, 5000), longest=st.integers(1, 9000), epochs=st.floats(0.1, 5))
 def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs):
     pace = set_pace(
-        Train(epochs=epochs), rows=count, longest=longest, tokens=30 * count, trained_tokens=10 * count, parameters=9
+        Train(epochs=epochs), rows=count, longest=longest, tokens=30 * count, trained_tokens=10 * count, config=CONFIG
     )
     assert 1 <= pace.micro_batch <= min(ROWS_A_STEP, count)
     assert pace.micro_batch == 1 or pace.micro_batch * longest <= TOKENS_A_MICRO_BATCH
@@ -673,7 +692,7 @@ def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs
 
 def test_what_the_recipe_says_is_taken_as_it_is():
     train = Train(steps=7, micro_batch=3, accumulation=5, lr=1e-3, eval_every=2, save_every=4)
-    pace = set_pace(train, rows=1000, longest=100, tokens=50_000, trained_tokens=20_000, parameters=10**9)
+    pace = set_pace(train, rows=1000, longest=100, tokens=50_000, trained_tokens=20_000, config=CONFIG)
     assert (pace.steps, pace.micro_batch, pace.accumulation, pace.eval_every, pace.save_every) == (7, 3, 5, 2, 4)
     assert (pace.lr, pace.lr_reason) == (1e-3, "the recipe")
     assert (pace.tokens, pace.trained_tokens) == (50 * 15 * 7, 20 * 15 * 7)

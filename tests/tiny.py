@@ -6,11 +6,13 @@ block for blocks above 256.
 
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
 
@@ -101,6 +104,21 @@ def quantized(
 ) -> PreTrainedModel:  # fmt: skip
     """The model itself, frozen and quantised in place."""
     return freeze_and_quantize(model, Quantization(kind, double_quant, block_size), dtype, CPU, skip)
+
+
+def save_model(folder: Path) -> Path:
+    """A two-layer Llama with random weights and a byte-level tokenizer, saved as a user would have it."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        ["say cat"],
+        trainers.BpeTrainer(vocab_size=260, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    llama(vocab_size=len(tokenizer), eos_token_id=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tokens(rows: int = 3, length: int = 11, seed: int = 0, vocab: int = 97) -> Tensor:

@@ -18,6 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from qlora_kit import __version__
+from qlora_kit.cli.chat import chat
+from qlora_kit.cli.generate import generate
+from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, QloraKitError, RecipeError
@@ -35,13 +38,6 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as lora.rank=32.", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="A run folder (the output of `qlora-kit train`).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-UseBase = Annotated[bool, typer.Option("--base", help="Leave away what was trained: the bare base.")]
-Force = Annotated[bool, typer.Option("--force", help="Take the adapter although it was trained on another base.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings.")
-]
 _DEBUG = {"on": False}
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -200,35 +196,8 @@ def evaluate(
     typer.echo(json.dumps({"schema": 1, **score.as_json()}, indent=2) if as_json else score_lines(score))
 
 
-@app.command()
-@reports_errors
-def generate(
-    run: RunFolder,
-    prompt: Annotated[str, typer.Option(help="What to answer.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
-    base: UseBase = False,
-    force: Force = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Answer a prompt with a run's adapter."""
-    from qlora_kit.cli.show import import_libraries
-
-    import_libraries()
-    from qlora_kit.run import answer
-
-    text = answer(
-        run,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        raw=raw,
-        bare_base=base,
-        force=force,
-        trust_remote_code=trust_remote_code,
-    )
-    typer.echo(text)
+app.command()(reports_errors(generate))
+app.command()(reports_errors(chat))
 
 
 @app.command()

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.cli.terminal import printable
 from qlora_kit.cli.visible import visible
 from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.judge import judge_scores
@@ -162,6 +163,11 @@ class Screen(Watch):
         elif row["step"] % max(1, self._steps // PLAIN_LINES) == 0 or row["step"] == self._steps:
             self.console.print(f"[bold]train[/]  step {row['step']}/{self._steps}  {status}")
 
+    def sampled(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The first of a step's samples, in one line."""
+        prompt, answer = (escape(_clip(" ".join(printable(rows[0][key]).split()), 60)) for key in ("prompt", "answer"))
+        self.console.print(f"[bold]sample[/] step {step}: {prompt} [bold]->[/] {answer}")
+
     def scored(self, scores: Mapping[str, Any]) -> None:
         """Answers before and after, then the scores."""
         self._end_bar()
@@ -171,7 +177,7 @@ class Screen(Watch):
                 table.add_column(heading, overflow="fold")
             for sample in scores["samples"]:
                 texts = (sample[key] for key in ("prompt", "reference", "base", "adapter"))
-                table.add_row(*(escape(_clip(text)) for text in texts))
+                table.add_row(*(escape(_clip(printable(text))) for text in texts))
             self.console.print()
             self.console.print(table)
         self.console.print(f"\n[bold]score on {counted(scores['rows'], 'held-out row')}[/]")

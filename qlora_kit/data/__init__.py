@@ -41,6 +41,7 @@ from qlora_kit.data.formats import (
 from qlora_kit.data.load import Source, load_rows, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
+from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.template import Encoded, encode, encode_turns
 
@@ -62,11 +63,13 @@ __all__ = [
     "Piece",
     "Preference",
     "Preview",
+    "Prompt",
     "Remark",
     "Sampler",
     "Source",
     "Text",
     "arrange",
+    "ask",
     "best_fit",
     "check_lengths",
     "check_turn_tokens",
@@ -90,6 +93,7 @@ __all__ = [
     "load_rows",
     "longest_pack",
     "measure_lengths",
+    "read_prompts",
     "read_row",
     "remarks_on",
     "show_rows",

@@ -79,6 +79,16 @@ def load_rows(
     return rows
 
 
+def raw_rows(path: str | Path, faults: Faults) -> Iterator[RawRow]:
+    """The rows of a file as they stand, each with its place; what cannot be read is left among the faults.
+
+    Raises:
+        DataError: there is no such file, or its ending is not known.
+    """
+    for _, rows in _open(Source(str(path)), faults):
+        yield from rows
+
+
 def split_eval(rows: Sequence[Example], share: float = 0.02, most: int = 200) -> tuple[list[Example], list[Example]]:
     """Hold out some rows for evaluation, chosen by what they say.
 

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from qlora_kit.lora.vocabulary import head_name
 from qlora_kit.storage import write_text
-from qlora_kit.train.evaluate import end_tokens
+from qlora_kit.train.generate import end_tokens
 
 LIBRARIES = ("qlora-kit", "torch", "transformers", "bitsandbytes", "safetensors")
 """Whose versions an export records."""

@@ -32,7 +32,6 @@ ROWS = (
     NotYet("data.train[].format", _FORMATS, _FORMATS_BUILT),
     NotYet("data.format", _FORMATS, _FORMATS_BUILT),
     NotYet("train.task", _all_but("classify"), "built: sft, pretrain, dpo, ipo, orpo, kto"),
-    NotYet("train.sample_every", _only(None), "built: null; sample afterwards with qlora-kit generate"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

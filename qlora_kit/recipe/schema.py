@@ -216,7 +216,7 @@ class Train(Section):
     accumulation: Count | Auto = "auto"
     """Micro-batches a step; auto: about 16 rows (not packs) a step, as in QLoRA's scripts."""
     lr: Above0 | Auto = "auto"
-    """Peak learning rate; auto: 2e-4, and 1e-4 above 20 B parameters, as in QLoRA's scripts; a tenth if all train."""
+    """Peak learning rate; auto: by family and hidden size, the fit of LoRA Without Regret; a tenth if all train."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """Course of the learning rate after the warm-up; constant as in QLoRA and LoRA Without Regret."""
     warmup: Annotated[float, Field(ge=0, le=1), Says("a number from 0 to 1")] = 0.03
@@ -238,7 +238,7 @@ class Train(Section):
     save_every: Count | Auto = "auto"
     """Steps between checkpoints; auto: about every 15 minutes. Each better evaluation and the end have one anyway."""
     sample_every: Count | None = None
-    """Steps between sample generations; null: none."""
+    """Steps between answers to a few held-out prompts, in samples.jsonl; null: none."""
     keep_checkpoints: Count = 2
     """Checkpoints that are kept, the newest; that of the lowest held-out loss comes on top."""
     early_stopping: Count | None = None

@@ -13,7 +13,7 @@ from qlora_kit.report.compare import (
 from qlora_kit.report.facts import report_facts
 from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.html import render, write_report
-from qlora_kit.report.judge import judge_curve
+from qlora_kit.report.judge import LossWatch, judge_curve
 from qlora_kit.report.lines import Series, line_chart
 from qlora_kit.report.text import (
     memory_check_table,
@@ -25,6 +25,7 @@ from qlora_kit.report.text import (
 )
 
 __all__ = [
+    "LossWatch",
     "PhaseBar",
     "RunFolder",
     "Series",

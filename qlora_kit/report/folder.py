@@ -7,7 +7,7 @@ Infinities and NaN are no JSON, but some writers make them: they are read as nul
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ PLAN = {
     "cards?": Maybe([CARD]),
     "planned_on?": SCALAR,
     "device_profile?": SCALAR,
+    "pace?": Maybe({"lr?": COUNT, "lr_reason?": TEXT}),
     "steps?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
     "hours?": MAYBE_COUNT,
@@ -101,6 +102,7 @@ METRICS_ROW = {
     "tokens?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
 }
+SAMPLE = {"step": COUNT, "prompt": TEXT, "reference?": TEXT, "answer": TEXT}
 RESULT = {"step": COUNT}
 SCORES = {
     "rows?": MAYBE_COUNT,
@@ -129,6 +131,8 @@ class RunFolder:
     """Steps whose parameters are in the folder: of complete checkpoints, and of adapter/ or model/."""
     left_step: float | None
     """Of which adapter/ or model/ is, if there is one."""
+    samples: list[dict[str, Any]]
+    """Answers to a few held-out prompts on the way, in order of steps."""
 
     @property
     def name(self) -> str:
@@ -164,6 +168,7 @@ def read_run(folder: str | Path) -> RunFolder:
         recipe=_text(recipe) if recipe.exists() else None,
         kept_steps=_checkpoint_steps(folder) | ({left} if left is not None else set()),
         left_step=left,
+        samples=_samples(folder / "samples.jsonl"),
         **optional,
     )
 
@@ -200,15 +205,23 @@ def _document(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _rows(path: Path, shape: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            row = _parsed(line, f"{path}, line {number}")
+            _check(row, shape, f"{path}, line {number}")
+            yield row
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    return list(_rows(path, SAMPLE)) if path.exists() else []
+
+
 def _metrics_rows(path: Path) -> list[dict[str, Any]]:
     """One row a step. Where training went back to a checkpoint, what followed that step before is forgotten."""
     by_step: dict[float, dict[str, Any]] = {}
     latest = 0.0
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = _parsed(line, f"{path}, line {number}")
-        _check(row, METRICS_ROW, f"{path}, line {number}")
+    for row in _rows(path, METRICS_ROW):
         step = row["step"]
         if "loss" in row:
             if step < latest:

@@ -13,7 +13,7 @@ from qlora_kit.report.judge import judge_run
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.memory_sections import memory_sections
-from qlora_kit.report.page import chart, check_place, figure, lead, page, section, table, write_page
+from qlora_kit.report.page import chart, check_place, figure, lead, page, section, table, wide, write_page
 from qlora_kit.report.text import in_words, method_names, own_method, own_plan, saving, scores_table
 from qlora_kit.units import format_bytes, format_count
 
@@ -30,7 +30,7 @@ def render(run_folder: str | Path) -> str:
     """
     run = read_run(run_folder)
     before = [make(run) for make in (_headline, _scores, _samples)]
-    after = [make(run) for make in (_curves, _data, _recipe, _environment)]
+    after = [make(run) for make in (_curves, _on_the_way, _data, _recipe, _environment)]
     return page("report", f"{clipped(run.name, 80)}: training report", *before, *memory_sections(run), *after)
 
 
@@ -123,6 +123,27 @@ def _samples(run: RunFolder) -> Markup:
     left = len(samples) - len(shown)
     rest = [lead(f"{left:,} more are in scores.json.")] if left else []
     return section("Samples", lead("The same prompts, answered before and after training."), *shown, *rest)
+
+
+def _on_the_way(run: RunFolder) -> Markup:
+    """Answers to the same prompts, first and last; those between are in samples.jsonl."""
+    if not run.samples:
+        return Markup()
+    first, last = (end["step"] for end in (run.samples[0], run.samples[-1]))
+    ends = [[each for each in run.samples if each["step"] == step] for step in (first, last)]
+    cells = [
+        ["prompt", "reference", f"step {first:,.0f}", f"step {last:,.0f}"],
+        *(
+            [_short(text) for text in (a["prompt"], a.get("reference", ""), a["answer"], b["answer"])]
+            for a, b in zip(*ends, strict=False)
+        ),
+    ]
+    said = "The same held-out prompts, answered while the model was trained; all answers are in samples.jsonl."
+    return section("Samples on the way", lead(said), wide(table(cells, "answers at two steps")))
+
+
+def _short(text: str) -> str:
+    return clipped(" ".join(text.split()), 200) or "(empty)"
 
 
 def _sample(sample: dict[str, str], trained: str) -> Markup:

@@ -7,6 +7,7 @@ value the lowest lies one and a half below it already.
 """
 
 import math
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from qlora_kit.report.folder import RunFolder
 
 TOLERANCE = 0.01
 STRETCHES = 10
+WATCHED = 20
+"""Steps of a stretch whose mean training loss is watched."""
 
 
 class _Trend(NamedTuple):
@@ -35,6 +38,49 @@ class Best(NamedTuple):
     """At which training ended: what was trained is of this step."""
     last_loss: float
     """Of the last evaluation."""
+
+
+class Explosion(NamedTuple):
+    """Where the training loss has exploded: the step that told, and the means of the lowest stretch and of the last."""
+
+    step: float
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        means = f"from {_said(self.before)} to {_said(self.after)} (means of {WATCHED} steps)"
+        return f"The training loss exploded by step {self.step:,.0f}: it rose {means}; a lower train.lr may help."
+
+
+class LossWatch:
+    """Tells, once, when a training loss explodes, from its losses as they come.
+
+    It has when the mean of the last 20 is twice that of the lowest 20 in a row before them, a nat above it (so that the
+    losses of rows long learnt, which are nearly zero, may double), and by six standard errors of the noisier stretch:
+    a lowest of many is low by chance.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=WATCHED)
+        self._lowest: tuple[float, float] | None = None
+        self._seen = 0
+        self.exploded: Explosion | None = None
+
+    def see(self, step: float, loss: float) -> Explosion | None:
+        """Take the loss of a step; the explosion if this is the step that tells of it."""
+        self._last.append(loss)
+        self._seen += 1
+        if self.exploded is not None or len(self._last) < WATCHED:
+            return None
+        mean, error = fmean(self._last), stdev(self._last) / math.sqrt(WATCHED)
+        if self._lowest is not None:
+            low, low_error = self._lowest
+            if mean > max(2 * low, low + 1, low + 6 * max(error, low_error)):
+                self.exploded = Explosion(step, low, mean)
+                return self.exploded
+        if self._seen % WATCHED == 0 and (self._lowest is None or mean < self._lowest[0]):
+            self._lowest = mean, error
+        return None
 
 
 def best_evaluation(rows: Sequence[dict[str, Any]]) -> Best | None:
@@ -82,8 +128,17 @@ def judge_run(run: RunFolder) -> str:
     early = ""
     if run.scores is not None and planned and steps and steps[-1] < planned:
         early = f"Stopped early, at step {steps[-1]:,.0f} of {planned:,.0f}."
-    sentences = judge_scores(run.scores), early, judge_curve(run.rows, run.kept_steps, run.left_step)
+    curve_sentence = judge_curve(run.rows, run.kept_steps, run.left_step)
+    sentences = judge_scores(run.scores), early, judge_explosion(run.rows), curve_sentence
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def judge_explosion(rows: Sequence[dict[str, Any]]) -> str:
+    """A sentence where the training loss has exploded; "" elsewhere."""
+    watch = LossWatch()
+    for step, loss in finite(curve(rows, "loss")):
+        watch.see(step, loss)
+    return "" if watch.exploded is None else str(watch.exploded)
 
 
 def judge_scores(scores: Mapping[str, Any] | None) -> str:

@@ -99,6 +99,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
     return [
         *_parameters(plan),
         *setting_sentences(plan),
+        *_rate(plan),
         *_room(plan),
         *_beside_the_peak(own_plan(plan), plan.get("allocator") or {}),
         *_duration(plan),
@@ -133,6 +134,13 @@ def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
         said.append(f"the loss in chunks of {chunk:,.0f} tokens")
     if said:
         yield f"Setting: {'; '.join(said)}."
+
+
+def _rate(plan: dict[str, Any]) -> Iterator[str]:
+    """The learning rate, and where it comes from."""
+    pace = plan.get("pace") or {}
+    if "lr" in pace and pace.get("lr_reason"):
+        yield f"Learning rate: {pace['lr']:g} ({pace['lr_reason']})."
 
 
 def _room(plan: dict[str, Any]) -> Iterator[str]:

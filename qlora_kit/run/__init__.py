@@ -5,20 +5,25 @@
 and what a finished run is used for. What a person sees goes through `Watch`; what stays goes into the run folder.
 """
 
+from qlora_kit.run.ask import Speaker, answer, load_speaker
 from qlora_kit.run.plan import check_budget, plan_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.preview import preview
+from qlora_kit.run.talk import Conversation
 from qlora_kit.run.train import Result, train
-from qlora_kit.run.use import answer, evaluate, export_run, load_run
+from qlora_kit.run.use import evaluate, export_run, load_run
 
 __all__ = [
+    "Conversation",
     "Prepared",
     "Result",
+    "Speaker",
     "answer",
     "check_budget",
     "evaluate",
     "export_run",
     "load_run",
+    "load_speaker",
     "plan_memory",
     "preview",
     "train",

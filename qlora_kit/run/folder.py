@@ -24,17 +24,18 @@ from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.storage import read_json, remove_folder, write_json, write_text
+from qlora_kit.train.trackers import PROJECT
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
-RESULT, SCORES = "result.json", "scores.json"
-FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, "report.html")
+RESULT, SCORES, SAMPLES = "result.json", "scores.json", "samples.jsonl"
+FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES, "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
 _SETTLED = ("base.quantize_head", "auto")
 """What a run's folder holds as it was settled."""
 
-_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
+_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every",
                "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
@@ -92,7 +93,7 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run wrote, and nothing else that lies there."""
-    for name in (ADAPTER, MODEL, CHECKPOINTS):
+    for name in (ADAPTER, MODEL, CHECKPOINTS, PROJECT):
         remove_folder(folder / name)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -104,19 +105,18 @@ def _things_in(folder: Path) -> bool:
 
 def _changes(before: Recipe, now: Recipe) -> list[str]:
     """What a resumed run would compute otherwise."""
-    old, new = (
-        {
-            f"{section}.{key}": value
-            for section, keys in recipe.model_dump(by_alias=True, exclude={"output"}).items()
-            for key, value in keys.items()
-        }
-        for recipe in (before, now)
-    )
+    old, new = settings_of(before), settings_of(now)
     return [
         f"{key} was {old[key]}, is {new[key]}"
         for key in new
         if old[key] != new[key] and not key.startswith(_MAY_CHANGE) and (key, new[key]) != _SETTLED
     ]
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted key, the output aside."""
+    sections = recipe.model_dump(by_alias=True, exclude={"output"})
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 def _has_run(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
-from qlora_kit.run.prepare import Prepared, count_parameters, largest_eval_shape, positions_of, prepare
+from qlora_kit.run.prepare import Prepared, largest_eval_shape, positions_of, prepare
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
@@ -75,7 +75,7 @@ def plan_memory(
         longest=tokens * sequences_of(recipe.train.task),
         tokens=ROWS_A_STEP * tokens,
         trained_tokens=ROWS_A_STEP * tokens,
-        parameters=count_parameters(config),
+        config=config,
     )
     eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
     planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after=_AFTER)

@@ -9,10 +9,9 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_kit.base import locate_model
-from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.hub import is_folder
-from qlora_kit.base.load import build_model, read_config
+from qlora_kit.base.load import read_config
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     FALLBACK,
@@ -115,17 +114,17 @@ def gather(
             "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
             f"{counted(train_rows.counts.turns, 'row')} more"
         )
-    pace, packed = pace_of(recipe, train_rows, count_parameters(config))
+    pace, packed = pace_of(recipe, train_rows, config)
     return Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
 
 
-def pace_of(recipe: Recipe, rows: EncodedSet, parameters: int) -> tuple[Pace, int | None]:
+def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple[Pace, int | None]:
     """The pace of a run, and the most tokens of a sequence where rows are packed; None where every row is its own.
 
     Args:
         recipe: the run.
         rows: its training rows.
-        parameters: of the base.
+        config: of the base.
 
     Raises:
         DataError: a step has fewer rows than its task needs.
@@ -138,7 +137,7 @@ def pace_of(recipe: Recipe, rows: EncodedSet, parameters: int) -> tuple[Pace, in
         longest=longest * sequences_of(recipe.train.task),
         tokens=counts.tokens,
         trained_tokens=counts.trained_tokens,
-        parameters=parameters,
+        config=config,
     )
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
         raise DataError("train.task=kto holds answers of other rows against a prompt, so a step needs two rows: "
@@ -252,12 +251,6 @@ def _groups(rows: list[Encoded]) -> list[list[Encoded]]:
             groups.append([])
         groups[-1].append(row)
     return groups if rows else []
-
-
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model, counted on a model without storage."""
-    with torch.device("meta"):
-        return parameter_count(build_model(config, torch.bfloat16, "eager"))
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

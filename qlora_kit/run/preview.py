@@ -2,7 +2,7 @@
 
 from qlora_kit.data import Filling, Preview, measure_lengths, remarks_on, show_rows
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.prepare import count_parameters, fill_batches, gather, pace_of
+from qlora_kit.run.prepare import fill_batches, gather, pace_of
 from qlora_kit.watch import Watch
 
 
@@ -20,11 +20,10 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
     """
     prepared = gather(recipe, watch or Watch(), weights=False, trust_remote_code=trust_remote_code)
     train, held_out, tokenizer = prepared.train, prepared.eval, prepared.tokenizer
-    parameters = count_parameters(prepared.config)
 
     def filling(packing: bool) -> Filling:
         variant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": packing})})
-        return fill_batches(variant, train, *pace_of(variant, train, parameters))
+        return fill_batches(variant, train, *pace_of(variant, train, prepared.config))
 
     return Preview(
         max_tokens=recipe.data.max_tokens,

@@ -8,15 +8,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
-from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, generate_texts
+from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
+from qlora_kit.train.generate import generate_texts
+from qlora_kit.train.samples import SAMPLE_TOKENS, Question
 from qlora_kit.train.tasks import AGAINST_REFERENCE, LIKELIHOOD, Task
 
 SAMPLES = 4
-"""Held-out rows that are answered before and after."""
+"""Held-out rows that are answered before and after, and on the way."""
 SHORT_ANSWER = 32
 """Tokens up to which every answer is generated and compared: above that exact match says little and costs much."""
-SAMPLE_TOKENS = 64
-"""Most tokens of a sample where answers are longer."""
 
 
 def score(
@@ -43,14 +43,12 @@ def score(
     adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
     samples = [
         {
-            "prompt": prepared.tokenizer.decode(row.prompt or [], skip_special_tokens=True),
-            "reference": reference(prepared.tokenizer, row),
+            "prompt": question.prompt,
+            "reference": question.reference,
             "base": before,
             "adapter": after,
         }
-        for row, before, after in list(zip(answered_rows(prepared.eval.rows), base_texts, texts, strict=False))[
-            :SAMPLES
-        ]
+        for question, before, after in zip(questions(tokenizer, rows), base_texts, texts, strict=False)
     ]
     return {
         "rows": len(prepared.eval.rows),
@@ -82,6 +80,12 @@ def score_rows(
         return measured, texts
     right = exact_match(texts, [reference(tokenizer, row) for row in asked])
     return replace(measured, exact_match=right), texts
+
+
+def questions(tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+    """The first few of the rows that a model can be asked for."""
+    asked = [(row.prompt or [], reference(tokenizer, row)) for row in answered_rows(rows)[:SAMPLES]]
+    return [Question(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), wanted) for ids, wanted in asked]
 
 
 def answered_rows(rows: list[Encoded]) -> list[Encoded]:

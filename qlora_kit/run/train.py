@@ -1,7 +1,7 @@
 """The main job: plan, load, adapt, train, score, report; each arrow is one function."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
-from qlora_kit.report import write_report
+from qlora_kit.report import LossWatch, write_report
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
     RESULT,
+    SAMPLES,
     SCORES,
     check_run_folder,
     clear_run_folder,
@@ -29,6 +30,7 @@ from qlora_kit.run.folder import (
     provenance_of,
     recorded_date,
     run_folder,
+    settings_of,
     trained_folder,
     write_memory,
 )
@@ -38,9 +40,10 @@ from qlora_kit.run.prepare import (
     added_ids,
     eval_batches,
     pad_id,
+    positions_of,
     prepare,
 )
-from qlora_kit.run.score import score
+from qlora_kit.run.score import questions, score
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
@@ -54,11 +57,13 @@ from qlora_kit.train.checkpoint import (
     verify_checkpoint,
 )
 from qlora_kit.train.isolation import check_isolation
-from qlora_kit.train.loop import Job, check_trackers, rehearse, train_loop
+from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
+from qlora_kit.train.samples import Samples
 from qlora_kit.train.tasks import has_reference, task_of
+from qlora_kit.train.trackers import check_trackers
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -261,16 +266,19 @@ def _train(
         task=task_of(recipe.train, has_reference=has_reference(recipe)),
         loss_chunk=loss_chunk,
         folder=folder,
-        watch=watch.row,
         stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
+        settings=settings_of(recipe) | {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps},
         check_memory=limit.check,
     )
     if job.packed_tokens is not None:
         check_isolation(model)
     if resume:
         _go_on(job, watch)
-    metrics = MetricsLog(folder / "metrics.jsonl", resume_from=job.progress.step if resume else None)
+    since = job.progress.step if resume else None
+    metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
+    job.watch = _watched(metrics.rows, watch)
+    samples = _let_sample(job, recipe, prepared, since, watch)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
     try:
@@ -281,8 +289,45 @@ def _train(
         finished = train_loop(job, metrics, limit.counter, ledger)
     finally:
         metrics.close()
+        if samples is not None:
+            samples.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
     return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
+
+
+def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch) -> Callable[[Mapping[str, Any]], None]:
+    """Shows each row, and says it once if the training loss explodes; `rows` are those of before a resume."""
+    losses = LossWatch()
+
+    def see(row: Mapping[str, Any]) -> str:
+        loss = row.get("loss")
+        exploded = None if loss is None else losses.see(row["step"], loss)
+        return "" if exploded is None else str(exploded)
+
+    for row in rows:
+        see(row)
+
+    def show(row: Mapping[str, Any]) -> None:
+        watch.row(row)
+        if told := see(row):
+            watch.note(told)
+
+    return show
+
+
+def _let_sample(job: Job, recipe: Recipe, prepared: Prepared, since: int | None, watch: Watch) -> MetricsLog | None:
+    """Have held-out prompts answered on the way, if the recipe asks for it and there are any; the log of it."""
+    every, asked = recipe.train.sample_every, questions(prepared.tokenizer, prepared.eval.rows)
+    if every is None:
+        return None
+    if not asked:
+        watch.note("train.sample_every has no effect: no held-out row has a prompt and an answer; set data.eval")
+        return None
+    log = MetricsLog(job.folder / SAMPLES, resume_from=since)
+    most = max(batch.input_ids.numel() for batch in job.eval_batches)
+    positions = positions_of(prepared.config)
+    job.sample = Samples(job.model, prepared.tokenizer, asked, every, most, positions, log, watch.sampled)
+    return log
 
 
 def _go_on(job: Job, watch: Watch) -> None:

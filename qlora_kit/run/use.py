@@ -1,4 +1,4 @@
-"""What a finished run is good for: evaluate it, ask it, export it."""
+"""What a finished run is good for: load it, evaluate it, export it; `ask.py` and `talk.py` let it speak."""
 
 from pathlib import Path
 from typing import Any
@@ -9,13 +9,22 @@ from qlora_kit.base import load_base, locate_model
 from qlora_kit.base.load import Watching
 from qlora_kit.errors import RunError
 from qlora_kit.export import check_request, export_adapter, export_merged
-from qlora_kit.lora import load_adapter, load_reference
+from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
-from qlora_kit.run.folder import DATA, RECIPE, provenance_of, recorded_date, trained_folder
-from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed, set_template
+from qlora_kit.run.folder import CHECKPOINTS, DATA, RECIPE, provenance_of, recorded_date, trained_folder
+from qlora_kit.run.prepare import (
+    added_ids,
+    eval_batches,
+    held_out_rows,
+    load_tokenizer,
+    pad_id,
+    rows_needed,
+    set_template,
+)
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
-from qlora_kit.train.evaluate import Score, generate_texts
+from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
+from qlora_kit.train.evaluate import Score
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.tasks import has_reference, task_of
@@ -25,7 +34,7 @@ MAX_TOKENS = 2048
 
 
 def load_run(
-    folder: Path,
+    folder: str | Path,
     *,
     device: str | None = None,
     bare_base: bool = False,
@@ -35,7 +44,7 @@ def load_run(
     """A finished run as a model to use: its base with its adapter, or the weights that it trained; or its bare base.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, or one of its checkpoints.
         device: other than the recipe's.
         bare_base: leave away what was trained.
         force: take the adapter although its base's fingerprint differs.
@@ -44,21 +53,75 @@ def load_run(
     Raises:
         RunError: the folder is no run, or has no adapter or model yet.
     """
-    if not (folder / RECIPE).is_file():
+    folder = Path(folder)
+    run = run_of(folder)
+    if run is None:
         raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
-    recipe = read_recipe(folder / RECIPE)
-    trained = trained_folder(folder, recipe)
-    if not bare_base and not trained.is_dir():
-        raise RunError(f"{folder} has no {trained.name} yet; let the run finish with `qlora-kit train ... --resume`")
-    is_whole = recipe.train.full_finetune and not bare_base
+    recipe, is_end = read_recipe(run / RECIPE), run == folder
+    trained = trained_folder(run, recipe)
+    if not bare_base and is_end and not trained.is_dir():
+        raise RunError(f"{run} has no {trained.name} yet; let the run finish with `qlora-kit train ... --resume`")
+    is_whole = recipe.train.full_finetune and not bare_base and is_end
     source = trained if is_whole else locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
-    tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
-    if read_json(folder / DATA).get("chats"):
-        set_template(tokenizer, recipe, recorded_date(folder))
+    tokenizer = load_run_tokenizer(run, source, trust_remote_code=trust_remote_code)
     model = load_recipe_base(recipe, source, tokenizer, device=device, trust_remote_code=trust_remote_code)
-    if not bare_base and not is_whole:
+    if not bare_base and not is_end:
+        _go_to_checkpoint(model, tokenizer, recipe, folder)
+    elif not bare_base and not is_whole:
         load_adapter(model, trained, force=force)
     return model, tokenizer, recipe
+
+
+def load_run_tokenizer(
+    run: Path, source: Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, which writes chats as its training did; from `source`, or where its base is."""
+    recipe = read_recipe(run / RECIPE)
+    base = recipe.base
+    source = source or locate_model(base.model, base.revision, weights=False, code=trust_remote_code)
+    tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
+    if read_json(run / DATA).get("chats"):
+        set_template(tokenizer, recipe, recorded_date(run))
+    return tokenizer
+
+
+def load_any(
+    folder: Path, *, bare_base: bool = False, force: bool = False, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Recipe | None]:
+    """A run as `load_run` gives it, or a folder with weights, such as an export, which has no recipe.
+
+    Raises:
+        RunError: the folder is neither.
+    """
+    if run_of(folder) is not None:
+        return load_run(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
+    if not (folder / "config.json").is_file():
+        raise RunError(
+            f"{folder} is no run folder (it has no recipe.yaml) and holds no model (config.json); give the output of a "
+            "`qlora-kit train` or of an export"
+        )
+    model = load_base(folder, quantization="none", trust_remote_code=trust_remote_code)
+    return model, load_tokenizer(folder, trust_remote_code=trust_remote_code), None
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run folder that a folder is, or is a checkpoint of; None where it is neither."""
+    if (folder / RECIPE).is_file():
+        return folder
+    above = folder.absolute().parents
+    is_checkpoint = len(above) > 1 and above[0].name == CHECKPOINTS and (above[1] / RECIPE).is_file()
+    return above[1] if is_checkpoint else None
+
+
+def _go_to_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
+    """Give a base what its run had trained when the checkpoint was written."""
+    if faults := verify_checkpoint(folder):
+        raise RunError(f"{faults[0]}; give another checkpoint of the run, or the run itself")
+    if recipe.train.full_finetune:
+        load_parameters(folder, dict(model.named_parameters()))
+        return
+    add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=added_ids(tokenizer, recipe))
+    load_parameters(folder, dict(adapter_parameters(model)) | dict(adapter_constants(model)))
 
 
 def evaluate(
@@ -73,20 +136,14 @@ def evaluate(
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
     """
-    if (folder / RECIPE).is_file():
-        model, tokenizer, recipe = load_run(
-            folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code
-        )
-        rows = held_out_rows(recipe, tokenizer, model.config, data)
-    else:
-        if data is None:
-            raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
-        model = load_base(folder, quantization="none", trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if data is None and run_of(folder) is None:
+        raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
+    model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
+    if recipe is None:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
         recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
         set_template(tokenizer, recipe, None)
-        rows = held_out_rows(recipe, tokenizer, model.config, data)
+    rows = held_out_rows(recipe, tokenizer, model.config, data)
     if not rows.rows:
         raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")
     batches = eval_batches(rows.rows, pad_id(tokenizer), model.device)
@@ -97,32 +154,6 @@ def evaluate(
     task = task_of(recipe.train, has_reference=has_reference(recipe))
     measured, _ = score_rows(model, tokenizer, rows.rows, batches, task, loss_chunk)
     return measured
-
-
-def answer(
-    folder: Path,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    raw: bool,
-    bare_base: bool,
-    force: bool,
-    trust_remote_code: bool = False,
-) -> str:
-    """What a run's model says to a prompt.
-
-    The prompt goes through the chat template if the run was trained on chats, unless `raw` is asked for: it is put to
-    the model in the form in which training put its prompts.
-    """
-    model, tokenizer, _ = load_run(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
-    if read_json(folder / DATA).get("chats") and not raw:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    return generate_texts(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0]
 
 
 def export_run(

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel
 
 from qlora_kit.data import Batch, Encoded, Sampler, arrange, collate_rows, full_packs, swap_answers
-from qlora_kit.errors import DeviceError, RunError, TrainingError
+from qlora_kit.errors import DeviceError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import Progress, rehearse_checkpoint, save_checkpoint
@@ -32,6 +31,7 @@ from qlora_kit.train.pace import Pace
 from qlora_kit.train.schedule import learning_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import LIKELIHOOD, Task
+from qlora_kit.train.trackers import as_tracked, start_trackers
 
 SAVE_INTERVAL_S = 15 * 60
 """Seconds between checkpoints under `save_every: auto`."""
@@ -58,6 +58,8 @@ class Job:
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
         packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
+        settings: of the whole recipe by dotted key, for trackers.
+        sample: is told every step when it is done; it may ask the model, and leaves training as it was.
         check_memory: is told the step before each of its micro-batches; it may end the run, which then saves nothing.
     """
 
@@ -77,6 +79,8 @@ class Job:
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
     packed_tokens: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sample: Callable[[int], None] = lambda step: None
     check_memory: Callable[[int], None] = lambda step: None
 
     @property
@@ -97,24 +101,22 @@ class Job:
         return self.model.device
 
 
-def check_trackers(trackers: Sequence[str]) -> None:
-    """Refuse a tracker that is not installed; accelerate would leave it out without a word.
-
-    Raises:
-        RunError: names it, and the command that installs it.
-    """
-    missing = sorted(set(trackers) - {str(known.value) for known in get_available_trackers()})
-    if missing:
-        raise RunError(f"train.trackers asks for {', '.join(missing)}, not installed; pip install {' '.join(missing)}")
-
-
-def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accelerator:
+def make_accelerator(
+    train: Train, folder: Path, device: torch.device, settings: Mapping[str, Any] | None = None
+) -> Accelerator:
     """Accelerate with its own precision, accumulation and loaders switched off: these are the kit's.
 
     Its `backward` divides by the accumulation count, its mixed precision casts outputs up, its loader reads ahead.
 
+    Args:
+        train: section of the recipe.
+        folder: of the run.
+        device: that trains.
+        settings: that trackers are told, by dotted key.
+
     Raises:
         DeviceError: several processes were launched.
+        RunError: a tracker does not start.
     """
     accelerator = Accelerator(
         mixed_precision="no",
@@ -129,7 +131,7 @@ def make_accelerator(train: Train, folder: Path, device: torch.device) -> Accele
             "start qlora-kit by itself"
         )
     if train.trackers:
-        accelerator.init_trackers(folder.name)
+        start_trackers(accelerator, train.trackers, folder, settings or {})
     return accelerator
 
 
@@ -199,7 +201,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
     """
-    accelerator = make_accelerator(job.train, job.folder, job.device)
+    accelerator = make_accelerator(job.train, job.folder, job.device, job.settings)
     model = accelerator.prepare_model(job.model, device_placement=False)
     sampler = Sampler(len(job.rows), job.train.seed)
     sampler.position = job.progress.rows
@@ -220,6 +222,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
             evaluated = {"step": step, **_evaluate(job)}
             _record(job, metrics, accelerator, evaluated)
             is_best = job.progress.judge(evaluated["eval_loss"])
+        job.sample(step)
         is_stopping = job.stop_requested()
         if job.is_over or is_best or is_stopping or _is_due(job.pace, step, saved_at):
             save_checkpoint(
@@ -288,7 +291,7 @@ def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[s
     metrics.add(row)
     job.watch(metrics.rows[-1])
     if job.train.trackers:
-        accelerator.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        accelerator.log(as_tracked(row), step=row["step"])
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
         raise TrainingError(

@@ -3,15 +3,17 @@
 import math
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from qlora_kit.recipe import Train
-from qlora_kit.train.schedule import automatic_rate
+from qlora_kit.train.schedule import SHORT_RUN, automatic_rate
 from qlora_kit.units import counted
 
 ROWS_A_STEP = 16
 """Rows that `accumulation: auto` aims at, as in QLoRA's scripts; LoRA pays for larger batches (LoRA Without Regret)."""
 TOKENS_A_MICRO_BATCH = 2048
 """Tokens that `micro_batch: auto` aims at: enough to keep matrix products busy, few enough for the smallest cards."""
-FEW_STEPS = 100
+FEW_STEPS = SHORT_RUN
 """Below this the optimizer hardly gets anywhere (LoRA Without Regret's short runs)."""
 EVALUATIONS_A_RUN = 10
 
@@ -61,7 +63,9 @@ class Pace:
         )
 
 
-def set_pace(train: Train, *, rows: int, longest: int, tokens: int, trained_tokens: int, parameters: int) -> Pace:
+def set_pace(
+    train: Train, *, rows: int, longest: int, tokens: int, trained_tokens: int, config: PretrainedConfig
+) -> Pace:
     """Make the recipe's `auto` numbers definite.
 
     Args:
@@ -70,7 +74,7 @@ def set_pace(train: Train, *, rows: int, longest: int, tokens: int, trained_toke
         longest: tokens of the longest row.
         tokens: in all rows together.
         trained_tokens: those of them that the loss counts.
-        parameters: of the base.
+        config: of the base; its family and width decide the learning rate.
     """
     fitting = max(1, min(ROWS_A_STEP, TOKENS_A_MICRO_BATCH // longest, rows))
     micro_batch = fitting if train.micro_batch == "auto" else train.micro_batch
@@ -78,7 +82,8 @@ def set_pace(train: Train, *, rows: int, longest: int, tokens: int, trained_toke
     accumulation = enough if train.accumulation == "auto" else train.accumulation
     per_step = micro_batch * accumulation
     steps = train.steps or max(1, math.ceil(train.epochs * rows / per_step))
-    automatic = automatic_rate(parameters, train.full_finetune)
+    body = config.get_text_config()
+    automatic = automatic_rate(body.model_type, body.hidden_size, steps, train.full_finetune)
     lr, reason = automatic if train.lr == "auto" else (train.lr, "the recipe")
     return Pace(
         steps=steps,

@@ -1,0 +1,194 @@
+"""`qlora-kit chat`: a conversation in the terminal. Answers go to standard output, all else to standard error."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_kit.cli.options import (
+    Force,
+    MaxNewTokens,
+    MinP,
+    Penalty,
+    Seed,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    sampling_of,
+)
+from qlora_kit.cli.terminal import printable
+from qlora_kit.errors import QloraKitError, RunError
+from qlora_kit.storage import write_text
+
+if TYPE_CHECKING:
+    from qlora_kit.run import Conversation
+
+
+def chat(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs on one base; the first one speaks.")],
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a run, and switch between the adapters of several. /help lists what can be said besides."""
+    from qlora_kit.cli.show import import_libraries
+
+    import_libraries()
+    from qlora_kit.run import Conversation
+
+    conversation = Conversation(
+        runs,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling_of(temperature, top_p, top_k, min_p, repetition_penalty, seed),
+        force=force,
+        trust_remote_code=trust_remote_code,
+    )
+    if system is not None:
+        conversation.set_system(system)
+    _Terminal(conversation).run()
+
+
+class _Terminal:
+    """Reads lines until there are no more, and answers each."""
+
+    def __init__(self, conversation: "Conversation") -> None:
+        self._conversation = conversation
+        self._is_stopped = False
+        self._commands: dict[str, Callable[[str], None]] = {
+            "new": self._new,
+            "undo": self._undo,
+            "system": self._system,
+            "base": self._base,
+            "adapter": self._adapter,
+            "save": self._save,
+            "help": self._help,
+        }
+
+    def run(self) -> None:
+        """Until /quit or the end of the input."""
+        with suppress(ImportError):  # where there is one, lines can be edited and called back
+            import readline  # noqa: F401
+        _say("talk; /help lists commands, Ctrl-C stops an answer, /quit or Ctrl-D ends")
+        self._say_who()
+        while (line := _read()) is not None:
+            if line.strip() == "/quit":
+                return
+            try:
+                self._take(line)
+            except QloraKitError as error:
+                _say(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].strip().partition(" ")
+            if name not in self._commands:
+                raise RunError(f"there is no /{printable(name)}; /help lists commands, and //{name} says /{name}")
+            self._commands[name](rest.strip())
+        elif line.strip():
+            with self._stopping():
+                self._conversation.answer(
+                    line.removeprefix("/"), tell=_show, note=_note, stopped=lambda: self._is_stopped
+                )
+            typer.echo("\n" if sys.stdin.isatty() else "")
+
+    def _new(self, _: str) -> None:
+        """forget all turns but the system's"""
+        self._conversation.start_anew()
+
+    def _undo(self, _: str) -> None:
+        """take back the last question and its answer"""
+        _say("taken back" if self._conversation.undo() else "there is nothing to take back")
+
+    def _system(self, text: str) -> None:
+        """TEXT: what the conversation opens with"""
+        self._conversation.set_system(text)
+
+    def _base(self, _: str) -> None:
+        """let the bare base answer"""
+        self._conversation.use(None)
+        self._say_who()
+
+    def _adapter(self, name: str) -> None:
+        """NAME or PATH: let this adapter answer; without a name: list them"""
+        if name:
+            self._conversation.use(name)
+        self._say_who()
+
+    def _save(self, name: str) -> None:
+        """FILE: write the conversation as a row of training data"""
+        if not name:
+            raise RunError("/save wants the name of a new file")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise RunError(f"{path} exists already; name a new file")
+        try:
+            write_text(path, json.dumps({"messages": self._conversation.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror}") from error
+        _say(f"saved to {path}")
+
+    def _help(self, _: str) -> None:
+        """this list"""
+        for name, command in self._commands.items():
+            _say(f"  /{name:8} {command.__doc__}")
+        _say("  /quit     end")
+
+    def _say_who(self) -> None:
+        names, speaks = self._conversation.names, self._conversation.speaks
+        said = ", ".join(f"{name} (speaks)" if name == speaks else name for name in names)
+        _say(f"adapters: {said}{'; the bare base speaks' if speaks is None else ''}")
+        if not self._conversation.is_chat:
+            _note("it was trained on prompts and completions: each line is put to it by itself, without those before")
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Inside the block SIGINT ends the answer after the token at hand, and the second time the program."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self._is_stopped:
+                raise KeyboardInterrupt
+            self._is_stopped = True
+
+        self._is_stopped = False
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _read() -> str | None:
+    """A line; None where there are no more. Ctrl-C takes back what was typed."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            _say("\n/quit or Ctrl-D ends")
+        except EOFError:
+            return None
+
+
+def _show(piece: str) -> None:
+    typer.echo(printable(piece), nl=False)
+
+
+def _note(text: str) -> None:
+    _say(f"note: {text}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,136 @@
+"""Prompts: what a trained model is asked, put to it as training put its prompts.
+
+A prompt is a row whose answer is not known yet: it is given one that stands for it, goes the way of a row of training,
+and of what comes out the prompt is taken. So no second rendering can drift from the first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.formats import Chat, Completion, Example, read_row
+from qlora_kit.data.load import raw_rows
+from qlora_kit.data.template import encode
+from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNSAID = "(to be said)"
+"""Stands for an answer that is to come: a row without any could not be trained on, and is refused."""
+_ANSWERS = {"prompt": "completion", "instruction": "output"}
+"""Columns that ask, and those that answer them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked.
+
+    Attributes:
+        ids: what the model is given.
+        shown: the prompt as it was written: a text, or the turns of a chat.
+        reference: the answer that the row has; None where it has none.
+    """
+
+    ids: list[int]
+    shown: Any
+    reference: str | None = None
+
+
+def ask(
+    text: str | list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    is_chat: bool,
+    system: str | None = None,
+) -> Prompt:
+    """A text, or the turns of a chat so far, as a prompt.
+
+    Args:
+        text: what to answer; of turns the last is to be answered.
+        tokenizer: of the model, with the chat template of its run.
+        is_chat: whether a text is a turn of a chat, and not the beginning of a text to go on with.
+        system: what a chat opens with, unless it has a system turn already.
+
+    Raises:
+        DataError: it is empty or no text, a system turn is wanted where there is no chat, or the template refuses the
+            turns.
+    """
+    raw = {"prompt": text} if isinstance(text, str) else {"messages": text}
+    return _prompt(read_row(_answered(raw), "the prompt"), tokenizer, is_chat, system)
+
+
+def read_prompts(
+    path: Path, tokenizer: "PreTrainedTokenizerBase", *, is_chat: bool, system: str | None = None
+) -> list[Prompt]:
+    """The prompts of a file.
+
+    Args:
+        path: .txt with a prompt a line, or rows in any format that training reads; an answer may be missing, and where
+            it is there it is the reference.
+        tokenizer: as `ask` takes it, like the rest.
+        is_chat: whether texts are turns of a chat.
+        system: what chats open with that have no system turn.
+
+    Raises:
+        DataError: bad rows, the first 20 of them with their lines; or there is none.
+    """
+    faults, prompts = Faults(), []
+    for where, raw in _lines(path) if path.suffix.lower() == ".txt" else raw_rows(path, faults):
+        try:
+            prompts.append(_prompt(read_row(_answered(raw), where), tokenizer, is_chat, system))
+        except DataError as error:
+            told = str(error)
+            faults.add(told if told.startswith(where) else f"{where}: {told}")
+    faults.stop()
+    if not prompts:
+        raise DataError(f"{path} holds no prompts")
+    return prompts
+
+
+def _lines(path: Path) -> list[tuple[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start})") from error
+    return [(f"{path}:{number}", {"prompt": line.rstrip("\r")}) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _answered(raw: Any) -> Any:
+    """The row with an answer: one that stands for it where it has none."""
+    if not isinstance(raw, Mapping):
+        return raw
+    given: dict[str, Any] = {
+        answer: UNSAID for asks, answer in _ANSWERS.items() if asks in raw and raw.get(answer) is None
+    }
+    for column in ("messages", "conversations"):
+        turns: Any = raw.get(column)
+        last = turns[-1] if isinstance(turns, list) and turns else None
+        if isinstance(last, Mapping) and last.get("role", last.get("from")) not in ("assistant", "gpt"):
+            given[column] = [*turns, {"role": "assistant", "content": UNSAID}]
+    return {**raw, **given}
+
+
+def _prompt(example: Example, tokenizer: "PreTrainedTokenizerBase", is_chat: bool, system: str | None) -> Prompt:
+    if isinstance(example, Completion) and is_chat:
+        turns = [("user", example.prompt), ("assistant", example.completion)]
+        example = Chat([{"role": role, "content": content} for role, content in turns], where=example.where)
+    if system is not None:
+        example = _with_system(example, system)
+    row = encode(example, tokenizer, loss_on="last")
+    if not row.prompt:
+        raise DataError("there is no prompt, or none that a plain answer ends; wanted a prompt, or turns of a chat")
+    shown = example.messages[:-1] if isinstance(example, Chat) else example.prompt  # type: ignore[union-attr]
+    return Prompt(row.prompt, shown, None if row.answer == UNSAID else row.answer)
+
+
+def _with_system(example: Example, system: str) -> Chat:
+    if not isinstance(example, Chat):
+        raise DataError("a system turn (--system) is for chats, and this model was trained on plain prompts")
+    if example.messages[0]["role"] == "system":
+        return example
+    return Chat([{"role": "system", "content": system}, *example.messages], example.tools, example.where)

@@ -1,0 +1,70 @@
+"""Trackers: metrics go to TensorBoard and others through accelerate, beside metrics.jsonl.
+
+A run is a run of the project `qlora-kit`, called by its folder. TensorBoard's files lie in that folder, below
+`qlora-kit/`. Metrics are called `train/loss`, `eval/loss` and so on; the recipe's settings are the hyperparameters.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+
+from qlora_kit.errors import RunError
+
+PROJECT = "qlora-kit"
+_CALLED = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
+"""What each tracker calls the name of a run."""
+_FAULTS = {"wandb": ("wandb.errors", "Error"), "mlflow": ("mlflow.exceptions", "MlflowException")}
+"""What trackers raise that is none of Python's own errors."""
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse a tracker that is not installed; accelerate would leave it out without a word.
+
+    Raises:
+        RunError: names it, and the command that installs it.
+    """
+    missing = sorted(set(trackers) - {str(known.value) for known in get_available_trackers()})
+    if missing:
+        raise RunError(f"train.trackers asks for {', '.join(missing)}, not installed; pip install {' '.join(missing)}")
+
+
+def start_trackers(
+    accelerator: Accelerator, trackers: Sequence[str], folder: Path, settings: Mapping[str, Any]
+) -> None:
+    """Start what the accelerator logs with, and tell it the settings.
+
+    Args:
+        accelerator: made with these trackers.
+        trackers: their names.
+        folder: of the run.
+        settings: of the recipe, by dotted key.
+
+    Raises:
+        RunError: one does not start: it wants a login, say, or its server is not there.
+    """
+    told = {
+        key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
+    }
+    names = {tracker: {_CALLED[tracker]: folder.name} for tracker in trackers if tracker in _CALLED}
+    named = (_FAULTS[tracker] for tracker in trackers if tracker in _FAULTS)
+    faults = tuple(getattr(importlib.import_module(module), fault) for module, fault in named)
+    try:
+        accelerator.init_trackers(PROJECT, config=told, init_kwargs=names)
+    except (OSError, RuntimeError, ValueError, ImportError, *faults) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RunError(
+            f"train.trackers: {', '.join(trackers)} cannot be started: {reason[0]}; mend that, or set train.trackers=[]"
+        ) from error
+
+
+def as_tracked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics under the names that trackers group by: `train/...` and `eval/...`."""
+    return {
+        f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
+        for key, value in row.items()
+        if key != "step"
+    }

@@ -1,0 +1,623 @@
+"""What a trained model is used for: prompts are put to it as training put them, and answers come out as they were."""
+
+import json
+import os
+import shutil
+import signal
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_cli import assert_mistake, call
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from qlora_kit.cli import chat
+from qlora_kit.cli.app import app
+from qlora_kit.cli.terminal import printable
+from qlora_kit.data import ask, encode, read_prompts, read_row
+from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.run import Conversation, load_run, load_speaker
+from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
+from qlora_kit.train.samples import Question, Samples
+from qlora_kit.watch import Watch
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]}
+WORDS = ("cat", "dog", "owl", "bee", "ant", "elk")
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A tiny model folder whose tokenizer has a chat template."""
+    folder = tiny.save_model(tmp_path_factory.mktemp("chatty"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(chatty):
+    """That model and its tokenizer, at logits so far apart that nothing is a draw."""
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    return tiny.llama(vocab_size=len(tokenizer), eos_token_id=0, initializer_range=0.2), tokenizer
+
+
+def trained(folder, model, rows, evals="rows.jsonl", lora=None, **train):
+    """The folder of a run of a few steps."""
+    result = call("train", write_recipe(folder, model, rows, evals, lora, **train))
+    assert result.exit_code == 0, result.output + str(result.exception)
+    (folder / "output.txt").write_text(result.output)
+    return folder / "run"
+
+
+def write_recipe(folder, model, rows, evals="rows.jsonl", lora=None, **train):
+    """A recipe with its rows beside it."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "base": {"model": str(model), "compute_dtype": "float32", "device": "cpu"},
+        "lora": lora or {"rank": 4},
+        "data": {"train": "rows.jsonl", "max_tokens": 64, "eval": evals},
+        "train": {"steps": 12, "micro_batch": 4, "lr": 0.01, "warmup": 0, "save_every": 1, "eval_every": 100, **train},
+        "output": str(folder / "run"),
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory, chatty):
+    """A run on chats; with it every verb is tried."""
+    return trained(tmp_path_factory.mktemp("chats"), chatty, [CHAT] * 6)
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory, chatty):
+    """A run on prompts and completions, of the same base."""
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
+    return trained(tmp_path_factory.mktemp("texts"), chatty, rows, evals=None, sample_every=1)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+PROMPTS = [[40, 41, 42], [50], [60, 61, 62, 63, 64]]
+
+
+@torch.no_grad()
+def by_hand(model, prompt, tokens, end=0):
+    """The likeliest token after the other, without cache, padding or `generate`."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + tokens and (len(ids) == len(prompt) or ids[-1] != end):
+        ids.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
+
+
+def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(model):
+    net, tokenizer = model
+    wanted = [tokenizer.decode(by_hand(net, prompt, 6), skip_special_tokens=True) for prompt in PROMPTS]
+    assert len(set(wanted)) == 3
+    told = []
+    for at_once in (1, 22, 1000):
+        found = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, tokens_at_once=at_once, progress=told.append)
+        assert found == wanted
+    assert told == [1, 2, 3, 2, 3, 3]
+
+
+def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
+    net, tokenizer = model
+    plain = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6)
+    drawn = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
+    own = net.generation_config
+    odd = {"do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "top_p": 0.1, "num_beams": 2, "min_p": 0.9}
+    before = {key: getattr(own, key) for key in odd}
+    try:
+        for key, value in odd.items():
+            setattr(own, key, value)
+        assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6) == plain
+        again = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
+        assert again == drawn != plain
+    finally:
+        for key, value in before.items():
+            setattr(own, key, value)
+
+
+def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
+    net, tokenizer = model
+
+    def drawn(**how):
+        return generate_texts(net, tokenizer, PROMPTS, max_new_tokens=8, sampling=Sampling(temperature=3.0, **how))
+
+    state = torch.get_rng_state()
+    first = drawn(seed=1)
+    torch.manual_seed(7)
+    assert drawn(seed=1) == first
+    assert drawn(seed=2) != first
+    torch.set_rng_state(state)
+    drawn(seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    greedy = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=8)
+    assert first != greedy
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert drawn(**narrow) == greedy, narrow
+
+
+def test_a_penalty_holds_back_what_was_there(model):
+    net, tokenizer = model
+    plain = by_hand(net, PROMPTS[0], 50, end=-1)
+    assert len(set(plain)) < 50, "it repeats itself"
+    held = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=50, sampling=Sampling(repetition_penalty=1e6))
+    assert held != generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=50)
+
+
+def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(model, monkeypatch):
+    net, tokenizer = model
+    whole = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12)
+    stop = whole[0][3:5]
+    assert whole[0].find(stop) > 0
+    passes = []
+    forward = type(net).forward
+    monkeypatch.setattr(type(net), "forward", lambda self, *a, **k: passes.append(1) or forward(self, *a, **k))
+    cut = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12, sampling=Sampling(stop=("no such", stop)))
+    assert cut == [whole[0][: whole[0].find(stop)]]
+    assert len(passes) < 12
+    both = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12, sampling=Sampling(stop=(stop,)))
+    assert both == [text.partition(stop)[0] for text in whole], "each row ends by itself"
+
+
+def test_no_answer_goes_past_the_positions_of_the_model(model):
+    net, tokenizer = model
+    short = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=30, tokens_at_once=1, positions=8)
+    assert short == [tokenizer.decode(by_hand(net, p, 8 - len(p)), skip_special_tokens=True) for p in PROMPTS]
+
+
+def test_a_streamed_answer_is_the_answer_in_pieces_and_stops_when_told_to(model):
+    net, tokenizer = model
+    (whole,) = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12)
+    pieces = []
+    streamed = stream_text(net, tokenizer, PROMPTS[0], max_new_tokens=12, tell=pieces.append)
+    assert "".join(pieces) == streamed == whole
+    assert len(pieces) > 2
+    few = []
+    stream_text(net, tokenizer, PROMPTS[0], max_new_tokens=12, tell=few.append, stopped=lambda: len(few) >= 2)
+    assert few == pieces[: len(few)]
+    assert len(few) < len(pieces)
+
+
+@pytest.mark.parametrize("text", ["süß 🙂 日本", "plain words", "\n\n  two", "🙂"])
+def test_a_stream_tells_whole_characters(model, text):
+    _, tokenizer = model
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) >= len(text), "characters of several tokens are among them"
+    pieces = []
+    streamer = _Streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_stream_that_ends_within_a_character_says_so(model):
+    _, tokenizer = model
+    pieces = []
+    streamer = _Streamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([[1]]))
+    for token in tokenizer("a🙂", add_special_tokens=False)["input_ids"][:-1]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(pieces) == streamer.text
+    assert streamer.text.startswith("a\ufffd")
+
+
+def test_what_a_model_says_moves_no_cursor():
+    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u0085\b\x00é\n\t🙂"
+    assert printable(hostile) == "a[2J]0;titlebc31mé\n\t🙂"
+    assert printable("plain\ttext\n") == "plain\ttext\n"
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": "say cat ", "completion": "cat"},
+    CHAT,
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+    {"instruction": "add", "input": "1 2", "output": "3", "system": "be brief"},
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_prompt_is_the_one_that_its_row_was_trained_with(model, row, tmp_path):
+    _, tokenizer = model
+    trained_with = encode(read_row(row, "row"), tokenizer)
+    bare = {key: value for key, value in row.items() if key not in ("completion", "output")}
+    for column in ("messages", "conversations"):
+        if column in row:
+            bare[column] = row[column][:-1]
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(bare) + "\n")
+    whole, unanswered = read_prompts(tmp_path / "p.jsonl", tokenizer, is_chat=False)
+    assert whole.ids == unanswered.ids == trained_with.prompt
+    assert len(whole.ids) > 1
+    assert (whole.reference, unanswered.reference) == (trained_with.answer, None)
+
+
+def test_a_text_is_a_turn_for_a_model_of_chats_and_a_beginning_for_others(model, tmp_path):
+    _, tokenizer = model
+    as_turn = ask([{"role": "user", "content": "hi"}], tokenizer, is_chat=True)
+    (tmp_path / "p.txt").write_text("hi\n\nho\r\n")
+    for is_chat in (True, False):
+        texts = [ask(text, tokenizer, is_chat=is_chat) for text in ("hi", "ho")]
+        assert read_prompts(tmp_path / "p.txt", tokenizer, is_chat=is_chat) == texts
+        assert (texts[0].ids == as_turn.ids) == is_chat
+    assert tokenizer.decode(as_turn.ids) == "<user>hi</s><assistant>"
+    with_system = ask("hi", tokenizer, is_chat=True, system="be brief")
+    assert tokenizer.decode(with_system.ids) == "<system>be brief</s><user>hi</s><assistant>"
+    own = [{"role": "system", "content": "be long"}, {"role": "user", "content": "hi"}]
+    assert ask(own, tokenizer, is_chat=True, system="be brief").ids == ask(own, tokenizer, is_chat=True).ids
+    with pytest.raises(DataError, match="--system"):
+        ask("hi", tokenizer, is_chat=False, system="be brief")
+    with pytest.raises(DataError, match="no prompt"):
+        ask("", tokenizer, is_chat=False)
+
+
+def test_prompts_that_cannot_be_used_are_told_with_their_lines(model, tmp_path):
+    _, tokenizer = model
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "good"}\n{"prompt": 5}\n{nonsense\n{"text": "no question"}\n')
+    with pytest.raises(DataError) as caught:
+        read_prompts(path, tokenizer, is_chat=False)
+    message = str(caught.value)
+    assert message.startswith("3 rows cannot be used")
+    assert len(message.splitlines()) == 3, "of which the first line tells one"
+    assert [f"{path}:{line}" in message for line in (1, 2, 3, 4)] == [False, True, True, True]
+    (tmp_path / "none.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="no prompts"):
+        read_prompts(tmp_path / "none.txt", tokenizer, is_chat=False)
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(text_run, tmp_path):
+    lines = [f"say {word} " for word in ("elephant", "ox", "cat")]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    short = ["--max-new-tokens", 5]
+    one_by_one = [call("generate", text_run, "--prompt", line, *short).output.rstrip("\n") for line in lines]
+    assert len(set(one_by_one)) > 1
+    printed = call("generate", text_run, "--prompts", tmp_path / "p.txt", *short)
+    rows = [json.loads(line) for line in printed.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == lines
+    assert [row["answer"].rstrip("\n") for row in rows] == one_by_one
+    assert "3 of 3" in printed.stderr
+    out = tmp_path / "answers.jsonl"
+    assert call("generate", text_run, "--prompts", tmp_path / "p.txt", *short, "--out", out).exit_code == 0
+    assert out.read_text() == printed.stdout
+    assert_mistake(call("generate", text_run, "--prompts", tmp_path / "p.txt", "--out", out), "exists", "--out")
+    whole = json.loads(call("generate", text_run, "--prompts", text_run.parent / "rows.jsonl", *short, "--json").stdout)
+    assert whole["schema"] == 1
+    assert [each["reference"] for each in whole["answers"]] == list(WORDS)
+
+
+def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_path):
+    exported = call("export", chat_run, "--dtype", "float32", "--out", tmp_path / "merged")
+    assert exported.exit_code == 0, exported.output
+
+    def said(folder, *more):
+        return call("generate", folder, "--prompt", "say cat ", "--max-new-tokens", 6, *more).output
+
+    end, early = (chat_run / "checkpoints" / name for name in ("step-000012", "step-000011"))
+    assert said(chat_run) == said(end) != said(chat_run, "--base")
+    logits = [tiny.logits(load_run(folder)[0]) for folder in (chat_run, end, early)]
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    assert said(tmp_path / "merged", "--raw") != said(tmp_path / "merged")
+    (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.yaml", "data.json"):
+        shutil.copy(chat_run / name, tmp_path / "damaged")
+    shutil.copytree(end, tmp_path / "damaged" / "checkpoints" / "step-000012")
+    (tmp_path / "damaged" / "checkpoints" / "step-000012" / "parameters.safetensors").write_bytes(b"")
+    assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], ["--prompt", "--prompts"]),
+        (["--prompt", "a", "--prompts", "b"], ["one of"]),
+        (["--prompt", "a", "--top-p", 0.5], ["--top-p", "--temperature"]),
+        (["--prompt", "a", "--stop", ""], ["--stop"]),
+        (["--prompt", "a", "--system", "b"], ["--system"]),
+        (["--prompt", "a" * 99], ["99 tokens", "64 positions"]),
+        (["--prompt", ""], ["no prompt"]),
+        (["--prompts", "nothing.jsonl"], ["nothing.jsonl"]),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(text_run, options, words):
+    assert_mistake(call("generate", text_run, *options), *words)
+
+
+# --- chat -------------------------------------------------------------------------------------------------------------
+
+
+def talk(*arguments, lines=(), code=0):
+    """What a chat says to piped lines: standard output, and standard error."""
+    result = CliRunner().invoke(app, ["chat", *map(str, arguments), "--max-new-tokens", "6"], input="\n".join(lines))
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result.stdout, result.stderr
+
+
+@pytest.fixture
+def conversation(chat_run):
+    """A chat with the run, of answers that differ by what was said before."""
+    return Conversation([chat_run], max_new_tokens=6, sampling=Sampling())
+
+
+def say(conversation, text, stopped=lambda: False):
+    notes, pieces = [], []
+    said = conversation.answer(text, tell=pieces.append, note=notes.append, stopped=stopped)
+    assert "".join(pieces) == said
+    return said, notes
+
+
+def test_a_chat_answers_what_the_turns_so_far_would_be_answered(conversation):
+    first, _ = say(conversation, "hi")
+    second, _ = say(conversation, "ho")
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "ho"},
+    ]
+    assert conversation.messages == [*turns, {"role": "assistant", "content": second}]
+    asked = ask(turns, conversation._speaker.tokenizer, is_chat=True).ids
+    assert generate_texts(conversation.model, conversation._speaker.tokenizer, [asked], max_new_tokens=6) == [second]
+    assert conversation.undo()
+    assert conversation.messages == turns[:2]
+    assert say(conversation, "ho")[0] == second
+    conversation.set_system("be brief")
+    conversation.start_anew()
+    assert conversation.messages == [{"role": "system", "content": "be brief"}]
+    assert not conversation.undo()
+
+
+def test_a_chat_forgets_its_oldest_turns_when_the_positions_run_out_and_keeps_the_system(conversation):
+    conversation.set_system("s")
+    notes = [note for text in "abcdef" for note in say(conversation, text)[1]]
+    assert notes, "64 positions are few"
+    assert "64 positions" in notes[0]
+    assert conversation.messages[0] == {"role": "system", "content": "s"}
+    assert [turn["role"] for turn in conversation.messages[1:3]] == ["user", "assistant"]
+    kept = list(conversation.messages)
+    with pytest.raises(DataError, match="positions"):
+        say(conversation, "x" * 99)
+    assert conversation.messages == kept
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_came(conversation):
+    whole, _ = say(conversation, "hi")
+    conversation.undo()
+    answers = iter([False, True])
+    part, _ = say(conversation, "hi", stopped=lambda: next(answers))
+    assert whole.startswith(part)
+    assert conversation.messages[-1]["content"] == part
+
+
+def test_adapters_of_one_base_take_turns_and_the_base_is_bare(chat_run, text_run, tmp_path):
+    other = shutil.copytree(text_run, tmp_path / "other")
+    conversation = Conversation([chat_run, other], max_new_tokens=6, sampling=Sampling())
+    ids = torch.tensor([[5, 6, 7]])
+    alone = [tiny.logits(load_run(run, bare_base=bare)[0], ids) for run, bare in
+             ((chat_run, False), (other, False), (chat_run, True))]  # fmt: skip
+    assert not torch.equal(alone[0], alone[1])
+    assert not torch.equal(alone[0], alone[2])
+    for name, wanted, is_chat in (("run", alone[0], True), ("other", alone[1], False), ("run", alone[0], True)):
+        conversation.use(name)
+        assert torch.equal(tiny.logits(conversation.model, ids), wanted)
+        assert conversation.is_chat == is_chat
+    conversation.use(None)
+    said, _ = say(conversation, "hi")
+    speaker = load_speaker(chat_run, bare_base=True)
+    wanted = generate_texts(speaker.model, speaker.tokenizer, [ask("hi", speaker.tokenizer, is_chat=True).ids],
+                            max_new_tokens=6)  # fmt: skip
+    assert [said] == wanted
+    conversation.use(str(shutil.copytree(text_run / "adapter", tmp_path / "bare")))
+    assert torch.equal(tiny.logits(conversation.model, ids), alone[1])
+    with pytest.raises(AdapterError, match="nowhere"):
+        conversation.use("nowhere")
+
+
+def test_runs_on_different_bases_do_not_share_one(chat_run, tmp_path):
+    other = shutil.copytree(chat_run, tmp_path / "other")
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["base"]["quantization"] = "int8"
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert_mistake(call("chat", chat_run, other), "base.quantization is int8, not nf4")
+    assert_mistake(call("chat", chat_run, chat_run), "called run already")
+    assert_mistake(call("chat", tmp_path), str(tmp_path))
+
+
+def test_chat_works_through_a_pipe(chat_run, tmp_path):
+    saved = tmp_path / "saved.jsonl"
+    said, told = talk(
+        chat_run,
+        lines=["hi", "", "/nothing", "//new", "/undo", f"/save {saved}", f"/save {saved}", "/base", "hi",
+               "/adapter run", "/adapter", "/system be brief", "/help", "/new", "/quit", "never read"],
+    )  # fmt: skip
+    rows = jsonl(saved)
+    assert rows[0]["messages"][0] == {"role": "user", "content": "hi"}
+    assert said.startswith(printable(rows[0]["messages"][1]["content"]) + "\n")
+    assert len(rows[0]["messages"]) == 2, "the second question was taken back"
+    for words in ("there is no /nothing", "taken back", "exists already", "the bare base speaks", "run (speaks)",
+                  "/undo", "a row of training data"):  # fmt: skip
+        assert words in told
+    assert "never read" not in said + told
+
+
+def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves(text_run):
+    said, told = talk(text_run, lines=["say cat ", "say cat ", "/system be brief"])
+    assert "by itself" in told
+    assert "no system turn" in told
+    alone = call("generate", text_run, "--prompt", "say cat ", "--max-new-tokens", 6).stdout
+    assert said == 2 * alone
+    assert_mistake(call("chat", text_run, "--system", "be brief"), "no system turn")
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch):
+    """A signal after the first piece: what is said is shorter, and the next line is read."""
+    whole, _ = talk(chat_run, lines=["/base", "hi", "/quit"])
+    show, pieces = chat._show, []
+
+    def interrupted(piece):
+        pieces.append(piece)
+        show(piece)
+        if len(pieces) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(chat, "_show", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    said, told = talk(chat_run, lines=["/base", "hi", "/undo", "/quit"])
+    assert 1 < len(said) < len(whole)
+    assert whole.startswith(said.rstrip("\n\ufffd"))
+    assert "taken back" in told
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- samples on the way -----------------------------------------------------------------------------------------------
+
+
+def jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, chatty):
+    """A run of which nothing is asked on the way, and one that is; dropout would betray a random state that moved."""
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
+    plain = {"optimizer": "adamw_8bit", "eval_every": 5}
+    folders = [tmp_path_factory.mktemp(name) for name in ("quiet", "asked")]
+    return [
+        trained(folder, chatty, rows, lora={"rank": 4, "dropout": 0.2}, **plain, **asks)
+        for folder, asks in zip(folders, ({}, {"sample_every": 4}), strict=True)
+    ]
+
+
+def test_samples_leave_training_bit_for_bit_as_it_was(sampled):
+    quiet, asked = sampled
+    assert not (quiet / "samples.jsonl").exists()
+    assert [row["step"] for row in jsonl(asked / "samples.jsonl")] == [4] * 4 + [8] * 4 + [12] * 4
+    told = ("step", "loss", "grad_norm", "eval_loss")
+    courses = [[{key: row.get(key) for key in told} for row in jsonl(run / "metrics.jsonl")] for run in sampled]
+    assert len({row["loss"] for row in courses[0]}) > 10
+    assert courses[0] == courses[1]
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in sampled]  # the header has no order
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_samples_ask_the_same_each_time_and_are_what_the_checkpoint_says(sampled):
+    rows = jsonl(sampled[1] / "samples.jsonl")
+    prompts = [f"say {word} " for word in WORDS[:4]]
+    assert [row["prompt"] for row in rows] == 3 * prompts
+    assert [row["reference"] for row in rows] == 3 * list(WORDS[:4])
+    assert len({row["answer"] for row in rows}) > 1
+    model, tokenizer, _ = load_run(sampled[1] / "checkpoints" / "step-000012")
+    asked = [ask(prompt, tokenizer, is_chat=False).ids for prompt in prompts]
+    assert [row["answer"] for row in rows[-4:]] == generate_texts(model, tokenizer, asked, max_new_tokens=64)
+
+
+def test_samples_of_a_step_that_is_taken_again_are_replaced(sampled, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(sampled[1], run)
+    before = jsonl(run / "samples.jsonl")
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 13, "prompt": "from a run that crashed"}\n{"half a li')
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"output": str(run)}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    resumed = call("train", run / "recipe.yaml", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "going on from step-000011" in resumed.output
+    assert jsonl(run / "samples.jsonl") == before
+
+
+def test_samples_take_no_more_tokens_at_one_time_than_an_evaluation(model, monkeypatch):
+    """So that the plan of an evaluation is theirs as well."""
+    net, tokenizer = model
+    shapes = []
+    prompts = [[40 + i] * 20 for i in range(3)]
+    real = type(net).generate
+
+    def watched(self, input_ids, generation_config, **rest):
+        shapes.append((input_ids.shape[0], input_ids.shape[1] + generation_config.max_new_tokens))
+        return real(self, input_ids=input_ids, generation_config=generation_config, **rest)
+
+    monkeypatch.setattr(type(net), "generate", watched)
+    for most, positions in ((30, None), (63, 25), (100, 64)):
+        asked = [Question(ids, "?", "!") for ids in prompts]
+        log = SimpleNamespace(add=lambda row: None)
+        shapes.clear()
+        Samples(net, tokenizer, asked, 2, most, positions, log, lambda step, rows: None)(4)
+        assert sum(rows for rows, _ in shapes) == 3
+        assert all(rows * tokens <= most and tokens <= (positions or most) for rows, tokens in shapes), shapes
+
+
+def test_samples_without_held_out_prompts_are_told(text_run):
+    assert "train.sample_every has no effect" in (text_run.parent / "output.txt").read_text()
+    assert not (text_run / "samples.jsonl").exists()
+
+
+def test_samples_are_told_and_reported_first_and_last(sampled):
+    asked = sampled[1]
+    rows = jsonl(asked / "samples.jsonl")
+    output = (asked.parent / "output.txt").read_text()
+    assert all(f"step {step}: say cat ->" in output for step in (4, 8, 12))
+    page = (asked / "report.html").read_text()
+    assert "step 4" in page
+    assert "step 12" in page
+    assert "Samples on the way" in page
+    assert "Samples on the way" not in (sampled[0] / "report.html").read_text()
+    (asked / "samples.jsonl").write_text(json.dumps(rows[0] | {"answer": "<script>x</script>"}) + "\n")
+    try:
+        assert call("report", asked).exit_code == 0
+        assert "<script>" not in (asked / "report.html").read_text()
+        (asked / "samples.jsonl").write_text('{"step": 1}\n')
+        assert_mistake(call("report", asked), "samples.jsonl", "prompt")
+    finally:
+        (asked / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- a loss that explodes ---------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_explodes_is_told_once_during_the_run_and_after_a_resume_as_well():
+    rows = [{"step": step, "loss": 1.0 if step <= 40 else 9.0} for step in range(1, 81)]
+    rows.insert(50, {"step": 50, "eval_loss": 5.0})
+    rows.insert(51, {"step": 51, "loss": None, "nonfinite": True})
+    for before in (0, 30):
+        watch = Told()
+        show = import_module("qlora_kit.run.train")._watched(rows[:before], watch)
+        for row in rows[before:]:
+            show(row)
+        assert watch.rows == rows[before:]
+        (note,) = watch.notes
+        assert "exploded" in note
+
+
+class Told(Watch):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.notes, self.rows = [], []
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def row(self, row):
+        self.rows.append(row)
