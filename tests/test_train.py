@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import hypothesis
@@ -672,6 +673,20 @@ def test_the_automatic_rate_of_another_family_is_the_lower_of_two_and_that_of_a_
         assert automatic_rate(lower, hidden, 500, False)[0] == min(both)
     rates = [automatic_rate("llama", hidden, 500, False)[0] for hidden in (16, NARROWEST, 2 * NARROWEST)]
     assert rates[0] == rates[1] > rates[2]
+
+
+def test_the_automatic_rate_is_within_twice_the_best_that_was_measured():
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "learning_rate.jsonl"
+    measured = [json.loads(line) for line in results.read_text().splitlines()]
+    lengths = {row["steps"] for row in measured}
+    assert min(lengths) < SHORT_RUN <= max(lengths), "both rules are measured"
+    for steps in lengths:
+        loss_at = {row["lr"]: row["held_out_loss"] for row in measured if row["steps"] == steps}
+        best = min(loss_at, key=loss_at.__getitem__)
+        assert min(loss_at) < best < max(loss_at), "the grid has it inside"
+        rate, _ = automatic_rate("llama", NARROWEST, steps, False)
+        assert rate in loss_at
+        assert best / 2 <= rate <= 2 * best
 
 
 @hypothesis.settings(max_examples=100, deadline=None)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
 from qlora_kit.cli.terminal import printable
-from qlora_kit.data import ask, encode, read_prompts, read_row
+from qlora_kit.data import Encoded, ask, encode, read_prompts, read_row
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.run import Conversation, load_run, load_speaker
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
@@ -66,7 +66,7 @@ def write_recipe(folder, model, rows, evals="rows.jsonl", lora=None, **train):
         "base": {"model": str(model), "compute_dtype": "float32", "device": "cpu"},
         "lora": lora or {"rank": 4},
         "data": {"train": "rows.jsonl", "max_tokens": 64, "eval": evals},
-        "train": {"steps": 12, "micro_batch": 4, "lr": 0.01, "warmup": 0, "save_every": 1, "eval_every": 100, **train},
+        "train": {"steps": 12, "micro_batch": 4, "lr": 0.01, "warmup": 0, "save_every": 11, "eval_every": 100, **train},
         "output": str(folder / "run"),
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
@@ -80,10 +80,22 @@ def chat_run(tmp_path_factory, chatty):
 
 
 @pytest.fixture(scope="module")
-def text_run(tmp_path_factory, chatty):
-    """A run on prompts and completions, of the same base."""
+def sampled(tmp_path_factory, chatty):
+    """A run on prompts and completions that is asked nothing on the way, and one that is, on the same base; dropout
+    would betray a random state that moved."""
     rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
-    return trained(tmp_path_factory.mktemp("texts"), chatty, rows, evals=None, sample_every=1)
+    plain = {"optimizer": "adamw_8bit", "eval_every": 5}
+    folders = [tmp_path_factory.mktemp(name) for name in ("quiet", "asked")]
+    return [
+        trained(folder, chatty, rows, lora={"rank": 4, "dropout": 0.2}, **plain, **asks)
+        for folder, asks in zip(folders, ({}, {"sample_every": 4}), strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def text_run(sampled):
+    """A run on prompts and completions."""
+    return sampled[0]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -337,7 +349,8 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_pa
         (["--prompt", "a", "--system", "b"], ["--system"]),
         (["--prompt", "a" * 99], ["99 tokens", "64 positions"]),
         (["--prompt", ""], ["no prompt"]),
-        (["--prompts", "nothing.jsonl"], ["nothing.jsonl"]),
+        (["--prompts", "nothing.jsonl"], ["nothing.jsonl", "no such file"]),
+        (["--prompts", "nothing"], ["nothing", "no such file"]),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(text_run, options, words):
@@ -496,18 +509,6 @@ def jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory, chatty):
-    """A run of which nothing is asked on the way, and one that is; dropout would betray a random state that moved."""
-    rows = [{"prompt": f"say {word} ", "completion": word} for word in WORDS]
-    plain = {"optimizer": "adamw_8bit", "eval_every": 5}
-    folders = [tmp_path_factory.mktemp(name) for name in ("quiet", "asked")]
-    return [
-        trained(folder, chatty, rows, lora={"rank": 4, "dropout": 0.2}, **plain, **asks)
-        for folder, asks in zip(folders, ({}, {"sample_every": 4}), strict=True)
-    ]
-
-
 def test_samples_leave_training_bit_for_bit_as_it_was(sampled):
     quiet, asked = sampled
     assert not (quiet / "samples.jsonl").exists()
@@ -568,9 +569,16 @@ def test_samples_take_no_more_tokens_at_one_time_than_an_evaluation(model, monke
         assert all(rows * tokens <= most and tokens <= (positions or most) for rows, tokens in shapes), shapes
 
 
-def test_samples_without_held_out_prompts_are_told(text_run):
-    assert "train.sample_every has no effect" in (text_run.parent / "output.txt").read_text()
-    assert not (text_run / "samples.jsonl").exists()
+def test_samples_without_held_out_prompts_are_told(model):
+    _, tokenizer = model
+    watch, asks = Told(), SimpleNamespace(train=SimpleNamespace(sample_every=4))
+    prepared = SimpleNamespace(tokenizer=tokenizer, eval=SimpleNamespace(rows=[Encoded([5, 6], [False, True])]))
+    job = SimpleNamespace(sample=None)
+    assert import_module("qlora_kit.run.train")._let_sample(job, asks, prepared, None, watch) is None
+    assert job.sample is None
+    assert watch.notes == [
+        "train.sample_every has no effect: no held-out row has a prompt and an answer; set data.eval"
+    ]
 
 
 def test_samples_are_told_and_reported_first_and_last(sampled):

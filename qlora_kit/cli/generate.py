@@ -87,11 +87,9 @@ def generate(
         typer.echo(json.dumps({"schema": SCHEMA, "answers": answers}, indent=2))
     elif out is not None:
         typer.echo(f"{len(answers):,} answers in {out}")
-    elif prompts is not None:
-        typer.echo(lines, nl=False)
     else:
-        said = answers[0]["answer"]
-        typer.echo(printable(said) if sys.stdout.isatty() else said)
+        said = lines if prompts is not None else answers[0]["answer"] + "\n"
+        typer.echo(printable(said) if sys.stdout.isatty() else said, nl=False)
 
 
 class _Tells(Protocol):

@@ -75,8 +75,10 @@ def read_prompts(
         system: what chats open with that have no system turn.
 
     Raises:
-        DataError: bad rows, the first 20 of them with their lines; or there is none.
+        DataError: there is no such file, or no prompt in it, or there are bad rows: the first 20, with their lines.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
     faults, prompts = Faults(), []
     for where, raw in _lines(path) if path.suffix.lower() == ".txt" else raw_rows(path, faults):
         try:

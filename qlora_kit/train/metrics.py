@@ -1,4 +1,5 @@
-"""metrics.jsonl: one row a step, on disk as soon as it is known; a value that is not finite is null and says so."""
+"""metrics.jsonl and samples.jsonl: rows of steps, on disk as soon as they are known; what is not finite is null and
+says so."""
 
 import json
 import math
