@@ -21,6 +21,7 @@ from qlora_kit.recipe import Train
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses
 from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
+from qlora_kit.train.schedule import automatic_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import Dpo, task_of
 
@@ -138,6 +139,12 @@ def test_the_split_into_micro_batches_and_chunks_changes_neither_loss_nor_gradie
         for name, gradient in gradients.items():
             # differences of sums over answers: what cancels leaves its rounding
             assert tiny.relative(others[name], gradient) < 20 * FP32, (size, chunk, name)
+
+
+def test_preferences_take_a_tenth_of_the_rate_of_answers_and_say_so():
+    answers, preferences = (automatic_rate("llama", 4096, 500, False, task) for task in ("sft", "dpo"))
+    assert preferences[0] == pytest.approx(answers[0] / 10)
+    assert preferences[1].startswith("a tenth of")
 
 
 @pytest.mark.parametrize("task", ["dpo", "kto"])

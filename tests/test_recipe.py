@@ -115,9 +115,7 @@ WORDS = {
 NOT_BUILT = {
     "base.attention": ["flex", "flash"],
     "lora.rank": ["auto"],
-    "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: classification}]"],
-    "data.format": ["classification"],
-    "train.task": ["classify"],
+    "data.train": ["[{path: a.jsonl, weight: 2}]"],
 }
 
 
@@ -326,7 +324,7 @@ data:
     - {split: test}
     - 5
 train:
-  task: classify
+  task: sleep
   lr: -1
 loar: {rank: 2}
 memory:
@@ -347,8 +345,7 @@ memory:
             "recipe.yaml:16: data.train[1].path is missing; it must be a file, a folder or a hub id",
             "recipe.yaml:17: data.train[2] must be a file, a folder, a hub id or a mapping of path, split, weight, "
             "format, columns, found 5",
-            "recipe.yaml:19: train.task: 'classify' is not built yet in this version; built: sft, pretrain, dpo, ipo, "
-            "orpo, kto",
+            "recipe.yaml:19: train.task must be sft, pretrain, classify, dpo, ipo, orpo or kto, found 'sleep'",
             "recipe.yaml:20: train.lr must be a number above 0 or auto, found -1",
             "recipe.yaml:21: loar is not a key (did you mean lora?)",
             "recipe.yaml:23: memory.budget must be a size above 0 with its unit (24GiB) or null, found 24",

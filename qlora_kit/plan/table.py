@@ -147,7 +147,7 @@ def _other(solution: Solution, other: tuple[Setting, int] | None, tokens: int) -
 
 def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) -> dict[str, float] | None:
     """The least that such a step needs, and how many times that its peak is; None where no formula says it."""
-    if not work.quantization.is_4bit:
+    if not work.quantization.is_4bit or work.task == "classify":
         return None
     least = floor_bytes(
         config,

@@ -86,6 +86,7 @@ class Workload:
             quantize_head=base.quantize_head is True,
             packing=recipe.data.packing is True,
             task=recipe.train.task,
+            is_padded=recipe.train.task == "classify" and micro_batch > 1,
             has_reference=has_reference(recipe),
             loss_chunk=loss_chunk,
         )

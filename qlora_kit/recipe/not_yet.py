@@ -22,16 +22,10 @@ def _all_but(*missing: str | bool) -> Callable[[Any], bool]:
     return lambda value: value not in missing
 
 
-_FORMATS = _all_but("classification")
-_FORMATS_BUILT = "built: auto, messages, sharegpt, alpaca, completion, text, preference, labelled"
-
 ROWS = (
     NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
     NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
     NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
-    NotYet("data.train[].format", _FORMATS, _FORMATS_BUILT),
-    NotYet("data.format", _FORMATS, _FORMATS_BUILT),
-    NotYet("train.task", _all_but("classify"), "built: sft, pretrain, dpo, ipo, orpo, kto"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

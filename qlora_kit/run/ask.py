@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Prompt, ask, read_prompts
-from qlora_kit.errors import DataError
-from qlora_kit.run.folder import DATA
+from qlora_kit.errors import DataError, RunError
+from qlora_kit.run.folder import DATA, recorded_classes
 from qlora_kit.run.prepare import positions_of
 from qlora_kit.run.use import load_any, run_of
 from qlora_kit.storage import read_json
@@ -65,8 +65,10 @@ def load_speaker(
     Raises:
         QloraKitError: as `load_run`.
     """
-    model, tokenizer, _ = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     run = run_of(folder)
+    if run is not None and recorded_classes(run) is not None:
+        raise RunError(f"{run} tells texts apart and says nothing; ask it with qlora-kit eval {run} --data FILE")
+    model, tokenizer, _ = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     is_chat = tokenizer.chat_template is not None if run is None else has_chats(run)
     return Speaker(model, tokenizer, is_chat and not raw)
 

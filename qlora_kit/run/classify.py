@@ -5,10 +5,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from qlora_kit.base.load import Head
 from qlora_kit.data import Batch, Classes
+from qlora_kit.recipe import Recipe
 from qlora_kit.train.evaluate import evaluation_mode
 from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.tasks import said_classes
+
+
+def head_for(recipe: Recipe) -> Head:
+    """What the model of a recipe says."""
+    return "classification" if recipe.train.task == "classify" else "causal"
 
 
 def name_classes(config: PretrainedConfig, classes: Classes, pad: int) -> PretrainedConfig:

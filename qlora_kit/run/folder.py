@@ -17,11 +17,13 @@ from typing import Any
 import torch
 
 from qlora_kit.base.load import resolve_device
+from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
+from qlora_kit.run.classify import classes_in
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.storage import read_json, remove_folder, write_json, write_text
 from qlora_kit.train.trackers import PROJECT
@@ -134,6 +136,9 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
         data["eval"] = asdict(prepared.eval.counts)
     if prepared.packed_tokens is not None:
         data["packing"] = _packing(recipe, prepared, prepared.packed_tokens)
+    if recipe.train.task == "classify":
+        classes = classes_in(prepared.config)
+        data["classes"], data["is_multi"] = list(classes.names), classes.is_multi
     if prepared.date is not None:
         data["date"] = prepared.date.isoformat()
     write_json(folder / DATA, data)
@@ -143,6 +148,12 @@ def recorded_date(folder: Path) -> Date | None:
     """The date that a run's chat template writes; None where it writes none."""
     recorded = read_json(folder / DATA).get("date")
     return None if recorded is None else Date.fromisoformat(recorded)
+
+
+def recorded_classes(folder: Path) -> Classes | None:
+    """The classes that a run tells apart; None where it learns to say something."""
+    recorded = read_json(folder / DATA)
+    return Classes(tuple(recorded["classes"]), recorded["is_multi"]) if "classes" in recorded else None
 
 
 def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:

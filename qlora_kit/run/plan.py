@@ -20,6 +20,7 @@ from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.run.classify import head_for
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, largest_eval_shape, positions_of, prepare
@@ -64,10 +65,10 @@ def plan_memory(
     watch.note(f"there is no {recipe.data.train}: planned for rows of data.max_tokens={recipe.data.max_tokens}")
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
+    check_task(recipe)
+    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
     check_lengths(tokens, positions_of(config))
     check_weights(recipe, config)
-    check_task(recipe)
     check_full_finetune(recipe, config, watch)
     pace = set_pace(
         recipe.train,

@@ -23,6 +23,7 @@ from qlora_kit.data import (
     Faults,
     Filling,
     check_turn_tokens,
+    classes_of,
     collate_rows,
     conversations,
     encode_rows,
@@ -37,6 +38,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
+from qlora_kit.run.classify import classes_in, head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
@@ -103,8 +105,8 @@ def gather(
     """
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
-    config = read_config(folder, trust_remote_code=trust_remote_code)
     check_task(recipe)
+    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
@@ -259,6 +261,14 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return positions
 
 
+def _positions_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """Of models that classify, what their tokenizer says: RoBERTa's kind has two positions that no token can take."""
+    positions = positions_of(config)
+    if recipe.train.task != "classify" or positions is None:
+        return positions
+    return min(positions, tokenizer.model_max_length)
+
+
 def _read_rows(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -266,7 +276,8 @@ def _read_rows(
     watch: Watch | None = None,
     today: Date | None = None,
 ) -> tuple[EncodedSet, EncodedSet, Date | None]:
-    """Training rows, held-out rows, and the date that their template writes."""
+    """Training rows, held-out rows, and the date that their template writes; a classifier's `config` is told its
+    classes."""
     data = recipe.data
     sources = (
         data.train
@@ -284,6 +295,8 @@ def _read_rows(
     unread = train_faults + eval_faults
     if data.on_error == "stop" or unread.hides_rows:
         unread.stop()  # before the rows are encoded, which may take minutes
+    if recipe.train.task == "classify":
+        name_classes(config, classes_of(examples, known_classes(config)), pad_id(tokenizer))
     chats = any(isinstance(part, Chat) for example in (*examples, *held_out) for part in conversations(example))
     date = _settle_template(tokenizer, recipe, today, watch or Watch()) if chats else None
     train_rows = _encode(examples, recipe, tokenizer, config, faults=train_faults)
@@ -327,7 +340,8 @@ def _encode(
         over_length=recipe.data.over_length,
         thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
-        max_positions=positions_of(config),
+        max_positions=_positions_for(recipe, tokenizer, config),
+        classes=classes_in(config) if recipe.train.task == "classify" else None,
         faults=faults,
         may_be_empty=may_be_empty,
     )

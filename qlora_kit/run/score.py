@@ -3,10 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
+from qlora_kit.run.classify import classes_in, f1_score, predictions, words_of
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
@@ -41,6 +43,7 @@ def score(
         base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, task, loss_chunk)
     own = {name: value for name, value in base.measures.items() if name not in AGAINST_REFERENCE}
     adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
+    asked = questions(tokenizer, rows) if task.answers else classified(model, tokenizer, rows)
     samples = [
         {
             "prompt": question.prompt,
@@ -48,7 +51,7 @@ def score(
             "base": before,
             "adapter": after,
         }
-        for question, before, after in zip(questions(tokenizer, rows), base_texts, texts, strict=False)
+        for question, before, after in zip(asked, base_texts, texts, strict=False)
     ]
     return {
         "rows": len(prepared.eval.rows),
@@ -68,6 +71,8 @@ def score_rows(
 ) -> tuple[Score, list[str]]:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
     measured = evaluate_loss(model, batches, task, loss_chunk=loss_chunk)
+    if not task.answers:
+        return _told_apart(model, measured, rows, batches)
     answered = answered_rows(rows)
     if not answered:
         return measured, []
@@ -80,6 +85,31 @@ def score_rows(
         return measured, texts
     right = exact_match(texts, [reference(tokenizer, row) for row in asked])
     return replace(measured, exact_match=right), texts
+
+
+def _told_apart(
+    model: PreTrainedModel, measured: Score, rows: list[Encoded], batches: list[Batch]
+) -> tuple[Score, list[str]]:
+    """The score of a classification with its F1, and what the model says of the first few rows."""
+    classes, said = classes_in(model.config), predictions(model, batches)
+    f1 = f1_score(said, torch.cat([batch.labels.cpu() for batch in batches]), len(classes.names))
+    by_length = sorted(range(len(rows)), key=lambda row: rows[row].longest)  # the order of the batches
+    of_row = dict(zip(by_length, said.tolist(), strict=True))
+    words = [words_of(of_row[row], classes) for row in range(min(SAMPLES, len(rows)))]
+    return replace(measured, measures={**measured.measures, "f1": f1}), words
+
+
+def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+    """The first few texts of a classification, each with the name of its class."""
+    classes = classes_in(model.config)
+    return [
+        Question(
+            row.input_ids,
+            str(tokenizer.decode(row.input_ids, skip_special_tokens=True)),
+            words_of(row.target or 0, classes),
+        )
+        for row in rows[:SAMPLES]
+    ]
 
 
 def questions(tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:

@@ -25,6 +25,8 @@ def check_task(recipe: Recipe) -> None:
             f"data.over_length=split would part a row into what no longer stands for it; for train.task={task} set "
             "drop, truncate or error"
         )
+    if recipe.train.sample_every is not None and task == "classify":
+        raise RecipeError("train.sample_every asks for answers, and train.task=classify learns none; leave it out")
     if recipe.train.full_finetune and task in WITH_REFERENCE:
         raise RecipeError(
             f"train.task={task} holds to the model that training starts from, which train.full_finetune changes; "

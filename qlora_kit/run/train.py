@@ -18,6 +18,7 @@ from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lor
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import LossWatch, write_report
+from qlora_kit.run.classify import classes_in
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
@@ -133,7 +134,9 @@ def train(
         if unlearnt is not None:
             watch.note(unlearnt)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
-        loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, plan["loss_chunk"])
+        task = task_of(recipe.train, has_reference=has_reference(recipe))
+        asked = plan["loss_chunk"] if task.answers else None
+        loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, asked)
         if why_whole is not None:
             watch.note(why_whole)
         if not resume:
@@ -145,9 +148,7 @@ def train(
         if end.finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
             base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(
-                model, prepared, task_of(recipe.train, has_reference=has_reference(recipe)), base, loss_chunk
-            )
+            scores = score(model, prepared, task, base, loss_chunk)
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
@@ -181,7 +182,14 @@ def _load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trus
         return ledger.watch("load")
 
     folder = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code, notify=watch.note)
-    return load_recipe_base(recipe, folder, prepared.tokenizer, trust_remote_code=trust_remote_code, watching=loading)
+    return load_recipe_base(
+        recipe,
+        folder,
+        prepared.tokenizer,
+        classes=classes_in(prepared.config) if recipe.train.task == "classify" else None,
+        trust_remote_code=trust_remote_code,
+        watching=loading,
+    )
 
 
 def _make_trainable(

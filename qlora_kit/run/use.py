@@ -7,11 +7,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
 from qlora_kit.base.load import Watching
+from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
-from qlora_kit.run.folder import CHECKPOINTS, DATA, RECIPE, provenance_of, recorded_date, trained_folder
+from qlora_kit.run.classify import head_for, name_classes
+from qlora_kit.run.folder import (
+    CHECKPOINTS,
+    DATA,
+    RECIPE,
+    provenance_of,
+    recorded_classes,
+    recorded_date,
+    trained_folder,
+)
 from qlora_kit.run.prepare import (
     added_ids,
     eval_batches,
@@ -64,7 +74,14 @@ def load_run(
     is_whole = recipe.train.full_finetune and not bare_base and is_end
     source = trained if is_whole else locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
     tokenizer = load_run_tokenizer(run, source, trust_remote_code=trust_remote_code)
-    model = load_recipe_base(recipe, source, tokenizer, device=device, trust_remote_code=trust_remote_code)
+    model = load_recipe_base(
+        recipe,
+        source,
+        tokenizer,
+        classes=recorded_classes(run),
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     if not bare_base and not is_end:
         _go_to_checkpoint(model, tokenizer, recipe, folder)
     elif not bare_base and not is_whole:
@@ -147,11 +164,11 @@ def evaluate(
     if not rows.rows:
         raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")
     batches = eval_batches(rows.rows, pad_id(tokenizer), model.device)
-    chunk = automatic_chunk(model.config.get_text_config().vocab_size)
+    task = task_of(recipe.train, has_reference=has_reference(recipe))
+    chunk = automatic_chunk(model.config.get_text_config().vocab_size) if task.answers else None
     loss_chunk, _ = settled_chunk(model, rows.rows[0].input_ids, chunk)
     if has_reference(recipe):
         load_reference(model, recipe.lora)
-    task = task_of(recipe.train, has_reference=has_reference(recipe))
     measured, _ = score_rows(model, tokenizer, rows.rows, batches, task, loss_chunk)
     return measured
 
@@ -183,13 +200,13 @@ def export_run(
     model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
     if to == "adapter":
         return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
-    rows = held_out_rows(recipe, tokenizer, model.config, None).rows
+    rows, is_causal = held_out_rows(recipe, tokenizer, model.config, None).rows, head_for(recipe) == "causal"
     return export_merged(
         model,
         tokenizer,
         out,
         dtype=dtype,
-        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device) if rows else None,
+        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device) if rows and is_causal else None,
         provenance=provenance_of(recipe),
         is_whole=recipe.train.full_finetune,
     )
@@ -200,6 +217,7 @@ def load_recipe_base(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    classes: Classes | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     watching: Watching | None = None,
@@ -210,6 +228,7 @@ def load_recipe_base(
         recipe: the run.
         folder: where `locate_model` found the base, or a run's model/.
         tokenizer: with the tokens that the recipe adds.
+        classes: that a run tells apart.
         device: other than the recipe's.
         trust_remote_code: let the model folder's own code run.
         watching: as `load_base` takes it.
@@ -227,7 +246,11 @@ def load_recipe_base(
         attention=base.attention,
         vocabulary=rows_needed(tokenizer, recipe),
         trust_remote_code=trust_remote_code,
+        head=head_for(recipe),
+        labels=None if classes is None else len(classes.names),
         watching=watching,
     )
     model.config._name_or_path = base.model  # a hub id, where transformers would keep the cache's path
+    if classes is not None:
+        name_classes(model.config, classes, pad_id(tokenizer))
     return model

@@ -83,7 +83,7 @@ def set_pace(
     per_step = micro_batch * accumulation
     steps = train.steps or max(1, math.ceil(train.epochs * rows / per_step))
     body = config.get_text_config()
-    automatic = automatic_rate(body.model_type, body.hidden_size, steps, train.full_finetune)
+    automatic = automatic_rate(body.model_type, body.hidden_size, steps, train.full_finetune, train.task)
     lr, reason = automatic if train.lr == "auto" else (train.lr, "the recipe")
     return Pace(
         steps=steps,

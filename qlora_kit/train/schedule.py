@@ -20,6 +20,9 @@ NARROWEST = 256
 """Hidden size below which the fit is not followed: it was made on sizes of 1,024 and above, and held against measured
 rates at this one, where it says 2.5e-3 (benchmarks/learning_rate.py)."""
 
+PREFERENCES, PREFERENCE_SHARE = ("dpo", "ipo", "orpo", "kto"), 0.1
+"""Tasks that compare answers, and their share of the rate that answers are learnt at."""
+
 
 def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup: float) -> float:
     """The rate of step `step` (counted from 1) of `steps`.
@@ -43,7 +46,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup
     return peak * min(1.0, (steps - step + 1) / max(1, math.ceil(WSD_DECAY_SHARE * steps)))
 
 
-def automatic_rate(family: str, hidden: int, steps: int, full_finetune: bool) -> tuple[float, str]:
+def automatic_rate(family: str, hidden: int, steps: int, full_finetune: bool, task: str = "sft") -> tuple[float, str]:
     """What `train.lr: auto` means, and why: the fit of LoRA Without Regret over 14 Llama and Qwen3 models.
 
     rate = 5e-5 * factor * (2000 / hidden) ^ power,   factor: LoRA 10, in short runs about 15; full fine-tuning 1
@@ -56,6 +59,8 @@ def automatic_rate(family: str, hidden: int, steps: int, full_finetune: bool) ->
         hidden: width of the residual stream.
         steps: of the run.
         full_finetune: whether every weight trains.
+        task: of `train.task`. Preferences move a model that answers already, and take a tenth; Zephyr (arXiv
+            2310.16944) went from 2e-5 for answers to 5e-7 for pairs.
 
     Source: doi 10.64434/tml.20250929 for the factors and the form; the powers are those that its authors published in
     tinker-cookbook's `hyperparam_utils` of 2025.
@@ -69,4 +74,7 @@ def automatic_rate(family: str, hidden: int, steps: int, full_finetune: bool) ->
     rate = FULL_RATE * factor * min(width**power for power in known or POWERS.values())
     whose = "LoRA Without Regret's fit" if known else "the lower of LoRA Without Regret's fits for Llama and Qwen"
     kind = "full fine-tuning" if full_finetune else "a short run" if steps < SHORT_RUN else "LoRA"
-    return float(f"{rate:.1e}"), f"{whose} for {kind} at a hidden size of {hidden:,}"
+    said = f"{whose} for {kind} at a hidden size of {hidden:,}"
+    if task not in PREFERENCES:
+        return float(f"{rate:.1e}"), said
+    return float(f"{PREFERENCE_SHARE * rate:.1e}"), f"a tenth of {said}, as preferences want"

@@ -1,0 +1,178 @@
+"""Texts told apart: rows with one class or several, a run from rows to an export that any program reads."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_cli import assert_mistake, call, write_recipe
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from qlora_kit.data import Classes, classes_of, collate_rows, encode_rows, read_row
+from qlora_kit.data.formats import Classified
+from qlora_kit.errors import DataError
+from qlora_kit.run.classify import f1_score
+from qlora_kit.train.objectives import classification_loss_sum
+
+TEXTS = {
+    "cat": ("a cat sat", "the cat", "cats!"),
+    "dog": ("a dog ran", "the dog", "dogs?"),
+    "owl": ("an owl", "owls fly"),
+}
+
+
+def rows():
+    return [{"text": text, "label": label} for label, texts in TEXTS.items() for text in texts]
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory, model_folder):
+    """A two-layer BERT without a classifier's weights, beside the tokenizer of the tiny Llama."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=80, max_position_embeddings=64, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=0.0, pad_token_id=0)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny.spread(BertForSequenceClassification(config)).bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe_in(folder, model, given, **train):
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    return write_recipe(folder, model, task="classify", **{"steps": 12, "lr": 2e-2, **train})
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "is_multi"),
+    [
+        ("cat", ("cat",), False),
+        (2, ("2",), False),
+        (True, ("1",), False),
+        (["a", "b"], ("a", "b"), True),
+        ([], (), True),
+    ],
+)
+def test_a_label_is_a_name_a_number_or_a_list_of_them(label, labels, is_multi):
+    assert read_row({"text": "x", "label": label}, "f:1", task="classify") == Classified("x", labels, is_multi)
+
+
+@pytest.mark.parametrize("label", [None, "", -1, 1.5, ["a", "a"], {"a": 1}, [None]])
+def test_any_other_label_is_refused_with_its_line(label):
+    with pytest.raises(DataError, match="f:1: column 'label'"):
+        read_row({"text": "x", "label": label}, "f:1", task="classify")
+
+
+def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_order():
+    def of(*labels, known=()):
+        return classes_of([Classified("x", (label,)) for label in labels], known).names
+
+    assert of("b", "a", "b") == ("a", "b")
+    assert of("10", "9", "2") == tuple(map(str, range(11)))
+    assert of("dog", "cat", known=["owl", "dog", "cat"]) == ("owl", "dog", "cat")
+    assert of("dog", "fox", known=["owl", "dog", "cat"]) == ("dog", "fox")
+    with pytest.raises(DataError, match=r"1 class \(a\)"):
+        of("a", "a")
+
+
+def test_a_held_out_label_that_was_never_trained_on_is_a_fault_of_its_row():
+    with pytest.raises(DataError, match=r"'cart' is none of the training rows' \(did you mean 'cat'\?\)"):
+        Classes(("cat", "dog"), False).target(["cart"])
+
+
+def test_a_truncated_text_keeps_its_class(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    given = [Classified("a long text about cats", ("cat",), where="f:1"), Classified("dogs", ("dog",), where="f:2")]
+    encoded = encode_rows(given, tokenizer, max_tokens=5, over_length="truncate", classes=classes_of(given))
+    assert [(len(row.input_ids), row.target) for row in encoded.rows] == [(5, 0), (4, 1)]
+    assert encoded.counts.trained_tokens == 2
+    batch = collate_rows([[row] for row in encoded.rows], 0)
+    assert (batch.labels.tolist(), batch.count, batch.rows) == ([0, 1], 2, 2)
+
+
+# --- losses and scores ------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_several_classes_is_transformers_own():
+    logits, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[1.0, 0, 1]] * 5)
+    wanted = torch.nn.BCEWithLogitsLoss()(logits, labels)  # what transformers takes for multi_label_classification
+    assert wanted > 0.1
+    assert classification_loss_sum(logits, labels).item() == pytest.approx(5 * wanted.item(), rel=1e-6)
+
+
+def test_f1_is_the_mean_over_classes_that_are_said_or_wanted():
+    said, wanted = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 0])
+    # class 0: precision 1/2, recall 1/2; class 1: precision 2/3, recall 2/3; class 2: neither said nor wanted
+    assert f1_score(said, wanted, 3) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert f1_score(wanted, wanted, 3) == 1
+    many = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 1], [1, 0]])
+    assert f1_score(*many, 2) == pytest.approx((1 + 0) / 2)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transformers(
+    base, tmp_path, bert_folder, model_folder
+):
+    recipe = recipe_in(tmp_path, bert_folder if base == "bert" else model_folder, rows())
+    result = call("train", recipe)
+    assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
+    assert scores["adapter"]["accuracy"] > scores["base"]["accuracy"]
+    assert 0 < scores["adapter"]["f1"] <= 1
+    assert "perplexity" not in scores["adapter"]
+    assert {sample["reference"] for sample in scores["samples"]} <= set(TEXTS)
+    memory = json.loads((run / "memory.json").read_text())
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert json.loads((run / "data.json").read_text())["classes"] == ["cat", "dog", "owl"]
+    found = json.loads(call("eval", run, "--json").stdout)
+    assert {key: found[key] for key in ("accuracy", "f1")} == {
+        key: scores["adapter"][key] for key in ("accuracy", "f1")
+    }
+    assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "eval")
+    exported = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
+    assert exported.exit_code == 0, exported.output
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert plain.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    texts = [row["text"] for row in rows()]
+    with torch.no_grad():
+        said = [plain(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
+    right = sum(plain.config.id2label[number] == row["label"] for number, row in zip(said, rows(), strict=True))
+    assert right / len(texts) == pytest.approx(scores["adapter"]["accuracy"])
+
+
+def test_a_text_may_have_several_classes(tmp_path, bert_folder):
+    given = [
+        {"text": text, "label": [name for name in TEXTS if name in text]} for row in rows() for text in [row["text"]]
+    ]
+    given.append({"text": "a cat and a dog", "label": ["dog", "cat"]})
+    result = call("train", recipe_in(tmp_path, bert_folder, given, steps=16))
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.05
+    assert call("export", tmp_path / "run", "--to", "merged", "--out", tmp_path / "merged").exit_code == 0
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["data.packing=true"], ["data.packing"]),
+        (["train.sample_every=2"], ["train.sample_every"]),
+        (["data.max_tokens=500"], ["positions", "64"]),
+        (["train.task=sft"], ["bert", "causal"]),
+    ],
+)
+def test_what_a_classification_cannot_do_is_one_line(settings, words, tmp_path, bert_folder):
+    assert_mistake(call("train", recipe_in(tmp_path, bert_folder, rows()), *settings), *words)
