@@ -197,8 +197,8 @@ class Bench:
                     "lora.rank=16", f"train.micro_batch={count}", "train.accumulation=1", "train.master_weights=none",
                     f"memory.activations={activations}", f"memory.budget={budget}B"]  # fmt: skip
         recipe, tokens = read_recipe("default", settings), self.size.tokens
-        pace = set_pace(recipe.train, rows=count, longest=tokens, tokens=tokens, trained_tokens=tokens, parameters=1)
         config = read_config(self.checkpoint)
+        pace = set_pace(recipe.train, rows=count, longest=tokens, tokens=tokens, trained_tokens=tokens, config=config)
         del config.quantization_config  # it is planned as it is held
         return plan_methods(recipe, config, pace, tokens)
 
