@@ -329,9 +329,11 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     """
     stored_quantization(config)
     if not isinstance(config.get_text_config(), PretrainedConfig):
-        raise ModelError(f"{folder / 'config.json'} says text_config={config.get_text_config()!r}; it must be a mapping")
+        raise ModelError(
+            f"{folder / 'config.json'} says text_config={config.get_text_config()!r}; it must be a mapping"
+        )
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        size = getattr(config.get_text_config(), name, None)
+        size = getattr(text, name, None)
         if isinstance(size, int) and size < 1:
             raise ModelError(f"{folder / 'config.json'} says {name}={size}; it must be at least 1")
     auto = _AUTO[head]
