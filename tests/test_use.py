@@ -19,9 +19,12 @@ from typer.testing import CliRunner
 from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
 from qlora_kit.cli.terminal import printable
-from qlora_kit.data import Encoded, ask, encode, read_prompts, read_row
+from qlora_kit.data import Encoded, ask, collate, encode, read_prompts, read_row
 from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.lora import add_lora
+from qlora_kit.memory import Ledger
 from qlora_kit.run import Conversation, load_run, load_speaker
+from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
 from qlora_kit.watch import Watch
@@ -567,6 +570,28 @@ def test_samples_take_no_more_tokens_at_one_time_than_an_evaluation(model, monke
         Samples(net, tokenizer, asked, 2, most, positions, log, lambda step, rows: None)(4)
         assert sum(rows for rows, _ in shapes) == 3
         assert all(rows * tokens <= most and tokens <= (positions or most) for rows, tokens in shapes), shapes
+
+
+@pytest.mark.parametrize(("rows", "length", "prompt"), [(16, 30, 20), (4, 60, 55), (1, 64, 40)])
+def test_samples_take_less_memory_than_the_evaluation_that_is_planned(model, rows, length, prompt):
+    _, tokenizer = model
+    net = tiny.quantized(tiny.llama(vocab_size=len(tokenizer)))
+    add_lora(net, rank=4)
+    batch = collate([Encoded([5] * length, [place >= prompt for place in range(length)])] * rows, 0)
+    asked = [Question([5 + i] * prompt, "?", "!") for i in range(4)]
+    log = SimpleNamespace(add=lambda row: None)
+    peaks = []
+    for act in (
+        lambda ledger: rehearse_evaluation(net, batch, ledger.phase),
+        lambda ledger: Samples(net, tokenizer, asked, 1, rows * length, 64, log, lambda step, rows: None)(1),
+    ):
+        ledger = Ledger()
+        ledger.adopt(net)
+        with ledger:
+            before = ledger.current()
+            act(ledger)
+        peaks.append(ledger.peak() - before)
+    assert 0 < peaks[1] < peaks[0]
 
 
 def test_samples_without_held_out_prompts_are_told(model):
