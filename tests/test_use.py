@@ -582,7 +582,7 @@ def test_samples_take_less_memory_than_the_evaluation_that_is_planned(model, row
     log = SimpleNamespace(add=lambda row: None)
     peaks = []
     for act in (
-        lambda ledger: rehearse_evaluation(net, batch, ledger.phase),
+        lambda ledger: rehearse_evaluation(net, batch, phase=ledger.phase),
         lambda ledger: Samples(net, tokenizer, asked, 1, rows * length, 64, log, lambda step, rows: None)(1),
     ):
         ledger = Ledger()

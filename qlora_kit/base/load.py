@@ -328,10 +328,9 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
             directions, an encoder with a decoder, or a model of no size.
     """
     stored_quantization(config)
-    if not isinstance(config.get_text_config(), PretrainedConfig):
-        raise ModelError(
-            f"{folder / 'config.json'} says text_config={config.get_text_config()!r}; it must be a mapping"
-        )
+    text = config.get_text_config()
+    if not isinstance(text, PretrainedConfig):
+        raise ModelError(f"{folder / 'config.json'} says text_config={text!r}; it must be a mapping")
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         size = getattr(text, name, None)
         if isinstance(size, int) and size < 1:
