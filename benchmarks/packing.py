@@ -13,7 +13,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.data import arrange, best_fit, efficiency
+from qlora_kit.data import Room, arrange, best_fit, efficiency, side_by_side
+from qlora_kit.train.pace import OVERHEAD_TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
 SEEDS, ROWS, ROOM = range(5), 2000, 2048
@@ -27,10 +28,17 @@ def lengths_of(seed: int) -> list[int]:
     return [min(ROOM, max(8, round(draw.lognormvariate(5.5, 0.9)))) for _ in range(ROWS)]
 
 
+def laid_out(step: list[int], micro_batch: int, room: int | None) -> list[list[list[int]]]:
+    """A step's rows packed, or side by side on a card."""
+    if room is None:
+        return side_by_side(step, Room(micro_batch, ROOM, overhead=OVERHEAD_TOKENS["cuda"]))
+    return arrange(step, micro_batch, room)
+
+
 def filled(lengths: list[int], rows_a_step: int, micro_batch: int, room: int | None) -> float:
     """Share of the places of all steps that hold a token."""
     steps = [lengths[start : start + rows_a_step] for start in range(0, len(lengths), rows_a_step)]
-    places = sum(sum(step) / efficiency(step, arrange(step, micro_batch, room)) for step in steps)
+    places = sum(sum(step) / efficiency(step, laid_out(step, micro_batch, room)) for step in steps)
     return sum(lengths) / places
 
 

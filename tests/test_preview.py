@@ -29,6 +29,7 @@ from qlora_kit.data import (
     Chat,
     Completion,
     EncodedSet,
+    Room,
     Sampler,
     Text,
     arrange,
@@ -39,6 +40,7 @@ from qlora_kit.data import (
     measure_lengths,
     remarks_on,
     show_rows,
+    side_by_side,
 )
 from qlora_kit.data.template import Encoded
 from qlora_kit.recipe import read_recipe
@@ -151,21 +153,23 @@ def test_lengths_are_those_before_rows_are_cut_or_left_out():
     assert [measure_lengths(each) for each in found] == [measure_lengths(whole)] * 2
 
 
-@pytest.mark.parametrize("max_tokens", [None, 64])
-def test_filling_counts_what_the_batches_of_an_epoch_hold(max_tokens):
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_filling_counts_what_the_batches_of_an_epoch_hold(is_packed):
     lengths = [(7 * number) % 41 + 2 for number in range(70)]
-    found = fill(lengths, seed=3, steps=1000, rows_a_step=14, micro_batch=3, max_tokens=max_tokens)
+    room = Room(3, 64 if is_packed else 42, overhead=30)
+    found = fill(lengths, seed=3, steps=1000, rows_a_step=14, room=room, is_packed=is_packed)
     sampler, tokens, places, sequences = Sampler(70, 3), 0, 0, 0
     for _ in range(5):
         rows = sampler.next_rows(14)
-        for packs in arrange([lengths[row] for row in rows], 3, max_tokens):
+        own = [lengths[row] for row in rows]
+        for packs in arrange(own, 3, 64) if is_packed else side_by_side(own, room):
             batch = collate_packs([[Encoded([1] * lengths[rows[i]], [True] * lengths[rows[i]]) for i in pack]
                                    for pack in packs], pad_id=0)  # fmt: skip
             tokens, places = tokens + sum(batch.lengths), places + batch.input_ids.numel()
             sequences += len(packs)
     assert tokens < places
     assert (found.steps, found.sequences, found.efficiency) == (5, sequences, tokens / places)
-    assert (sequences == 70) == (max_tokens is None)
+    assert (sequences == 70) != is_packed
 
 
 # ---- remarks -------------------------------------------------------------------------------------------------------

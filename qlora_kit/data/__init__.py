@@ -39,7 +39,7 @@ from qlora_kit.data.formats import (
     read_row,
 )
 from qlora_kit.data.load import Source, load_rows, split_eval
-from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
+from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
@@ -65,6 +65,7 @@ __all__ = [
     "Preview",
     "Prompt",
     "Remark",
+    "Room",
     "Sampler",
     "Source",
     "Text",
@@ -97,6 +98,7 @@ __all__ = [
     "read_row",
     "remarks_on",
     "show_rows",
+    "side_by_side",
     "split_eval",
     "swap_answers",
     "template_tokens",

@@ -1,4 +1,4 @@
-"""Pack: several rows in one sequence, so that a step computes little for padding.
+"""Pack: rows of a step side by side, or several in one sequence, so that it computes little for padding.
 
     best-fit decreasing: rows from the longest to the shortest, each into the sequence that it fills best
 
@@ -11,6 +11,7 @@ document keeps its own positions and attention.
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 
 from qlora_kit.data.template import Encoded
@@ -41,8 +42,63 @@ def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return packs
 
 
-def arrange(lengths: Sequence[int], micro_batch: int, max_tokens: int | None) -> list[list[list[int]]]:
-    """Cut the rows of one step into micro-batches: sequences of like length side by side, the longest first.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one forward pass may take.
+
+    Attributes:
+        micro_batch: sequences of the longest kind.
+        longest: tokens of such a sequence.
+        most: sequences of any kind; None leaves it to the places, micro_batch x longest.
+        overhead: tokens that take as long as what every pass costs beside its tokens, since it decodes all weights.
+    """
+
+    micro_batch: int
+    longest: int
+    most: int | None = None
+    overhead: int = 0
+
+    def holds(self, sequences: int, tokens: int) -> bool:
+        """Whether so many sequences, padded to `tokens`, go side by side."""
+        within = sequences <= (self.most or sequences)
+        return sequences == 1 or (within and sequences * tokens <= self.micro_batch * self.longest)
+
+
+def side_by_side(lengths: Sequence[int], room: Room) -> list[list[list[int]]]:
+    """Cut the rows of one step into micro-batches, each row a sequence of its own, so that the step takes least time.
+
+    Time goes by places, padding included, and by passes. Rows of like length stand side by side; how many do is found
+    exactly, by the best way for the rows up to each one.
+
+    Args:
+        lengths: tokens of each row.
+        room: what a forward pass may take; a row that is longer goes alone.
+
+    Returns:
+        micro-batches of sequences of row numbers, the longest first.
+    """
+    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    least, cut = [0.0], [0]  # of the first n rows: their time, and where their last micro-batch begins
+    for end in range(1, len(rows) + 1):
+        ways = []
+        for begin in range(end - 1, -1, -1):
+            tokens = lengths[rows[begin]]
+            if not room.holds(end - begin, tokens):
+                break
+            ways.append((least[begin] + (end - begin) * tokens + room.overhead, begin))
+        time, begin = min(ways)
+        least.append(time)
+        cut.append(begin)
+    found: list[list[list[int]]] = []
+    end = len(rows)
+    while end > 0:
+        found.append([[row] for row in rows[cut[end] : end]])
+        end = cut[end]
+    return found[::-1]
+
+
+def arrange(lengths: Sequence[int], micro_batch: int, max_tokens: int) -> list[list[list[int]]]:
+    """Cut the rows of one step into micro-batches of packed sequences, those of like length side by side.
 
     Packed rows take as few micro-batches as best fit allows. Of the sequences that do, those with the least padding are
     taken: best fit's own, or shorter ones, since with full ones the last is often nearly empty beside them.
@@ -50,17 +106,15 @@ def arrange(lengths: Sequence[int], micro_batch: int, max_tokens: int | None) ->
     Args:
         lengths: tokens of each row.
         micro_batch: sequences in one forward pass.
-        max_tokens: as for `best_fit`; None leaves every row a sequence of its own.
+        max_tokens: as for `best_fit`.
 
     Returns:
-        micro-batches of sequences of row numbers.
+        micro-batches of sequences of row numbers, the longest first.
     """
-    if max_tokens is None:
-        return _side_by_side(lengths, [[row] for row in range(len(lengths))], micro_batch)
     full = best_fit(lengths, max_tokens)
     most = math.ceil(len(full) / micro_batch) * micro_batch
     ways = [full, *(_shortest(lengths, count, max_tokens) for count in range(len(full), most + 1))]
-    arranged = [_side_by_side(lengths, packs, micro_batch) for packs in ways]
+    arranged = [_by_length(lengths, packs, micro_batch) for packs in ways]
     return max(arranged, key=lambda way: efficiency(lengths, way))
 
 
@@ -71,13 +125,13 @@ def _shortest(lengths: Sequence[int], count: int, max_tokens: int) -> list[list[
     return best_fit(lengths, rooms[bisect_left(rooms, True, key=lambda room: len(best_fit(lengths, room)) <= count)])
 
 
-def _side_by_side(lengths: Sequence[int], packs: list[list[int]], micro_batch: int) -> list[list[list[int]]]:
+def _by_length(lengths: Sequence[int], packs: list[list[int]], micro_batch: int) -> list[list[list[int]]]:
     packs = sorted(packs, key=lambda pack: -sum(lengths[row] for row in pack))
     return [packs[start : start + micro_batch] for start in range(0, len(packs), micro_batch)]
 
 
 def efficiency(lengths: Sequence[int], micro_batches: Sequence[Sequence[Sequence[int]]]) -> float:
-    """Share of the places in micro-batches, from `arrange`, that hold a token and no padding."""
+    """Share of the places in micro-batches, from `arrange` or `side_by_side`, that hold a token and no padding."""
     tokens = places = 0
     for packs in micro_batches:
         filled = [sum(lengths[row] for row in pack) for pack in packs]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.collate import Sampler
 from qlora_kit.data.encode import Counts, EncodedSet, Fate
-from qlora_kit.data.pack import arrange, efficiency
+from qlora_kit.data.pack import Room, arrange, efficiency, side_by_side
 from qlora_kit.data.remarks import Remark, sides
 from qlora_kit.data.template import Encoded
 
@@ -149,9 +149,7 @@ def measure_lengths(rows: EncodedSet) -> Lengths:
     return Lengths(median, p95, p99, longest)
 
 
-def fill(
-    lengths: Sequence[int], *, seed: int, steps: int, rows_a_step: int, micro_batch: int, max_tokens: int | None
-) -> Filling:
+def fill(lengths: Sequence[int], *, seed: int, steps: int, rows_a_step: int, room: Room, is_packed: bool) -> Filling:
     """Lay out the batches of an epoch as the training loop does.
 
     Args:
@@ -159,16 +157,17 @@ def fill(
         seed: of the run, which decides the order of the rows.
         steps: of the run.
         rows_a_step: rows that one optimizer step consumes.
-        micro_batch: sequences in one forward pass.
-        max_tokens: that a sequence of packed rows may hold; None leaves every row a sequence of its own.
+        room: what a forward pass may take; of packed rows `longest` is what a sequence may hold.
+        is_packed: whether rows share sequences.
     """
     sampler, micro_batches = Sampler(len(lengths), seed), []
     steps = min(steps, math.ceil(len(lengths) / rows_a_step), MOST_STEPS)
     for _ in range(steps):
         rows = sampler.next_rows(rows_a_step)
-        arranged = arrange([lengths[row] for row in rows], micro_batch, max_tokens)
+        own = [lengths[row] for row in rows]
+        arranged = arrange(own, room.micro_batch, room.longest) if is_packed else side_by_side(own, room)
         micro_batches += [[[rows[row] for row in pack] for pack in packs] for packs in arranged]
-    return Filling(steps, micro_batch, sum(map(len, micro_batches)), efficiency(lengths, micro_batches))
+    return Filling(steps, room.micro_batch, sum(map(len, micro_batches)), efficiency(lengths, micro_batches))
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------

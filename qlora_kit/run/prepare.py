@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from qlora_kit.base import locate_model
 from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.hub import is_folder
-from qlora_kit.base.load import read_config
+from qlora_kit.base.load import read_config, resolve_device
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     FALLBACK,
@@ -41,7 +41,7 @@ from qlora_kit.recipe import Recipe
 from qlora_kit.run.classify import classes_in, head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
-from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
 from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
@@ -154,8 +154,8 @@ def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: in
         seed=recipe.train.seed,
         steps=pace.steps,
         rows_a_step=pace.rows_a_step,
-        micro_batch=pace.micro_batch,
-        max_tokens=packed_tokens,
+        room=room_of(recipe.train, pace, packed_tokens or rows.longest, resolve_device(recipe.base.device)),
+        is_packed=packed_tokens is not None,
     )
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from qlora_kit.data import Batch, Encoded, Sampler, arrange, collate_rows, full_packs, swap_answers
+from qlora_kit.data import Batch, Encoded, Room, Sampler, arrange, collate_rows, full_packs, side_by_side, swap_answers
 from qlora_kit.errors import DeviceError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
@@ -27,7 +27,7 @@ from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
 from qlora_kit.train.forward import no_phase
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
-from qlora_kit.train.pace import Pace
+from qlora_kit.train.pace import Pace, room_of
 from qlora_kit.train.schedule import learning_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import LIKELIHOOD, Task
@@ -37,7 +37,7 @@ SAVE_INTERVAL_S = 15 * 60
 """Seconds between checkpoints under `save_every: auto`."""
 
 
-@dataclass(slots=True)
+@dataclass
 class Job:
     """All that a loop works on.
 
@@ -87,6 +87,11 @@ class Job:
     def kept(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of what is trained."""
         return {**self.parameters, **self.constants}
+
+    @cached_property
+    def room(self) -> Room:
+        """What a forward pass may take, where every row is a sequence."""
+        return room_of(self.train, self.pace, max(row.longest for row in self.rows), self.device)
 
     @property
     def is_over(self) -> bool:
@@ -277,7 +282,12 @@ def _take_step(
 def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
     """The rows of a step, cut into micro-batches."""
     rows = _with_others([job.rows[index] for index in indices])
-    for packs in arrange([row.longest for row in rows], job.pace.micro_batch, job.packed_tokens):
+    lengths = [row.longest for row in rows]
+    if job.packed_tokens is None:
+        micro_batches = side_by_side(lengths, job.room)
+    else:
+        micro_batches = arrange(lengths, job.pace.micro_batch, job.packed_tokens)
+    for packs in micro_batches:
         yield collate_rows([[rows[row] for row in pack] for pack in packs], job.pad_id).to(job.device)
 
 

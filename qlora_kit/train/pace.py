@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from transformers import PretrainedConfig
 
+from qlora_kit.data import Room
 from qlora_kit.recipe import Train
 from qlora_kit.train.schedule import SHORT_RUN, automatic_rate
 from qlora_kit.units import counted
@@ -16,6 +18,9 @@ TOKENS_A_MICRO_BATCH = 2048
 FEW_STEPS = SHORT_RUN
 """Below this the optimizer hardly gets anywhere (LoRA Without Regret's short runs)."""
 EVALUATIONS_A_RUN = 10
+OVERHEAD_TOKENS = {"cuda": 200, "cpu": 20}
+"""Tokens that take as long as a pass costs beside its tokens. On a card that is decoding all weights, an estimate (see
+`plan/solve`); on a CPU, where products are slow, it is 17 to 20 (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,19 @@ class Pace:
             f"only {counted(self.steps, 'optimizer step')}: a run of fewer than {FEW_STEPS} seldom gets far; raise "
             f"train.epochs or train.steps{smaller}"
         )
+
+
+def room_of(train: Train, pace: Pace, longest: int, device: torch.device) -> Room:
+    """What one forward pass of a run may take: as many places as its largest, which the plan knows.
+
+    Args:
+        train: that section of the recipe; a micro-batch that it names is not exceeded in rows either.
+        pace: of the run.
+        longest: tokens of the longest sequence.
+        device: where it runs.
+    """
+    most = None if train.micro_batch == "auto" else train.micro_batch
+    return Room(pace.micro_batch, longest, most, OVERHEAD_TOKENS[device.type])
 
 
 def set_pace(
