@@ -108,7 +108,7 @@ class Preview:
         lengths: of the training rows.
         is_packed: whether the run packs rows.
         apart: how full its batches are with every row a sequence of its own.
-        packed: the same with rows packed.
+        packed: the same with rows packed; None where that is not possible.
         remarks: what a person should know.
         rows: the first rows that are trained on.
     """
@@ -119,7 +119,7 @@ class Preview:
     lengths: Lengths
     is_packed: bool
     apart: Filling
-    packed: Filling
+    packed: Filling | None
     remarks: list[Remark]
     rows: list[ShownRow]
 

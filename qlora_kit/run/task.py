@@ -2,7 +2,7 @@
 
 from qlora_kit.errors import RecipeError
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.tasks import WITH_REFERENCE, sequences_of
+from qlora_kit.train.tasks import WITH_REFERENCE, can_pack
 
 
 def check_task(recipe: Recipe) -> None:
@@ -12,7 +12,7 @@ def check_task(recipe: Recipe) -> None:
         RecipeError: it does not; names both and the way out.
     """
     task = recipe.train.task
-    if sequences_of(task) == 1 and task != "classify":
+    if can_pack(task):
         return
     if recipe.data.packing is True:
         raise RecipeError(

@@ -184,6 +184,11 @@ class Kto:
             return Loss(losses_P.sum() / count, measures)
 
 
+def can_pack(task: str) -> bool:
+    """Whether every row of a task is learnt by itself, so that rows may share a sequence."""
+    return task in ("sft", "pretrain")
+
+
 def sequences_of(task: str) -> int:
     """Sequences of a row in a batch."""
     return 2 if task in ("dpo", "ipo", "orpo", "kto") else 1
