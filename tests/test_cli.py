@@ -84,6 +84,7 @@ def finished(tmp_path_factory, model_folder):
     return folder / "run", result.output
 
 
+@pytest.mark.slow
 def test_a_packed_run_takes_the_memory_that_was_planned_for_it(recipe):
     result = call("train", recipe, "data.packing=true", "train.micro_batch=2", "train.accumulation=4")
     assert result.exit_code == 0, result.output
@@ -183,6 +184,7 @@ def test_plan_without_the_rows_takes_every_row_to_be_full(recipe):
     assert json.loads(result.stdout)["steps"] is None
 
 
+@pytest.mark.slow
 def test_a_second_run_needs_a_word_and_overwrite_replaces(recipe):
     assert call("train", recipe).exit_code == 0
     assert_mistake(call("train", recipe), "holds a run already", "--resume", "--overwrite")
@@ -253,6 +255,7 @@ def test_early_stopping_without_held_out_rows_is_told(recipe):
     assert "train.early_stopping has no effect" in result.output
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_is_stopped_leaves_no_scores_of_its_earlier_end(recipe, monkeypatch):
     told(monkeypatch, 3.0, 1.0, 1.5, 2.0, 2.0)
     assert call("train", recipe, "train.eval_every=1").exit_code == 0
@@ -266,6 +269,7 @@ def test_a_resumed_run_that_is_stopped_leaves_no_scores_of_its_earlier_end(recip
     assert "is kept as a checkpoint, the end is step 5" in json.loads(call("report", run, "--json").stdout)["verdict"]
 
 
+@pytest.mark.slow
 def test_a_best_that_was_lost_before_a_resume_rules_no_longer(recipe, monkeypatch):
     told(monkeypatch, 3.0, 1.0, 1.5, 2.0, 1.2, 1.3)
     assert call("train", recipe, "train.eval_every=1").exit_code == 0
@@ -362,6 +366,7 @@ def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_le
     assert "activations" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_become_short(recipe, monkeypatch):
     run, command = recipe.parent / "run", ["train", recipe, "train.micro_batch=auto", "train.save_every=2"]
     assert call(*command).exit_code == 0
@@ -452,6 +457,7 @@ def test_a_resume_with_another_recipe_is_refused_and_more_steps_are_not(recipe):
     assert "step 6/6" in longer.output
 
 
+@pytest.mark.slow
 def test_an_earlier_run_outlives_a_base_that_cannot_be_loaded(recipe, model_folder, tmp_path):
     assert call("train", recipe).exit_code == 0
     adapter = (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -568,6 +574,7 @@ def test_split_rows_are_trained_packed_and_scored_with_every_token_once(recipe):
     assert "exact_match" not in scores["adapter"], "no piece is a prompt and its whole answer"
 
 
+@pytest.mark.slow
 def test_a_prompt_is_put_as_training_put_it(recipe, model_folder, tmp_path):
     """The tokenizer has a chat template; a run on completions does not use it, and one on chats does."""
     chatty = tmp_path / "chatty"

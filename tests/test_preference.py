@@ -405,7 +405,8 @@ def rows_of_a_run(tmp_path_factory):
     return folder / "pairs.jsonl"
 
 
-@pytest.mark.parametrize("task", ["dpo", *(pytest.param(task, marks=pytest.mark.slow) for task in ("kto", "orpo"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "kto", "orpo"])
 def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     task, rows_of_a_run, tmp_path, model_folder
 ):
