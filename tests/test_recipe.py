@@ -115,7 +115,7 @@ WORDS = {
 NOT_BUILT = {
     "base.attention": ["flex", "flash"],
     "lora.rank": ["auto"],
-    "data.train": ["[{path: a.jsonl, weight: 2}]", "[{path: a.jsonl, format: classification}]"],
+    "data.train": ["[{path: a.jsonl, format: classification}]"],
     "data.format": ["classification"],
     "train.task": ["classify"],
     "train.sample_every": ["5"],

@@ -15,6 +15,7 @@ from qlora_kit.data.chat_template import (
 from qlora_kit.data.classes import Classes, classes_of
 from qlora_kit.data.collate import (
     Batch,
+    Deck,
     Sampler,
     collate,
     collate_packs,
@@ -23,7 +24,7 @@ from qlora_kit.data.collate import (
     collate_texts,
     swap_answers,
 )
-from qlora_kit.data.encode import Counts, EncodedSet, check_lengths, encode_rows
+from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import (
     FORMATS,
@@ -34,11 +35,11 @@ from qlora_kit.data.formats import (
     Labelled,
     Preference,
     Text,
-    conversations,
     formats_of,
+    is_chat,
     read_row,
 )
-from qlora_kit.data.load import Source, load_rows, split_eval
+from qlora_kit.data.load import Reader, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import arrange, best_fit, efficiency, full_packs, longest_pack
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
 from qlora_kit.data.remarks import Remark, remarks_on
@@ -53,15 +54,18 @@ __all__ = [
     "Classified",
     "Completion",
     "Counts",
+    "Deck",
     "Encoded",
     "EncodedSet",
     "Example",
     "Faults",
     "Filling",
     "Labelled",
+    "Part",
     "Piece",
     "Preference",
     "Preview",
+    "Reader",
     "Remark",
     "Sampler",
     "Source",
@@ -76,7 +80,6 @@ __all__ = [
     "collate_pairs",
     "collate_rows",
     "collate_texts",
-    "conversations",
     "efficiency",
     "encode",
     "encode_rows",
@@ -87,11 +90,15 @@ __all__ = [
     "fix_tokenizer",
     "formats_of",
     "full_packs",
+    "held_out",
+    "is_chat",
     "load_rows",
     "longest_pack",
     "measure_lengths",
+    "open_sources",
     "read_row",
     "remarks_on",
+    "scan",
     "show_rows",
     "split_eval",
     "swap_answers",

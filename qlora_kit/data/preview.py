@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.collate import Sampler
-from qlora_kit.data.encode import Counts, EncodedSet, Fate
+from qlora_kit.data.collate import Deck, Sampler
+from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.pack import arrange, efficiency
 from qlora_kit.data.remarks import Remark, sides
 from qlora_kit.data.template import Encoded
@@ -105,6 +105,7 @@ class Preview:
         max_tokens: of the recipe.
         train: what became of the training rows.
         eval: what became of the held-out rows.
+        sources: what each source of training rows gave.
         lengths: of the training rows.
         is_packed: whether the run packs rows.
         apart: how full its batches are with every row a sequence of its own.
@@ -116,6 +117,7 @@ class Preview:
     max_tokens: int
     train: Counts
     eval: Counts
+    sources: list[Part]
     lengths: Lengths
     is_packed: bool
     apart: Filling
@@ -150,7 +152,14 @@ def measure_lengths(rows: EncodedSet) -> Lengths:
 
 
 def fill(
-    lengths: Sequence[int], *, seed: int, steps: int, rows_a_step: int, micro_batch: int, max_tokens: int | None
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    steps: int,
+    rows_a_step: int,
+    micro_batch: int,
+    max_tokens: int | None,
+    decks: Sequence[Deck] = (),
 ) -> Filling:
     """Lay out the batches of an epoch as the training loop does.
 
@@ -161,9 +170,10 @@ def fill(
         rows_a_step: rows that one optimizer step consumes.
         micro_batch: sequences in one forward pass.
         max_tokens: that a sequence of packed rows may hold; None leaves every row a sequence of its own.
+        decks: the sources of the rows, in order; none stands for one, each row of which an epoch sees once.
     """
-    sampler, micro_batches = Sampler(len(lengths), seed), []
-    steps = min(steps, math.ceil(len(lengths) / rows_a_step), MOST_STEPS)
+    sampler, micro_batches = Sampler(decks or len(lengths), seed), []
+    steps = min(steps, math.ceil(sampler.epoch_rows / rows_a_step), MOST_STEPS)
     for _ in range(steps):
         rows = sampler.next_rows(rows_a_step)
         arranged = arrange([lengths[row] for row in rows], micro_batch, max_tokens)

@@ -28,7 +28,6 @@ _FORMATS_BUILT = "built: auto, messages, sharegpt, alpaca, completion, text, pre
 ROWS = (
     NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
     NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
-    NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
     NotYet("data.train[].format", _FORMATS, _FORMATS_BUILT),
     NotYet("data.format", _FORMATS, _FORMATS_BUILT),
     NotYet("train.task", _all_but("classify"), "built: sft, pretrain, dpo, ipo, orpo, kto"),
