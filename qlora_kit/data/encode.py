@@ -284,4 +284,3 @@ def _piece(row: Encoded, start: int, end: int) -> Encoded:
     other = None if row.other is None else _piece(row.other, start, end)
     part = Encoded(row.input_ids[start:end], row.trained[start:end], where=row.where)
     return replace(part, other=other, is_good=row.is_good, target=row.target)
-

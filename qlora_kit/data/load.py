@@ -12,7 +12,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -208,7 +208,7 @@ def _digest(row: Example) -> int:
 
 def _plain(value: Any) -> Any:
     """What JSON has no word for: an example in another by its fields, and a date, say, as Python writes it."""
-    return {name: getattr(value, name) for name in value.__slots__} if is_dataclass(value) else repr(value)
+    return {name: getattr(value, name) for name in value.__slots__} if isinstance(value, Example) else repr(value)
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -237,9 +237,7 @@ def _source(given: "str | Path | Source | Mapping[str, Any]", format: str, colum
     return Source(**{"format": format, "columns": columns} | said)
 
 
-def _read_rows(
-    name: str, raw_rows: Iterator[RawRow], source: Source, task: str, faults: Faults
-) -> Iterator[Example]:
+def _read_rows(name: str, raw_rows: Iterator[RawRow], source: Source, task: str, faults: Faults) -> Iterator[Example]:
     faults_before, is_empty = faults.count, True
     for where, raw in raw_rows:
         is_empty = False
@@ -389,15 +387,30 @@ def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 
 def _hub(source: Source) -> Any:
-    """A data set, as `datasets` keeps it: a table on the disk that is read row by row."""
+    """A data set, as `datasets` keeps it: a table on the disk that is read row by row. Its id may be `ID:CONFIG`."""
     import datasets
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
-        return datasets.load_dataset(source.path, split=source.split)
-    except (DatasetsError, OSError, ValueError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"{source.path} (split {source.split}) cannot be read: {cause}") from error
+        return datasets.load_dataset(*source.path.split(":", 1), split=source.split)
+    # A ValueError is an unknown split or configuration; a RuntimeError a data set that is a script.
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        told = " ".join(str(cause or error).split()).rstrip(".")
+        raise DataError(f"{source.path} (split {source.split}) cannot be read: {told}{_way_out(error)}") from error
+
+
+def _way_out(error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            "; there is no file or folder of that name here either: mend the name, or, where the data set is gated or "
+            "private, ask for access on its page and give your token with `hf auth login`"
+        )
+    if isinstance(error, ConnectionError):
+        return "; there is no file or folder of that name here either: mend the name, or see that there is a network"
+    return ""
 
 
 _READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {

@@ -162,7 +162,7 @@ class Source(Section):
     """One of several sources of training rows."""
 
     path: DataName
-    """Where its rows are."""
+    """Where its rows are; of a hub data set that has several configurations ID:CONFIG."""
     split: Text = "train"
     """Split of a hub data set."""
     weight: Weight = 1

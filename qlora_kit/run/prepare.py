@@ -359,4 +359,3 @@ def _settle_template(
     if date is not None:
         watch.note(f"the chat template writes today's date: it stays {date} in this run and its exports")
     return date
-
