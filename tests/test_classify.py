@@ -70,7 +70,7 @@ def test_any_other_label_is_refused_with_its_line(label):
 
 def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_order():
     def of(*labels, known=()):
-        return classes_of([Classified("x", (label,)) for label in labels], known).names
+        return classes_of(set(labels), False, known).names
 
     assert of("b", "a", "b") == ("a", "b")
     assert of("10", "9", "2") == tuple(map(str, range(11)))
@@ -88,7 +88,9 @@ def test_a_held_out_label_that_was_never_trained_on_is_a_fault_of_its_row():
 def test_a_truncated_text_keeps_its_class(model_folder):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     given = [Classified("a long text about cats", ("cat",), where="f:1"), Classified("dogs", ("dog",), where="f:2")]
-    encoded = encode_rows(given, tokenizer, max_tokens=5, over_length="truncate", classes=classes_of(given))
+    encoded = encode_rows(
+        given, tokenizer, max_tokens=5, over_length="truncate", classes=Classes(("cat", "dog"), False)
+    )
     assert [(len(row.input_ids), row.target) for row in encoded.rows] == [(5, 0), (4, 1)]
     assert encoded.counts.trained_tokens == 2
     batch = collate_rows([[row] for row in encoded.rows], 0)

@@ -7,12 +7,15 @@ here on a few sentences.
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 
+import hypothesis
 import pyarrow
 import pytest
 import torch
+from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qlora_kit.data import (
     Chat,
     Completion,
+    Deck,
+    EncodedSet,
     Faults,
     Sampler,
     Text,
@@ -431,10 +436,10 @@ def test_tokens_and_lengths_that_the_model_has_not_are_refused():
 
 
 def test_faults_of_rows_can_be_left_out_and_counted():
-    faults = Faults()
+    kept = EncodedSet()
     bad = Chat([TURNS[0], *TURNS], where="chat.jsonl:1")
-    kept = encode_rows([bad, CHAT], make_tokenizer(template=UNMARKED["mistral"]), faults=faults)
-    assert (kept.counts.rows, faults.count) == (1, 1)
+    encode_rows([bad, CHAT], make_tokenizer(template=UNMARKED["mistral"]), onto=kept)
+    assert (kept.counts.rows, kept.counts.faults, kept.faults.count) == (1, 1, 1)
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------
@@ -602,16 +607,12 @@ def test_folder_stands_for_its_files_and_documents_are_whole(tmp_path):
     assert load_rows(folder / "README.md") == [Text("about these rows")]
 
 
-def test_several_sources_each_have_their_own_format_and_weight(tmp_path):
-    plain = write(tmp_path / "a.jsonl", *({"text": str(n), "note": "x"} for n in range(400)))
+def test_several_sources_each_have_their_own_format_and_are_read_once_whatever_their_weight(tmp_path):
+    plain = write(tmp_path / "a.jsonl", *({"text": str(n), "note": "x"} for n in range(9)))
     asked = write(tmp_path / "b.jsonl", {"q": "the", "a": " cat"})
     half = {"path": str(plain), "weight": 0.5, "format": "text", "split": None, "columns": None}
     twice = {"path": str(asked), "weight": 2, "columns": {"prompt": "q", "completion": "a"}}
-    rows = load_rows([half, twice])
-    texts = [row for row in rows if isinstance(row, Text)]
-    assert 160 < len(texts) < 240
-    assert rows[len(texts) :] == [Completion("the", " cat")] * 2
-    assert rows == load_rows([half, twice])
+    assert load_rows([half, twice]) == [*(Text(str(n)) for n in range(9)), Completion("the", " cat")]
 
 
 @pytest.mark.parametrize(
@@ -621,6 +622,7 @@ def test_several_sources_each_have_their_own_format_and_weight(tmp_path):
         ("nowhere/train.jsonl", {}, "there is no such file or folder"),
         ({"path": "a.jsonl", "splt": "x"}, {}, "a source has the keys path, split"),
         ({"path": "a.jsonl", "weight": 0}, {}, "wanted a number above 0"),
+        ({"path": "a.jsonl", "weight": 1001}, {}, "wanted a number above 0, at most 1000"),
         ("a.jsonl", {"format": "mesages"}, r"data.format=mesages is not known \(did you mean 'messages'\?\)"),
         ("a.jsonl", {"columns": {"promt": "q"}}, r"promt is not an expected column \(did you mean 'prompt'\?\)"),
         ("a.jsonl", {"columns": {"prompt": "q", "text": "t"}}, "no single format has the columns prompt, text"),
@@ -757,6 +759,40 @@ def test_sampler_gives_every_row_once_an_epoch_in_orders_that_differ():
     assert all(sorted(order) == list(range(33)) for order in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert Sampler(33, seed=1).next_rows(33) != epochs[0]
+
+
+@hypothesis.given(
+    decks=st.lists(st.builds(Deck, st.integers(0, 40), st.floats(0.02, 4)), min_size=1, max_size=4),
+    epochs=st.integers(1, 5),
+)
+def test_every_row_of_a_source_is_drawn_as_often_as_its_weight_says_and_once_before_again(decks, epochs):
+    hypothesis.assume(any(deck.rows for deck in decks))
+    sampler = Sampler(decks, seed=2)
+    drawn, first = Counter(sampler.next_rows(epochs * sampler.epoch_rows)), 0
+    for deck in decks:
+        times = [drawn.pop(first + row, 0) for row in range(deck.rows)]
+        first += deck.rows
+        assert sum(times) == epochs * deck.drawn
+        if deck.rows:
+            assert max(times) - min(times) <= 1
+            assert abs(sum(times) - epochs * deck.weight * deck.rows) <= epochs / 2 or deck.drawn == 1
+    assert not drawn
+
+
+def test_weights_of_one_change_no_order_and_half_a_source_is_another_half_in_the_next_epoch():
+    assert Sampler([Deck(20), Deck(0), Deck(13)], 5).next_rows(99) == Sampler(33, 5).next_rows(99)
+    sampler = Sampler([Deck(10, 0.5), Deck(4, 2)], seed=5)
+    epochs = [sampler.next_rows(13) for _ in range(2)]
+    assert sampler.epoch == 2
+    halves = [{row for row in epoch if row < 10} for epoch in epochs]
+    assert halves[0] | halves[1] == set(range(10))
+    assert [len(half) for half in halves] == [5, 5]
+    assert all(Counter(epoch)[row] == 2 for epoch in epochs for row in range(10, 14))
+    assert len({tuple(epoch) for epoch in epochs}) == 2
+    again = Sampler([Deck(10, 0.5), Deck(4, 2)], seed=5)
+    again.position = 7
+    assert again.next_rows(19) == [*epochs[0], *epochs[1]][7:], "a run resumes at a row"
+    assert Sampler([Deck(10, 0.5), Deck(4, 2)], seed=6).next_rows(13) != epochs[0]
 
 
 def test_sampler_neither_moves_nor_reads_global_random_state():

@@ -90,7 +90,7 @@ def pieces_of(example, tokenizer, **how):
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(prompt=st.text(max_size=12), answer=st.text(min_size=1, max_size=12))
 def test_pieces_are_the_tokens_of_the_row_and_its_decoded_text(kind, prompt, answer):
     tokenizer = TOKENIZERS[kind]()
@@ -234,7 +234,7 @@ def test_rows_that_say_the_same_are_named_with_the_first_of_them():
     rows = [*rows_named(3), Completion("the cat 2", " sat 2", where="f.jsonl:9")]
     assert kinds(rows, make_tokenizer())["repeated"].rows == ["f.jsonl:9 (as f.jsonl:2)"]
     weighted = [*rows_named(3), *rows_named(3)]
-    assert "repeated" not in kinds(weighted, make_tokenizer()), "a row of weight 2 stands in one place"
+    assert "repeated" not in kinds(weighted, make_tokenizer()), "a row that is read twice stands in one place"
     few = kinds([*rows_named(300), rows[-1]], make_tokenizer())["repeated"]
     assert not few.is_for_runs
     assert kinds(rows, make_tokenizer())["repeated"].is_for_runs

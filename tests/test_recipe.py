@@ -115,7 +115,6 @@ WORDS = {
 NOT_BUILT = {
     "base.attention": ["flex", "flash"],
     "lora.rank": ["auto"],
-    "data.train": ["[{path: a.jsonl, weight: 2}]"],
 }
 
 

@@ -41,6 +41,9 @@ def draw(preview: Preview, console: Console) -> None:
 def _summary(preview: Preview) -> Iterator[str]:
     train, lengths = preview.train, preview.lengths
     yield f"train     {_kept(train, 'trained on')}"
+    for part in preview.sources if len(preview.sources) > 1 else ():
+        drawn = "" if part.weight == 1 else f"; weight {part.weight:g}, {counted(part.deck.drawn, 'row')} an epoch"
+        yield f"          {visible(part.name)}: {_kept(part.counts, 'trained on')}{drawn}"
     yield f"held out  {_kept(preview.eval, 'scored')}"
     yield (
         f"tokens    half of the rows have up to {lengths.median:,}, 95 % {lengths.p95:,}, 99 % {lengths.p99:,}, the "

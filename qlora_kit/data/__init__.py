@@ -15,6 +15,7 @@ from qlora_kit.data.chat_template import (
 from qlora_kit.data.classes import Classes, classes_of
 from qlora_kit.data.collate import (
     Batch,
+    Deck,
     Sampler,
     collate,
     collate_packs,
@@ -23,7 +24,7 @@ from qlora_kit.data.collate import (
     collate_texts,
     swap_answers,
 )
-from qlora_kit.data.encode import Counts, EncodedSet, check_lengths, encode_rows
+from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import (
     FORMATS,
@@ -34,11 +35,11 @@ from qlora_kit.data.formats import (
     Labelled,
     Preference,
     Text,
-    conversations,
     formats_of,
+    is_chat,
     read_row,
 )
-from qlora_kit.data.load import Source, load_rows, split_eval
+from qlora_kit.data.load import Reader, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
@@ -54,16 +55,19 @@ __all__ = [
     "Classified",
     "Completion",
     "Counts",
+    "Deck",
     "Encoded",
     "EncodedSet",
     "Example",
     "Faults",
     "Filling",
     "Labelled",
+    "Part",
     "Piece",
     "Preference",
     "Preview",
     "Prompt",
+    "Reader",
     "Remark",
     "Room",
     "Sampler",
@@ -80,7 +84,6 @@ __all__ = [
     "collate_pairs",
     "collate_rows",
     "collate_texts",
-    "conversations",
     "efficiency",
     "encode",
     "encode_rows",
@@ -91,12 +94,16 @@ __all__ = [
     "fix_tokenizer",
     "formats_of",
     "full_packs",
+    "held_out",
+    "is_chat",
     "load_rows",
     "longest_pack",
     "measure_lengths",
+    "open_sources",
     "read_prompts",
     "read_row",
     "remarks_on",
+    "scan",
     "show_rows",
     "side_by_side",
     "split_eval",

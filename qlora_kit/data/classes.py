@@ -1,10 +1,9 @@
 """Classes: what the texts of a classification are called, and the number of each name."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from qlora_kit.data.formats import Classified, Example
 from qlora_kit.errors import DataError
 
 
@@ -35,25 +34,23 @@ class Classes:
         return self.names.index(labels[0])
 
 
-def classes_of(examples: Sequence[Example], known: Sequence[str] = ()) -> Classes:
+def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()) -> Classes:
     """The classes of the training rows: sorted by name, numbers by their size.
 
     Args:
-        examples: of a classification.
+        found: labels of the rows.
+        is_multi: whether a row may have several of them, or none.
         known: names of a model that classifies already, in its own order; taken where all labels are among them.
 
     Raises:
         DataError: there are fewer than two classes.
     """
-    rows = [example for example in examples if isinstance(example, Classified)]
-    found = {label for row in rows for label in row.labels}
-    if found <= set(known):
+    if set(found) <= set(known):
         names = list(known)
     elif all(name.isdecimal() for name in found):
         names = [str(number) for number in range(max(map(int, found)) + 1)]
     else:
         names = sorted(found)
-    is_multi = any(row.is_multi for row in rows)
     if len(names) < (1 if is_multi else 2):
         raise DataError(f"the rows have {len(names)} class ({', '.join(names)}), and two are the fewest to tell apart")
     return Classes(tuple(names), is_multi)

@@ -8,6 +8,7 @@ transformers to keep them apart. Everything that a step must know about lengths 
 reads a value off a tensor.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -167,36 +168,70 @@ def swap_answers(rows: Sequence[Encoded]) -> list[Encoded]:
     return swapped
 
 
-class Sampler:
-    """Row numbers for ever, every row once an epoch, in an order that only (seed, epoch) decides.
+@dataclass(frozen=True, slots=True)
+class Deck:
+    """The rows of one source, of which every epoch takes some: a deck of cards that is gone through, then shuffled."""
 
-    The whole state is `position`: set it, and what follows is what would have followed there. No global random state is
-    read or moved.
+    rows: int
+    """How many it has."""
+    weight: float = 1.0
+    """How often an epoch sees each of them, on the whole; above 0."""
+
+    @property
+    def drawn(self) -> int:
+        """Rows that an epoch takes of it, at least one."""
+        return max(1, round(self.rows * self.weight)) if self.rows else 0
+
+    def draw(self, epoch: int, salt: str) -> list[int]:
+        """Row numbers that an epoch sees, sorted: every row is seen once before any is seen again.
+
+        Args:
+            epoch: from 0.
+            salt: decides, with how often the deck was shuffled before, how it is.
+        """
+        start, end = epoch * self.drawn, (epoch + 1) * self.drawn
+        found: list[int] = []
+        for time in range(start // max(1, self.rows), math.ceil(end / max(1, self.rows))):
+            cards = list(range(self.rows))
+            random.Random(f"{salt}, time {time}").shuffle(cards)
+            found += cards[max(0, start - time * self.rows) : end - time * self.rows]
+        return sorted(found)
+
+
+class Sampler:
+    """Row numbers for ever, an epoch's behind the other, in an order that only (seed, epoch) decides.
+
+    An epoch sees every row once, or of several sources each row as often as its weight says: see `Deck`. The whole
+    state is `position`: set it, and what follows is what would have followed there. No global random state is read or
+    moved.
 
     Args:
-        n_rows: rows of the data set, at least 1.
+        rows: of the data set, at least 1; or those of its sources, one behind the other.
         seed: of the run.
 
     Attributes:
         position: rows handed out so far, over all epochs.
+        epoch_rows: rows of an epoch.
     """
 
-    def __init__(self, n_rows: int, seed: int) -> None:
-        if n_rows < 1:
-            raise ValueError(f"a sampler needs at least one row; found {n_rows}")
-        self.n_rows, self.seed, self.position = n_rows, seed, 0
+    def __init__(self, rows: int | Sequence[Deck], seed: int) -> None:
+        self.decks = [Deck(rows)] if isinstance(rows, int) else list(rows)
+        self.epoch_rows = sum(deck.drawn for deck in self.decks)
+        if self.epoch_rows < 1:
+            raise ValueError(f"a sampler needs at least one row; found {rows}")
+        self.seed, self.position = seed, 0
         self._shuffled: tuple[int, list[int]] = (-1, [])
 
     @property
     def epoch(self) -> int:
         """The epoch that the next row belongs to, from 0."""
-        return self.position // self.n_rows
+        return self.position // self.epoch_rows
 
     def __iter__(self) -> Iterator[int]:
         return self
 
     def __next__(self) -> int:
-        row = self._order()[self.position % self.n_rows]
+        row = self._order()[self.position % self.epoch_rows]
         self.position += 1
         return row
 
@@ -207,7 +242,11 @@ class Sampler:
     def _order(self) -> list[int]:
         """The order of the current epoch, shuffled when it is first asked for."""
         if self._shuffled[0] != self.epoch:
-            order = list(range(self.n_rows))
+            order: list[int] = []
+            first = 0
+            for number, deck in enumerate(self.decks):
+                order += [first + row for row in deck.draw(self.epoch, f"{self.seed}, source {number}")]
+                first += deck.rows
             random.Random(f"{self.seed}, epoch {self.epoch}").shuffle(order)
             self._shuffled = (self.epoch, order)
         return self._shuffled[1]

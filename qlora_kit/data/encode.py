@@ -6,14 +6,15 @@ was split.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qlora_kit.data.chat_template import check_template
 from qlora_kit.data.classes import Classes
+from qlora_kit.data.collate import Deck
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Chat, Classified, Example, conversations
+from qlora_kit.data.formats import Classified, Example, is_chat
 from qlora_kit.data.template import Encoded, LossOn, encode_text, encode_turns
 from qlora_kit.data.thinking import Thinking, with_thinking
 from qlora_kit.errors import DataError
@@ -56,13 +57,36 @@ class Counts:
         """Rows that there were; of a row that was split its pieces."""
         return self.rows + self.dropped + self.no_trained + self.faults
 
+    def __add__(self, other: "Counts") -> "Counts":
+        """The counts of both; the longest of either."""
+        total = Counts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+        total.longest = max(self.longest, other.longest)
+        return total
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
+class Part:
+    """What one source of a set gave."""
+
+    name: str = ""
+    """Its file, folder or hub id."""
+    weight: float = 1.0
+    """How often an epoch sees each of its rows."""
+    counts: Counts = field(default_factory=Counts)
+
+    @property
+    def deck(self) -> Deck:
+        """Its rows as a sampler draws them."""
+        return Deck(self.counts.rows, self.weight)
+
+
+@dataclass(slots=True)
 class EncodedSet:
     """The rows to train on, in order, and what became of the others."""
 
     rows: list[Encoded] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
+    parts: list[Part] = field(default_factory=list)
+    """One a source, in the order of the rows."""
     has_chats: bool = False
     """Whether any row went through a chat template."""
     faults: Faults = field(default_factory=Faults)
@@ -71,6 +95,27 @@ class EncodedSet:
     """Where the rows stand that were not kept as they are."""
     lengths_given: list[int] = field(default_factory=list)
     """Tokens of each row that could be encoded, before anything was cut or left out."""
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows of all sources."""
+        return sum((part.counts for part in self.parts), Counts())
+
+    @property
+    def decks(self) -> list[Deck]:
+        """The sources as a sampler draws them."""
+        return [part.deck for part in self.parts]
+
+    @property
+    def epoch(self) -> Counts:
+        """Of the kept rows that an epoch sees, how many there are, and their tokens by the mean of each source."""
+        total = Counts()
+        for part in self.parts:
+            counts, drawn = part.counts, part.deck.drawn
+            total.rows += drawn
+            total.tokens += round(drawn * counts.tokens / max(1, counts.rows))
+            total.trained_tokens += round(drawn * counts.trained_tokens / max(1, counts.rows))
+        return total
 
     @property
     def longest(self) -> int:
@@ -89,18 +134,34 @@ class EncodedSet:
             self.count("no_trained", row.where)
             return
         self.rows.append(row)
-        self.counts.rows += 1
-        self.counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
-        self.counts.trained_tokens += sum(sequence.trained_tokens for sequence in sequences)
+        counts = self.parts[-1].counts
+        counts.rows += 1
+        counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
+        counts.trained_tokens += sum(sequence.trained_tokens for sequence in sequences)
 
     def count(self, fate: Fate, where: str) -> None:
         """Count a row that is not kept as it is, and remember where it stands."""
-        setattr(self.counts, fate, getattr(self.counts, fate) + 1)
+        counts = self.parts[-1].counts
+        setattr(counts, fate, getattr(counts, fate) + 1)
         self.places[fate].append(where)
+
+    def check_left(self, max_tokens: int) -> None:
+        """See that there is a row.
+
+        Raises:
+            DataError: there is none; it says what became of them.
+        """
+        counts, given = self.counts, len(self.lengths_given) + self.faults.count
+        if not self.rows:
+            raise DataError(self.faults.told(
+                f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than "
+                f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}; see data.over_length), "
+                f"{counts.no_trained:,} have no trained token (see data.loss_on), {counts.faults:,} cannot be used"
+            ))  # fmt: skip
 
 
 def encode_rows(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     loss_on: LossOn = "assistant",
@@ -111,13 +172,14 @@ def encode_rows(
     vocab_size: int | None = None,
     max_positions: int | None = None,
     classes: Classes | None = None,
-    faults: Faults | None = None,
+    onto: EncodedSet | None = None,
+    part: Part | None = None,
     may_be_empty: bool = False,
 ) -> EncodedSet:
-    """Encode a data set.
+    """Encode the rows of one source, one by one as they are read.
 
     Args:
-        examples: from `load_rows`.
+        examples: from `load_rows` or `read_source`.
         tokenizer: as for `encode`.
         loss_on: as for `encode`.
         max_tokens: length above which `over_length` applies.
@@ -128,22 +190,24 @@ def encode_rows(
         vocab_size: rows of the model's embedding; None if it is not known.
         max_positions: positions of the model; None if it has no such limit.
         classes: of texts that are classified.
-        faults: rows that cannot be encoded are left in here, behind those that could not be read, and all of them
-            are counted; without it they are an error.
-        may_be_empty: whether it is no error if no row is left.
+        onto: a set that the rows are put behind. Rows that cannot be encoded are left among its faults, as are those
+            that `examples` leaves there while it is read; without it they are an error.
+        part: name and weight of the source.
+        may_be_empty: whether it is no error if no row is left; with `onto` it never is, see `check_left`.
 
     Raises:
         DataError: if max_tokens is above max_positions, a row cannot be encoded or has a token that the model has not,
             a row is too long and `over_length` is error, or no row is left.
     """
     check_lengths(max_tokens, max_positions)
-    has_chats = any(isinstance(part, Chat) for example in examples for part in conversations(example))
-    if has_chats:
-        check_template(tokenizer, template)
-    gathered = Faults() if faults is None else faults
-    encoded = EncodedSet(has_chats=has_chats, faults=gathered)
-    counts = encoded.counts
+    encoded = EncodedSet() if onto is None else onto
+    faults, before = encoded.faults, encoded.faults.count
+    encoded.parts.append(Part() if part is None else part)
+    counts = encoded.parts[-1].counts
     for example in examples:
+        if not encoded.has_chats and is_chat(example):
+            check_template(tokenizer, template)
+            encoded.has_chats = True
         try:
             if isinstance(example, Classified) and classes is not None:
                 rows = [encode_text(example, tokenizer, classes)]
@@ -153,7 +217,7 @@ def encode_rows(
             for row in rows:
                 _check_row(row, vocab_size, max_tokens if over_length == "error" else None)
         except DataError as error:
-            gathered.add(f"{example.where}: {error}")
+            faults.add(f"{example.where}: {error}")
             continue
         counts.turns += len(rows) - 1
         for row in rows:
@@ -161,11 +225,11 @@ def encode_rows(
             encoded.lengths_given.append(row.longest)
             for piece in _fit(row, max_tokens, over_length, encoded):
                 encoded.add(piece)
-    if faults is None:
-        gathered.stop()
-    counts.faults = gathered.count
-    if not encoded.rows and not may_be_empty:
-        raise DataError(_nothing_left(encoded, max_tokens))
+    counts.faults = faults.count - before
+    if onto is None:
+        faults.stop()
+        if not may_be_empty:
+            encoded.check_left(max_tokens)
     return encoded
 
 
@@ -220,12 +284,3 @@ def _piece(row: Encoded, start: int, end: int) -> Encoded:
     other = None if row.other is None else _piece(row.other, start, end)
     part = Encoded(row.input_ids[start:end], row.trained[start:end], where=row.where)
     return replace(part, other=other, is_good=row.is_good, target=row.target)
-
-
-def _nothing_left(encoded: EncodedSet, max_tokens: int) -> str:
-    counts, given = encoded.counts, len(encoded.lengths_given) + encoded.faults.count
-    return encoded.faults.told(
-        f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than data.max_tokens={max_tokens} "
-        f"tokens (the longest {counts.longest:,}; see data.over_length), {counts.no_trained:,} have no trained token "
-        f"(see data.loss_on), {counts.faults:,} cannot be used"
-    )

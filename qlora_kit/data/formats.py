@@ -94,6 +94,11 @@ def conversations(example: Example) -> tuple[Chat | Completion | Text | Classifi
             return (example,)
 
 
+def is_chat(example: Example) -> bool:
+    """Whether an example goes through a chat template."""
+    return any(isinstance(part, Chat) for part in conversations(example))
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """Which columns a format has, and how a row of it becomes an example."""

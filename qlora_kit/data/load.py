@@ -9,15 +9,20 @@ import csv
 import hashlib
 import io
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Example, Preference, check_format, labelled_pair, read_row
+from qlora_kit.data.formats import Classified, Example, Preference, check_format, is_chat, labelled_pair, read_row
 from qlora_kit.errors import DataError
+from qlora_kit.recipe.schema import LARGEST_WEIGHT
 
 RawRow: TypeAlias = tuple[str, Any]
 """Where a row stands, and what was found there."""
@@ -32,7 +37,7 @@ class Source:
     split: str = "train"
     """Only hub data sets have splits."""
     weight: float = 1.0
-    """How often each row is seen in an epoch; the part after the point is a share of the rows, chosen by content."""
+    """How often an epoch sees each row, on the whole: see `collate.Deck`."""
     format: str = "auto"
     """A name in `formats.FORMATS`, or auto."""
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -68,15 +73,101 @@ def load_rows(
             empty.
     """
     gathered = Faults() if faults is None else faults
-    rows: list[Example] = []
-    for part in _sources(source, format, columns or {}, task):
-        rows += _weigh(_read_source(part, task, gathered), part.weight)
+    readers = open_sources(source, format=format, columns=columns, task=task)
+    rows = [row for reader in readers for row in reader.read(gathered)]
     if faults is None:
         gathered.stop()
-    if not rows:
-        why = f"all of {gathered.count:,} cannot be used" if gathered.count else "the weights leave none"
-        raise DataError(gathered.told(f"no row is left to train on, {why}"))
+    _check_any(len(rows), gathered)
     return rows
+
+
+class Reader:
+    """One source, whose rows are read anew each time: they are many, and need not stand in memory.
+
+    Attributes:
+        source: what was asked for.
+    """
+
+    def __init__(self, source: Source, task: str) -> None:
+        self.source, self._task = source, task
+
+    def read(self, faults: Faults) -> Iterator[Example]:
+        """Its rows in order, and among `faults` those that cannot be read.
+
+        Raises:
+            DataError: it is missing, unreadable or empty.
+        """
+        for name, raw_rows in self._open(faults):
+            try:
+                yield from _read_rows(name, raw_rows, self.source, self._task, faults)
+            except OSError as error:
+                raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+
+    def _open(self, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
+        """Each file or data set of the source: its name and its rows."""
+        files = _files_of(self.source)
+        if files is None:
+            yield self.source.path, ((f"{self.source.path} row {n}", row) for n, row in enumerate(self._table, 1))
+        for file in files or ():
+            yield str(file), _read(file, faults)
+
+    @cached_property
+    def _table(self) -> Any:
+        return _hub(self.source)
+
+
+def open_sources(
+    source: Sources, *, format: str = "auto", columns: Mapping[str, str] | None = None, task: str = "sft"
+) -> list[Reader]:
+    """The sources that are meant, each to be read as often as need be; takes what `load_rows` takes.
+
+    Raises:
+        DataError: a source cannot be meant so.
+    """
+    return [Reader(each, task) for each in _sources(source, format, columns or {}, task)]
+
+
+@dataclass(slots=True)
+class Scan:
+    """What there is to know of rows before they are encoded.
+
+    Attributes:
+        digests: of what each row says, 64 bits, whatever file and line it stands in.
+        has_chats: whether any goes through a chat template.
+        labels: of texts that are classified.
+        is_multi: whether such a text may have several, or none.
+        faults: what is wrong with those that cannot be read.
+    """
+
+    digests: "array[int]" = field(default_factory=lambda: array("Q"))
+    has_chats: bool = False
+    labels: set[str] = field(default_factory=set)
+    is_multi: bool = False
+    faults: Faults = field(default_factory=Faults)
+
+
+def scan(readers: Sequence[Reader]) -> Scan:
+    """Read all rows of the sources once, and keep none.
+
+    Raises:
+        DataError: there is none that can be used, or a source is missing, unreadable or empty.
+    """
+    found = Scan()
+    for reader in readers:
+        for row in reader.read(found.faults):
+            found.digests.append(_digest(row))
+            found.has_chats = found.has_chats or is_chat(row)
+            if isinstance(row, Classified):
+                found.labels.update(row.labels)
+                found.is_multi = found.is_multi or row.is_multi
+    if readers:
+        _check_any(len(found.digests), found.faults)
+    return found
+
+
+def _check_any(rows: int, faults: Faults) -> None:
+    if not rows:
+        raise DataError(faults.told(f"no row is left to train on, all of {faults.count:,} cannot be used"))
 
 
 def raw_rows(path: str | Path, faults: Faults) -> Iterator[RawRow]:
@@ -85,52 +176,56 @@ def raw_rows(path: str | Path, faults: Faults) -> Iterator[RawRow]:
     Raises:
         DataError: there is no such file, or its ending is not known.
     """
-    for _, rows in _open(Source(str(path)), faults):
-        yield from rows
+    for file in _files_of(Source(str(path))) or ():
+        yield from _read(file, faults)
 
 
 def split_eval(rows: Sequence[Example], share: float = 0.02, most: int = 200) -> tuple[list[Example], list[Example]]:
-    """Hold out some rows for evaluation, chosen by what they say.
-
-    A hash of its contents ranks each row, so neither the order of the file nor a seed moves the split, and equal rows
-    are on the same side of it.
-
-    Args:
-        rows: what there is.
-        share: of the rows, 0 < share < 1; at least one row is held out if two rows differ.
-        most: rows held out, unless every row occurs more often than that.
+    """Hold out some rows for evaluation, as `held_out` chooses.
 
     Returns:
         (train, eval), each in the order of `rows`.
     """
-    digests = [_digest(row) for row in rows]
-    copies = Counter(digests)
-    if len(copies) < 2:
-        return list(rows), []
-    room = min(most, max(1, round(share * len(rows))), len(rows) - 1)
-    held: set[str] = set()
-    for digest in sorted(copies):
-        if copies[digest] <= room:
-            held.add(digest)
-            room -= copies[digest]
-    held = held or {min(sorted(copies), key=copies.__getitem__)}
     sides: tuple[list[Example], list[Example]] = ([], [])
-    for row, digest in zip(rows, digests, strict=True):
-        sides[digest in held].append(row)
+    for row, is_held in zip(rows, held_out([_digest(row) for row in rows], share, most), strict=True):
+        sides[is_held].append(row)
     return sides
 
 
-def _digest(row: Example, salt: str = "") -> str:
-    """A hash of what a row says, whatever file and line it stands in."""
-    contents = {**asdict(row), "where": type(row).__name__}
-    return hashlib.sha256((salt + json.dumps(contents, sort_keys=True, default=repr)).encode()).hexdigest()
+def held_out(digests: Sequence[int], share: float = 0.02, most: int = 200) -> list[bool]:
+    """Which rows to hold out for evaluation, chosen by what they say.
+
+    The hash of its contents ranks each row, so neither the order of the file, nor a seed, nor the weight of its source
+    moves the split, and equal rows are on the same side of it.
+
+    Args:
+        digests: of all rows.
+        share: of the rows, 0 < share < 1; at least one row is held out if two rows differ.
+        most: rows held out, unless every row occurs more often than that.
+    """
+    values, copies = np.unique(np.array(digests, dtype=np.uint64), return_counts=True)
+    if len(values) < 2:
+        return [False] * len(digests)
+    room = min(most, max(1, round(share * len(digests))), len(digests) - 1)
+    held: list[int] = []
+    for value, count in zip(values, copies, strict=True):
+        if count <= room:
+            held.append(value)
+            room -= count
+        if not room:
+            break
+    return np.isin(digests, held or [values[copies.argmin()]]).tolist()
 
 
-def _weigh(rows: list[Example], weight: float) -> list[Example]:
-    whole, part = divmod(weight, 1)
-    # Another salt than that of the split: the rows that are seen once more should not be those held out first.
-    once_more = [row for row in rows if int(_digest(row, "weight")[:8], 16) < part * 2**32] if part else []
-    return rows * int(whole) + once_more
+def _digest(row: Example) -> int:
+    contents = {**_plain(row), "where": type(row).__name__}
+    text = json.dumps(contents, sort_keys=True, default=_plain)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: an example in another by its fields, and a date, say, as Python writes it."""
+    return {name: getattr(value, name) for name in value.__slots__} if isinstance(value, Example) else repr(value)
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------
@@ -142,8 +237,8 @@ def _sources(source: Sources, format: str, columns: Mapping[str, str], task: str
     found = [_source(each, format, columns) for each in listed]
     for each in found:
         check_format(each.format, each.columns, task)
-        if not 0 < each.weight < float("inf"):
-            raise DataError(f"{each.path}: weight is {each.weight}, wanted a number above 0")
+        if not 0 < each.weight <= LARGEST_WEIGHT:
+            raise DataError(f"{each.path}: weight is {each.weight}, wanted a number above 0, at most {LARGEST_WEIGHT}")
     return found
 
 
@@ -159,45 +254,32 @@ def _source(given: "str | Path | Source | Mapping[str, Any]", format: str, colum
     return Source(**{"format": format, "columns": columns} | said)
 
 
-def _read_source(source: Source, task: str, faults: Faults) -> list[Example]:
-    rows: list[Example] = []
-    for name, raw_rows in _open(source, faults):
-        try:
-            rows += _read_rows(name, raw_rows, source, task, faults)
-        except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
-    return rows
-
-
-def _read_rows(name: str, raw_rows: Iterator[RawRow], source: Source, task: str, faults: Faults) -> list[Example]:
-    rows: list[Example] = []
+def _read_rows(name: str, raw_rows: Iterator[RawRow], source: Source, task: str, faults: Faults) -> Iterator[Example]:
     faults_before, is_empty = faults.count, True
     for where, raw in raw_rows:
         is_empty = False
         try:
             row = read_row(raw, where, source.format, source.columns, task)
-            rows += labelled_pair(row) if task == "kto" and isinstance(row, Preference) else [row]
         except DataError as error:
             faults.add(error)
+            continue
+        yield from labelled_pair(row) if task == "kto" and isinstance(row, Preference) else [row]
     if is_empty and faults.count == faults_before:
         raise DataError(f"{name} is empty: it holds no rows")
-    return rows
 
 
-def _open(source: Source, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
-    """Each file or data set of a source: its name and its rows."""
+def _files_of(source: Source) -> list[Path] | None:
+    """The files that a source stands for; None for a data set of the hub."""
     path = Path(source.path).expanduser()
     if path.is_dir():
-        for file in _files(path):
-            yield str(file), _read(file, faults)
-    elif path.is_file():
+        return _files(path)
+    if path.is_file():
         if path.suffix.lower() not in _READERS:
             raise DataError(f"{path}: files that can be read end in {', '.join(_READERS)}")
-        yield str(path), _read(path, faults)
-    elif _is_hub_id(source.path):
-        yield source.path, _hub(source)
-    else:
-        raise DataError(f"{path}: there is no such file or folder")
+        return [path]
+    if _is_hub_id(source.path):
+        return None
+    raise DataError(f"{path}: there is no such file or folder")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -321,18 +403,31 @@ def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
         faults.add(f"{path}: not Parquet that can be read, after row {number}: {error}", hides_rows=True)
 
 
-def _hub(source: Source) -> Iterator[RawRow]:
-    """Rows, counted from 1."""
+def _hub(source: Source) -> Any:
+    """A data set, as `datasets` keeps it: a table on the disk that is read row by row. Its id may be `ID:CONFIG`."""
     import datasets
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
-        table = datasets.load_dataset(source.path, split=source.split)
-    except (DatasetsError, OSError, ValueError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        raise DataError(f"{source.path} (split {source.split}) cannot be read: {cause}") from error
-    for number, row in enumerate(table, 1):
-        yield f"{source.path} row {number}", row
+        return datasets.load_dataset(*source.path.split(":", 1), split=source.split)
+    # A ValueError is an unknown split or configuration; a RuntimeError a data set that is a script.
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        told = " ".join(str(cause or error).split()).rstrip(".")
+        raise DataError(f"{source.path} (split {source.split}) cannot be read: {told}{_way_out(error)}") from error
+
+
+def _way_out(error: Exception) -> str:
+    from datasets.exceptions import DatasetNotFoundError
+
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            "; there is no file or folder of that name here either: mend the name, or, where the data set is gated or "
+            "private, ask for access on its page and give your token with `hf auth login`"
+        )
+    if isinstance(error, ConnectionError):
+        return "; there is no file or folder of that name here either: mend the name, or see that there is a network"
+    return ""
 
 
 _READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.collate import Sampler
-from qlora_kit.data.encode import Counts, EncodedSet, Fate
+from qlora_kit.data.collate import Deck, Sampler
+from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.pack import Room, arrange, efficiency, side_by_side
 from qlora_kit.data.remarks import Remark, sides
 from qlora_kit.data.template import Encoded
@@ -105,6 +105,7 @@ class Preview:
         max_tokens: of the recipe.
         train: what became of the training rows.
         eval: what became of the held-out rows.
+        sources: what each source of training rows gave.
         lengths: of the training rows.
         is_packed: whether the run packs rows.
         apart: how full its batches are with every row a sequence of its own.
@@ -116,6 +117,7 @@ class Preview:
     max_tokens: int
     train: Counts
     eval: Counts
+    sources: list[Part]
     lengths: Lengths
     is_packed: bool
     apart: Filling
@@ -149,7 +151,16 @@ def measure_lengths(rows: EncodedSet) -> Lengths:
     return Lengths(median, p95, p99, longest)
 
 
-def fill(lengths: Sequence[int], *, seed: int, steps: int, rows_a_step: int, room: Room, is_packed: bool) -> Filling:
+def fill(
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    steps: int,
+    rows_a_step: int,
+    room: Room,
+    is_packed: bool,
+    decks: Sequence[Deck] = (),
+) -> Filling:
     """Lay out the batches of an epoch as the training loop does.
 
     Args:
@@ -159,9 +170,10 @@ def fill(lengths: Sequence[int], *, seed: int, steps: int, rows_a_step: int, roo
         rows_a_step: rows that one optimizer step consumes.
         room: what a forward pass may take; of packed rows `longest` is what a sequence may hold.
         is_packed: whether rows share sequences.
+        decks: the sources of the rows, in order; none stands for one, each row of which an epoch sees once.
     """
-    sampler, micro_batches = Sampler(len(lengths), seed), []
-    steps = min(steps, math.ceil(len(lengths) / rows_a_step), MOST_STEPS)
+    sampler, micro_batches = Sampler(decks or len(lengths), seed), []
+    steps = min(steps, math.ceil(sampler.epoch_rows / rows_a_step), MOST_STEPS)
     for _ in range(steps):
         rows = sampler.next_rows(rows_a_step)
         own = [lengths[row] for row in rows]

@@ -84,7 +84,7 @@ def _kept(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokeniz
     bos = tokenizer.bos_token_id
     if doubled := [row.where for row in train.rows if _begins_with(row, [bos, bos])]:
         yield _remark("two_bos", "with two BOS tokens at the start: the text or the template brings another", doubled)
-    # The pieces of a row, and rows of a higher weight, stand in one place and repeat nothing.
+    # The pieces of a row, and rows of a source that is named twice, stand in one place and repeat nothing.
     said = [(row.where, _contents(row)) for row in train.rows]
     first: dict[int, str] = {}
     if repeated := [f"{here} (as {there})" for here, key in said if here != (there := first.setdefault(key, here))]:

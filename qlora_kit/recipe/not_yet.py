@@ -25,7 +25,6 @@ def _all_but(*missing: str | bool) -> Callable[[Any], bool]:
 ROWS = (
     NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
     NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
-    NotYet("data.train[].weight", _only(1), "built: 1, which takes every row of every source once"),
 )
 
 BY_KEY = {row.key: row for row in ROWS}

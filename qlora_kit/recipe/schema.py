@@ -16,6 +16,8 @@ from qlora_kit import units
 
 LARGEST_SIZE = 2**50
 """A budget above a PiB is a slip of the pen."""
+LARGEST_WEIGHT = 1000
+"""A larger weight of a source is meant as something else: an epoch would see each of its rows as often."""
 
 
 class Says:
@@ -61,6 +63,7 @@ Text = Annotated[str, AfterValidator(_is_line), Says("text")]
 Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
 Above0 = Annotated[float, Field(gt=0), Says("a number above 0")]
 Number = Annotated[int | float, Field(gt=0), Says("a number above 0")]
+Weight = Annotated[int | float, Field(gt=0, le=LARGEST_WEIGHT), Says(f"a number above 0, at most {LARGEST_WEIGHT}")]
 BlockSize = Annotated[int, AfterValidator(_is_block_size), Says("a power of two from 32 to 4096")]
 Size = Annotated[str, AfterValidator(_is_size), Says("a size above 0 with its unit (24GiB)")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})$"), Says("auto", "cpu", "cuda", "cuda:N")]
@@ -159,11 +162,11 @@ class Source(Section):
     """One of several sources of training rows."""
 
     path: DataName
-    """Where its rows are."""
+    """Where its rows are; of a hub data set that has several configurations ID:CONFIG."""
     split: Text = "train"
     """Split of a hub data set."""
-    weight: Number = 1
-    """How often its rows are drawn, relative to the other sources."""
+    weight: Weight = 1
+    """How often an epoch sees each of its rows: 2 twice; 0.5 half of them, and the other half in the next epoch."""
     format: Format | None = None
     """Format of its rows; null takes data.format."""
     columns: Columns | None = None

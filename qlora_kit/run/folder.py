@@ -131,7 +131,9 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / PLAN, dict(plan))
     write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
-    data: dict[str, Any] = {"chats": prepared.train.has_chats, "train": asdict(prepared.train.counts)}
+    train = prepared.train
+    data: dict[str, Any] = {"chats": train.has_chats, "train": asdict(train.counts)}
+    data["sources"] = [{**asdict(part), "rows_an_epoch": part.deck.drawn} for part in train.parts]
     if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)
     if prepared.packed_tokens is not None:

@@ -1,5 +1,6 @@
 """Before any weight is read: where the model lies, the rows as tokens, and the numbers of the run."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from functools import partial
@@ -16,28 +17,29 @@ from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     FALLBACK,
     Batch,
-    Chat,
     Encoded,
     EncodedSet,
     Example,
-    Faults,
     Filling,
+    Part,
+    Reader,
     check_turn_tokens,
     classes_of,
     collate_rows,
-    conversations,
     encode_rows,
     fill,
     find_template,
     fix_tokenizer,
-    load_rows,
+    held_out,
     longest_pack,
+    open_sources,
     remarks_on,
-    split_eval,
+    scan,
     swap_answers,
 )
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
+from qlora_kit.recipe.schema import DataName, Sources
 from qlora_kit.run.classify import classes_in, head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
@@ -131,14 +133,14 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     Raises:
         DataError: a step has fewer rows than its task needs.
     """
-    counts, is_packed, max_tokens = rows.counts, recipe.data.packing is True, recipe.data.max_tokens
+    epoch, is_packed, max_tokens = rows.epoch, recipe.data.packing is True, recipe.data.max_tokens
     longest = max(max_tokens, rows.longest) if is_packed else rows.longest
     pace = set_pace(
         recipe.train,
-        rows=counts.rows,
+        rows=epoch.rows,
         longest=longest * sequences_of(recipe.train.task),
-        tokens=counts.tokens,
-        trained_tokens=counts.trained_tokens,
+        tokens=epoch.tokens,
+        trained_tokens=epoch.trained_tokens,
         config=config,
     )
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
@@ -151,6 +153,7 @@ def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: in
     """How full the batches of a run's first epoch are."""
     return fill(
         rows.lengths,
+        decks=rows.decks,
         seed=recipe.train.seed,
         steps=pace.steps,
         rows_a_step=pace.rows_a_step,
@@ -226,8 +229,10 @@ def held_out_rows(
 ) -> EncodedSet:
     """The run's held-out rows, or those of another file encoded as the run's own are."""
     if data is not None:
-        rows = load_rows(str(data), format=recipe.data.format, columns=recipe.data.columns, task=recipe.train.task)
-        return _encode(rows, recipe, tokenizer, config)
+        _, rows = _encode_sets([], _open_sources(recipe, str(data)), [], recipe, tokenizer, config)
+        rows.faults.stop()
+        rows.check_left(recipe.data.max_tokens)
+        return rows
     return _read_rows(recipe, tokenizer, config)[1]
 
 
@@ -279,33 +284,73 @@ def _read_rows(
     """Training rows, held-out rows, and the date that their template writes; a classifier's `config` is told its
     classes."""
     data = recipe.data
-    sources = (
-        data.train
-        if isinstance(data.train, str)
-        else [item if isinstance(item, str) else item.model_dump(exclude_none=True) for item in data.train]
-    )
-    read = partial(load_rows, format=data.format, columns=data.columns, task=recipe.train.task)
-    train_faults, eval_faults = Faults(), Faults()
-    examples = read(sources, faults=train_faults)
-    held_out: list[Example] = []
-    if data.eval == "auto":
-        examples, held_out = split_eval(examples)
-    elif data.eval is not None:
-        held_out = read(data.eval, faults=eval_faults)
-    unread = train_faults + eval_faults
+    readers = _open_sources(recipe, data.train)
+    eval_readers = [] if data.eval in ("auto", None) else _open_sources(recipe, data.eval)
+    found, eval_found = scan(readers), scan(eval_readers)
+    unread = found.faults + eval_found.faults
     if data.on_error == "stop" or unread.hides_rows:
         unread.stop()  # before the rows are encoded, which may take minutes
     if recipe.train.task == "classify":
-        name_classes(config, classes_of(examples, known_classes(config)), pad_id(tokenizer))
-    chats = any(isinstance(part, Chat) for example in (*examples, *held_out) for part in conversations(example))
-    date = _settle_template(tokenizer, recipe, today, watch or Watch()) if chats else None
-    train_rows = _encode(examples, recipe, tokenizer, config, faults=train_faults)
-    # A few rows that the split chose may all be too long: then nothing is held out, as the counts say.
-    may_be_empty = not held_out or data.eval == "auto"
-    eval_rows = _encode(held_out, recipe, tokenizer, config, faults=eval_faults, may_be_empty=may_be_empty)
+        name_classes(config, classes_of(found.labels, found.is_multi, known_classes(config)), pad_id(tokenizer))
+    date = None
+    if found.has_chats or eval_found.has_chats:
+        date = _settle_template(tokenizer, recipe, today, watch or Watch())
+    is_held = held_out(found.digests) if data.eval == "auto" else [False] * len(found.digests)
+    train_rows, eval_rows = _encode_sets(readers, eval_readers, is_held, recipe, tokenizer, config)
+    train_rows.check_left(data.max_tokens)
+    if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
+        eval_rows.check_left(data.max_tokens)
     if data.on_error == "stop":
-        (train_faults + eval_faults).stop()
+        (train_rows.faults + eval_rows.faults).stop()
     return train_rows, eval_rows, date
+
+
+def _open_sources(recipe: Recipe, sources: DataName | Sources) -> list[Reader]:
+    data = recipe.data
+    listed = [sources] if isinstance(sources, str) else sources
+    named = [each if isinstance(each, str) else each.model_dump(exclude_none=True) for each in listed]
+    return open_sources(named, format=data.format, columns=data.columns, task=recipe.train.task)
+
+
+def _encode_sets(
+    readers: Sequence[Reader],
+    eval_readers: Sequence[Reader],
+    is_held: Sequence[bool],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> tuple[EncodedSet, EncodedSet]:
+    """Read all sources once more and encode each row as it comes: those to train on, and those held out."""
+    encode = partial(
+        encode_rows,
+        tokenizer=tokenizer,
+        loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
+        max_tokens=recipe.data.max_tokens,
+        over_length=recipe.data.over_length,
+        thinking=recipe.data.thinking,
+        vocab_size=config.get_text_config().vocab_size,
+        max_positions=_positions_for(recipe, tokenizer, config),
+        classes=classes_in(config) if recipe.train.task == "classify" else None,
+    )
+    train_rows, eval_rows, held = EncodedSet(), EncodedSet(), list[Example]()
+    sides = iter(is_held)
+    for reader in readers:
+        source = reader.source
+        rows = _kept(reader.read(train_rows.faults), sides, held)
+        encode(rows, onto=train_rows, part=Part(source.path, source.weight))
+    encode(held, onto=eval_rows)
+    for reader in eval_readers:
+        encode(reader.read(eval_rows.faults), onto=eval_rows, part=Part(reader.source.path))
+    return train_rows, eval_rows
+
+
+def _kept(rows: Iterable[Example], is_held: Iterator[bool], held: list[Example]) -> Iterator[Example]:
+    """The rows to train on; the few that are held out are put aside."""
+    for row in rows:
+        if next(is_held):
+            held.append(row)
+        else:
+            yield row
 
 
 def _settle_template(
@@ -321,27 +366,3 @@ def _settle_template(
     if date is not None:
         watch.note(f"the chat template writes today's date: it stays {date} in this run and its exports")
     return date
-
-
-def _encode(
-    examples: list[Example],
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    *,
-    faults: Faults | None = None,
-    may_be_empty: bool = False,
-) -> EncodedSet:
-    return encode_rows(
-        examples,
-        tokenizer,
-        loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
-        max_tokens=recipe.data.max_tokens,
-        over_length=recipe.data.over_length,
-        thinking=recipe.data.thinking,
-        vocab_size=config.get_text_config().vocab_size,
-        max_positions=_positions_for(recipe, tokenizer, config),
-        classes=classes_in(config) if recipe.train.task == "classify" else None,
-        faults=faults,
-        may_be_empty=may_be_empty,
-    )

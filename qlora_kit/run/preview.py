@@ -30,6 +30,7 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
         max_tokens=recipe.data.max_tokens,
         train=train.counts,
         eval=held_out.counts,
+        sources=train.parts,
         lengths=measure_lengths(train),
         is_packed=recipe.data.packing is True,
         apart=filling(False),

@@ -267,6 +267,7 @@ def _train(
         constants=dict(adapter_constants(model)),
         optimizer=optimizer,
         rows=prepared.train.rows,
+        decks=prepared.train.decks,
         eval_batches=eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device),
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,

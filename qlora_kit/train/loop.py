@@ -18,7 +18,18 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from qlora_kit.data import Batch, Encoded, Room, Sampler, arrange, collate_rows, full_packs, side_by_side, swap_answers
+from qlora_kit.data import (
+    Batch,
+    Deck,
+    Encoded,
+    Room,
+    Sampler,
+    arrange,
+    collate_rows,
+    full_packs,
+    side_by_side,
+    swap_answers,
+)
 from qlora_kit.errors import DeviceError, TrainingError
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
@@ -47,6 +58,7 @@ class Job:
         constants: what else of the adapter a checkpoint must hold.
         optimizer: of these parameters.
         rows: to train on.
+        decks: the sources of the rows, in order; none stands for one, each row of which an epoch sees once.
         eval_batches: held out; may be empty.
         pad_id: fills rows on the right.
         pace: steps and batch sizes.
@@ -74,6 +86,7 @@ class Job:
     folder: Path
     task: Task = LIKELIHOOD
     loss_chunk: int | None = None
+    decks: Sequence[Deck] = ()
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[dict[str, Any]], None] = lambda row: None
@@ -208,7 +221,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     """
     accelerator = make_accelerator(job.train, job.folder, job.device, job.settings)
     model = accelerator.prepare_model(job.model, device_placement=False)
-    sampler = Sampler(len(job.rows), job.train.seed)
+    sampler = Sampler(job.decks or len(job.rows), job.train.seed)
     sampler.position = job.progress.rows
     saved_at, first = time.monotonic(), job.progress.step + 1
     model.train()
@@ -246,7 +259,7 @@ def _take_step(
     """One optimizer step; the row of metrics that tells of it."""
     started = time.perf_counter()
     phase = no_phase if ledger is None else ledger.phase
-    epoch = sampler.position / len(job.rows)
+    epoch = sampler.position / sampler.epoch_rows
     batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
     mean, measures = accumulate_gradients(
         model,
