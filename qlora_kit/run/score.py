@@ -1,5 +1,6 @@
 """Scores of a model on held-out rows: losses always, exact match where answers are short, a few answers to look at."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,7 +64,7 @@ def score(
 def score_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     batches: list[Batch],
     task: Task = LIKELIHOOD,
     loss_chunk: int | None = None,
@@ -84,7 +85,7 @@ def score_rows(
     return replace(measured, exact_match=right), texts
 
 
-def answered_rows(rows: list[Encoded]) -> list[Encoded]:
+def answered_rows(rows: Sequence[Encoded]) -> list[Encoded]:
     """Rows that end in one answer to one prompt, so that a model can be asked for it."""
     return [row for row in rows if row.prompt and row.answer is not None]
 
