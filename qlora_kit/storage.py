@@ -99,6 +99,21 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def private_folder(name: str) -> Path:
+    """A folder of the kit's cache, `~/.cache/qlora_kit/NAME` or below XDG_CACHE_HOME, made if it is not there.
+
+    Raises:
+        OSError: it cannot be made, or another user may write there: what is loaded from it runs, or is trained on.
+    """
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (asked if asked.is_absolute() else Path("~/.cache").expanduser()) / "qlora_kit" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"others can write to {folder}")
+    return folder
+
+
 def sha256_file(path: Path) -> str:
     """Checksum of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

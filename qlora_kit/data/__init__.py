@@ -4,12 +4,14 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 (files)        (held out)      (token ids)      (batches)
 """
 
+from qlora_kit.data.cache import cache_key, cached
 from qlora_kit.data.chat_template import (
     FALLBACK,
     check_turn_tokens,
     end_token_id,
     find_template,
     fix_tokenizer,
+    fixed_templates,
     template_tokens,
 )
 from qlora_kit.data.classes import Classes, classes_of
@@ -44,6 +46,7 @@ from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs,
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
+from qlora_kit.data.table import RowTable, lengths_of
 from qlora_kit.data.template import Encoded, encode, encode_turns
 
 __all__ = [
@@ -70,12 +73,15 @@ __all__ = [
     "Reader",
     "Remark",
     "Room",
+    "RowTable",
     "Sampler",
     "Source",
     "Text",
     "arrange",
     "ask",
     "best_fit",
+    "cache_key",
+    "cached",
     "check_lengths",
     "check_turn_tokens",
     "classes_of",
@@ -92,10 +98,12 @@ __all__ = [
     "fill",
     "find_template",
     "fix_tokenizer",
+    "fixed_templates",
     "formats_of",
     "full_packs",
     "held_out",
     "is_chat",
+    "lengths_of",
     "load_rows",
     "longest_pack",
     "measure_lengths",

@@ -6,7 +6,7 @@ was split.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import Classified, Example, is_chat
+from qlora_kit.data.table import Rows, lengths_of
 from qlora_kit.data.template import Encoded, LossOn, encode_text, encode_turns
 from qlora_kit.data.thinking import Thinking, with_thinking
 from qlora_kit.errors import DataError
@@ -84,11 +85,13 @@ class Part:
 class EncodedSet:
     """The rows to train on, in order, and what became of the others."""
 
-    rows: list[Encoded] = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     """One a source, in the order of the rows."""
     has_chats: bool = False
     """Whether any row went through a chat template."""
+    classes: Classes | None = None
+    """Of texts that are classified, those of all rows."""
     faults: Faults = field(default_factory=Faults)
     """What is wrong with the rows that were left out as faults."""
     places: dict[Fate, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -123,9 +126,9 @@ class EncodedSet:
         return max(self.lengths)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row that is kept."""
-        return [row.longest for row in self.rows]
+        return lengths_of(self.rows)
 
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those in which nothing is trained."""

@@ -103,6 +103,11 @@ class Reader:
             except OSError as error:
                 raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
 
+    def files(self) -> list[Path]:
+        """The files that decide its rows; none where a data set of the hub is not kept in any."""
+        files = _files_of(self.source)
+        return [Path(file["filename"]) for file in self._table.cache_files] if files is None else files
+
     def _open(self, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
         """Each file or data set of the source: its name and its rows."""
         files = _files_of(self.source)

@@ -1,5 +1,6 @@
 """Scores of a model on held-out rows: losses always, exact match where answers are short, a few answers to look at."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,7 @@ def score(
 def score_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     batches: list[Batch],
     task: Task = LIKELIHOOD,
     loss_chunk: int | None = None,
@@ -88,7 +89,7 @@ def score_rows(
 
 
 def _told_apart(
-    model: PreTrainedModel, measured: Score, rows: list[Encoded], batches: list[Batch]
+    model: PreTrainedModel, measured: Score, rows: Sequence[Encoded], batches: list[Batch]
 ) -> tuple[Score, list[str]]:
     """The score of a classification with its F1, and what the model says of the first few rows."""
     classes, said = classes_in(model.config), predictions(model, batches)
@@ -99,7 +100,7 @@ def _told_apart(
     return replace(measured, measures={**measured.measures, "f1": f1}), words
 
 
-def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> list[Question]:
     """The first few texts of a classification, each with the name of its class."""
     classes = classes_in(model.config)
     return [
@@ -112,13 +113,13 @@ def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
     ]
 
 
-def questions(tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+def questions(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> list[Question]:
     """The first few of the rows that a model can be asked for."""
     asked = [(row.prompt or [], reference(tokenizer, row)) for row in answered_rows(rows)[:SAMPLES]]
     return [Question(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), wanted) for ids, wanted in asked]
 
 
-def answered_rows(rows: list[Encoded]) -> list[Encoded]:
+def answered_rows(rows: Sequence[Encoded]) -> list[Encoded]:
     """Rows that end in one answer to one prompt, so that a model can be asked for it."""
     return [row for row in rows if row.prompt and row.answer is not None]
 

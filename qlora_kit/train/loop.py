@@ -27,6 +27,7 @@ from qlora_kit.data import (
     arrange,
     collate_rows,
     full_packs,
+    lengths_of,
     side_by_side,
     swap_answers,
 )
@@ -191,8 +192,8 @@ def _longest(job: Job) -> Batch:
     if job.packed_tokens is not None:
         packs = full_packs(job.rows, job.pace.micro_batch, job.packed_tokens)
     else:
-        by_length = sorted(job.rows, key=lambda row: row.longest, reverse=True)
-        rows = list(islice(cycle(by_length), job.pace.micro_batch))  # few rows come round again
+        by_length = sorted(range(len(job.rows)), key=lengths_of(job.rows).__getitem__, reverse=True)
+        rows = [job.rows[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
         packs = [[row] for row in _with_others(rows)]
     return collate_rows(packs, job.pad_id).to(job.device)
 
