@@ -113,7 +113,6 @@ WORDS = {
 }
 
 NOT_BUILT = {
-    "base.attention": ["flex", "flash"],
     "lora.rank": ["auto"],
 }
 

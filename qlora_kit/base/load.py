@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
 from qlora_kit.base.formats import Kind, Quantization
@@ -84,7 +85,7 @@ def load_base(
         device: cpu, cuda, cuda:N, or auto.
         skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
         quantize_head: quantise the output head and the input embedding, too.
-        attention: sdpa or eager.
+        attention: sdpa, eager, flex or flash; sdpa stands in for one that cannot be had here.
         revision: of the hub repository.
         trust_remote_code: run code that the model folder brings.
         vocabulary: tokens that the embedding must have rows for; those that it lacks start as the mean of the others.
@@ -117,7 +118,7 @@ def load_base(
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
     with quantized_on_arrival(asked, dtype, target) if is_dense else nullcontext():
-        loaded, untrained = _load(folder, config, attention, head)
+        loaded, untrained = _load(folder, config, implementation(attention, target, dtype), head)
     keep_record(loaded, asked, dtype, folder, untrained, vocabulary)
     let_go_of_clean_files()  # some rows of every matrix were read
     with nullcontext() if watching is None else watching(loaded):

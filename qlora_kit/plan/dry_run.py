@@ -10,8 +10,9 @@ Layers are alike, so a deep model is planned from two shallow ones (`depths.py`)
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
+from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
 from qlora_kit.base.load import Head, body_linears, build_model, freeze_and_quantize
 from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora
@@ -50,6 +52,9 @@ from qlora_kit.train.tasks import Task, sequences_of, task_of
 
 PLAYED_LAYERS = (4, 8)
 """Depths at which a card's allocator is played through."""
+MOST_REMEMBERED = 256
+"""Parts of runs whose needs are remembered, of a few KB each."""
+_REMEMBERED: dict[Hashable, dict[str, Any]] = {}
 
 After = Callable[[PreTrainedModel], None]
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -96,12 +101,12 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
 
 def dry_step(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     """Load and train; as `dry_run`."""
-    return _told(config, work, _train)
+    return _told(config, work, None)
 
 
 def dry_rest(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
     """Load, evaluate, save, and what comes after: the same whatever a step keeps and however many rows it has."""
-    return _told(config, replace(work, activations="keep", micro_batch=1), partial(_use, after or {}))
+    return _told(config, replace(work, activations="keep", micro_batch=1), after or {})
 
 
 def together(step: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +155,23 @@ def _added(config: PretrainedConfig, work: Workload) -> int:
     return played.reserved_peak_bytes - history.peak_bytes()
 
 
-def _told(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
+def _told(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
+    """What a part of a run takes: its step, or where `after` is given the rest. Whoever plans, then runs, or runs one
+    model many times, asks for the same parts again: they are remembered."""
+    key = (
+        type(config),
+        config.to_json_string(use_diff=False),
+        repr(work),
+        None if after is None else tuple(after.items()),
+    )
+    if key not in _REMEMBERED:
+        if len(_REMEMBERED) == MOST_REMEMBERED:
+            del _REMEMBERED[next(iter(_REMEMBERED))]  # the oldest
+        _REMEMBERED[key] = _played(config, work, _train if after is None else partial(_use, after))
+    return deepcopy(_REMEMBERED[key])
+
+
+def _played(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
     """What a part of a run takes at the model's depth, by as few layers as tell it."""
     shallow = find_shallow(config, work.activations)
     depths = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
@@ -278,8 +299,9 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
 
 def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
     head: Head = "classification" if work.task == "classify" else "causal"
+    attention = implementation(work.attention, torch.device("cpu"), work.dtype)  # sdpa's keep what flex and flash keep
     with no_init_weights():
-        return build_model(config, work.dtype, work.attention, head)
+        return build_model(config, work.dtype, attention, head)
 
 
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:

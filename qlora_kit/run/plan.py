@@ -11,7 +11,8 @@ import torch
 from transformers import PretrainedConfig
 
 from qlora_kit.base import locate_model
-from qlora_kit.base.load import read_config
+from qlora_kit.base.attention import check_attention
+from qlora_kit.base.load import read_config, resolve_device, resolve_dtype
 from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge
@@ -57,6 +58,9 @@ def plan_memory(
     card = None if gpu is None else find_card(gpu)
     if card is not None:
         recipe = _for_card(recipe, card)
+    else:
+        device = resolve_device(recipe.base.device)
+        check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     name = None if card is None else card.name
     if not _rows_are_missing(recipe):
         prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.base import locate_model
+from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
-from qlora_kit.base.load import resolve_device
+from qlora_kit.base.load import resolve_device, resolve_dtype
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
@@ -111,6 +112,7 @@ def train(
     started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
     recipe = as_it_starts(recipe)
+    check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
     begun = _as_begun(recipe, folder) if resume else recipe
@@ -281,7 +283,7 @@ def _train(
         check_memory=limit.check,
     )
     if job.packed_tokens is not None:
-        check_isolation(model)
+        check_isolation(model, prepared.pace.micro_batch)
     if resume:
         _go_on(job, watch)
     since = job.progress.step if resume else None
