@@ -1,16 +1,21 @@
 """Files that are complete or absent: everything is staged under another name, flushed, and renamed into place."""
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_kit.errors import RunError
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 SCHEMA = 1
 """Version of every JSON file that the kit writes, under the key `schema`."""
 
@@ -26,12 +31,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(staged, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    staged = _beside(path, "tmp")
+    try:
+        with open(staged, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -74,8 +82,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     A folder that already stands there is replaced only then; after an error nothing of the new one is left.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    staged = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staged, ignore_errors=True)
+    staged = _beside(final, "tmp")
     staged.mkdir()
     try:
         yield staged
@@ -83,20 +90,68 @@ def staged_folder(final: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         _sync_folder(staged)
-        remove_folder(final)
-        os.rename(staged, final)
-        _sync_folder(final.parent)
+        _take_place(staged, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder if it is there: renamed first, so that no half-empty folder ever bears its name."""
-    if not folder.exists():
-        return
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    if folder.exists():
+        doomed = _beside(folder, "old")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _take_place(staged: Path, final: Path) -> None:
+    """Give a complete folder its name. What bore the name stands under that of `staged` then, or is gone."""
+    if not final.exists():
+        os.rename(staged, final)
+    elif not _exchange(staged, final):
+        doomed = _beside(final, "old")
+        os.rename(final, doomed)
+        try:
+            os.rename(staged, final)
+        except OSError:
+            os.rename(doomed, final)
+            raise
+        shutil.rmtree(doomed, ignore_errors=True)
+    _sync_folder(final.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders take each other's names at one stroke; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    # musl has no such function before 1.2.6; a file system may lack it, too, and then nothing was done.
+    exchange = getattr(library, "renameat2", None)
+    return exchange is not None and exchange(_HERE, bytes(first), _HERE, bytes(second), _EXCHANGE) == 0
+
+
+def _beside(path: Path, kind: Literal["tmp", "old"]) -> Path:
+    """A name beside `path` for what is unfinished or given up, free of what processes that were killed left there."""
+    name = re.escape(path.name)
+    for other in path.parent.glob(f".{escape(path.name)}.*.{kind}"):
+        owner = re.fullmatch(rf"\.{name}\.(\d+)\.{kind}", other.name)
+        if owner is None or _is_alive(int(owner[1])):
+            continue
+        if other.is_dir():
+            shutil.rmtree(other)
+        else:
+            other.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _is_alive(process: int) -> bool:
+    """Whether another process of that number runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return process != os.getpid()
 
 
 def private_folder(name: str) -> Path:
