@@ -112,7 +112,7 @@ class Export:
         self.model = model
 
     def save(self, folder, number):
-        export_merged(self.model, None, folder / f"export-{number}", dtype="float32", shard_bytes=300_000)
+        export_merged(self.model, None, folder / f"export-{number}", dtype="float32", shard_bytes=130_000)
 
     def check(self, folder):
         for export in folder.glob("export-*"):
