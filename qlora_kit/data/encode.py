@@ -5,6 +5,8 @@ counted: rows given + turns = rows + dropped + no_trained + faults, and one more
 was split.
 """
 
+import hashlib
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -96,6 +98,8 @@ class EncodedSet:
     """What is wrong with the rows that were left out as faults."""
     places: dict[Fate, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Where the rows stand that were not kept as they are."""
+    fingerprint: str = ""
+    """Of the rows that are kept, as the model sees them, and of their order; it tells one set from another."""
     lengths_given: list[int] = field(default_factory=list)
     """Tokens of each row that could be encoded, before anything was cut or left out."""
 
@@ -137,6 +141,7 @@ class EncodedSet:
             self.count("no_trained", row.where)
             return
         self.rows.append(row)
+        self.fingerprint = _next_fingerprint(self.fingerprint, row)
         counts = self.parts[-1].counts
         counts.rows += 1
         counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
@@ -234,6 +239,16 @@ def encode_rows(
         if not may_be_empty:
             encoded.check_left(max_tokens)
     return encoded
+
+
+def _next_fingerprint(before: str, row: Encoded) -> str:
+    """A fingerprint that depends on all rows up to this one."""
+    seen = hashlib.sha256(before.encode())
+    sequences = [row] if row.other is None else [row, row.other]
+    for sequence in sequences:
+        seen.update(array("q", [len(sequence.input_ids), *sequence.input_ids]).tobytes() + bytes(sequence.trained))
+    seen.update(repr((row.is_good, row.target)).encode())
+    return seen.hexdigest()
 
 
 def check_lengths(max_tokens: int, max_positions: int | None) -> None:

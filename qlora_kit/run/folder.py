@@ -42,8 +42,18 @@ _MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "tr
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 
-def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+_MADE_FROM = {"train": "training rows", "eval": "held-out rows", "base": "weights of the base"}
+
+
+def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, force: bool = False) -> None:
     """See that a run may be written to `folder`; nothing is changed yet.
+
+    Args:
+        folder: of the run.
+        recipe: that is to be run.
+        resume: whether to go on with what is there.
+        overwrite: whether to replace what is there.
+        force: whether a resumed run may have another recipe.
 
     Raises:
         RunError: there is a run and neither `resume` nor `overwrite`, there is none to resume or it has another recipe,
@@ -60,11 +70,31 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunError(f"{folder} cannot be written: {there} does not let you; set output to another folder")
-    changes = _changes(read_recipe(folder / RECIPE), recipe) if resume else []
+    changes = _changes(read_recipe(folder / RECIPE), recipe) if resume and not force else []
     if changes:
         raise RunError(
             f"{folder} was made with another recipe: {'; '.join(changes)}. Resume it as it was "
-            f"(qlora-kit train {folder / RECIPE} --resume), or start again with --overwrite"
+            f"(qlora-kit train {folder / RECIPE} --resume), go on all the same with --force, or start again with "
+            "--overwrite"
+        )
+
+
+def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
+    """See that a run goes on with what it began with.
+
+    Args:
+        folder: of the run.
+        found: fingerprints of what there is now, by train, eval and base.
+
+    Raises:
+        RunError: one is another.
+    """
+    recorded = read_json(folder / DATA).get("fingerprints", {})
+    changed = [_MADE_FROM[key] for key, mark in found.items() if recorded.get(key, mark) != mark]
+    if changed:
+        raise RunError(
+            f"{folder} was begun with other {' and '.join(changed)} than are there now; put the files back as they were, "
+            "go on all the same with --force, or start again with --overwrite"
         )
 
 
@@ -126,13 +156,16 @@ def _has_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, MODEL, CHECKPOINTS))
 
 
-def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], folder: Path) -> None:
+def describe_run(
+    recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fingerprints: Mapping[str, str], folder: Path
+) -> None:
     """Write recipe.yaml, plan.json, env.json and data.json."""
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / PLAN, dict(plan))
     write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
     train = prepared.train
     data: dict[str, Any] = {"chats": train.has_chats, "train": asdict(train.counts)}
+    data["fingerprints"] = dict(fingerprints)
     data["sources"] = [{**asdict(part), "rows_an_epoch": part.deck.drawn} for part in train.parts]
     if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)

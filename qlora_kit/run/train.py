@@ -14,6 +14,7 @@ from qlora_kit.base import locate_model
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.load import resolve_device, resolve_dtype
+from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
@@ -27,6 +28,7 @@ from qlora_kit.run.folder import (
     SAMPLES,
     SCORES,
     check_run_folder,
+    check_unchanged,
     clear_run_folder,
     describe_run,
     provenance_of,
@@ -94,6 +96,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     watch: Watch | None = None,
     trust_remote_code: bool = False,
 ) -> Result:
@@ -103,6 +106,7 @@ def train(
         recipe: from `read_recipe`.
         resume: go on from the newest checkpoint that verifies.
         overwrite: remove a run that stands in the folder.
+        force: resume though the recipe, the rows or the base are others than the run was begun with.
         watch: is told what happens.
         trust_remote_code: let the model folder's own code run.
 
@@ -114,10 +118,13 @@ def train(
     recipe = as_it_starts(recipe)
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
-    check_run_folder(folder, recipe, resume, overwrite)
+    check_run_folder(folder, recipe, resume, overwrite, force)
     begun = _as_begun(recipe, folder) if resume else recipe
     today = recorded_date(folder) if resume else None
     prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)
+    fingerprints = {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
+    if resume and not force:
+        check_unchanged(folder, fingerprints)
     check_weights(begun, prepared.config)
     plan = plan_prepared(begun, prepared)
     watch.planned(plan)
@@ -129,9 +136,12 @@ def train(
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
-        check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
+        check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
+        fingerprints["base"] = base_record(model).mark
+        if resume and not force:
+            check_unchanged(folder, fingerprints)
         unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
         if unlearnt is not None:
             watch.note(unlearnt)
@@ -143,7 +153,7 @@ def train(
             watch.note(why_whole)
         if not resume:
             clear_run_folder(folder)
-        describe_run(recipe, prepared, plan, folder)
+        describe_run(recipe, prepared, plan, fingerprints, folder)
         end = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
         _save(model, recipe, prepared, folder, end)
         scores = None
