@@ -175,6 +175,24 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksums(folder: Path) -> dict[str, str]:
+    """Checksum of every file of a folder, by its name in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def changed_files(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """What is wrong with files that were written with these checksums: those missing, and those changed since."""
+    faults = []
+    for name, checksum in expected.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif sha256_file(path) != checksum:
+            faults.append(f"{path} does not have the bytes that were written")
+    return faults
+
+
 def _sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -12,12 +12,14 @@ from qlora_kit.run.preview import preview
 from qlora_kit.run.talk import Conversation
 from qlora_kit.run.train import Result, train
 from qlora_kit.run.use import evaluate, export_run, load_run
+from qlora_kit.run.verify import Verified, verify, verify_resume
 
 __all__ = [
     "Conversation",
     "Prepared",
     "Result",
     "Speaker",
+    "Verified",
     "answer",
     "check_budget",
     "evaluate",
@@ -27,4 +29,6 @@ __all__ = [
     "plan_memory",
     "preview",
     "train",
+    "verify",
+    "verify_resume",
 ]

@@ -51,7 +51,7 @@ from qlora_kit.run.score import questions, score
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
-from qlora_kit.storage import read_json, write_json
+from qlora_kit.storage import checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import (
     checkpoint_of,
@@ -245,7 +245,8 @@ def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Pa
         save_model(model, prepared.tokenizer, trained)
     else:
         save_adapter(model, trained, provenance=trained_against(model) | provenance_of(recipe))
-    write_json(folder / RESULT, {"folder": trained.name, "step": end.left, "finished": end.finished})
+    ended = {"folder": trained.name, "step": end.left, "finished": end.finished}
+    write_json(folder / RESULT, {**ended, "files": checksums(trained)})
 
 
 def _train(

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from qlora_kit.errors import RunError
 from qlora_kit.memory import to_host
-from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json, write_tensors
+from qlora_kit.storage import (
+    changed_files,
+    checksums,
+    read_json,
+    remove_folder,
+    staged_folder,
+    write_json,
+    write_tensors,
+)
 from qlora_kit.train.optim import AdapterOptimizer
 
 MANIFEST = "manifest.json"
@@ -84,8 +92,7 @@ def save_checkpoint(
             copies.clear()
         write_tensors(staged / "random.safetensors", _random_states(_device(parameters)))
         write_json(staged / "state.json", asdict(progress))
-        checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
-        write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})
+        write_json(staged / MANIFEST, {"step": progress.step, "files": checksums(staged)})
     standing = checkpoints(folder)
     newer = standing.index(final) + 1  # from here on: damaged ones that this run was not resumed from
     kept = {*standing[max(0, newer - keep) : newer], checkpoint_of(folder, progress.best_step)}
@@ -122,13 +129,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
         expected: dict[str, str] = read_json(folder / MANIFEST)["files"]
     except (RunError, KeyError) as error:
         return [f"{folder / MANIFEST} cannot be used: {error}"]
-    missing = [f"{folder / name} is missing" for name in expected if not (folder / name).is_file()]
-    changed = [
-        f"{folder / name} does not have the bytes that were written"
-        for name, checksum in expected.items()
-        if (folder / name).is_file() and sha256_file(folder / name) != checksum
-    ]
-    return missing + changed
+    return changed_files(folder, expected)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
