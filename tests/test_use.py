@@ -121,9 +121,10 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
     assert len(set(wanted)) == 3
     told = []
     for at_once in (1, 22, 1000):
-        found = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, tokens_at_once=at_once, progress=told.append)
+        found = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, tokens_at_once=at_once, tell=told.append)
         assert found == wanted
-    assert told == [1, 2, 3, 2, 3, 3]
+    assert [[*each] for each in told] == [[2], [0], [1], [2, 0], [1], [2, 0, 1]], "longest first"
+    assert all(texts[row] == wanted[row] for texts in told for row in texts)
 
 
 def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
@@ -319,6 +320,38 @@ def test_a_file_of_prompts_is_answered_in_its_order(text_run, tmp_path):
     whole = json.loads(call("generate", text_run, "--prompts", text_run.parent / "rows.jsonl", *short, "--json").stdout)
     assert whole["schema"] == 1
     assert [each["reference"] for each in whole["answers"]] == list(WORDS)
+
+
+def test_answers_that_were_made_before_a_stop_are_kept(text_run, tmp_path, monkeypatch):
+    generate, done = import_module("qlora_kit.train.generate"), []
+    real = generate._generate
+
+    def interrupted(model, tokenizer, prompts, *rest, **more):
+        if done:
+            raise KeyboardInterrupt
+        done.extend(prompts)
+        return real(model, tokenizer, prompts, *rest, **more)
+
+    out, part = tmp_path / "new" / "answers.jsonl", tmp_path / "new" / "answers.jsonl.part"
+    (tmp_path / "p.txt").write_text("".join(f"{number:03}\n" for number in range(40)))
+    asked = ("generate", text_run, "--prompts", tmp_path / "p.txt", "--max-new-tokens", 61, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_generate", interrupted)
+        stopped = call(*asked)
+    assert stopped.exit_code == 130
+    assert f"32 answers are in {part}" in stopped.stderr
+    assert not out.exists()
+    kept = jsonl(part)
+    assert len(kept) == len(done) == 32
+    assert_mistake(call(*asked), f"{part} holds answers", "--out")
+    part.unlink()
+    assert call(*asked).exit_code == 0
+    assert not part.exists()
+    whole = jsonl(out)
+    assert [row["prompt"] for row in whole] == [f"{number:03}" for number in range(40)]
+    assert all(row in whole for row in kept)
+    not_there = call("generate", tmp_path, "--prompt", "hi", "--out", tmp_path / "p.txt" / "answers.jsonl")
+    assert_mistake(not_there, "p.txt", "--out")
 
 
 def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_path):

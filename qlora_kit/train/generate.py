@@ -6,7 +6,7 @@ tokens: a penalty or a nucleus that a base's authors recommend would make answer
 other rules.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ def generate_texts(
     tokens_at_once: int = TOKENS_AT_ONCE,
     sampling: Sampling = GREEDY,
     positions: int | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
+    tell: Callable[[Mapping[int, str]], None] = lambda texts: None,
 ) -> list[str]:
     """Continue prompts until an end token.
 
@@ -75,7 +75,7 @@ def generate_texts(
             are padded on the left.
         sampling: how tokens are chosen. Draws depend on which rows are generated together.
         positions: that no row may exceed; every prompt has fewer tokens.
-        progress: is told how many rows are answered, after each batch.
+        tell: is given the new texts of each batch as they come, by the numbers of their rows.
 
     Returns:
         The new text of each row, without special tokens.
@@ -90,9 +90,10 @@ def generate_texts(
             rows, by_length = by_length[:most], by_length[most:]
             output = _generate(model, tokenizer, [prompts[row] for row in rows], room, sampling)
             new = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for row, text in zip(rows, new, strict=True):
-                texts[row] = _before(text, sampling.stop)
-            progress(len(prompts) - len(by_length))
+            told = {row: _before(text, sampling.stop) for row, text in zip(rows, new, strict=True)}
+            for row, text in told.items():
+                texts[row] = text
+            tell(told)
     return texts
 
 
