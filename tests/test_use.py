@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from qlora_kit.cli import chat
@@ -24,6 +24,8 @@ from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.run import Conversation, load_run, load_speaker
+from qlora_kit.run.prepare import eval_batches
+from qlora_kit.run.score import score_rows
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
@@ -125,6 +127,20 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
         assert found == wanted
     assert [[*each] for each in told] == [[2], [0], [1], [2, 0], [1], [2, 0, 1]], "longest first"
     assert all(texts[row] == wanted[row] for texts in told for row in texts)
+
+
+def test_held_out_rows_are_answered_within_the_positions_of_the_model_and_each_with_its_own_room(model):
+    """Learned positions, as OPT has them, are a table: what lies behind its end is an error, and no worse answer."""
+    _, tokenizer = model
+    made_of = {"hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    net = tiny.spread(OPTForCausalLM(OPTConfig(vocab_size=260, max_position_embeddings=64, eos_token_id=0, **made_of)))
+    prompts = [[5 + row] * length for row, length in enumerate((60, 62, 9, 64))]
+    rows = [Encoded(prompt + [9] * more, [False] * len(prompt) + [True] * more, prompt, "x")
+            for prompt, more in zip(prompts, (4, 2, 30, 0), strict=True)]  # fmt: skip
+    _, texts = score_rows(net.eval(), tokenizer, rows, eval_batches(rows[:3], 0, net.device))
+    wanted = [by_hand(net, prompt, min(31, 64 - len(prompt))) for prompt in prompts[:3]]
+    assert [len(tokens) for tokens in wanted] == [4, 2, 31]
+    assert texts == [*(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted), ""]
 
 
 def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
