@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
-from qlora_kit.cli.terminal import printable
+from qlora_kit.cli.visible import visible
 from qlora_kit.data import Encoded, ask, collate, encode, read_prompts, read_row
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
@@ -250,10 +250,14 @@ def test_a_stream_that_ends_within_a_character_says_so(model):
     assert streamer.text.startswith("a\ufffd")
 
 
-def test_what_a_model_says_moves_no_cursor():
-    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u0085\b\x00é\n\t🙂"
-    assert printable(hostile) == "a[2J]0;titlebc31mé\n\t🙂"
-    assert printable("plain\ttext\n") == "plain\ttext\n"
+def test_what_a_model_says_and_what_is_said_of_names_moves_no_cursor(capsys):
+    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u0085\b\x00é\n🙂"
+    for show in (chat._show, chat._say):
+        show(hostile)
+    shown = r"a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\x85\x08\x00é" + "\n🙂"
+    assert capsys.readouterr() == (shown, shown + "\n")
+    chat._show("plain\ttext\n")
+    assert capsys.readouterr().out == "plain\ttext\n"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -517,7 +521,7 @@ def test_chat_works_through_a_pipe(chat_run, tmp_path):
     )  # fmt: skip
     rows = jsonl(saved)
     assert rows[0]["messages"][0] == {"role": "user", "content": "hi"}
-    assert said.startswith(printable(rows[0]["messages"][1]["content"]) + "\n")
+    assert said.startswith(visible(rows[0]["messages"][1]["content"], keep="\n\t") + "\n")
     assert len(rows[0]["messages"]) == 2, "the second question was taken back"
     for words in ("there is no /nothing", "taken back", "exists already", "the bare base speaks", "run (speaks)",
                   "/undo", "a row of training data"):  # fmt: skip

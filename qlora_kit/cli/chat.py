@@ -23,7 +23,7 @@ from qlora_kit.cli.options import (
     TrustRemoteCode,
     sampling_of,
 )
-from qlora_kit.cli.terminal import printable
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.storage import write_text
 
@@ -96,7 +96,7 @@ class _Terminal:
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].strip().partition(" ")
             if name not in self._commands:
-                raise RunError(f"there is no /{printable(name)}; /help lists commands, and //{name} says /{name}")
+                raise RunError(f"there is no /{name}; /help lists commands, and //{name} says /{name}")
             self._commands[name](rest.strip())
         elif line.strip():
             with self._stopping():
@@ -183,7 +183,7 @@ def _read() -> str | None:
 
 
 def _show(piece: str) -> None:
-    typer.echo(printable(piece), nl=False)
+    typer.echo(visible(piece, keep="\n\t"), nl=False)
 
 
 def _note(text: str) -> None:
@@ -191,4 +191,4 @@ def _note(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(visible(text, keep="\n"), err=True)

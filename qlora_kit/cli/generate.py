@@ -27,7 +27,7 @@ from qlora_kit.cli.options import (
     UseBase,
     sampling_of,
 )
-from qlora_kit.cli.terminal import printable
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.storage import SCHEMA, write_text
 from qlora_kit.units import counted
@@ -93,7 +93,7 @@ def generate(
         typer.echo(f"{len(answers):,} answers in {out}")
     else:
         said = lines if prompts is not None else answers[0]["answer"] + "\n"
-        typer.echo(printable(said) if sys.stdout.isatty() else said, nl=False)
+        typer.echo(visible(said, keep="\n\t") if sys.stdout.isatty() else said, nl=False)
 
 
 def _lines(answers: Sequence[Mapping[str, Any]]) -> str:
