@@ -20,6 +20,7 @@ from difflib import SequenceMatcher, get_close_matches
 from typing import Any, TypeAlias
 
 from qlora_kit.errors import DataError, listed
+from qlora_kit.recipe import TASKS
 
 Columns: TypeAlias = Mapping[str, Any]
 
@@ -139,7 +140,7 @@ def read_row(
 
 def formats_of(task: str) -> tuple[str, ...]:
     """Names of the formats that a task can use, in the order in which `auto` tries them."""
-    return _FORMATS_OF.get(task, _ANSWERS)
+    return TASKS[task].formats
 
 
 def check_format(format: str, columns: Mapping[str, str] | None = None, task: str = "sft") -> None:
@@ -316,11 +317,6 @@ FORMATS: dict[str, Format] = {
     "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),
     "classification": Format(("text", "label"), (), _classified),
 }
-_ANSWERS = ("messages", "sharegpt", "alpaca", "completion", "text")
-"""In the order in which `auto` tries them: the more a format says about a row, the earlier."""
-_PAIRS = ("preference",)
-_FORMATS_OF = {"dpo": _PAIRS, "ipo": _PAIRS, "orpo": _PAIRS, "kto": ("labelled", "preference"),
-               "classify": ("classification",)}  # fmt: skip
 
 
 # ---- turns ---------------------------------------------------------------------------------------------------------
