@@ -63,7 +63,7 @@ from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.samples import Samples
-from qlora_kit.train.tasks import has_reference, task_of
+from qlora_kit.train.tasks import Task, has_reference, task_of
 from qlora_kit.train.trackers import check_trackers
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
@@ -142,7 +142,7 @@ def train(
         if not resume:
             clear_run_folder(folder)
         describe_run(recipe, prepared, plan, folder)
-        end = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
+        end = _train(recipe, prepared, plan, model, task, loss_chunk, ledger, folder, watch, resume, limit)
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
@@ -241,6 +241,7 @@ def _train(
     prepared: Prepared,
     plan: Mapping[str, Any],
     model: PreTrainedModel,
+    task: Task,
     loss_chunk: int | None,
     ledger: Ledger,
     folder: Path,
@@ -272,7 +273,7 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
-        task=task_of(recipe.train, has_reference=has_reference(recipe)),
+        task=task,
         loss_chunk=loss_chunk,
         folder=folder,
         stop_requested=watch.stop_requested,
