@@ -524,17 +524,27 @@ def test_chat_works_through_a_pipe(chat_run, tmp_path):
     assert said.startswith(visible(rows[0]["messages"][1]["content"], keep="\n\t") + "\n")
     assert len(rows[0]["messages"]) == 2, "the second question was taken back"
     for words in ("there is no /nothing", "taken back", "exists already", "the bare base speaks", "run (speaks)",
-                  "/undo", "a row of training data"):  # fmt: skip
+                  "/undo", "as training data"):  # fmt: skip
         assert words in told
     assert "never read" not in said + told
 
 
-def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves(text_run):
-    said, told = talk(text_run, lines=["say cat ", "say cat ", "/system be brief"])
+def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves_and_saves_them_so(text_run, tmp_path):
+    saved = tmp_path / "saved.jsonl"
+    lines = [f"/save {saved}", "say", "say", "say cat ", "/system be brief", f"/save {saved}"]
+    said, told = talk(text_run, lines=[*lines, "/save ~no-such-person/x.jsonl"])
     assert "by itself" in told
     assert "no system turn" in told
-    alone = call("generate", text_run, "--prompt", "say cat ", "--max-new-tokens", 6).stdout
-    assert said == 2 * alone
+    assert "nothing is said yet" in told
+    assert "error: ~no-such-person/x.jsonl cannot be written" in told
+    first, second = jsonl(saved)
+    assert first == second
+    assert read_row(first, "saved").prompt == "say"
+    alone, nothing = (
+        call("generate", text_run, "--prompt", text, "--max-new-tokens", 6).stdout for text in ("say", "say cat ")
+    )
+    assert said == 2 * alone + nothing
+    assert (alone, nothing) == (first["completion"] + "\n", "\n")
     assert_mistake(call("chat", text_run, "--system", "be brief"), "no system turn")
 
 

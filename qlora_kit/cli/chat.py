@@ -1,6 +1,7 @@
 """`qlora-kit chat`: a conversation in the terminal. Answers go to standard output, all else to standard error."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -129,14 +130,16 @@ class _Terminal:
         self._say_who()
 
     def _save(self, name: str) -> None:
-        """FILE: write the conversation as a row of training data"""
+        """FILE: write the conversation as training data"""
         if not name:
             raise RunError("/save wants the name of a new file")
-        path = Path(name).expanduser()
+        path, rows = Path(os.path.expanduser(name)), self._conversation.rows
+        if not rows:
+            raise RunError("nothing is said yet, so there is nothing to save")
         if path.exists():
             raise RunError(f"{path} exists already; name a new file")
         try:
-            write_text(path, json.dumps({"messages": self._conversation.messages}, ensure_ascii=False) + "\n")
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror}") from error
         _say(f"saved to {path}")
