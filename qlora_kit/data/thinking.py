@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from qlora_kit.data.formats import Chat, Completion, Example, Labelled, Preference
+from qlora_kit.data.examples import Chat, Completion, Example, Labelled, Preference
 from qlora_kit.errors import DataError
 
 Thinking: TypeAlias = Literal["keep", "strip", "empty"]
