@@ -9,7 +9,7 @@ from test_cli import assert_mistake, call, write_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from qlora_kit.data import Classes, classes_of, collate_rows, encode_rows, read_row
-from qlora_kit.data.formats import Classified
+from qlora_kit.data.examples import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.run.classify import f1_score
 from qlora_kit.train.objectives import classification_loss_sum

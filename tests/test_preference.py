@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_cli import assert_mistake, call, write_recipe
 
 from qlora_kit.data import Encoded, collate_rows, read_row, swap_answers
-from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
+from qlora_kit.data.examples import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
 from qlora_kit.recipe import Train

@@ -26,21 +26,11 @@ from qlora_kit.data.collate import (
     collate_texts,
     swap_answers,
 )
+from qlora_kit.data.columns import formats_of, read_row
 from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
+from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import (
-    FORMATS,
-    Chat,
-    Classified,
-    Completion,
-    Example,
-    Labelled,
-    Preference,
-    Text,
-    formats_of,
-    is_chat,
-    read_row,
-)
+from qlora_kit.data.formats import FORMATS
 from qlora_kit.data.load import Reader, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows

@@ -19,8 +19,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from qlora_kit.data.columns import check_format, read_row
+from qlora_kit.data.examples import Classified, Example, Preference, is_chat
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Classified, Example, Preference, check_format, is_chat, labelled_pair, read_row
+from qlora_kit.data.formats import labelled_pair
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.schema import LARGEST_WEIGHT
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qlora_kit.data.chat_template import Renderer, check_template, end_token, special_tokens, through_end
 from qlora_kit.data.classes import Classes
-from qlora_kit.data.formats import Chat, Classified, Completion, Example, Labelled, Preference, Text
+from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.thinking import after_prompt, thought_of, written_out
 from qlora_kit.errors import DataError
 

@@ -41,14 +41,14 @@ from qlora_kit.plan.depths import (
     with_depth,
 )
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import Train
+from qlora_kit.recipe import TASKS, Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.step import accumulate_gradients
-from qlora_kit.train.tasks import Task, sequences_of, task_of
+from qlora_kit.train.tasks import Task, task_of
 
 PLAYED_LAYERS = (4, 8)
 """Depths at which a card's allocator is played through."""
@@ -315,7 +315,7 @@ def _task(work: Workload) -> Task:
 
 def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:
     is_text, has_verdict = work.task == "classify", work.task == "kto"
-    shape = shape[0] * sequences_of(work.task), shape[1]
+    shape = shape[0] * TASKS[work.task].sequences, shape[1]
     return _FakeRows(
         input_ids=torch.zeros(shape, dtype=torch.int64),
         labels=torch.zeros(shape[:1] if is_text else shape, dtype=torch.int64),

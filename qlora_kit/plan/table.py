@@ -17,10 +17,9 @@ from qlora_kit.plan.dry_run import After, dry_run
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Setting, Solution, run_again
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import Recipe, method_of, with_adapters
+from qlora_kit.recipe import TASKS, Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
-from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import parse_bytes
 
 STEP = ("forward", "loss", "backward", "optimizer")
@@ -153,7 +152,7 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
         config,
         planned["parameters"],
         tokens=work.tokens,
-        micro_batch=work.micro_batch * sequences_of(work.task),
+        micro_batch=work.micro_batch * TASKS[work.task].sequences,
         accumulation=work.accumulation,
         quantization=work.quantization,
         optimizer=work.optimizer,

@@ -85,7 +85,7 @@ def answer(
     max_new_tokens: int,
     system: str | None = None,
     sampling: Sampling = GREEDY,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    tell: Callable[[Sequence[dict[str, Any]], int], None] = lambda answers, of: None,
 ) -> list[dict[str, Any]]:
     """What a model says to prompts, in their order.
 
@@ -95,7 +95,8 @@ def answer(
         max_new_tokens: most tokens of an answer; the model's positions may leave fewer.
         system: what a chat opens with, unless it has a system turn already.
         sampling: how tokens are chosen.
-        progress: is told how many are answered, and of how many.
+        tell: is given answers as they come, a few at a time and those to the longest prompts first, and how many
+            prompts there are.
 
     Returns:
         For each `prompt` (a text, or turns), `answer`, and `reference` where the file has one.
@@ -117,7 +118,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         positions=positions_of(speaker.model.config),
-        progress=lambda done: progress(done, len(asked)),
+        tell=lambda texts: tell([_told(asked[row], text) for row, text in texts.items()], len(asked)),
     )
     return [_told(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
 

@@ -7,8 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date as Date
 from pathlib import Path
@@ -123,12 +123,22 @@ def run_folder(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
-def clear_run_folder(folder: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else that lies there."""
-    for name in (ADAPTER, MODEL, CHECKPOINTS, PROJECT):
-        remove_folder(folder / name)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+def files_of_run(folder: Path) -> list[Path]:
+    """What a run wrote, folders whole, and nothing else that lies there. Of its trackers' logs each is listed apart,
+    since those of the next one come beside them."""
+    written = [folder / name for name in (ADAPTER, MODEL, CHECKPOINTS, *FILES)]
+    return [path for path in (*written, *(folder / PROJECT).glob("*")) if path.exists()]
+
+
+def clear_run_folder(folder: Path, earlier: Iterable[Path]) -> None:
+    """Remove what `files_of_run` found of an earlier run."""
+    for path in earlier:
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink()
+    with suppress(OSError):  # where another run logs there now, it stays
+        (folder / PROJECT).rmdir()
 
 
 def _things_in(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from qlora_kit.memory import Limit
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.plan.choose import may_quantize_head
-from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.recipe import TASKS, Recipe, base_as_held
 from qlora_kit.run.classify import head_for
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
@@ -29,7 +29,6 @@ from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
-from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
@@ -77,7 +76,7 @@ def plan_memory(
     pace = set_pace(
         recipe.train,
         rows=ROWS_A_STEP,
-        longest=tokens * sequences_of(recipe.train.task),
+        longest=tokens * TASKS[recipe.train.task].sequences,
         tokens=ROWS_A_STEP * tokens,
         trained_tokens=ROWS_A_STEP * tokens,
         config=config,

@@ -41,13 +41,12 @@ from qlora_kit.data import (
     swap_answers,
 )
 from qlora_kit.errors import DataError
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.recipe.schema import DataName, Sources
 from qlora_kit.run.classify import head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
-from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -141,7 +140,7 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     pace = set_pace(
         recipe.train,
         rows=epoch.rows,
-        longest=longest * sequences_of(recipe.train.task),
+        longest=longest * TASKS[recipe.train.task].sequences,
         tokens=epoch.tokens,
         trained_tokens=epoch.trained_tokens,
         config=config,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
 from qlora_kit.run.classify import classes_in, f1_score, predictions, words_of
-from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
+from qlora_kit.run.prepare import Prepared, eval_batches, pad_id, positions_of
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
 from qlora_kit.train.samples import SAMPLE_TOKENS, Question
@@ -81,7 +81,8 @@ def score_rows(
     is_short = max(lengths) <= SHORT_ANSWER
     asked = answered if is_short else answered[:SAMPLES]
     room = max(lengths) + 1 if is_short else SAMPLE_TOKENS
-    texts = generate_texts(model, tokenizer, [row.prompt or [] for row in asked], max_new_tokens=room)
+    prompts, positions = [row.prompt or [] for row in asked], positions_of(model.config)
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=room, positions=positions)
     if not is_short:
         return measured, texts
     right = exact_match(texts, [reference(tokenizer, row) for row in asked])

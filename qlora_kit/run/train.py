@@ -1,7 +1,7 @@
 """The main job: plan, load, adapt, train, score, report; each arrow is one function."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from qlora_kit.run.folder import (
     check_unchanged,
     clear_run_folder,
     describe_run,
+    files_of_run,
     provenance_of,
     recorded_date,
     run_folder,
@@ -66,8 +67,8 @@ from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.samples import Samples
-from qlora_kit.train.tasks import has_reference, task_of
-from qlora_kit.train.trackers import check_trackers
+from qlora_kit.train.tasks import Task, has_reference, task_of
+from qlora_kit.train.trackers import Track, check_trackers, tracking
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -151,10 +152,11 @@ def train(
         loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, asked)
         if why_whole is not None:
             watch.note(why_whole)
-        if not resume:
-            clear_run_folder(folder)
-        describe_run(recipe, prepared, plan, fingerprints, folder)
-        end = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
+        earlier = [] if resume else files_of_run(folder)
+        with _tracking(recipe, prepared, folder, device) as track:
+            clear_run_folder(folder, earlier)
+            describe_run(recipe, prepared, plan, fingerprints, folder)
+            end = _train(recipe, prepared, plan, model, task, loss_chunk, ledger, folder, watch, track, resume, limit)
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
@@ -254,10 +256,12 @@ def _train(
     prepared: Prepared,
     plan: Mapping[str, Any],
     model: PreTrainedModel,
+    task: Task,
     loss_chunk: int | None,
     ledger: Ledger,
     folder: Path,
     watch: Watch,
+    track: Track,
     resume: bool,
     limit: Limit,
 ) -> _End:
@@ -285,12 +289,11 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
-        task=task_of(recipe.train, has_reference=has_reference(recipe)),
+        task=task,
         loss_chunk=loss_chunk,
         folder=folder,
         stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
-        settings=settings_of(recipe) | {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps},
         check_memory=limit.check,
     )
     if job.packed_tokens is not None:
@@ -299,7 +302,7 @@ def _train(
         _go_on(job, watch)
     since = job.progress.step if resume else None
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
-    job.watch = _watched(metrics.rows, watch)
+    job.watch = _watched(metrics.rows, watch, track)
     samples = _let_sample(job, recipe, prepared, since, watch)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
@@ -317,8 +320,14 @@ def _train(
     return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
 
 
-def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch) -> Callable[[Mapping[str, Any]], None]:
-    """Shows each row, and says it once if the training loss explodes; `rows` are those of before a resume."""
+def _tracking(recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device) -> AbstractContextManager[Track]:
+    """The recipe's trackers, which are told its settings with the rate and the steps that it came to."""
+    settled = {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps}
+    return tracking(recipe.train.trackers, folder, settings_of(recipe) | settled, device)
+
+
+def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch, track: Track = lambda row: None) -> Track:
+    """Shows and tracks each row, and says once if the training loss explodes; `rows` are those before a resume."""
     losses = LossWatch()
 
     def see(row: Mapping[str, Any]) -> str:
@@ -331,6 +340,7 @@ def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch) -> Callable[[Mappi
 
     def show(row: Mapping[str, Any]) -> None:
         watch.row(row)
+        track(row)
         if told := see(row):
             watch.note(told)
 

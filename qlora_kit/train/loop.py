@@ -43,7 +43,6 @@ from qlora_kit.train.pace import Pace, room_of
 from qlora_kit.train.schedule import learning_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import LIKELIHOOD, Task
-from qlora_kit.train.trackers import as_tracked, start_trackers
 
 SAVE_INTERVAL_S = 15 * 60
 """Seconds between checkpoints under `save_every: auto`."""
@@ -71,7 +70,6 @@ class Job:
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
         packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
-        settings: of the whole recipe by dotted key, for trackers.
         sample: is told every step when it is done; it may ask the model, and leaves training as it was.
         check_memory: is told the step before each of its micro-batches; it may end the run, which then saves nothing.
     """
@@ -93,7 +91,6 @@ class Job:
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
     packed_tokens: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
     sample: Callable[[int], None] = lambda step: None
     check_memory: Callable[[int], None] = lambda step: None
 
@@ -120,37 +117,24 @@ class Job:
         return self.model.device
 
 
-def make_accelerator(
-    train: Train, folder: Path, device: torch.device, settings: Mapping[str, Any] | None = None
-) -> Accelerator:
+def make_accelerator(device: torch.device, **logging: Any) -> Accelerator:
     """Accelerate with its own precision, accumulation and loaders switched off: these are the kit's.
 
     Its `backward` divides by the accumulation count, its mixed precision casts outputs up, its loader reads ahead.
 
     Args:
-        train: section of the recipe.
-        folder: of the run.
         device: that trains.
-        settings: that trackers are told, by dotted key.
+        logging: what accelerate is told of trackers.
 
     Raises:
         DeviceError: several processes were launched.
-        RunError: a tracker does not start.
     """
-    accelerator = Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=1,
-        cpu=device.type == "cpu",
-        log_with=list(train.trackers) or None,
-        project_dir=str(folder),
-    )
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1, cpu=device.type == "cpu", **logging)
     if accelerator.num_processes > 1:
         raise DeviceError(
             f"{accelerator.num_processes} processes were launched, and this version trains on one device; "
             "start qlora-kit by itself"
         )
-    if train.trackers:
-        start_trackers(accelerator, train.trackers, folder, settings or {})
     return accelerator
 
 
@@ -220,7 +204,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
     """
-    accelerator = make_accelerator(job.train, job.folder, job.device, job.settings)
+    accelerator = make_accelerator(job.device)
     model = accelerator.prepare_model(job.model, device_placement=False)
     sampler = Sampler(job.decks or len(job.rows), job.train.seed)
     sampler.position = job.progress.rows
@@ -235,11 +219,11 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         else:
             row = _take_step(job, accelerator, model, sampler, step, None)
         row["peak_bytes"] = counter.peak_bytes
-        _record(job, metrics, accelerator, row)
+        _record(job, metrics, row)
         is_best = False
         if job.eval_batches and (step % job.pace.eval_every == 0 or step == job.pace.steps):
             evaluated = {"step": step, **_evaluate(job)}
-            _record(job, metrics, accelerator, evaluated)
+            _record(job, metrics, evaluated)
             is_best = job.progress.judge(evaluated["eval_loss"])
         job.sample(step)
         is_stopping = job.stop_requested()
@@ -250,7 +234,6 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
             saved_at = time.monotonic()
         if is_stopping:
             break
-    accelerator.end_training()
     return job.is_over
 
 
@@ -310,12 +293,10 @@ def _evaluate(job: Job) -> dict[str, Any]:
     return {"eval_loss": score.loss, **{f"eval_{name}": value for name, value in score.measures.items()}}
 
 
-def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:
+def _record(job: Job, metrics: MetricsLog, row: dict[str, Any]) -> None:
     """Put a row on disk, show it, and stop the run at the first number that is not finite."""
     metrics.add(row)
     job.watch(metrics.rows[-1])
-    if job.train.trackers:
-        accelerator.log(as_tracked(row), step=row["step"])
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
         raise TrainingError(
