@@ -8,7 +8,7 @@ import torch
 from test_cli import assert_mistake, call, write_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from qlora_kit.data import Classes, classes_of, collate_rows, encode_rows, read_row
+from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, encode_rows, read_row
 from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.run.classify import f1_score
@@ -73,11 +73,40 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
         return classes_of(set(labels), False, known).names
 
     assert of("b", "a", "b") == ("a", "b")
-    assert of("10", "9", "2") == tuple(map(str, range(11)))
+    assert of("3", "2", "0") == ("0", "1", "2", "3")
     assert of("dog", "cat", known=["owl", "dog", "cat"]) == ("owl", "dog", "cat")
     assert of("dog", "fox", known=["owl", "dog", "cat"]) == ("dog", "fox")
     with pytest.raises(DataError, match=r"1 class \(a\)"):
         of("a", "a")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10001", "7", "200"], ("7", "200", "10001")),
+        (["0", "01", "1"], ("0", "01", "1")),
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["5", "1", "2"], ("0", "1", "2", "3", "4", "5")),
+        (["2", "10", "b"], ("10", "2", "b")),
+        (["٣", "2"], ("2", "٣")),
+    ],
+)
+def test_numbers_are_classes_by_their_value_only_where_nearly_all_occur(labels, names):
+    assert classes_of(set(labels), False).names == names
+
+
+def test_a_row_with_other_than_one_label_is_a_fault_where_each_has_one(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    given = [
+        Classified("a", labels, True, where=f"f:{n}") for n, labels in enumerate([("cat",), ("cat", "dog"), ()], 1)
+    ]
+    encoded = EncodedSet()
+    encode_rows(given, tokenizer, classes=Classes(("cat", "dog"), False), onto=encoded)
+    assert [row.target for row in encoded.rows] == [0]
+    assert [fault.partition(";")[0] for fault in encoded.faults.shown] == [
+        "f:2: it has 2 labels (cat, dog), and every training row has one",
+        "f:3: it has no label, and every training row has one",
+    ]
 
 
 def test_a_held_out_label_that_was_never_trained_on_is_a_fault_of_its_row():
