@@ -11,8 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, encode_rows, read_row
 from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
-from qlora_kit.run.classify import f1_score
+from qlora_kit.recipe import read_recipe
+from qlora_kit.run.classify import classes_in, f1_score
+from qlora_kit.run.prepare import gather
 from qlora_kit.train.objectives import classification_loss_sum
+from qlora_kit.watch import Watch
 
 TEXTS = {
     "cat": ("a cat sat", "the cat", "cats!"),
@@ -207,3 +210,16 @@ def test_a_text_may_have_several_classes(tmp_path, bert_folder):
 )
 def test_what_a_classification_cannot_do_is_one_line(settings, words, tmp_path, bert_folder):
     assert_mistake(call("train", recipe_in(tmp_path, bert_folder, rows()), *settings), *words)
+
+
+def test_classes_are_those_of_all_rows_that_are_split_and_of_a_held_out_file_none_is_new(tmp_path, bert_folder):
+    given = [{"text": f"text {number}", "label": f"class {number}"} for number in range(12)]
+    recipe = recipe_in(tmp_path, bert_folder, given)
+    prepared = gather(read_recipe(recipe, ["data.eval=auto"]), Watch(), weights=False)
+    assert len(prepared.eval.rows) == 1, "its class is no training row's"
+    assert classes_in(prepared.config).names == tuple(sorted(row["label"] for row in given))
+    (tmp_path / "held.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (given[0], {"text": "x", "label": "clas 3"}))
+    )
+    result = call("train", recipe, f"data.eval={tmp_path / 'held.jsonl'}")
+    assert_mistake(result, f"{tmp_path / 'held.jsonl'}:2: label 'clas 3' is none", "did you mean 'class 3'")
