@@ -6,14 +6,24 @@ import pytest
 import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+)
 
-from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, encode_rows, read_row
+from qlora_kit.base.load import read_config
+from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run.classify import classes_in, f1_score
+from qlora_kit.run.classify import f1_score
 from qlora_kit.run.prepare import gather
+from qlora_kit.train.classes import classes_in, name_classes
+from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.objectives import classification_loss_sum
 from qlora_kit.watch import Watch
 
@@ -223,3 +233,18 @@ def test_classes_are_those_of_all_rows_that_are_split_and_of_a_held_out_file_non
     )
     result = call("train", recipe, f"data.eval={tmp_path / 'held.jsonl'}")
     assert_mistake(result, f"{tmp_path / 'held.jsonl'}:2: label 'clas 3' is none", "did you mean 'class 3'")
+
+
+def test_a_batch_of_texts_of_several_lengths_gives_each_what_transformers_says_of_it_alone(tmp_path):
+    tiny.llama(pad_token_id=7).save_pretrained(tmp_path)
+    config = read_config(tmp_path, head="classification")
+    name_classes(config, Classes(("cat", "dog"), False), 0)
+    model = LlamaForSequenceClassification(config).eval()
+    texts = [[1, 5, 9, 11], [1, 7], [1, 8, 7, 3, 4, 7], [1]]
+    batch = collate_texts(texts, [0, 1, 0, 1], 0)
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([text])).logits for text in texts])
+        assert tiny.relative(whole_logits(model, batch), alone) < 1e-5  # fp32, in another order
+    roberta = RobertaConfig(pad_token_id=1)  # whose positions are counted from it
+    name_classes(roberta, Classes(("cat", "dog"), False), 0)
+    assert roberta.pad_token_id == 1

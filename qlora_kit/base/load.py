@@ -181,6 +181,11 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, he
     return model
 
 
+def reads_both_ways(config: PretrainedConfig) -> bool:
+    """Whether the tokens of such a model see those behind them, too."""
+    return type(config) in AutoModelForMaskedLM._model_mapping
+
+
 def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
     """Whether a configuration or a model is of a class from its own folder, and not of one from transformers."""
     return type(made).__module__.startswith("transformers_modules.")
@@ -340,8 +345,7 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
         kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
         raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
-    both = config.is_encoder_decoder or (head == "causal" and type(config) in AutoModelForMaskedLM._model_mapping)
-    if both:
+    if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 

@@ -40,9 +40,9 @@ from qlora_kit.data import (
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe.schema import DataName, Sources
-from qlora_kit.run.classify import classes_in, head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
+from qlora_kit.train.classes import classes_in, head_for, known_classes, name_classes
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
 from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import counted
@@ -108,7 +108,7 @@ def gather(
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
     check_task(recipe)
-    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
+    config = read_config(folder, head=head_for(recipe.train.task), trust_remote_code=trust_remote_code)
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))

@@ -12,7 +12,6 @@ from qlora_kit.errors import RunError
 from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
-from qlora_kit.run.classify import head_for, name_classes
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     DATA,
@@ -34,6 +33,7 @@ from qlora_kit.run.prepare import (
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
+from qlora_kit.train.classes import head_for, name_classes
 from qlora_kit.train.evaluate import Score
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
@@ -200,7 +200,7 @@ def export_run(
     model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
     if to == "adapter":
         return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
-    rows, is_causal = held_out_rows(recipe, tokenizer, model.config, None).rows, head_for(recipe) == "causal"
+    rows, is_causal = held_out_rows(recipe, tokenizer, model.config, None).rows, head_for(recipe.train.task) == "causal"
     return export_merged(
         model,
         tokenizer,
@@ -246,7 +246,7 @@ def load_recipe_base(
         attention=base.attention,
         vocabulary=rows_needed(tokenizer, recipe),
         trust_remote_code=trust_remote_code,
-        head=head_for(recipe),
+        head=head_for(recipe.train.task),
         labels=None if classes is None else len(classes.names),
         watching=watching,
     )
