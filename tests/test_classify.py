@@ -7,6 +7,7 @@ import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -15,10 +16,12 @@ from transformers import (
     RobertaConfig,
 )
 
-from qlora_kit.base.load import read_config
+from qlora_kit.base.load import load_base, read_config
 from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
+from qlora_kit.export import merge, trained_against
+from qlora_kit.lora import add_lora, save_adapter
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run.classify import f1_score
 from qlora_kit.run.prepare import gather
@@ -193,6 +196,19 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
         said = [plain(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
     right = sum(plain.config.id2label[number] == row["label"] for number, row in zip(said, rows(), strict=True))
     assert right / len(texts) == pytest.approx(scores["adapter"]["accuracy"])
+
+
+def test_an_adapter_says_which_classes_it_tells_apart_to_whoever_merges_it(tmp_path, model_folder):
+    settings = {"head": "classification", "labels": 3, "device": "cpu", "compute_dtype": "float32"}
+    model = load_base(model_folder, **settings)
+    name_classes(model.config, Classes(("cat", "dog", "größe"), True), 7)
+    add_lora(model, rank=2)
+    save_adapter(model, tmp_path / "adapter", provenance=trained_against(model))
+    merge(tmp_path / "adapter", model_folder, tmp_path / "merged", device="cpu")
+    merged = AutoConfig.from_pretrained(tmp_path / "merged")
+    for key in ("id2label", "label2id", "problem_type", "pad_token_id", "num_labels"):
+        assert getattr(merged, key) == getattr(model.config, key), key
+    assert merged.id2label == {0: "cat", 1: "dog", 2: "größe"}
 
 
 def test_a_text_may_have_several_classes(tmp_path, bert_folder):
