@@ -188,6 +188,11 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "eval")
     exported = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
+    found = json.loads(call("eval", tmp_path / "merged", "--data", tmp_path / "rows.jsonl", "--json").stdout)
+    assert {key: found[key] for key in ("accuracy", "f1")} == {
+        key: scores["adapter"][key] for key in ("accuracy", "f1")
+    }
+    assert_mistake(call("generate", tmp_path / "merged", "--prompt", "a cat"), "tells texts apart", "eval")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert plain.config.id2label == {0: "cat", 1: "dog", 2: "owl"}

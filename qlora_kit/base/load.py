@@ -40,6 +40,7 @@ from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_qu
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
 from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.storage import read_json
 
 Head = Literal["causal", "classification"]
 """What a model says: the next token, or which of several labels a text has."""
@@ -154,6 +155,16 @@ def head_of(model: PreTrainedModel) -> Head:
     classifiers = _AUTO["classification"]._model_mapping
     kind = type(model.config)
     return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
+
+
+def stored_head(folder: Path) -> Head:
+    """What the model of a folder was saved to say, by the class that its config.json names.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    named = read_json(folder / "config.json").get("architectures") or ["?"]
+    return "classification" if str(named[0]).endswith("ForSequenceClassification") else "causal"
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:

@@ -266,10 +266,11 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return positions
 
 
-def _positions_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
-    """Of models that classify, what their tokenizer says: RoBERTa's kind has two positions that no token can take."""
+def positions_for(task: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """The longest row of a task; of a model that classifies, which its tokenizer says, too: RoBERTa's kind has two
+    positions that no token can take."""
     positions = positions_of(config)
-    if recipe.train.task != "classify" or positions is None:
+    if task != "classify" or positions is None:
         return positions
     return min(positions, tokenizer.model_max_length)
 
@@ -329,7 +330,7 @@ def _encode_sets(
         over_length=recipe.data.over_length,
         thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
-        max_positions=_positions_for(recipe, tokenizer, config),
+        max_positions=positions_for(recipe.train.task, tokenizer, config),
         classes=classes_in(config) if recipe.train.task == "classify" else None,
     )
     train_rows, eval_rows, held = EncodedSet(), EncodedSet(), list[Example]()

@@ -34,15 +34,12 @@ def name_classes(config: PretrainedConfig, classes: Classes, pad: int | None) ->
 
 def known_classes(config: PretrainedConfig) -> list[str]:
     """The names that a model's outputs have already, in their order; none where they are numbered."""
-    names = list(_names(config))
+    named: Mapping[int, str] = config.id2label  # type: ignore[assignment]  # JSON's keys are made numbers when it is read
+    names = [named[number] for number in sorted(named)]
     return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
 def classes_in(config: PretrainedConfig) -> Classes:
-    """The classes that `name_classes` wrote."""
-    return Classes(_names(config), config.problem_type == "multi_label_classification")
-
-
-def _names(config: PretrainedConfig) -> tuple[str, ...]:
-    named: Mapping[int, str] = config.id2label  # type: ignore[assignment]  # JSON's keys are made numbers when it is read
-    return tuple(named[number] for number in sorted(named))
+    """The classes that `name_classes` wrote; those that have no names are called by their numbers, as rows do."""
+    names = tuple(known_classes(config)) or tuple(map(str, range(config.num_labels)))
+    return Classes(names, config.problem_type == "multi_label_classification")
