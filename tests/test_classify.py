@@ -12,7 +12,10 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
     LlamaForSequenceClassification,
+    ModernBertConfig,
     RobertaConfig,
 )
 
@@ -22,8 +25,11 @@ from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge, trained_against
 from qlora_kit.lora import add_lora, save_adapter
+from qlora_kit.plan.choose import may_quantize_head
+from qlora_kit.plan.depths import count_layers
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run.classify import f1_score
+from qlora_kit.run.plan import plan_memory
 from qlora_kit.run.prepare import gather
 from qlora_kit.train.classes import classes_in, name_classes
 from qlora_kit.train.forward import whole_logits
@@ -214,6 +220,26 @@ def test_an_adapter_says_which_classes_it_tells_apart_to_whoever_merges_it(tmp_p
     for key in ("id2label", "label2id", "problem_type", "pad_token_id", "num_labels"):
         assert getattr(merged, key) == getattr(model.config, key), key
     assert merged.id2label == {0: "cat", 1: "dog", 2: "größe"}
+
+
+SIZE = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 80, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [DistilBertConfig, DebertaV2Config, ModernBertConfig])
+@pytest.mark.parametrize("depth", ["the blocks", pytest.param("the plan", marks=pytest.mark.slow)])
+def test_a_model_that_reads_both_ways_is_planned_within_a_budget(depth, kind, tmp_path, model_folder):
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    config = kind(**SIZE)
+    config.save_pretrained(tmp_path)
+    settings = ["memory.budget=64MiB", "base.quantize_head=auto", "base.attention=eager"]
+    recipe = read_recipe(recipe_in(tmp_path, tmp_path, rows()), settings)
+    if depth == "the blocks":
+        assert may_quantize_head(recipe, config)
+        assert count_layers(config, "classification") == 4
+    else:
+        plan = plan_memory(recipe)
+        assert plan["needs_bytes"] <= plan["budget"]
 
 
 def test_a_text_may_have_several_classes(tmp_path, bert_folder):

@@ -41,5 +41,5 @@ def known_classes(config: PretrainedConfig) -> list[str]:
 
 def classes_in(config: PretrainedConfig) -> Classes:
     """The classes that `name_classes` wrote; those that have no names are called by their numbers, as rows do."""
-    names = tuple(known_classes(config)) or tuple(map(str, range(config.num_labels)))
+    names = tuple(known_classes(config)) or tuple(map(str, range(len(config.id2label or ()))))
     return Classes(names, config.problem_type == "multi_label_classification")
