@@ -41,6 +41,7 @@ from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_qu
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
 from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.storage import read_json
 
 Head = Literal["causal", "classification"]
 """What a model says: the next token, or which of several labels a text has."""
@@ -157,6 +158,16 @@ def head_of(model: PreTrainedModel) -> Head:
     return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
 
 
+def stored_head(folder: Path) -> Head:
+    """What the model of a folder was saved to say, by the class that its config.json names.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    named = read_json(folder / "config.json").get("architectures") or ["?"]
+    return "classification" if str(named[0]).endswith("ForSequenceClassification") else "causal"
+
+
 def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:
     """The same model with no weights read: what the dry run uses under fake tensors.
 
@@ -180,6 +191,11 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, he
         raise ModelError(f"config.json describes a {config.model_type} that cannot be built ({why})") from error
     model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
     return model
+
+
+def reads_both_ways(config: PretrainedConfig) -> bool:
+    """Whether the tokens of such a model see those behind them, too."""
+    return type(config) in AutoModelForMaskedLM._model_mapping
 
 
 def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
@@ -341,8 +357,7 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
         kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
         raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
-    both = config.is_encoder_decoder or (head == "causal" and type(config) in AutoModelForMaskedLM._model_mapping)
-    if both:
+    if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 

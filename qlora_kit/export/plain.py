@@ -33,7 +33,12 @@ from qlora_kit.export.sealed import (
     write_card,
 )
 from qlora_kit.export.stream import SHARD_BYTES, StreamedTensor, write_weights
-from qlora_kit.export.trained_against import read_added_tokens, read_trained_against, trained_against
+from qlora_kit.export.trained_against import (
+    name_trained_classes,
+    read_added_tokens,
+    read_trained_against,
+    trained_against,
+)
 from qlora_kit.lora.adapters import load_adapter
 from qlora_kit.storage import staged_folder
 
@@ -87,6 +92,7 @@ def merge(
     given = {"quantization": quantization, "double_quant": double_quant, "block_size": block_size}
     settings = read_trained_against(adapter, {**given, "compute_dtype": dtype})
     model = load_base(base, revision=revision, device=device, **settings)
+    name_trained_classes(model.config, adapter)
     load_adapter(model, adapter, force=force)
     provenance = {"base": str(base), "adapter": str(adapter)} | ({"revision": revision} if revision else {})
     # An exported adapter brings its tokenizer along, whose chat template the base need not have.

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
-from qlora_kit.base.load import Head, body_linears, build_model, freeze_and_quantize
+from qlora_kit.base.load import body_linears, build_model, freeze_and_quantize
 from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
@@ -44,6 +44,7 @@ from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import TASKS, Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
+from qlora_kit.train.classes import head_for
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer
@@ -141,9 +142,9 @@ def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     The requests of loading and of a step are played to it. Most of what it adds are ends of segments, as many in every
     layer, so two depths tell the rest here too, if not to the byte.
     """
-    blocks = Blocks.of(work.activations, count_layers(config))
+    blocks = Blocks.of(work.activations, count_layers(config, head_for(work.task)))
     few, more = (thinned(blocks, layers) for layers in PLAYED_LAYERS)
-    if more.all >= blocks.all or not find_shallow(config, blocks).steps:
+    if more.all >= blocks.all or not find_shallow(config, blocks, head_for(work.task)).steps:
         return _added(config, replace(work, activations=blocks))
     low, high = (_added(config, replace(work, activations=part)) for part in (few, more))
     return round(low + (high - low) * (blocks.all - few.all) / (more.all - few.all))
@@ -173,7 +174,7 @@ def _told(config: PretrainedConfig, work: Workload, after: Mapping[str, After] |
 
 def _played(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
     """What a part of a run takes at the model's depth, by as few layers as tell it."""
-    shallow = find_shallow(config, work.activations)
+    shallow = find_shallow(config, work.activations, head_for(work.task))
     depths = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
     base, *runs = (_fake_run(config, replace(work, activations=blocks), does) for blocks in depths)
     for run in (base, *runs):
@@ -195,7 +196,7 @@ def _played(config: PretrainedConfig, work: Workload, does: Callable[[_Run], Non
 def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
     """A part of a run at the depth that the blocks of `work` are."""
     blocks = work.activations
-    if isinstance(blocks, Blocks) and blocks.all != count_layers(config):
+    if isinstance(blocks, Blocks) and blocks.all != count_layers(config, head_for(work.task)):
         config = with_depth(config, blocks.all)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(host_apart=work.on_card)
@@ -298,10 +299,9 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
 
 
 def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
-    head: Head = "classification" if work.task == "classify" else "causal"
     attention = implementation(work.attention, torch.device("cpu"), work.dtype)  # sdpa's keep what flex and flash keep
     with no_init_weights():
-        return build_model(config, work.dtype, attention, head)
+        return build_model(config, work.dtype, attention, head_for(work.task))
 
 
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:

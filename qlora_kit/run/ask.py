@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.base.load import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.run.folder import DATA, recorded_classes
@@ -66,11 +67,18 @@ def load_speaker(
         QloraKitError: as `load_run`.
     """
     run = run_of(folder)
-    if run is not None and recorded_classes(run) is not None:
-        raise RunError(f"{run} tells texts apart and says nothing; ask it with qlora-kit eval {run} --data FILE")
+    if _tells_apart(folder if run is None else run, is_run=run is not None):
+        raise RunError(f"{folder} tells texts apart and says nothing; ask it with qlora-kit eval {folder} --data FILE")
     model, tokenizer, _ = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     is_chat = tokenizer.chat_template is not None if run is None else has_chats(run)
     return Speaker(model, tokenizer, is_chat and not raw)
+
+
+def _tells_apart(folder: Path, *, is_run: bool) -> bool:
+    """Whether the model of a run, or of a folder with weights, is a classifier."""
+    if is_run:
+        return recorded_classes(folder) is not None
+    return (folder / "config.json").is_file() and stored_head(folder) == "classification"
 
 
 def has_chats(run: Path) -> bool:

@@ -23,9 +23,9 @@ from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
-from qlora_kit.run.classify import classes_in
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.storage import read_json, remove_folder, write_json, write_text
+from qlora_kit.train.classes import classes_in
 from qlora_kit.train.trackers import PROJECT
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"

@@ -21,13 +21,13 @@ from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.recipe import TASKS, Recipe, base_as_held
-from qlora_kit.run.classify import head_for
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, largest_eval_shape, positions_of, prepare
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
+from qlora_kit.train.classes import head_for
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
@@ -69,7 +69,7 @@ def plan_memory(
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
     check_task(recipe)
-    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
+    config = read_config(folder, head=head_for(recipe.train.task), trust_remote_code=trust_remote_code)
     check_lengths(tokens, positions_of(config))
     check_weights(recipe, config)
     check_full_finetune(recipe, config, watch)

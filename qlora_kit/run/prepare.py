@@ -43,9 +43,9 @@ from qlora_kit.data import (
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.recipe.schema import DataName, Sources
-from qlora_kit.run.classify import head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
+from qlora_kit.train.classes import head_for, known_classes, name_classes
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
@@ -110,7 +110,7 @@ def gather(
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
     check_task(recipe)
-    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
+    config = read_config(folder, head=head_for(recipe.train.task), trust_remote_code=trust_remote_code)
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
@@ -268,10 +268,11 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return positions
 
 
-def _positions_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
-    """Of models that classify, what their tokenizer says: RoBERTa's kind has two positions that no token can take."""
+def positions_for(task: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """The longest row of a task; of a model that classifies, which its tokenizer says, too: RoBERTa's kind has two
+    positions that no token can take."""
     positions = positions_of(config)
-    if recipe.train.task != "classify" or positions is None:
+    if task != "classify" or positions is None:
         return positions
     return min(positions, tokenizer.model_max_length)
 
@@ -313,7 +314,7 @@ def _read_rows(
     decides = {
         "data": data.model_dump(exclude={"train", "packing", "template"}),
         "task": recipe.train.task,
-        "sizes": (config.get_text_config().vocab_size, _positions_for(recipe, tokenizer, config)),
+        "sizes": (config.get_text_config().vocab_size, positions_for(recipe.train.task, tokenizer, config)),
         "classes": known_classes(config),
         "templates": fixed_templates(tokenizer, data.thinking, today),
     }
@@ -351,7 +352,7 @@ def _encode_sets(
         over_length=recipe.data.over_length,
         thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
-        max_positions=_positions_for(recipe, tokenizer, config),
+        max_positions=positions_for(recipe.train.task, tokenizer, config),
         classes=train_rows.classes,
     )
     eval_rows, held, sides = EncodedSet(), list[Example](), iter(is_held)

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
-from qlora_kit.run.classify import classes_in, f1_score, predictions, words_of
+from qlora_kit.run.classify import f1_score, predictions, words_of
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id, positions_of
+from qlora_kit.train.classes import classes_in
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
 from qlora_kit.train.samples import SAMPLE_TOKENS, Question

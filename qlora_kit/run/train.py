@@ -20,7 +20,6 @@ from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lor
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import LossWatch, write_report
-from qlora_kit.run.classify import classes_in
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
@@ -61,6 +60,7 @@ from qlora_kit.train.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
+from qlora_kit.train.classes import classes_in
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
