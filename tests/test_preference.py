@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call, write_recipe
 
-from qlora_kit.data import Encoded, collate_rows, read_row, swap_answers
+from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eval, swap_answers
 from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
@@ -225,6 +225,13 @@ def test_answers_that_are_swapped_follow_other_prompts_and_are_no_longer_than_an
         assert after.other.trained_tokens > 0
 
 
+def test_an_answer_is_swapped_with_the_nearest_before_it_that_answers_another_prompt():
+    rows = [replace(sequence(p, a), is_good=True) for p, a in (([5], [20]), ([5], [21]), ([6], [22]), ([6], [23]))]
+    swapped = [row.other.input_ids for row in swap_answers(rows)]
+    assert swapped == [[5, 23], [5, 23], [6, 21], [6, 21]]
+    assert [row.other.input_ids for row in swap_answers(rows[:2])] == [[5, 21], [5, 20]], "there is no other prompt"
+
+
 # --- other people's code ----------------------------------------------------------------------------------------------
 
 
@@ -357,6 +364,15 @@ def test_every_way_to_write_a_pair_of_chats_is_the_same_pair(row):
 def test_a_pair_of_texts_is_a_pair_of_completions():
     found = read_row({"prompt": "a", "chosen": "b", "rejected": "c"}, "x", task="dpo")
     assert found == Preference(Completion("a", "b"), Completion("a", "c"))
+
+
+def test_all_answers_to_one_prompt_are_on_one_side_of_the_split(rows_of_a_run):
+    train, held = split_eval(load_rows(rows_of_a_run, task="kto"), share=0.4)
+    assert (len(train), len(held)) == (10, 6)
+    assert not {row.answer.prompt for row in train} & {row.answer.prompt for row in held}
+    chats = [Labelled(Chat([{**QUESTION, "content": text}, answer]), True) for text in "ab" for answer in (HERE, THERE)]
+    train, held = split_eval(chats)
+    assert train[0].answer.messages[0] == train[1].answer.messages[0] != held[0].answer.messages[0]
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0])

@@ -259,7 +259,7 @@ def _preference(row: Columns) -> Preference:
     chosen, rejected = (_answer(row.get("prompt"), row[name], name, row) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise DataError("chosen and rejected are the same: nothing to learn from")
-    if _prompt_of(chosen) != _prompt_of(rejected):
+    if prompt_of(chosen) != prompt_of(rejected):
         raise DataError("chosen and rejected differ before their last turn, so they are no answers to one prompt")
     return Preference(chosen, rejected)
 
@@ -302,7 +302,8 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
     return _chat([*_system(row), *turns], row)
 
 
-def _prompt_of(answer: Chat | Completion) -> object:
+def prompt_of(answer: Chat | Completion) -> object:
+    """What an answer answers."""
     return answer.messages[:-1] if isinstance(answer, Chat) else answer.prompt
 
 
