@@ -18,6 +18,7 @@ from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
 from qlora_kit.recipe import Train
+from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses
 from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
@@ -437,6 +438,12 @@ def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     memory = json.loads((tmp_path / "whole" / "memory.json").read_text())
     assert abs(memory["error"]["peak"]) < 0.01
     assert call("train", *recipe("parts", 3)).exit_code == 0
+def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
+    good, bad = (replace(sequence([5], a), answer="x", is_good=g) for a, g in (([20], True), ([21], False)))
+    assert answered_rows([bad, good, pairs()[0]]) == [good, pairs()[0]]
+    assert answered_rows([replace(bad, is_good=None)]) == [replace(bad, is_good=None)]
+
+
     assert call("train", *recipe("parts", 9), "--resume").exit_code == 0
     courses = [
         [

@@ -119,8 +119,8 @@ def questions(tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Q
 
 
 def answered_rows(rows: list[Encoded]) -> list[Encoded]:
-    """Rows that end in one answer to one prompt, so that a model can be asked for it."""
-    return [row for row in rows if row.prompt and row.answer is not None]
+    """Rows that end in one answer to one prompt, and not in an unwanted one, so that a model can be asked for it."""
+    return [row for row in rows if row.prompt and row.answer is not None and row.is_good is not False]
 
 
 def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:
