@@ -113,6 +113,19 @@ def test_the_odds_ratio_is_right_for_likely_and_unlikely_answers(chosen, rejecte
     assert wanted is None or found.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
 
 
+def test_the_odds_ratio_is_finite_where_an_answer_is_certain_and_follows_fp64_next_to_it():
+    nearest = [0.0, -1e-12, -1.2e-7, -1e-6, -1e-3, -0.5, -20.0]
+    pairs = torch.tensor([[c, r] for c in nearest for r in nearest])
+    chosen, rejected = (side.clone().requires_grad_() for side in pairs.T)
+    losses = odds_ratio_losses(chosen, rejected)
+    losses.sum().backward()
+    for tensor in (losses, chosen.grad, rejected.grad):
+        assert tensor.isfinite().all()
+    is_far = (pairs <= -1.2e-7).all(1)
+    wanted = odds_ratio_losses(*pairs[is_far].to(WIDE).T)
+    torch.testing.assert_close(losses[is_far].to(WIDE), wanted, rtol=2e-6, atol=1e-12)
+
+
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
