@@ -389,12 +389,24 @@ def test_all_answers_to_one_prompt_are_on_one_side_of_the_split(rows_of_a_run):
     assert train[0].answer.messages[0] == train[1].answer.messages[0] != held[0].answer.messages[0]
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_answers_with_a_verdict_are_texts_or_turns(label):
+@pytest.mark.parametrize(
+    ("label", "is_good"),
+    [(True, True), (False, False), (1, True), (0, False), (1.0, True), ("1", True), ("0", False), ("true", True),
+     ("False", False), (" TRUE ", True), ("0.0", False)],
+)  # fmt: skip
+def test_answers_with_a_verdict_are_texts_or_turns(label, is_good):
     text = read_row({"prompt": "a", "completion": "b", "label": label}, "x", task="kto")
-    assert text == Labelled(Completion("a", "b"), bool(label))
+    assert text == Labelled(Completion("a", "b"), is_good)
     for row in ({"messages": [QUESTION, HERE]}, {"prompt": [QUESTION], "completion": [HERE]}):
-        assert read_row({**row, "label": label}, "x", task="kto") == Labelled(Chat([QUESTION, HERE]), bool(label))
+        assert read_row({**row, "label": label}, "x", task="kto") == Labelled(Chat([QUESTION, HERE]), is_good)
+
+
+def test_verdicts_of_a_csv_file_are_read_and_a_bad_one_is_named_by_its_line(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\na,b,True\na,c,0\n")
+    assert [row.is_good for row in load_rows(tmp_path / "rows.csv", task="kto")] == [True, False]
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\na,b,1\na,c,yes\n")
+    with pytest.raises(DataError, match=r"rows.csv:3: column 'label' is text \('yes'\), wanted true"):
+        load_rows(tmp_path / "rows.csv", task="kto")
 
 
 @pytest.mark.parametrize(
@@ -412,6 +424,9 @@ def test_answers_with_a_verdict_are_texts_or_turns(label):
         ("dpo", {"chosen": [QUESTION], "rejected": [QUESTION, THERE]}, "chosen ends with a turn of the user"),
         ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "wanted true"),
         ("kto", {"prompt": "a", "completion": "b", "label": 2}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": ""}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": None}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": [1]}, "wanted true"),
         ("kto", {"prompt": "a", "label": True}, "completion or messages"),
         ("kto", {"prompt": "a", "completion": "b"}, "missing 'label'"),
         ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "missing"),
@@ -421,6 +436,12 @@ def test_a_bad_row_is_one_sentence_that_says_where(task, row, words):
     with pytest.raises(DataError, match=f"^rows.jsonl:3: .*{words}") as caught:
         read_row(row, "rows.jsonl:3", task=task)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
+    good, bad = (replace(sequence([5], a), answer="x", is_good=g) for a, g in (([20], True), ([21], False)))
+    assert answered_rows([bad, good, pairs()[0]]) == [good, pairs()[0]]
+    assert answered_rows([replace(bad, is_good=None)]) == [replace(bad, is_good=None)]
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -451,12 +472,6 @@ def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     memory = json.loads((tmp_path / "whole" / "memory.json").read_text())
     assert abs(memory["error"]["peak"]) < 0.01
     assert call("train", *recipe("parts", 3)).exit_code == 0
-def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
-    good, bad = (replace(sequence([5], a), answer="x", is_good=g) for a, g in (([20], True), ([21], False)))
-    assert answered_rows([bad, good, pairs()[0]]) == [good, pairs()[0]]
-    assert answered_rows([replace(bad, is_good=None)]) == [replace(bad, is_good=None)]
-
-
     assert call("train", *recipe("parts", 9), "--resume").exit_code == 0
     courses = [
         [

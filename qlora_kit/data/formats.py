@@ -266,13 +266,18 @@ def _preference(row: Columns) -> Preference:
 
 def _labelled(row: Columns) -> Labelled:
     value, name = row["label"], "messages" if "messages" in row else "completion"
-    if value not in (0, 1):
-        raise DataError(f"column 'label' is {_kind(value)}, wanted true (the answer is good) or false")
+    is_good = _VERDICTS.get(str(value).strip().lower())
+    if is_good is None:
+        raise DataError(f"column 'label' is {_kind(value)}, wanted true (the answer is good) or false, or 1 or 0")
     if name not in row:
         raise DataError(
             f"there is a label and no answer; found columns: {_listed(row)}; expected: completion or messages"
         )
-    return Labelled(_answer(row.get("prompt"), row[name], name, row), bool(value))
+    return Labelled(_answer(row.get("prompt"), row[name], name, row), is_good)
+
+
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""As text, since a table of text (CSV) has no other; some programs write the whole numbers of a column as fractions."""
 
 
 def labelled_pair(pair: Preference) -> list[Labelled]:
