@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import assert_mistake, call, write_recipe
 
 from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eval, swap_answers
@@ -543,6 +544,33 @@ def test_preferences_go_on_from_an_adapter_and_hold_to_it(answered, rows_of_a_ru
     found = json.loads(call("eval", tmp_path / "run", "--json").stdout)
     assert found["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-6)
     assert call("train", tmp_path / "run" / "recipe.yaml", "train.steps=3", "--resume").exit_code == 0
+
+
+@pytest.mark.slow
+def test_an_adapter_that_a_run_holds_to_must_be_what_it_was(answered, rows_of_a_run, tmp_path, model_folder):
+    start = shutil.copytree(answered / "adapter", tmp_path / "start")
+    recipe = write_recipe(tmp_path, model_folder, task="kto", steps=1)
+    recipe.write_text(recipe.read_text().replace("lora:\n  rank: 4\n", f"lora:\n  from: {start}\n"))
+    run, rows = tmp_path / "run", (f"data.train={rows_of_a_run}", "data.eval=null")
+    assert call("train", recipe, *rows).exit_code == 0
+    weights = start / "adapter_model.safetensors"
+    contents = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in contents.items()}, weights, metadata={"format": "pt"})
+    words = str(weights), "is not what it was when the run began", "put it back"
+    assert_mistake(call("eval", run, "--data", rows_of_a_run), *words)
+    assert_mistake(call("train", run / "recipe.yaml", "train.steps=2", "--resume"), *words)
+    shutil.rmtree(start)
+    assert_mistake(call("eval", run, "--data", rows_of_a_run), f"lora.from={start}", "neither")
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_a_run_is_not_written_over_the_adapter_that_it_starts_from(inside, answered, tmp_path, model_folder):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    recipe = write_recipe(tmp_path, model_folder)
+    recipe.write_text(recipe.read_text().replace("lora:\n  rank: 4\n", f"lora:\n  from: {answered / inside}\n"))
+    result = call("train", recipe, f"output={answered}", "--overwrite")
+    assert_mistake(result, "lora.from", f"output={answered}", "set output to another folder")
+    assert (answered / "adapter").is_dir()
 
 
 def test_answers_go_on_from_an_adapter(answered, tmp_path, model_folder):

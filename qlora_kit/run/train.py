@@ -30,6 +30,7 @@ from qlora_kit.run.folder import (
     describe_run,
     provenance_of,
     recorded_date,
+    recorded_reference,
     run_folder,
     settings_of,
     trained_folder,
@@ -45,7 +46,7 @@ from qlora_kit.run.prepare import (
     prepare,
 )
 from qlora_kit.run.score import questions, score
-from qlora_kit.run.start import as_it_starts
+from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import read_json, write_json
@@ -113,6 +114,8 @@ def train(
     recipe = as_it_starts(recipe)
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite)
+    if resume:
+        check_reference(recipe, recorded_reference(folder))
     begun = _as_begun(recipe, folder) if resume else recipe
     today = recorded_date(folder) if resume else None
     prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)
