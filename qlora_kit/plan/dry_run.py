@@ -200,9 +200,9 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
 
 
 def _train(run: _Run) -> None:
-    """The last micro-batch of a step: where there are several, the gradients of those before stand through it."""
+    """The last micro-batch of a step: where there may be several, the gradients of those before stand through it."""
     work, ledger = run.work, run.ledger
-    if work.accumulation > 1:
+    if work.gradients_stand:
         for _, parameter in run.parameters:
             parameter.grad = torch.zeros_like(parameter)
         ledger.own("gradients", (parameter.grad for _, parameter in run.parameters if parameter.grad is not None))
