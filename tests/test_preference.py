@@ -18,7 +18,10 @@ from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eva
 from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
-from qlora_kit.recipe import Train
+from qlora_kit.plan import Workload
+from qlora_kit.plan.dry_run import dry_step
+from qlora_kit.recipe import Lora, Train
+from qlora_kit.run.prepare import eval_batches, largest_eval_shape
 from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses
@@ -446,6 +449,19 @@ def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
+
+def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
+    answers = [[place % 90] * (place % 13 + 1) for place in range(40)]
+    rows = [replace(sequence([5] * (150 - place), each), is_good=True) for place, each in enumerate(answers)]
+    sizes = [tuple(batch.input_ids.shape) for batch in eval_batches(rows, 0, torch.device("cpu"))]
+    count, tokens = largest_eval_shape(rows)
+    assert (2 * count, tokens) == max(sizes, key=math.prod)
+
+
+def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside_it():
+    counts = dry_step(tiny.llama().config, replace(WORK, has_reference=True))["parameters"]
+    assert counts["total"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
+
 
 
 @pytest.fixture(scope="module")
