@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_cli import assert_mistake, call, write_recipe
 
+from qlora_kit.base.formats import Quantization
 from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eval, swap_answers
 from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
@@ -31,6 +32,7 @@ from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import Dpo, task_of
 
 PAIRS, VERDICTS = ("dpo", "ipo", "orpo"), ("kto",)
+WORK = Workload(Quantization("nf4"), Lora(rank=4), torch.float32, "sdpa", 1, 8, 1, "keep", "adamw", "none", task="dpo")
 FP32 = 2e-6  # a few roundings of 6e-8, summed in another order, of a difference of sums
 WIDE = torch.float64
 
@@ -448,8 +450,6 @@ def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
     assert answered_rows([replace(bad, is_good=None)]) == [replace(bad, is_good=None)]
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
-
 def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
     answers = [[place % 90] * (place % 13 + 1) for place in range(40)]
     rows = [replace(sequence([5] * (150 - place), each), is_good=True) for place, each in enumerate(answers)]
@@ -462,6 +462,8 @@ def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside
     counts = dry_step(tiny.llama().config, replace(WORK, has_reference=True))["parameters"]
     assert counts["total"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
 
+
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
