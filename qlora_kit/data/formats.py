@@ -83,20 +83,25 @@ def _preference(row: Columns) -> Preference:
     chosen, rejected = (_answer(row.get("prompt"), row[name], name, row) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise DataError("chosen and rejected are the same: nothing to learn from")
-    if _prompt_of(chosen) != _prompt_of(rejected):
+    if prompt_of(chosen) != prompt_of(rejected):
         raise DataError("chosen and rejected differ before their last turn, so they are no answers to one prompt")
     return Preference(chosen, rejected)
 
 
 def _labelled(row: Columns) -> Labelled:
     value, name = row["label"], "messages" if "messages" in row else "completion"
-    if value not in (0, 1):
-        raise DataError(f"column 'label' is {kind(value)}, wanted true (the answer is good) or false")
+    is_good = _VERDICTS.get(str(value).strip().lower())
+    if is_good is None:
+        raise DataError(f"column 'label' is {kind(value)}, wanted true (the answer is good) or false, or 1 or 0")
     if name not in row:
         raise DataError(
             f"there is a label and no answer; found columns: {named(row)}; expected: completion or messages"
         )
-    return Labelled(_answer(row.get("prompt"), row[name], name, row), bool(value))
+    return Labelled(_answer(row.get("prompt"), row[name], name, row), is_good)
+
+
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""As text, since a table of text (CSV) has no other; some programs write the whole numbers of a column as fractions."""
 
 
 def labelled_pair(pair: Preference) -> list[Labelled]:
@@ -126,7 +131,8 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
     return _chat([*_system(row), *turns], row)
 
 
-def _prompt_of(answer: Chat | Completion) -> object:
+def prompt_of(answer: Chat | Completion) -> object:
+    """What an answer answers."""
     return answer.messages[:-1] if isinstance(answer, Chat) else answer.prompt
 
 

@@ -24,9 +24,9 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base.attention import implementation
-from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
+from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.load import body_linears, build_model, freeze_and_quantize
-from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora
+from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora, base_parameter_count
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
 from qlora_kit.plan.depths import (
@@ -91,8 +91,9 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
 
     Returns:
         `peak_bytes`, `resident_bytes` (after the step), `by_category`, `peak_by_phase`, `host_peak_bytes`,
-        `paged_bytes` as plan.json has them, and `parameters` {total, trainable, quantized}; for the solver `layers`,
-        `moments` (peaks by phase and side of the model) and `block_bytes` (what a block leaves for its backward pass).
+        `paged_bytes` as plan.json has them, and `parameters`: `total` of the base, without any adapter, `trainable`,
+        and `quantized`, those of the base that are held as codes; for the solver `layers`, `moments` (peaks by phase
+        and side of the model) and `block_bytes` (what a block leaves for its backward pass).
 
     Raises:
         ModelError: rows are packed, and the model does not keep them apart.
@@ -214,7 +215,7 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
         "resident_bytes": ledger.current(),
         "host_peak_bytes": ledger.history.host_peak_by_phase(),
         "paged_bytes": ledger.paged_bytes,
-        "parameters": _count_parameters(model, parameters, work),
+        "parameters": _count_parameters(model, parameters),
         "layers": len(names),
         "history": ledger.history,
         "places": {(phase, roles.get(block)): held for (phase, block), held in ledger.history.peaks_by_place().items()},
@@ -222,9 +223,9 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
 
 
 def _train(run: _Run) -> None:
-    """The last micro-batch of a step: where there are several, the gradients of those before stand through it."""
+    """The last micro-batch of a step: where there may be several, the gradients of those before stand through it."""
     work, ledger = run.work, run.ledger
-    if work.accumulation > 1:
+    if work.gradients_stand:
         for _, parameter in run.parameters:
             parameter.grad = torch.zeros_like(parameter)
         ledger.own("gradients", (parameter.grad for _, parameter in run.parameters if parameter.grad is not None))
@@ -260,11 +261,10 @@ def _use(after: Mapping[str, After], run: _Run) -> None:
             act(run.model)
 
 
-def _count_parameters(model: PreTrainedModel, parameters: Named, work: Workload) -> dict[str, int]:
-    trainable = sum(parameter.numel() for _, parameter in parameters)
+def _count_parameters(model: PreTrainedModel, parameters: Named) -> dict[str, int]:
     return {
-        "total": parameter_count(model) - (trainable if work.lora is not None else 0),
-        "trainable": trainable,
+        "total": base_parameter_count(model),
+        "trainable": sum(parameter.numel() for _, parameter in parameters),
         "quantized": sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight)),
     }
 

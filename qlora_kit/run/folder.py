@@ -24,6 +24,7 @@ from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared, fill_batches
+from qlora_kit.run.start import reference_checksums
 from qlora_kit.storage import read_json, remove_folder, write_json, write_text
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.trackers import PROJECT
@@ -57,8 +58,11 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
 
     Raises:
         RunError: there is a run and neither `resume` nor `overwrite`, there is none to resume or it has another recipe,
-            or the place is taken or cannot be written.
+            the place is taken or cannot be written, or the adapter that the run goes on from lies in it.
     """
+    start = recipe.lora.from_
+    if start is not None and Path(start).resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"lora.from={start} lies in output={folder}, which a run replaces; set output to another folder")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file, and a run needs a folder of its own; set output to another name")
     if resume and not _has_run(folder):
@@ -186,7 +190,15 @@ def describe_run(
         data["classes"], data["is_multi"] = list(classes.names), classes.is_multi
     if prepared.date is not None:
         data["date"] = prepared.date.isoformat()
+    if checksums := reference_checksums(recipe):
+        data["reference"] = checksums
     write_json(folder / DATA, data)
+
+
+def recorded_reference(folder: Path) -> dict[str, str]:
+    """Checksums of the frozen adapter that a run holds to; none where it holds to the base."""
+    recorded: dict[str, str] = read_json(folder / DATA).get("reference", {})
+    return recorded
 
 
 def recorded_date(folder: Path) -> Date | None:

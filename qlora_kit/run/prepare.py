@@ -240,8 +240,6 @@ def held_out_rows(
 
 def eval_batches(rows: Sequence[Encoded], pad: int, device: torch.device) -> list[Batch]:
     """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
-    if rows and rows[0].is_good is not None:
-        rows = swap_answers(rows)
     return [collate_rows([[row] for row in group], pad).to(device) for group in _groups(rows)]
 
 
@@ -252,7 +250,10 @@ def largest_eval_shape(rows: Sequence[Encoded]) -> tuple[int, int] | None:
 
 
 def _groups(rows: Sequence[Encoded]) -> list[list[Encoded]]:
-    """Rows of a batch each, the longest of them last."""
+    """Rows of a batch each, the longest of them last; answers with a verdict each with the one that they are swapped
+    with."""
+    if rows and rows[0].is_good is not None:
+        rows = swap_answers(rows)
     groups: list[list[Encoded]] = [[]]
     for row in sorted(rows, key=lambda row: row.longest):
         tokens = (len(groups[-1]) + 1) * row.longest * (1 if row.other is None else 2)

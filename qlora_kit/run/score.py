@@ -122,8 +122,8 @@ def questions(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> li
 
 
 def answered_rows(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Rows that end in one answer to one prompt, so that a model can be asked for it."""
-    return [row for row in rows if row.prompt and row.answer is not None]
+    """Rows that end in one answer to one prompt, and not in an unwanted one, so that a model can be asked for it."""
+    return [row for row in rows if row.prompt and row.answer is not None and row.is_good is not False]
 
 
 def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:

@@ -33,6 +33,7 @@ from qlora_kit.run.folder import (
     files_of_run,
     provenance_of,
     recorded_date,
+    recorded_reference,
     run_folder,
     settings_of,
     trained_folder,
@@ -48,7 +49,7 @@ from qlora_kit.run.prepare import (
     prepare,
 )
 from qlora_kit.run.score import questions, score
-from qlora_kit.run.start import as_it_starts
+from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import checksums, read_json, write_json
@@ -120,6 +121,8 @@ def train(
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
+    if resume:
+        check_reference(recipe, recorded_reference(folder))
     begun = _as_begun(recipe, folder) if resume else recipe
     today = recorded_date(folder) if resume else None
     prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)

@@ -19,6 +19,7 @@ from qlora_kit.run.folder import (
     provenance_of,
     recorded_classes,
     recorded_date,
+    recorded_reference,
     trained_folder,
 )
 from qlora_kit.run.prepare import (
@@ -32,6 +33,7 @@ from qlora_kit.run.prepare import (
     set_template,
 )
 from qlora_kit.run.score import score_rows
+from qlora_kit.run.start import check_reference
 from qlora_kit.storage import read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
 from qlora_kit.train.classes import head_for, name_classes
@@ -155,8 +157,11 @@ def evaluate(
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
     """
-    if data is None and run_of(folder) is None:
+    run = run_of(folder)
+    if data is None and run is None:
         raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
+    if run is not None:
+        check_reference(read_recipe(run / RECIPE), recorded_reference(run))
     model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if recipe is None:
         recipe = _recipe_for(model, tokenizer, folder, str(data))

@@ -39,7 +39,7 @@ from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
 from qlora_kit.train.forward import no_phase
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
-from qlora_kit.train.pace import Pace, room_of
+from qlora_kit.train.pace import Pace, gradients_stand, room_of
 from qlora_kit.train.schedule import learning_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import LIKELIHOOD, Task
@@ -147,13 +147,14 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     Returns:
         names of the parameters that no gradient reached: the model does not use them on these rows.
     """
-    batch = _longest(job)
+    batch, pace = _longest(job), job.pace
+    stand = gradients_stand(pace.micro_batch, pace.accumulation, is_packed=job.packed_tokens is not None)
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         job.model.train()
         accumulate_gradients(
             job.model,
-            [batch] * min(2, job.pace.accumulation),  # from the second on, gradients stand through a forward pass
+            [batch] * (2 if stand else 1),
             batch.count,
             job.task,
             phase=ledger.phase,
