@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.errors import RunError
+from qlora_kit.units import format_bytes
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 SCHEMA = 1
@@ -152,6 +153,26 @@ def _is_alive(process: int) -> bool:
     except PermissionError:  # it is another user's
         return True
     return process != os.getpid()
+
+
+def check_room(place: Path, needed_bytes: int, what: str) -> None:
+    """See that a disk has room before anything is written to it.
+
+    Args:
+        place: where it will be written; it need not be there yet.
+        needed_bytes: that it takes.
+        what: is to be written, for the message.
+
+    Raises:
+        RunError: fewer are free.
+    """
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if free_bytes < needed_bytes:
+        raise RunError(
+            f"{what} needs {format_bytes(needed_bytes)} on the disk of {there}, which has {format_bytes(free_bytes)} "
+            "free; nothing is written"
+        )
 
 
 def private_folder(name: str) -> Path:

@@ -22,9 +22,8 @@ from qlora_kit.export.audit import compare
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
 from qlora_kit.export.sealed import (
-    TEXT_BYTES,
+    check_disk,
     check_request,
-    check_room,
     check_vacant,
     seal,
     settings_of,
@@ -209,7 +208,7 @@ def _checked_tensors(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> l
             "not built yet; export --to adapter"
         )
     tensors = list(merged_tensors(model, dtype))
-    check_room(out, sum(tensor.stored_bytes for tensor in tensors) + TEXT_BYTES)
+    check_disk(out, sum(tensor.stored_bytes for tensor in tensors))
     return tensors
 
 

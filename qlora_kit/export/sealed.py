@@ -3,7 +3,6 @@
 `export.json` holds the kind, the comparisons, and a checksum of every other file.
 """
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX
 from qlora_kit.lora.layer import Adapter
-from qlora_kit.storage import read_json, sha256_file, write_json, write_text
-from qlora_kit.units import MIB, format_bytes
+from qlora_kit.storage import check_room, read_json, sha256_file, write_json, write_text
+from qlora_kit.units import MIB
 
 MANIFEST, CARD = "export.json", "README.md"
 
@@ -43,15 +42,9 @@ def check_vacant(out: Path) -> None:
         raise RunError(f"{out} is not empty, and an export overwrites nothing; choose another folder, or empty it")
 
 
-def check_room(out: Path, needed_bytes: int) -> None:
-    """Refuse a disk with less free than that (RunError)."""
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    free_bytes = shutil.disk_usage(there).free
-    if free_bytes < needed_bytes:
-        needed, free = format_bytes(needed_bytes), format_bytes(free_bytes)
-        raise RunError(
-            f"the export to {out} needs {needed} on the disk of {there}, which has {free} free; nothing is written"
-        )
+def check_disk(out: Path, needed_bytes: int) -> None:
+    """Refuse a disk with less free than that, and than the text files beside it take (RunError)."""
+    check_room(out, needed_bytes + TEXT_BYTES, f"the export to {out}")
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

@@ -52,10 +52,12 @@ from qlora_kit.run.score import questions, score
 from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
-from qlora_kit.storage import checksums, read_json, write_json
+from qlora_kit.storage import check_room, checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import (
+    checkpoint_bytes,
     checkpoint_of,
+    checkpoints,
     load_checkpoint,
     load_parameters,
     newest_checkpoint,
@@ -299,6 +301,7 @@ def _train(
         packed_tokens=prepared.packed_tokens,
         check_memory=limit.check,
     )
+    _check_disk(job)
     if job.packed_tokens is not None:
         check_isolation(model, prepared.pace.micro_batch)
     if resume:
@@ -321,6 +324,15 @@ def _train(
             samples.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
     return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
+
+
+def _check_disk(job: Job) -> None:
+    """See that the checkpoints to come have room: those kept, the best, and the one that is being written."""
+    folder = job.folder / CHECKPOINTS
+    more = job.train.keep_checkpoints + 2 - len(checkpoints(folder))
+    if more > 0:
+        what = f"keeping {job.train.keep_checkpoints} checkpoints (train.keep_checkpoints)"
+        check_room(folder, more * checkpoint_bytes(job.kept, job.optimizer), what)
 
 
 def _tracking(recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device) -> AbstractContextManager[Track]:

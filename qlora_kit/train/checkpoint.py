@@ -23,6 +23,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.memory import to_host
 from qlora_kit.storage import (
     changed_files,
+    check_room,
     checksums,
     read_json,
     remove_folder,
@@ -31,8 +32,11 @@ from qlora_kit.storage import (
     write_tensors,
 )
 from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.units import MIB
 
 MANIFEST = "manifest.json"
+_TEXT_BYTES = MIB
+"""Of random states, headers and JSON, an upper bound."""
 
 
 @dataclass(slots=True)
@@ -82,8 +86,12 @@ def save_checkpoint(
         optimizer: that steps them.
         progress: where the run stands.
         keep: checkpoints to keep, this one included; that of the lowest held-out loss comes on top.
+
+    Raises:
+        RunError: the disk has no room; what stands there is left as it is.
     """
     final = checkpoint_of(folder, progress.step)
+    check_room(folder, checkpoint_bytes(parameters, optimizer), f"the checkpoint of step {progress.step}")
     progress.numbers = optimizer.state_numbers()
     with staged_folder(final) as staged:
         for name, copies in _host_copies(parameters, optimizer, _device(parameters).type == "cuda"):
@@ -100,6 +108,12 @@ def save_checkpoint(
         if other not in kept:
             remove_folder(other)
     return final
+
+
+def checkpoint_bytes(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> int:
+    """What one takes on the disk."""
+    state = sum(tensor.nbytes for _, tensor in optimizer.state_tensors())
+    return sum(tensor.nbytes for tensor in parameters.values()) + state + _TEXT_BYTES
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:

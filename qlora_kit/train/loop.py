@@ -31,7 +31,7 @@ from qlora_kit.data import (
     side_by_side,
     swap_answers,
 )
-from qlora_kit.errors import DeviceError, TrainingError
+from qlora_kit.errors import DeviceError, TrainingError, listed
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import Progress, rehearse_checkpoint, save_checkpoint
@@ -245,7 +245,8 @@ def _take_step(
     started = time.perf_counter()
     phase = no_phase if ledger is None else ledger.phase
     epoch = sampler.position / sampler.epoch_rows
-    batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
+    indices = sampler.next_rows(job.pace.rows_a_step)
+    batches = list(_micro_batches(job, indices))
     mean, measures = accumulate_gradients(
         model,
         batches,
@@ -260,7 +261,10 @@ def _take_step(
         norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
     loss, grad_norm = mean.item(), float(norm)
     lr = learning_rate(step, job.pace.steps, job.pace.lr, job.train.schedule, job.train.warmup)
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    culprits = {}
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        culprits["rows"] = [job.rows[index].where for index in indices]
+    else:
         with phase("optimizer"):
             job.optimizer.step(lr)
         job.progress.step, job.progress.rows = step, sampler.position
@@ -274,6 +278,7 @@ def _take_step(
         "tokens": job.progress.tokens,
         "tokens_per_s": sum(sum(batch.lengths) for batch in batches) / (time.perf_counter() - started),
         "epoch": epoch,
+        **culprits,
     }
 
 
@@ -300,8 +305,9 @@ def _record(job: Job, metrics: MetricsLog, row: dict[str, Any]) -> None:
     job.watch(metrics.rows[-1])
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
+        rows = f" on the rows {listed(row['rows'])}" if "rows" in row else ""
         raise TrainingError(
-            f"{broken[0]} is not finite at step {row['step']}, which left no checkpoint; "
+            f"{broken[0]} is not finite at step {row['step']}{rows}; that step left no checkpoint; "
             "lower train.lr, or use base.compute_dtype=bfloat16 or float32 where it was float16"
         )
 

@@ -99,5 +99,5 @@ def as_tracked(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
         for key, value in row.items()
-        if key != "step" and value is not None
+        if key not in ("step", "rows") and value is not None
     }
