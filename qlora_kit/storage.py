@@ -84,6 +84,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     staged = _beside(final, "tmp")
+    shutil.rmtree(staged, ignore_errors=True)  # this process may have been here before
     staged.mkdir()
     try:
         yield staged
@@ -130,29 +131,38 @@ def _exchange(first: Path, second: Path) -> bool:
     return exchange is not None and exchange(_HERE, bytes(first), _HERE, bytes(second), _EXCHANGE) == 0
 
 
-def _beside(path: Path, kind: Literal["tmp", "old"]) -> Path:
-    """A name beside `path` for what is unfinished or given up, free of what processes that were killed left there."""
-    name = re.escape(path.name)
-    for other in path.parent.glob(f".{escape(path.name)}.*.{kind}"):
-        owner = re.fullmatch(rf"\.{name}\.(\d+)\.{kind}", other.name)
+def clear_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left unfinished, or half deleted, in a folder.
+
+    Args:
+        folder: to look in, itself alone.
+        name: what it was to be; None looks for all.
+    """
+    for path in folder.glob(f".{'*' if name is None else escape(name)}.*"):
+        owner = re.fullmatch(r"\..+\.(\d+)\.(tmp|old)", path.name)
         if owner is None or _is_alive(int(owner[1])):
             continue
-        if other.is_dir():
-            shutil.rmtree(other)
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            other.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: Literal["tmp", "old"]) -> Path:
+    """A name beside `path` for what is unfinished or given up."""
+    clear_abandoned(path.parent, path.name)
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
 def _is_alive(process: int) -> bool:
-    """Whether another process of that number runs."""
+    """Whether a process of that number runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it is another user's
         return True
-    return process != os.getpid()
+    return True
 
 
 def check_room(place: Path, needed_bytes: int, what: str) -> None:

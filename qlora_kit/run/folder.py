@@ -25,7 +25,7 @@ from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
-from qlora_kit.storage import read_json, remove_folder, write_json, write_text
+from qlora_kit.storage import clear_abandoned, read_json, remove_folder, write_json, write_text
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.trackers import PROJECT
 
@@ -120,6 +120,8 @@ def run_folder(folder: Path) -> Iterator[None]:
             raise RunError(
                 f"another run is writing to {folder}; wait for it, or set output to another folder"
             ) from None
+        for place in (folder, folder / CHECKPOINTS):
+            clear_abandoned(place)
         try:
             yield
         finally:
