@@ -707,6 +707,18 @@ def test_every_mistake_in_a_recipe_is_told_at_once(recipe):
 def test_verbs_on_something_else_than_a_run_say_so(tmp_path, verb):
     more = {"generate": ["--prompt", "x"], "export": ["--out", tmp_path / "out"]}.get(verb, [])
     assert_mistake(call(verb, tmp_path, *more), str(tmp_path))
+    (tmp_path / "file").touch()
+    assert_mistake(call(verb, tmp_path / "file", *more), f"{tmp_path / 'file'} is a file; give the folder of a run")
+    assert_mistake(call(verb, tmp_path / "none", *more), f"there is no folder {tmp_path / 'none'}")
+    assert_mistake(call(verb, tmp_path / ("x" * 300), *more), "File name too long")
+
+
+def test_a_folder_in_the_place_of_a_file_of_the_run_is_one_line(recipe, monkeypatch):
+    def is_folder(*_, **__):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), "/there/memory.json")
+
+    monkeypatch.setattr(import_module("qlora_kit.run.train"), "prepare", is_folder)
+    assert_mistake(call("train", recipe), "/there/memory.json: Is a directory")
 
 
 def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_path, monkeypatch):

@@ -314,6 +314,8 @@ def test_prompts_that_cannot_be_used_are_told_with_their_lines(model, tmp_path):
     assert message.startswith("3 rows cannot be used")
     assert len(message.splitlines()) == 3, "of which the first line tells one"
     assert [f"{path}:{line}" in message for line in (1, 2, 3, 4)] == [False, True, True, True]
+    with pytest.raises(DataError, match="is a folder; give one file"):
+        read_prompts(tmp_path, tokenizer, is_chat=False)
     (tmp_path / "none.txt").write_text("\n\n")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts(tmp_path / "none.txt", tokenizer, is_chat=False)

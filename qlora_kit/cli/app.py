@@ -39,7 +39,9 @@ app.add_typer(recipes_app, name="recipes")
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as lora.rank=32.", show_default=False)]
 _DEBUG = {"on": False}
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK_FAULTS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def main() -> None:
