@@ -21,7 +21,8 @@ from torch import OutOfMemoryError
 from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig
 from typer.testing import CliRunner
 
-from qlora_kit.cli.app import app
+from qlora_kit.cli.app import app, reports_errors
+from qlora_kit.cli.show import Screen
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
@@ -611,6 +612,22 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
 
     monkeypatch.setattr("qlora_kit.run.folder.write_json", full)
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_no_run(monkeypatch):
+    def stream():
+        read, write = os.pipe()
+        os.close(read)
+        return open(write, "w")
+
+    with stream() as file:
+        screen = Screen()
+        screen.console.file = file
+        for _ in range(2):
+            screen.note("x" * 9999)
+    with stream() as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        reports_errors(lambda: print("x" * 9999, flush=True))()
 
 
 @pytest.mark.parametrize("place", ["plan_prepared", "load_recipe_base"])

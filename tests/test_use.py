@@ -550,6 +550,11 @@ def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves_and_saves_
     assert_mistake(call("chat", text_run, "--system", "be brief"), "no system turn")
 
 
+def test_a_chat_without_any_input_is_over(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert chat._read() is None
+
+
 def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch):
     """A signal after the first piece: what is said is shorter, and the next line is read."""
     whole, _ = talk(chat_run, lines=["/base", "hi", "/quit"])

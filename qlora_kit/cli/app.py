@@ -21,6 +21,7 @@ from qlora_kit import __version__
 from qlora_kit.cli.chat import chat
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
+from qlora_kit.cli.pipe import leave
 from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, QloraKitError, RecipeError
@@ -67,6 +68,8 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             raise typer.Exit(128 + signal.SIGINT) from None
+        except BrokenPipeError:  # whoever read it has seen enough
+            leave(sys.stdout)
         except OSError as error:
             if _DEBUG["on"] or error.errno not in _DISK_FAULTS:
                 raise
