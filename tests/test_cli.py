@@ -21,6 +21,7 @@ from torch import OutOfMemoryError
 from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig
 from typer.testing import CliRunner
 
+from qlora_kit.cli import main
 from qlora_kit.cli.app import app, reports_errors
 from qlora_kit.cli.show import Screen
 from qlora_kit.data import load_rows, split_eval
@@ -612,6 +613,16 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
 
     monkeypatch.setattr("qlora_kit.run.folder.write_json", full)
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
+
+
+def test_ctrl_c_before_any_verb_has_begun_is_no_traceback(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_kit.cli.app.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_a_pipe_that_nobody_reads_any_more_ends_no_run(monkeypatch):
