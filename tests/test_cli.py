@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderC
 from typer.testing import CliRunner
 
 from qlora_kit.cli import main
-from qlora_kit.cli.app import app, reports_errors
+from qlora_kit.cli.app import app
+from qlora_kit.cli.guard import reports_errors
 from qlora_kit.cli.show import Screen
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
@@ -764,7 +765,9 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path):
     assert "quickstart" in call("recipes", "list").stdout
     assert call("recipes", "show", "default").stdout.startswith("#")
     assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 0
-    assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 2
+    assert_mistake(call("recipes", "copy", "default", tmp_path / "mine.yaml"), "exists already")
+    assert_mistake(call("recipes", "copy", "default", tmp_path / "none" / "mine.yaml"), "cannot be written")
+    assert_mistake(call("recipes", "show", "defalt"), "defalt", "default")
     assert "lora.rank" in call("recipes", "schema").stdout
 
 
