@@ -76,6 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_folder(path: Path) -> None:
+    """See that there is such a folder, whatever it holds.
+
+    Raises:
+        RunError: there is none, or it is a file.
+    """
+    if not path.is_dir():
+        found = f"{path} is a file" if path.exists() else f"there is no folder {path}"
+        raise RunError(f"{found}; give the folder of a run, the output of a `qlora-kit train`")
+
+
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `final` when the block ends without an error.

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.cli.pipe import leave
 from qlora_kit.cli.visible import visible
 from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.judge import judge_scores
@@ -67,6 +68,15 @@ def import_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+class _Console(Console):
+    """Goes on without a word where nobody reads any more: a run of hours is not lost for that."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich where a line could not be written."""
+        self.quiet = True
+        leave(self.file)
+
+
 class Screen(Watch):
     """Shows a run on a terminal, or as plain lines where there is none.
 
@@ -75,7 +85,7 @@ class Screen(Watch):
     """
 
     def __init__(self, to_stderr: bool = False) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True, emoji=False)
+        self.console = _Console(stderr=to_stderr, highlight=False, soft_wrap=True, emoji=False)
         self.signal: int | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from qlora_kit.errors import RunError
 from qlora_kit.report.markup import clipped
+from qlora_kit.storage import check_folder
 
 SCHEMA = 1
 
@@ -155,6 +156,7 @@ def read_run(folder: str | Path) -> RunFolder:
         RunError: if plan.json or metrics.jsonl is missing, or a file is not what it should be; one line names the file.
     """
     folder = Path(folder)
+    check_folder(folder)
     optional = {
         name: _document(folder / f"{name}.json", shape) if (folder / f"{name}.json").exists() else None
         for name, shape in (("memory", MEMORY), ("result", RESULT), ("scores", SCORES), ("data", DATA), ("env", ENV))

@@ -34,7 +34,7 @@ from qlora_kit.run.prepare import (
 )
 from qlora_kit.run.score import score_rows
 from qlora_kit.run.start import check_reference
-from qlora_kit.storage import read_json
+from qlora_kit.storage import check_folder, read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
 from qlora_kit.train.classes import head_for, name_classes
 from qlora_kit.train.evaluate import Score
@@ -67,6 +67,7 @@ def load_run(
         RunError: the folder is no run, or has no adapter or model yet.
     """
     folder = Path(folder)
+    check_folder(folder)
     run = run_of(folder)
     if run is None:
         raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
@@ -113,6 +114,7 @@ def load_any(
     Raises:
         RunError: the folder is neither.
     """
+    check_folder(folder)
     if run_of(folder) is not None:
         return load_run(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
@@ -157,6 +159,7 @@ def evaluate(
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
     """
+    check_folder(folder)
     run = run_of(folder)
     if data is None and run is None:
         raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
