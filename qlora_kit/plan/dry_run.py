@@ -23,7 +23,8 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
-from qlora_kit.base.load import body_linears, build_model, freeze_and_quantize
+from qlora_kit.base.load import body_linears, build_model, expected_untrained, freeze_and_quantize
+from qlora_kit.base.record import keep_record
 from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
@@ -279,7 +280,9 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
 
 def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
     with no_init_weights():
-        return build_model(config, work.dtype, work.attention, head_for(work.task))
+        model = build_model(config, work.dtype, work.attention, head_for(work.task))
+    keep_record(model, work.quantization, work.dtype, untrained=expected_untrained(model))
+    return model
 
 
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
