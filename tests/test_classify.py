@@ -12,6 +12,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     DebertaV2Config,
     DistilBertConfig,
     LlamaForSequenceClassification,
@@ -19,15 +20,16 @@ from transformers import (
     RobertaConfig,
 )
 
-from qlora_kit.base.load import load_base, read_config
+from qlora_kit.base.load import build_model, expected_untrained, load_base, read_config
+from qlora_kit.base.record import base_record
 from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge, trained_against
-from qlora_kit.lora import add_lora, save_adapter
+from qlora_kit.lora import adapter_parameters, add_lora, load_start, save_adapter, shaped
 from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.plan.depths import count_layers
-from qlora_kit.recipe import read_recipe
+from qlora_kit.recipe import Lora, read_recipe
 from qlora_kit.run.classify import f1_score
 from qlora_kit.run.plan import plan_memory
 from qlora_kit.run.prepare import gather
@@ -240,6 +242,53 @@ def test_a_model_that_reads_both_ways_is_planned_within_a_budget(depth, kind, tm
     else:
         plan = plan_memory(recipe)
         assert plan["needs_bytes"] <= plan["budget"]
+
+
+def test_an_adapter_of_another_task_starts_a_classifier_whose_new_head_is_trained_and_saved(tmp_path, model_folder):
+    settings = {"device": "cpu", "compute_dtype": "float32"}
+    model = load_base(model_folder, **settings)
+    add_lora(model, rank=2)
+    tiny.wake(model)
+    save_adapter(model, tmp_path / "sft")
+    model = load_base(model_folder, head="classification", labels=3, **settings)
+    load_start(model, shaped(Lora.model_validate({"from": str(tmp_path / "sft")})), has_reference=False)
+    head = [parameter for name, parameter in adapter_parameters(model) if name.startswith("score.")]
+    assert [tuple(parameter.shape) for parameter in head] == [(3, 48)]
+    assert head[0].requires_grad
+    model(input_ids=tiny.tokens()).logits.sum().backward()
+    assert head[0].grad is not None, "the copy that is trained is the one in use"
+    with torch.no_grad():
+        head[0].fill_(0.5)
+    save_adapter(model, tmp_path / "classifier", provenance=trained_against(model))
+    again = load_base(model_folder, head="classification", labels=3, **settings)
+    load_start(again, shaped(Lora.model_validate({"from": str(tmp_path / "classifier")})), has_reference=False)
+    assert torch.equal(again(input_ids=tiny.tokens()).logits, model(input_ids=tiny.tokens()).logits)
+
+
+def test_a_classifier_goes_on_with_the_classes_of_its_adapter_and_with_no_others(tmp_path, model_folder):
+    model = load_base(model_folder, head="classification", labels=3, device="cpu", compute_dtype="float32")
+    name_classes(model.config, Classes(("owl", "dog", "cat"), False), 0)
+    add_lora(model, rank=2)
+    save_adapter(model, tmp_path / "adapter", provenance=trained_against(model))
+    start = [f"lora.from={tmp_path / 'adapter'}", "lora.rank=2"]
+    recipe = recipe_in(tmp_path, model_folder, rows())
+    prepared = gather(read_recipe(recipe, start), Watch(), weights=False)
+    assert classes_in(prepared.config).names == ("owl", "dog", "cat")
+    recipe = recipe_in(tmp_path, model_folder, [*rows(), {"text": "a fox", "label": "fox"}])
+    assert_mistake(call("train", recipe, *start), "owl, dog, cat", "fox", "lora.from")
+
+
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_a_plan_knows_which_parts_of_a_classifier_are_new(has_pooler, tmp_path):
+    body = BertModel(BertConfig(**SIZE), add_pooling_layer=has_pooler)
+    body.save_pretrained(tmp_path)
+    planned = build_model(read_config(tmp_path, head="classification"), torch.float32, "sdpa", "classification")
+    found = base_record(load_base(tmp_path, head="classification", device="cpu")).untrained
+    assert expected_untrained(planned) == found == (("classifier",) if has_pooler else ("classifier", "bert.pooler"))
+    (tmp_path / "model.safetensors").unlink()  # as from the hub, before the weights are fetched
+    assert expected_untrained(planned) == ("classifier",)
+    planned.config.architectures = ["BertForSequenceClassification"]
+    assert expected_untrained(planned) == ()
 
 
 def test_a_text_may_have_several_classes(tmp_path, bert_folder):

@@ -39,7 +39,7 @@ from qlora_kit.data.formats import (
     is_chat,
     read_row,
 )
-from qlora_kit.data.load import Reader, Source, held_out, load_rows, open_sources, scan, split_eval
+from qlora_kit.data.load import Reader, Scan, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
@@ -71,6 +71,7 @@ __all__ = [
     "Remark",
     "Room",
     "Sampler",
+    "Scan",
     "Source",
     "Text",
     "arrange",

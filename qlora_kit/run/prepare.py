@@ -17,12 +17,14 @@ from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     FALLBACK,
     Batch,
+    Classes,
     Encoded,
     EncodedSet,
     Example,
     Filling,
     Part,
     Reader,
+    Scan,
     check_turn_tokens,
     classes_of,
     collate_rows,
@@ -37,10 +39,11 @@ from qlora_kit.data import (
     scan,
     swap_answers,
 )
-from qlora_kit.errors import DataError
+from qlora_kit.errors import AdapterError, DataError, listed
 from qlora_kit.recipe import Recipe
 from qlora_kit.recipe.schema import DataName, Sources
 from qlora_kit.run.full_finetune import check_full_finetune
+from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.task import check_task
 from qlora_kit.train.classes import classes_in, head_for, known_classes, name_classes
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
@@ -292,7 +295,7 @@ def _read_rows(
     if data.on_error == "stop" or unread.hides_rows:
         unread.stop()  # before the rows are encoded, which may take minutes
     if recipe.train.task == "classify":
-        name_classes(config, classes_of(found.labels, found.is_multi, known_classes(config)), pad_id(tokenizer))
+        name_classes(config, _classes(recipe, found, config), pad_id(tokenizer))
     date = None
     if found.has_chats or eval_found.has_chats:
         date = _settle_template(tokenizer, recipe, today, watch or Watch())
@@ -304,6 +307,23 @@ def _read_rows(
     if data.on_error == "stop":
         (train_rows.faults + eval_rows.faults).stop()
     return train_rows, eval_rows, date
+
+
+def _classes(recipe: Recipe, found: Scan, config: PretrainedConfig) -> Classes:
+    """The classes of a run.
+
+    Raises:
+        AdapterError: it goes on from an adapter that tells others apart.
+        DataError: as `classes_of`.
+    """
+    start = classes_at_start(recipe)
+    strange = sorted(found.labels - set(found.labels if start is None else start.names))
+    if start is not None and strange:
+        raise AdapterError(
+            f"lora.from={recipe.lora.from_} tells {listed(start.names)} apart; the rows have {listed(strange)}; give "
+            "rows of its classes, or leave out lora.from"
+        )
+    return classes_of(found.labels, found.is_multi, known_classes(config) if start is None else start.names)
 
 
 def _open_sources(recipe: Recipe, sources: DataName | Sources) -> list[Reader]:
