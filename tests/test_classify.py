@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -148,6 +149,20 @@ def test_a_truncated_text_keeps_its_class(model_folder):
     assert encoded.counts.trained_tokens == 2
     batch = collate_rows([[row] for row in encoded.rows], 0)
     assert (batch.labels.tolist(), batch.count, batch.rows) == ([0, 1], 2, 2)
+
+
+@pytest.mark.parametrize("form", ["$A", "<s> $A </s>", "$A </s> <s>"])
+def test_a_truncated_text_ends_as_its_tokenizer_ends_every_text(form, model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=ends)
+    classes = Classes(("cat", "dog"), False)
+    for text in ("a long text about cats", "cat"):
+        given = [Classified(text, ("cat",), where="f:1")]
+        row = encode_rows(given, tokenizer, max_tokens=6, over_length="truncate", classes=classes).rows[0]
+        assert row.input_ids == tokenizer(text, truncation=True, max_length=6)["input_ids"]
+        assert len(row.trained) == len(row.input_ids)
 
 
 # --- losses and scores ------------------------------------------------------------------------------------------------
