@@ -320,6 +320,19 @@ def test_a_text_may_have_several_classes(tmp_path, bert_folder):
     assert config["problem_type"] == "multi_label_classification"
 
 
+def test_a_preview_counts_the_classes_and_names_those_of_each_row(tmp_path, bert_folder):
+    given = [*rows(), {"text": "another cat", "label": "cat"}]
+    shown = call("preview", recipe_in(tmp_path, bert_folder, given), "--rows", "4").stdout
+    assert "classes   cat 4, dog 3, owl 2\n" in shown
+    assert f"{tmp_path / 'rows.jsonl'}:4, dog  " in shown
+    assert "brackets" not in shown
+    given.append({"text": "a cat and a dog", "label": ["dog", "cat"]})
+    recipe = recipe_in(tmp_path, bert_folder, given)
+    told = json.loads(call("preview", recipe, "--rows", "10", "--json").stdout)
+    assert told["classes"] == {"cat": 5, "dog": 4, "owl": 2}
+    assert told["rows"][-1]["sides"][0]["name"] == "cat, dog"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -41,7 +41,7 @@ from qlora_kit.data.formats import (
 )
 from qlora_kit.data.load import Reader, Scan, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
-from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
+from qlora_kit.data.preview import Filling, Piece, Preview, count_classes, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.template import Encoded, encode, encode_turns
@@ -85,6 +85,7 @@ __all__ = [
     "collate_pairs",
     "collate_rows",
     "collate_texts",
+    "count_classes",
     "efficiency",
     "encode",
     "encode_rows",

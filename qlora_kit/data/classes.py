@@ -36,6 +36,16 @@ class Classes:
             return tuple(float(name in labels) for name in self.names)
         return self.names.index(labels[0])
 
+    def named(self, target: int | Sequence[float]) -> list[str]:
+        """The names of a target, or of what was said."""
+        if isinstance(target, int):
+            return [self.names[target]]
+        return [name for name, is_one in zip(self.names, target, strict=True) if is_one]
+
+    def words(self, target: int | Sequence[float]) -> str:
+        """The same, to be shown."""
+        return ", ".join(self.named(target)) or "none"
+
 
 def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()) -> Classes:
     """The classes of the training rows: sorted by name, or numbers by their size.
