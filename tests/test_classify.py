@@ -79,6 +79,8 @@ def recipe_in(folder, model, given, **train):
         ("cat", ("cat",), False),
         (2, ("2",), False),
         (True, ("1",), False),
+        (3.0, ("3",), False),
+        (" a cat ", ("a cat",), False),
         (["a", "b"], ("a", "b"), True),
         ([], (), True),
     ],
@@ -87,7 +89,9 @@ def test_a_label_is_a_name_a_number_or_a_list_of_them(label, labels, is_multi):
     assert read_row({"text": "x", "label": label}, "f:1", task="classify") == Classified("x", labels, is_multi)
 
 
-@pytest.mark.parametrize("label", [None, "", -1, 1.5, ["a", "a"], {"a": 1}, [None]])
+@pytest.mark.parametrize(
+    "label", [None, "", -1, 1.5, float("nan"), float("inf"), ["a", "a "], {"a": 1}, [None], "\ud800"]
+)
 def test_any_other_label_is_refused_with_its_line(label):
     with pytest.raises(DataError, match="f:1: column 'label'"):
         read_row({"text": "x", "label": label}, "f:1", task="classify")
@@ -103,6 +107,8 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
     assert of("dog", "fox", known=["owl", "dog", "cat"]) == ("dog", "fox")
     with pytest.raises(DataError, match=r"1 class \(a\)"):
         of("a", "a")
+    with pytest.raises(DataError, match="no class"):
+        of()
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,7 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
         (["5", "1", "2"], ("0", "1", "2", "3", "4", "5")),
         (["2", "10", "b"], ("10", "2", "b")),
         (["٣", "2"], ("2", "٣")),
+        (["9" * 5000, "10"], ("10", "9" * 5000)),
     ],
 )
 def test_numbers_are_classes_by_their_value_only_where_nearly_all_occur(labels, names):

@@ -6,6 +6,9 @@ from difflib import get_close_matches
 
 from qlora_kit.errors import DataError
 
+MOST_DIGITS = 18
+"""Of a label that may be a number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Classes:
@@ -61,12 +64,13 @@ def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()
     """
     if set(found) <= set(known):
         names = list(known)
-    elif all(name.isdecimal() for name in found):
+    elif all(name.isdecimal() and len(name) <= MOST_DIGITS for name in found):
         names = _numbers(set(found))
     else:
         names = sorted(found)
     if len(names) < (1 if is_multi else 2):
-        raise DataError(f"the rows have {len(names)} class ({', '.join(names)}), and two are the fewest to tell apart")
+        found_names = f"1 class ({names[0]})" if names else "no class"
+        raise DataError(f"the rows have {found_names}, and two are the fewest to tell apart")
     return Classes(tuple(names), is_multi)
 
 
