@@ -105,8 +105,12 @@ class Screen(Watch):
         more = f", {left_out} left out" if left_out else ""
         more += f", {train.truncated} cut short" if train.truncated else ""
         more += f", {train.split} split" if train.split else ""
+        if prepared.train.rows[0].target is not None:  # a text is learnt by its class, and not by its tokens
+            tokens, learnt = f"{format_count(train.tokens)} tokens", "texts"
+        else:
+            tokens, learnt = f"{format_count(train.trained_tokens)} trained tokens", "trained tokens"
         self.console.print(
-            f"[bold]data[/]   {counted(train.rows, 'row')}, {format_count(train.trained_tokens)} trained tokens, "
+            f"[bold]data[/]   {counted(train.rows, 'row')}, {tokens}, "
             f"longest {counted(train.longest, 'token')}{more}; {counted(held_out, 'row')} held out"
         )
         if 0 < held_out < FEW_ROWS:
@@ -115,7 +119,7 @@ class Screen(Watch):
             )
         self.console.print(
             f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} at a time), "
-            f"{format_count(pace.trained_tokens)} trained tokens in all, learning rate {pace.lr:g} ({pace.lr_reason})"
+            f"{format_count(pace.trained_tokens)} {learnt} in all, learning rate {pace.lr:g} ({pace.lr_reason})"
         )
         self._steps = pace.steps
 

@@ -25,7 +25,8 @@ from transformers.initialization import no_init_weights
 
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
-from qlora_kit.base.load import body_linears, build_model, freeze_and_quantize
+from qlora_kit.base.load import body_linears, build_model, expected_untrained, freeze_and_quantize
+from qlora_kit.base.record import keep_record
 from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora, base_parameter_count
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
@@ -301,7 +302,9 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
 def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
     attention = implementation(work.attention, torch.device("cpu"), work.dtype)  # sdpa's keep what flex and flash keep
     with no_init_weights():
-        return build_model(config, work.dtype, attention, head_for(work.task))
+        model = build_model(config, work.dtype, attention, head_for(work.task))
+    keep_record(model, work.quantization, work.dtype, untrained=expected_untrained(model))
+    return model
 
 
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
-from qlora_kit.data import Batch, Classes
+from qlora_kit.data import Batch
 from qlora_kit.train.evaluate import evaluation_mode
 from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.tasks import said_classes
@@ -34,10 +34,3 @@ def f1_score(said: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
     hits = (said * wanted).sum(0).double()
     total = (said.sum(0) + wanted.sum(0)).double()
     return (2 * hits[total > 0] / total[total > 0]).mean().item()
-
-
-def words_of(target: int | Sequence[float], classes: Classes) -> str:
-    """The names of a target or of what was said."""
-    if isinstance(target, int):
-        return classes.names[target]
-    return ", ".join(name for name, is_one in zip(classes.names, target, strict=True) if is_one) or "none"

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
-from qlora_kit.run.classify import f1_score, predictions, words_of
+from qlora_kit.run.classify import f1_score, predictions
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id, positions_of
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
@@ -98,7 +98,7 @@ def _told_apart(
     f1 = f1_score(said, torch.cat([batch.labels.cpu() for batch in batches]), len(classes.names))
     by_length = sorted(range(len(rows)), key=lambda row: rows[row].longest)  # the order of the batches
     of_row = dict(zip(by_length, said.tolist(), strict=True))
-    words = [words_of(of_row[row], classes) for row in range(min(SAMPLES, len(rows)))]
+    words = [classes.words(of_row[row]) for row in range(min(SAMPLES, len(rows)))]
     return replace(measured, measures={**measured.measures, "f1": f1}), words
 
 
@@ -109,7 +109,7 @@ def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
         Question(
             row.input_ids,
             str(tokenizer.decode(row.input_ids, skip_special_tokens=True)),
-            words_of(row.target or 0, classes),
+            classes.words(row.target or 0),
         )
         for row in rows[:SAMPLES]
     ]
