@@ -6,13 +6,22 @@ import pytest
 import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
-from qlora_kit.data import Classes, classes_of, collate_rows, encode_rows, read_row
+from qlora_kit.data import Classes, Encoded, classes_of, collate_rows, encode_rows, read_row
 from qlora_kit.data.formats import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.run.classify import f1_score
+from qlora_kit.run.score import score_rows
 from qlora_kit.train.objectives import classification_loss_sum
+from qlora_kit.train.tasks import CLASSIFICATION
 
 TEXTS = {
     "cat": ("a cat sat", "the cat", "cats!"),
@@ -114,6 +123,25 @@ def test_f1_is_the_mean_over_classes_that_are_said_or_wanted():
     assert f1_score(wanted, wanted, 3) == 1
     many = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 1], [1, 0]])
     assert f1_score(*many, 2) == pytest.approx((1 + 0) / 2)
+
+
+def test_a_classification_is_scored_in_one_pass_over_its_rows():
+    config = LlamaConfig(**tiny.LLAMA, num_labels=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config).eval()
+    texts = tiny.tokens(8, 9, vocab=config.vocab_size).tolist()
+    held = [Encoded(ids[: 9 - row], [False] * (9 - row), target=row % 3) for row, ids in enumerate(texts)]
+    batches = [collate_rows([[row] for row in part], 0) for part in (held[5:][::-1], held[:5][::-1])]  # by length
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    score, words = score_rows(model, None, held, batches, CLASSIFICATION)
+    assert len(passes) == len(batches)
+    said = [model(torch.tensor([row.input_ids])).logits.argmax().item() for row in held]
+    assert words == [f"LABEL_{number}" for number in said[:4]]
+    wanted = [row.target for row in held]
+    assert score.measures["accuracy"] == pytest.approx(sum(a == b for a, b in zip(said, wanted, strict=True)) / 8)
+    assert score.measures["f1"] == pytest.approx(f1_score(torch.tensor(said), torch.tensor(wanted), 3))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from qlora_kit.base.load import Head
-from qlora_kit.data import Batch, Classes
+from qlora_kit.data import Classes
 from qlora_kit.recipe import Recipe
-from qlora_kit.train.evaluate import evaluation_mode
-from qlora_kit.train.forward import whole_logits
-from qlora_kit.train.tasks import said_classes
 
 
 def head_for(recipe: Recipe) -> Head:
@@ -52,21 +49,11 @@ def _names(config: PretrainedConfig) -> tuple[str, ...]:
     return tuple(named[number] for number in sorted(named))
 
 
-def predictions(model: PreTrainedModel, batches: Sequence[Batch]) -> torch.Tensor:
-    """What a model says of the texts of all batches: (texts,), or (texts, classes) of 1 and 0, on the CPU."""
-    with evaluation_mode(model):
-        said = [
-            said_classes(whole_logits(model, batch), is_multi=batch.labels.is_floating_point()).cpu()
-            for batch in batches
-        ]
-    return torch.cat(said)
-
-
 def f1_score(said: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
     """Mean over the classes that are wanted or said of the harmonic mean of precision and recall: macro F1.
 
     Args:
-        said: as `predictions` gives it.
+        said: of all texts, (texts,), or (texts, classes) of 1 and 0.
         wanted: labels of the same texts.
         classes: how many there are.
     """

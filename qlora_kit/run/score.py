@@ -8,12 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
-from qlora_kit.run.classify import classes_in, f1_score, predictions, words_of
+from qlora_kit.run.classify import classes_in, f1_score, words_of
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
 from qlora_kit.train.samples import SAMPLE_TOKENS, Question
-from qlora_kit.train.tasks import AGAINST_REFERENCE, LIKELIHOOD, Task
+from qlora_kit.train.tasks import AGAINST_REFERENCE, LIKELIHOOD, Loss, Task
 
 SAMPLES = 4
 """Held-out rows that are answered before and after, and on the way."""
@@ -70,9 +70,9 @@ def score_rows(
     loss_chunk: int | None = None,
 ) -> tuple[Score, list[str]]:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
-    measured = evaluate_loss(model, batches, task, loss_chunk=loss_chunk)
     if not task.answers:
-        return _told_apart(model, measured, rows, batches)
+        return _told_apart(model, rows, batches, task)
+    measured = evaluate_loss(model, batches, task, loss_chunk=loss_chunk)
     answered = answered_rows(rows)
     if not answered:
         return measured, []
@@ -88,10 +88,12 @@ def score_rows(
 
 
 def _told_apart(
-    model: PreTrainedModel, measured: Score, rows: list[Encoded], batches: list[Batch]
+    model: PreTrainedModel, rows: list[Encoded], batches: list[Batch], task: Task
 ) -> tuple[Score, list[str]]:
     """The score of a classification with its F1, and what the model says of the first few rows."""
-    classes, said = classes_in(model.config), predictions(model, batches)
+    losses: list[Loss] = []
+    measured = evaluate_loss(model, batches, task, see=losses.append)
+    classes, said = classes_in(model.config), torch.cat([loss.said.cpu() for loss in losses if loss.said is not None])
     f1 = f1_score(said, torch.cat([batch.labels.cpu() for batch in batches]), len(classes.names))
     by_length = sorted(range(len(rows)), key=lambda row: rows[row].longest)  # the order of the batches
     of_row = dict(zip(by_length, said.tolist(), strict=True))

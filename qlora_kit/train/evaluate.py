@@ -5,7 +5,7 @@ Evaluation changes nothing: no gradient, no random state, and the mode is put ba
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.data import Batch
 from qlora_kit.train.forward import Phase, Rows, evaluation_mode, no_phase
-from qlora_kit.train.tasks import LIKELIHOOD, Task
+from qlora_kit.train.tasks import LIKELIHOOD, Loss, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ def evaluate_loss(
     *,
     phase: Phase = no_phase,
     loss_chunk: int | None = None,
+    see: Callable[[Loss], None] = lambda loss: None,
 ) -> Score:
     """Mean loss over all batches, and what else the task measures.
 
@@ -59,6 +60,7 @@ def evaluate_loss(
         task: what is evaluated.
         phase: marker for a ledger.
         loss_chunk: tokens whose logits stand at one time, or None.
+        see: is shown what the task makes of each batch.
     """
     count = sum(batch.count for batch in batches)
     loss, measures = 0.0, Counter[str]()
@@ -66,6 +68,7 @@ def evaluate_loss(
         begun = task.begun(model, batches, loss_chunk)
         for batch in batches:
             share = begun(model, batch, no_phase, loss_chunk, 1)
+            see(share)
             loss += share.value.item() / count
             measures.update({name: value.item() / count for name, value in share.measures.items()})
     return Score(

@@ -262,7 +262,7 @@ def _take_step(
     phase = no_phase if ledger is None else ledger.phase
     epoch = sampler.position / sampler.epoch_rows
     batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
-    mean, measures = accumulate_gradients(
+    mean, measures, _ = accumulate_gradients(
         model,
         batches,
         sum(batch.count for batch in batches),
