@@ -20,6 +20,7 @@ from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
 from qlora_kit.plan import Workload
+from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
 from qlora_kit.recipe import Lora, Train
 from qlora_kit.run.prepare import eval_batches, largest_eval_shape
@@ -29,7 +30,7 @@ from qlora_kit.train.forward import sequence_losses
 from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
 from qlora_kit.train.schedule import automatic_rate
 from qlora_kit.train.step import accumulate_gradients
-from qlora_kit.train.tasks import Dpo, task_of
+from qlora_kit.train.tasks import Dpo, more_passes, task_of
 
 PAIRS, VERDICTS = ("dpo", "ipo", "orpo"), ("kto",)
 WORK = Workload(Quantization("nf4"), Lora(rank=4), torch.float32, "sdpa", 1, 8, 1, "keep", "adamw", "none", task="dpo")
@@ -461,6 +462,31 @@ def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
 def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside_it():
     counts = dry_step(tiny.llama().config, replace(WORK, has_reference=True))["parameters"]
     assert counts["total"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
+
+
+@pytest.mark.parametrize("task", PAIRS + VERDICTS)
+def test_full_fine_tuning_holds_a_second_model_where_a_task_holds_to_the_first(task):
+    work = replace(WORK, quantization=Quantization("none"), lora=None, optimizer="adamw_32bit", task=task)
+    planned, model = dry_step(tiny.llama().config, work), tiny.llama()
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert planned["by_category"]["base_weights"] == (held if task == "orpo" else 2 * held)
+    assert planned["by_category"]["gradients"] <= 4 * count, "the second is not trained"
+    assert planned["parameters"]["total"] == planned["parameters"]["trainable"] == count
+
+
+@pytest.mark.parametrize(("task", "passes"), [("orpo", 2), ("dpo", 3), ("ipo", 3), ("kto", 5)])
+def test_an_estimated_speed_counts_the_passes_that_learn_nothing(task, passes):
+    # forward and backward of what is learnt, and forward: the reference; of kto twice the other answer, too
+    speeds = [estimated_tokens_per_s(10**9, 0, 1e12, passes=more_passes(each)) for each in ("sft", task)]
+    assert speeds[0] / speeds[1] == pytest.approx(passes / 2)
+
+
+def test_the_tokens_of_a_second_are_those_of_the_rows():
+    rows = swap_answers(verdicts())
+    assert collate_rows([[row] for row in rows], 0).tokens == sum(len(row.input_ids) for row in rows)
+    both = sum(len(row.input_ids) + len(row.other.input_ids) for row in pairs())
+    assert collate_rows([[row] for row in pairs()], 0).tokens == both
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
-from qlora_kit.train.tasks import sequences_of
+from qlora_kit.train.tasks import WITH_REFERENCE, more_passes, sequences_of
 from qlora_kit.units import parse_bytes
 
 STEP = ("forward", "loss", "backward", "optimizer")
@@ -106,7 +106,8 @@ def plan_methods(
 def _tokens_per_s(work: Workload, blocks: Blocks, parameters: int, device: torch.device) -> float:
     """An estimate for this machine's device."""
     rate = matmul_rate(device, work.dtype)
-    return estimated_tokens_per_s(parameters, run_again(blocks), rate, trains_weights=work.lora is None)
+    passes = more_passes(work.task)
+    return estimated_tokens_per_s(parameters, run_again(blocks), rate, trains_weights=work.lora is None, passes=passes)
 
 
 def _methods(

@@ -288,7 +288,7 @@ def _take_step(
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": job.progress.tokens,
-        "tokens_per_s": sum(sum(batch.lengths) for batch in batches) / (time.perf_counter() - started),
+        "tokens_per_s": sum(batch.tokens for batch in batches) / (time.perf_counter() - started),
         "epoch": epoch,
     }
 

@@ -196,6 +196,13 @@ def sequences_of(task: str) -> int:
     return 2 if task in ("dpo", "ipo", "orpo", "kto") else 1
 
 
+def more_passes(task: str) -> int:
+    """Forward passes of every token of a row from which nothing is learnt: the reference's; and of an answer with a
+    verdict those of the one that it is swapped with, about as long, through what is trained and through the reference.
+    """
+    return {"dpo": 1, "ipo": 1, "kto": 3}.get(task, 0)
+
+
 def has_reference(recipe: Recipe) -> bool:
     """Whether a run holds to a frozen copy of the adapter that it goes on from, and not to the base."""
     return recipe.lora.from_ is not None and recipe.train.task in WITH_REFERENCE
