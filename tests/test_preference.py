@@ -532,6 +532,11 @@ def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     found = json.loads(evaluated.stdout)
     assert found["loss"] == pytest.approx(scores["adapter"]["loss"])
     assert found["reward_accuracy"] == scores["adapter"]["reward_accuracy"]
+    of_base = call("eval", tmp_path / "whole", "--base", "--json")
+    assert json.loads(of_base.stdout).keys() - {"schema"} == scores["base"].keys()
+    assert "note: rewards are left out" in of_base.stderr
+    assumed = json.loads((tmp_path / "whole" / "plan.json").read_text())["methods"]["full_finetune"]["assumes"]
+    assert ("reference" in assumed) == (task != "orpo")
 
 
 @pytest.mark.parametrize(
