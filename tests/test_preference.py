@@ -543,6 +543,7 @@ def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     ("settings", "words"),
     [
         (["train.task=dpo", "train.full_finetune=true"], ["train.full_finetune", "orpo"]),
+        (["train.task=kto", "train.full_finetune=true", "base.quantization=none"], ["train.full_finetune", "orpo"]),
         (["train.task=orpo", "data.packing=true"], ["data.packing"]),
         (["train.task=dpo", "data.loss_on=all"], ["data.loss_on"]),
         (["train.task=dpo", "data.format=text"], ["data.format=text", "preference"]),

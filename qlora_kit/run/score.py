@@ -41,7 +41,6 @@ def score(
     batches = eval_batches(rows, pad_id(tokenizer), model.device)
     with adapters_off(model):
         base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, task, loss_chunk)
-    own = {name: value for name, value in base.measures.items() if name not in AGAINST_REFERENCE}
     adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
     asked = questions(tokenizer, rows) if task.answers else classified(model, tokenizer, rows)
     samples = [
@@ -55,10 +54,16 @@ def score(
     ]
     return {
         "rows": len(prepared.eval.rows),
-        "base": replace(base, measures=own).as_json(),
+        "base": of_base(base).as_json(),
         "adapter": adapter.as_json(),
         "samples": samples,
     }
+
+
+def of_base(score: Score) -> Score:
+    """The score of a base, which has not moved, without the measures that say how far a model has."""
+    own = {name: value for name, value in score.measures.items() if name not in AGAINST_REFERENCE}
+    return replace(score, measures=own)
 
 
 def score_rows(
