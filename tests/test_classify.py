@@ -16,6 +16,7 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DistilBertConfig,
+    LlamaConfig,
     LlamaForSequenceClassification,
     ModernBertConfig,
     RobertaConfig,
@@ -23,7 +24,7 @@ from transformers import (
 
 from qlora_kit.base.load import build_model, expected_untrained, load_base, read_config
 from qlora_kit.base.record import base_record
-from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
+from qlora_kit.data import Classes, Encoded, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.examples import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge, trained_against
@@ -31,12 +32,14 @@ from qlora_kit.lora import adapter_parameters, add_lora, load_start, save_adapte
 from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.plan.depths import count_layers
 from qlora_kit.recipe import Lora, read_recipe
-from qlora_kit.run.classify import f1_score
 from qlora_kit.run.plan import plan_memory
 from qlora_kit.run.prepare import gather
+from qlora_kit.run.score import score_rows
 from qlora_kit.train.classes import classes_in, name_classes
+from qlora_kit.train.evaluate import f1_score
 from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.objectives import classification_loss_sum
+from qlora_kit.train.tasks import CLASSIFICATION
 from qlora_kit.watch import Watch
 
 TEXTS = {
@@ -189,6 +192,25 @@ def test_f1_is_the_mean_over_classes_that_are_said_or_wanted():
     assert f1_score(wanted, wanted, 3) == 1
     many = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 1], [1, 0]])
     assert f1_score(*many, 2) == pytest.approx((1 + 0) / 2)
+
+
+def test_a_classification_is_scored_in_one_pass_over_its_rows():
+    config = LlamaConfig(**tiny.LLAMA, num_labels=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config).eval()
+    texts = tiny.tokens(8, 9, vocab=config.vocab_size).tolist()
+    held = [Encoded(ids[: 9 - row], [False] * (9 - row), target=row % 3) for row, ids in enumerate(texts)]
+    batches = [collate_rows([[row] for row in part], 0) for part in (held[5:][::-1], held[:5][::-1])]  # by length
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    score, words = score_rows(model, None, held, batches, CLASSIFICATION)
+    assert len(passes) == len(batches)
+    said = [model(torch.tensor([row.input_ids])).logits.argmax().item() for row in held]
+    assert words == [f"LABEL_{number}" for number in said[:4]]
+    wanted = [row.target for row in held]
+    assert score.measures["accuracy"] == pytest.approx(sum(a == b for a, b in zip(said, wanted, strict=True)) / 8)
+    assert score.measures["f1"] == pytest.approx(f1_score(torch.tensor(said), torch.tensor(wanted), 3))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -461,6 +461,21 @@ def test_a_resume_with_another_recipe_is_refused_and_more_steps_are_not(recipe):
 
 
 @pytest.mark.slow
+def test_a_run_that_is_resumed_with_more_steps_keeps_the_rate_that_was_chosen_for_it(recipe, monkeypatch):
+    monkeypatch.setattr("qlora_kit.train.schedule.SHORT_RUN", 3)
+    run = recipe.parent / "run"
+    assert call("train", recipe, "train.lr=auto", "train.steps=2").exit_code == 0
+    begun = json.loads((run / "plan.json").read_text())["pace"]
+    assert "a short run" in begun["lr_reason"]
+    for steps in (4, 5):
+        assert call("train", recipe, "train.lr=auto", f"train.steps={steps}", "--resume").exit_code == 0
+        pace = json.loads((run / "plan.json").read_text())["pace"]
+        assert (pace["lr"], pace["lr_reason"]) == (begun["lr"], begun["lr_reason"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["lr"] for row in rows if "lr" in row} == {begun["lr"]}
+
+
+@pytest.mark.slow
 def test_an_earlier_run_outlives_a_base_that_cannot_be_loaded(recipe, model_folder, tmp_path):
     assert call("train", recipe).exit_code == 0
     adapter = (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -167,12 +167,13 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Loss, perplexity and exact match of a run's adapter, its base, or an exported model."""
-    from qlora_kit.cli.show import import_libraries, score_lines
+    from qlora_kit.cli.show import Screen, import_libraries, score_lines
 
     import_libraries()
     from qlora_kit.run import evaluate as run_evaluate
 
-    score = run_evaluate(run, data=data, bare_base=base, force=force, trust_remote_code=trust_remote_code)
+    screen = Screen(to_stderr=as_json)
+    score = run_evaluate(run, data=data, bare_base=base, force=force, watch=screen, trust_remote_code=trust_remote_code)
     typer.echo(json.dumps({"schema": 1, **score.as_json()}, indent=2) if as_json else score_lines(score))
 
 

@@ -96,12 +96,19 @@ MEMORY = {
     "file_backed_bytes?": MAYBE_COUNT,
     "paged_bytes?": MAYBE_COUNT,
 }
+REWARDS = {
+    "reward_margin": "reward margin, nats",
+    "reward_accuracy": "reward accuracy, share of the rows",
+    "kl": "KL from the reference, nats",
+}
+"""What preferences tell of a step, and with `eval_` before it of an evaluation: its name and unit."""
 METRICS_ROW = {
     "step": COUNT,
     "loss?": MAYBE_NUMBER,
     "eval_loss?": MAYBE_NUMBER,
     "tokens?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
+    **{f"{before}{name}?": MAYBE_NUMBER for name in REWARDS for before in ("", "eval_")},
 }
 SAMPLE = {"step": COUNT, "prompt": TEXT, "reference?": TEXT, "answer": TEXT}
 RESULT = {"step": COUNT}

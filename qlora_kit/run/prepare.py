@@ -1,7 +1,7 @@
 """Before any weight is read: where the model lies, the rows as tokens, and the numbers of the run."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import cache, partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.task import check_task
 from qlora_kit.train.classes import head_for, known_classes, name_classes
-from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, Rate, room_of, set_pace
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -83,10 +83,21 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    watch: Watch,
+    *,
+    weights: bool,
+    today: Date | None = None,
+    rate: Rate | None = None,
+    trust_remote_code: bool = False,
 ) -> Prepared:
-    """`gather`, and tell what became of the rows and what is odd about them."""
+    """`gather`, and tell what became of the rows and what is odd about them.
+
+    A run that is resumed keeps the learning `rate` that it began with: of more steps `auto` would make another.
+    """
     prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code)
+    if rate is not None:
+        prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
     watch.prepared(prepared)
     for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
         if remark.is_for_runs:

@@ -32,7 +32,7 @@ from qlora_kit.run.prepare import (
     rows_needed,
     set_template,
 )
-from qlora_kit.run.score import score_rows
+from qlora_kit.run.score import of_base, score_rows
 from qlora_kit.run.start import check_reference
 from qlora_kit.storage import check_folder, read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
@@ -41,6 +41,7 @@ from qlora_kit.train.evaluate import Score
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.tasks import has_reference, task_of
+from qlora_kit.watch import Watch
 
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
@@ -148,7 +149,13 @@ def _go_to_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def evaluate(
-    folder: Path, *, data: Path | None, bare_base: bool, force: bool, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    data: Path | None,
+    bare_base: bool,
+    force: bool,
+    watch: Watch | None = None,
+    trust_remote_code: bool = False,
 ) -> Score:
     """Loss, perplexity and, where answers are short, exact match: of a run, its bare base, or a folder with weights.
 
@@ -157,10 +164,11 @@ def evaluate(
         data: rows in any format that training reads; None takes the run's held-out rows.
         bare_base: leave away what was trained.
         force: take the adapter although its base's fingerprint differs.
+        watch: is told what is left out.
         trust_remote_code: let the model's own code run.
     """
     check_folder(folder)
-    run = run_of(folder)
+    watch, run = watch or Watch(), run_of(folder)
     if data is None and run is None:
         raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
     if run is not None:
@@ -178,7 +186,11 @@ def evaluate(
     if has_reference(recipe):
         load_reference(model, recipe.lora)
     measured, _ = score_rows(model, tokenizer, rows.rows, batches, task, loss_chunk)
-    return measured
+    if not bare_base:
+        return measured
+    if (told := of_base(measured)) != measured:
+        watch.note("rewards are left out: they say how far a model has moved, and the base has not")
+    return told
 
 
 def _recipe_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, data: str) -> Recipe:
