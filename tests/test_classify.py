@@ -207,7 +207,7 @@ def test_a_classification_is_scored_in_one_pass_over_its_rows():
     score, words = score_rows(model, None, held, batches, CLASSIFICATION)
     assert len(passes) == len(batches)
     said = [model(torch.tensor([row.input_ids])).logits.argmax().item() for row in held]
-    assert words == [f"LABEL_{number}" for number in said[:4]]
+    assert words == [str(number) for number in said[:4]]
     wanted = [row.target for row in held]
     assert score.measures["accuracy"] == pytest.approx(sum(a == b for a, b in zip(said, wanted, strict=True)) / 8)
     assert score.measures["f1"] == pytest.approx(f1_score(torch.tensor(said), torch.tensor(wanted), 3))

@@ -48,7 +48,7 @@ from qlora_kit.recipe.schema import DataName, Sources
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.task import check_task
-from qlora_kit.train.classes import head_for, known_classes, name_classes
+from qlora_kit.train.classes import classes_in, head_for, known_classes, name_classes
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, Rate, room_of, set_pace
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
@@ -245,7 +245,8 @@ def held_out_rows(
 ) -> EncodedSet:
     """The run's held-out rows, or those of another file encoded as the run's own are."""
     if data is not None:
-        rows = _encode_sets([], _open_sources(recipe, str(data)), [], EncodedSet(), recipe, tokenizer, config)
+        none = EncodedSet(classes=classes_in(config) if recipe.train.task == "classify" else None)
+        rows = _encode_sets([], _open_sources(recipe, str(data)), [], none, recipe, tokenizer, config)
         rows.faults.stop()
         rows.check_left(recipe.data.max_tokens)
         return rows
