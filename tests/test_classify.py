@@ -7,6 +7,7 @@ import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
 from tokenizers.processors import TemplateProcessing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -298,6 +299,14 @@ def test_a_classifier_goes_on_with_the_classes_of_its_adapter_and_with_no_others
     assert classes_in(prepared.config).names == ("owl", "dog", "cat")
     recipe = recipe_in(tmp_path, model_folder, [*rows(), {"text": "a fox", "label": "fox"}])
     assert_mistake(call("train", recipe, *start), "owl, dog, cat", "fox", "lora.from")
+
+
+def test_a_plan_with_a_new_head_warns_of_nothing(recwarn):
+    config = BertConfig(**{**SIZE, "num_hidden_layers": 1})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = build_model(config, torch.float32, "sdpa", "classification")
+        add_lora(model, also_train="classifier")
+    assert [str(warning.message) for warning in recwarn if "FakeTensor" in str(warning.message)] == []
 
 
 @pytest.mark.parametrize("has_pooler", [True, False])
