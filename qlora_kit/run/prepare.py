@@ -128,6 +128,7 @@ def gather(
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
+    _check_pad(tokenizer, config)
     train_rows, eval_rows, date = _read_rows(recipe, tokenizer, config, watch, today)
     if train_rows.counts.turns:
         watch.note(
@@ -291,6 +292,21 @@ def positions_for(task: str, tokenizer: PreTrainedTokenizerBase, config: Pretrai
     if task != "classify" or positions is None:
         return positions
     return min(positions, tokenizer.model_max_length)
+
+
+def _check_pad(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """See that the model has the token that rows are filled with.
+
+    Raises:
+        DataError: it has not.
+    """
+    pad, rows = pad_id(tokenizer), config.get_text_config().vocab_size
+    if pad >= rows:
+        raise DataError(
+            f"rows would be filled with {tokenizer.convert_ids_to_tokens(pad)!r}, number {pad}, which is beyond the "
+            f"model's vocabulary of {rows}: name it in lora.added_tokens, or give tokenizer_config.json a pad_token "
+            "that the model has"
+        )
 
 
 def _read_rows(
