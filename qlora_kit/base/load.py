@@ -132,7 +132,7 @@ def load_base(
 
 
 def original_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model that a base was made from, read again: on a CPU its weights are the checkpoint's mapped pages.
+    """The dense model that a base was made from, read again, as tall: its weights are the checkpoint's mapped pages.
 
     Args:
         model: from `load_base`.
@@ -146,7 +146,9 @@ def original_weights(model: PreTrainedModel) -> PreTrainedModel:
     config = read_config(folder, head=head, trust_remote_code=brings_code(model.config))
     if stored_quantization(config) is not None:
         raise ModelError(f"{folder} holds quantised weights, and what they were made from is not at hand")
-    return _load(folder, config, "sdpa", head)[0]
+    original = _load(folder, config, "sdpa", head)[0]
+    extend_vocabulary(original, base_record(model).vocabulary)
+    return original
 
 
 def head_of(model: PreTrainedModel) -> Head:
