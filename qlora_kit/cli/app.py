@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_kit import __version__
+from qlora_kit.cli.export import export
 from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, QloraKitError, RecipeError
@@ -231,25 +232,7 @@ def generate(
     typer.echo(text)
 
 
-@app.command()
-@reports_errors
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The new folder.")],
-    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
-    onto: Annotated[str, typer.Option(help="What an adapter is merged into: dequantized.")] = "dequantized",
-    dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
-    force: Force = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Weights for other programs, compared with the model as it was trained."""
-    from qlora_kit.cli.show import audit_lines, import_libraries
-
-    import_libraries()
-    from qlora_kit.run import export_run
-
-    exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force, trust_remote_code=trust_remote_code)
-    typer.echo(audit_lines(exported, out))
+app.command()(reports_errors(export))
 
 
 @app.command()

@@ -143,9 +143,7 @@ def export_merged(
     check_request(out, dtype, onto)
     made = made_of(model, dtype, onto, is_whole=is_whole)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
-    is_classifier = head_of(model) == "classification"
-    if is_classifier and audit_batches is not None:
-        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
+    check_audit_rows(model, audit_batches)
     tensors = _checked_tensors(model, out, torch_dtype(dtype), original)
     with staged_folder(out) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
@@ -235,6 +233,12 @@ def check_own_code(model: PreTrainedModel) -> None:
             f"{model.config._name_or_path} runs code of its own, which plain weights would have to bring along: "
             "not built yet; export --to adapter"
         )
+
+
+def check_audit_rows(model: PreTrainedModel, batches: Iterable[Batch] | None) -> None:
+    """Refuse to audit what has no next token (RunError)."""
+    if head_of(model) == "classification" and batches is not None:
+        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
 
 
 def _write_checkpoint(

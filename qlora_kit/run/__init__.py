@@ -5,17 +5,20 @@
 and what a finished run is used for. What a person sees goes through `Watch`; what stays goes into the run folder.
 """
 
+from qlora_kit.run.export import Asked, compare_exports, export_run
 from qlora_kit.run.plan import check_budget, plan_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.preview import preview
 from qlora_kit.run.train import Result, train
-from qlora_kit.run.use import answer, evaluate, export_run, load_run
+from qlora_kit.run.use import answer, evaluate, load_run
 
 __all__ = [
+    "Asked",
     "Prepared",
     "Result",
     "answer",
     "check_budget",
+    "compare_exports",
     "evaluate",
     "export_run",
     "load_run",

@@ -1,17 +1,15 @@
-"""What a finished run is good for: evaluate it, ask it, export it."""
+"""What a finished run is good for: evaluate it, ask it; `export.py` writes it for other programs."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
 from qlora_kit.base.load import Watching
 from qlora_kit.errors import RunError
-from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
-from qlora_kit.run.folder import DATA, RECIPE, provenance_of, recorded_date, trained_folder
+from qlora_kit.run.folder import DATA, RECIPE, recorded_date, trained_folder
 from qlora_kit.run.prepare import eval_batches, held_out_rows, load_tokenizer, pad_id, rows_needed, set_template
 from qlora_kit.run.score import score_rows
 from qlora_kit.storage import read_json
@@ -123,45 +121,6 @@ def answer(
     else:
         ids = tokenizer(prompt)["input_ids"]
     return generate_texts(model, tokenizer, [ids], max_new_tokens=max_new_tokens, temperature=temperature)[0]
-
-
-def export_run(
-    folder: Path, out: Path, *, to: str, onto: str, dtype: str, force: bool, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Write a run's weights for other programs.
-
-    Args:
-        folder: of the run.
-        out: the new folder.
-        to: merged or adapter.
-        onto: what the adapter is merged into; dequantized is built.
-        dtype: of merged weights.
-        force: take the adapter although its base's fingerprint differs.
-        trust_remote_code: let the model's own code run.
-
-    Returns:
-        What export.json holds.
-    """
-    if to not in ("merged", "adapter"):
-        raise RunError(f"--to {to} is not built yet in this version; built: merged, adapter")
-    if onto != "dequantized":
-        raise RunError(f"--onto {onto} is not built yet in this version; built: dequantized")
-    check_request(out, dtype)
-    if to == "adapter" and (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).train.full_finetune:
-        raise RunError(f"{folder} trained every weight and has no adapter; export --to merged")
-    model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
-    if to == "adapter":
-        return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
-    rows = held_out_rows(recipe, tokenizer, model.config, None).rows
-    return export_merged(
-        model,
-        tokenizer,
-        out,
-        dtype=dtype,
-        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device) if rows else None,
-        provenance=provenance_of(recipe),
-        is_whole=recipe.train.full_finetune,
-    )
 
 
 def load_recipe_base(
