@@ -322,9 +322,7 @@ def test_files_are_cut_and_only_one_is_held(tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     packed_bytes = sum(tensor.nbytes for name, tensor in whole.items() if name.endswith("_proj.weight"))
     assert peaks["cut"] < peaks["whole"] - (packed_bytes - 8000) / 2
-    assert peaks["cut"] < 3 * 4 * 72 * 100 + 8000 + 8000, (
-        "the largest matrix in fp32, at most thrice; a file; constants"
-    )
+    assert peaks["cut"] < 3 * 4 * 72 * 100 + 8000 + 8000, "thrice the largest in fp32, a file, and constants"
 
 
 def test_the_room_that_is_asked_for_is_what_is_needed(tmp_path, monkeypatch):

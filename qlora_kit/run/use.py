@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
-from qlora_kit.base.load import Watching
+from qlora_kit.base.load import Watching, stored_as
 from qlora_kit.errors import RunError
 from qlora_kit.lora import load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
@@ -79,7 +79,8 @@ def evaluate(
     else:
         if data is None:
             raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
-        model = load_base(folder, quantization="none", trust_remote_code=trust_remote_code)
+        stored = stored_as(folder, trust_remote_code=trust_remote_code)
+        model = load_base(folder, **stored, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
         recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
