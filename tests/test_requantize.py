@@ -20,6 +20,7 @@ from test_export import (
     tokenizer,
     trained_model,
 )  # fmt: skip
+from test_families import dense_model as family_of
 from tiny import llama, mixtral, quantized, wake
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -356,3 +357,83 @@ def test_what_cannot_be_is_refused_in_one_line_with_nothing_left(tmp_path):
     with pytest.raises(RunError, match="above 1e-12, and is not kept"):
         export_quantized(trained_model(), None, tmp_path / "out", audit_batches=held_out(), max_kl=1e-12)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["gemma3", "opt", "phi3"])
+def test_families_are_calibrated_block_by_block_and_loaded_whole(tmp_path, family):
+    """Two kinds of attention mask, positions that are learnt, layers that are one."""
+    model = quantized(family_of(family))
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32)
+    wake(model)
+    found = [
+        export_quantized(model, None, tmp_path / name, calibration=rows, audit_batches=held_out(12), dtype="float32")
+        for name, rows in (("plain", ()), ("calibrated", calibration(24)))
+    ]
+    plain, calibrated = (each["comparisons"]["quantized"]["mean_kl"] for each in found)
+    assert plain > 1e-5
+    assert calibrated < 0.6 * plain  # 0.06 to 0.38 of it was seen
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "calibrated", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    kinds = [type(layer).__name__ for layer in loaded.modules()]
+    assert kinds.count("Linear4bit") == len(list(lora_layers(model)))
+
+
+def test_a_family_whose_layers_transformers_does_not_quantise_is_refused(tmp_path):
+    model = quantized(family_of("falcon"))
+    add_lora(model, rank=4, alpha=8)
+    with pytest.raises(RunError, match="no linear layer that transformers quantises; export --to merged"):
+        export_quantized(model, None, tmp_path / "out")
+
+
+def test_blocks_that_hand_on_something_else_are_refused_with_a_way_on(tmp_path):
+    model = trained_model()
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
+    with pytest.raises(RunError, match=r"do not hand on what they make.* --calibration-rows 0"):
+        export_quantized(model, None, tmp_path / "out", calibration=calibration())
+    assert list(tmp_path.iterdir()) == []
+    export_quantized(model, None, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_layers_that_share_an_input_still_do_after_one_of_them_stayed_dense(tmp_path):
+    model = quantized(llama(), skip=("k_proj",))
+    add_lora(model, rank=4, alpha=12)
+    wake(model)
+    joined = model.model.layers[0].self_attn.q_proj.siblings
+    before = logits(model)
+    assert len(joined.layers) == 3
+    export_quantized(model, None, tmp_path / "out", calibration=calibration())
+    assert torch.equal(logits(model), before)
+    assert len(joined.layers) == 3
+    assert model.model.layers[0].self_attn.k_proj.siblings is joined
+
+
+def test_weights_that_were_all_trained_and_a_16_bit_base_become_nf4(tmp_path):
+    whole = llama()
+    adapted = quantized(llama(), "none")
+    add_lora(adapted, rank=4, alpha=12)
+    wake(adapted)
+    for name, model, is_whole in (("whole", whole, True), ("adapted", adapted, False)):
+        content = export_quantized(
+            model, None, tmp_path / name, is_whole=is_whole, calibration=calibration(), audit_batches=held_out()
+        )
+        assert content["quantization"]["format"] == "nf4"
+        assert 1e-5 < content["comparisons"]["quantized"]["mean_kl"] < 0.1
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert sum(type(each).__name__ == "Linear4bit" for each in loaded.modules()) == 14
+
+
+def test_the_original_can_be_what_is_quantised(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    model = load_base(tmp_path / "base", compute_dtype="float32", device="cpu")
+    add_lora(model, rank=4, alpha=12)
+    wake(model)
+    content = export_quantized(model, None, tmp_path / "out", onto="original")
+    layer = model.model.layers[1].mlp.down_proj
+    exact = llama().model.layers[1].mlp.down_proj.weight.detach() + layer.adapters["default"].delta()
+    how = Quantization()
+    wanted = QuantizedLinear.from_stored(exact.shape, quantize(exact, how), None, how).dense(torch.float32)
+    found = numpy_read(as_numpy(tensors_of(tmp_path / "out")), "model.layers.1.mlp.down_proj")
+    assert content["onto"] == "original"
+    np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-7)  # fp32's noise

@@ -131,13 +131,15 @@ def load_base(
         )
 
 
-def stored_as(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> dict[str, Any]:
     """The settings with which `load_base` takes a folder as it is: dense, or in the format in which it is stored.
 
     Raises:
         ModelError: the folder's configuration cannot be read, or it is quantised by something else than bitsandbytes.
     """
-    stored = stored_quantization(read_config(folder, trust_remote_code=trust_remote_code)) or Quantization("none")
+    stored = stored_quantization(read_config(folder, head=head, trust_remote_code=trust_remote_code)) or Quantization(
+        "none"
+    )
     return {"quantization": stored.kind, "double_quant": stored.double_quant}
 
 

@@ -31,7 +31,7 @@ from qlora_kit.base.dense import Linear, QuantizedLinear, is_transposed, linear_
 from qlora_kit.base.formats import Grid, Quantization, quantize
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
-from qlora_kit.lora.layer import bare
+from qlora_kit.lora.layer import LoraLinear, bare
 from qlora_kit.train.activations import activation_blocks
 from qlora_kit.train.evaluate import evaluation_mode
 
@@ -44,6 +44,9 @@ COLUMNS = 128
 
 Stored = dict[str, Tensor]
 """Codes and constants of a matrix, as `quantize` names them."""
+
+_More = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is given beside its input: arguments by place, and by name."""
 
 
 @torch.no_grad()
@@ -109,53 +112,52 @@ class Compensation:
         self._padding = [_is_real(batch).to(model.device) for batch in batches]
         with evaluation_mode(model):
             self._inputs, self._more = _record(model, batches)
-        self._waiting = list(self._more)
         self._done: dict[str, Stored] = {}
 
     def __call__(self, name: str) -> Stored:
         """Codes and constants of one layer; plainly rounded if it is in no block, or nothing comes in."""
-        while any(name.startswith(f"{block}.") for block in self._waiting):
-            self._done = self._block(self._waiting.pop(0))
+        while any(name.startswith(f"{block}.") for block in self._more):
+            self._done = self._block(next(iter(self._more)))
         return self._done.pop(name) if name in self._done else quantize(self.weight(name), self.quantization)
 
     def _block(self, name: str) -> dict[str, Stored]:
         """All layers of a block; what it makes of its inputs with them becomes the inputs of the next."""
         block, made = self.model.get_submodule(name), dict[str, Stored]()
         leaves = [each.removeprefix(f"{name}.") for each in self.names if each.startswith(f"{name}.")]
-        run = partial(_run, block, self._more[name])
-        with evaluation_mode(self.model), ExitStack() as swapped:
-            for group in _groups(block, leaves, partial(run, self._inputs[:1])):
-                gram_II = self._gram(block.get_submodule(group[0]), run)
+        more = self._more.pop(name)
+        with evaluation_mode(self.model), _alone(block), ExitStack() as swapped:
+            for group in _groups(block, leaves, partial(_run, block, more[:1], self._inputs[:1])):
+                gram_II = self._gram(block, group[0], more)
                 if not torch.isfinite(gram_II).all():
                     raise RunError(f"{name}.{group[0]} gets NaN or infinite inputs on the calibration rows")
                 for leaf in group:
                     stored = compensated(self.weight(f"{name}.{leaf}"), gram_II, self.quantization)
                     swapped.enter_context(_in_place(block, leaf, stored, self.quantization))
                     made[f"{name}.{leaf}"] = stored
-            self._inputs = run(self._inputs)
+            self._inputs = _run(block, more, self._inputs)
         return made
 
-    def _gram(self, layer: nn.Module, run: Callable[[Sequence[Tensor]], object]) -> Tensor:
+    def _gram(self, block: nn.Module, leaf: str, more: Sequence[_More]) -> Tensor:
         """H of a layer over the tokens of all batches, without padding."""
+        layer = block.get_submodule(leaf)
         width = linear_shape(bare(layer))[1]
         gram_II = torch.zeros(width, width, device=self.model.device)
-        padding = iter(self._padding)
 
-        def add(x: Tensor) -> None:
-            x_SI, is_real_S = x.reshape(-1, width).float(), next(padding)
-            gram_II.addmm_(x_SI.t(), x_SI * is_real_S[:, None])
+        def add(is_real_S: Tensor, x: Tensor) -> None:
+            x_SI = x.reshape(-1, width).float()
+            x_SI = x_SI[is_real_S] if len(x_SI) == len(is_real_S) else x_SI
+            gram_II.addmm_(x_SI.t(), x_SI)
 
-        with _before(layer, add):
-            run(self._inputs)
+        for x, is_real_S, each in zip(self._inputs, self._padding, more, strict=True):
+            with _before(layer, partial(add, is_real_S)):
+                _run(block, [each], [x])
         return gram_II
 
 
-def _record(
-    model: PreTrainedModel, batches: Sequence[Batch]
-) -> tuple[list[Tensor], dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
+def _record(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, list[_More]]]:
     """What goes into the first block, batch by batch; and by block, what else each is given."""
     inputs: list[Tensor] = []
-    more: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    more: dict[str, list[_More]] = {}
     for batch in batches:
         calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
         with ExitStack() as hooks:
@@ -180,9 +182,9 @@ def _note(calls: list[Any], name: str, _: nn.Module, args: Any, kwargs: Any, out
     calls.append((name, args, kwargs, output))
 
 
-def _run(block: nn.Module, more: Sequence[tuple[Any, Any]], inputs: Sequence[Tensor]) -> list[Tensor]:
+def _run(block: nn.Module, more: Sequence[_More], inputs: Sequence[Tensor]) -> list[Tensor]:
     """What a block makes of its inputs, batch by batch."""
-    return [_first(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, more, strict=False)]
+    return [_first(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, more, strict=True)]
 
 
 def _first(output: Any) -> Tensor:
@@ -210,9 +212,8 @@ def _groups(block: nn.Module, leaves: Sequence[str], run: Callable[[], object]) 
 
 
 def _is_real(batch: Batch) -> Tensor:
-    """1 for the tokens of a batch and 0 for its padding, (B * T,)."""
-    places = torch.arange(batch.input_ids.shape[1])
-    return (places < torch.tensor(batch.lengths)[:, None]).reshape(-1).float()
+    """Which places of a batch hold a token and no padding, (B * T,)."""
+    return (torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).view(-1)
 
 
 @contextmanager
@@ -227,6 +228,19 @@ def _before(layer: nn.Module, see: Callable[[Tensor], object]) -> Iterator[None]
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _alone(block: nn.Module) -> Iterator[None]:
+    """In the block, each layer takes its own products: those that it shares them with may have been replaced."""
+    joined = {layer: layer.siblings for layer in block.modules() if isinstance(layer, LoraLinear)}
+    for layer in joined:
+        layer.siblings = None
+    try:
+        yield
+    finally:
+        for layer, siblings in joined.items():
+            layer.siblings = siblings
 
 
 @contextmanager

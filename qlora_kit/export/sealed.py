@@ -40,8 +40,13 @@ class Made:
     facts: Mapping[str, object]
 
 
-def check_request(out: Path, dtype: str, onto: str = "dequantized") -> None:
+def check_request(out: Path | None, dtype: str, onto: str = "dequantized") -> None:
     """What can be refused before a model is loaded.
+
+    Args:
+        out: the folder to make; None where it is not known yet.
+        dtype: by its name.
+        onto: what an adapter is merged into.
 
     Raises:
         RunError: `dtype` or `onto` is not known, or `out` is a file or a folder that is not empty.
@@ -49,7 +54,8 @@ def check_request(out: Path, dtype: str, onto: str = "dequantized") -> None:
     torch_dtype(dtype)
     if onto not in ONTO:
         raise RunError(f"onto={onto!r} is nothing that an adapter can be merged into; use one of {', '.join(ONTO)}")
-    check_vacant(out)
+    if out is not None:
+        check_vacant(out)
 
 
 def check_vacant(out: Path) -> None:

@@ -49,8 +49,8 @@ class Asked:
     max_kl: float | None = None
     force: bool = False
 
-    def check(self, out: Path, recipe: Recipe) -> None:
-        """Refuse before a model is loaded what cannot be (RunError)."""
+    def check(self, out: Path | None, recipe: Recipe) -> None:
+        """Refuse before a model is loaded what cannot be (RunError); `out` is None where the folder is chosen later."""
         if self.to not in KINDS:
             raise RunError(f"--to {self.to} is not built yet in this version; built: {', '.join(KINDS)}")
         if self.quantization not in (None, *FORMATS):
@@ -144,7 +144,7 @@ def compare_exports(
     """
     asked = replace(asked, max_kl=float("inf"))
     if (folder / RECIPE).is_file():
-        replace(asked, to="merged", onto="dequantized").check(out or folder / "exports", read_recipe(folder / RECIPE))
+        replace(asked, to="merged", onto="dequantized").check(out, read_recipe(folder / RECIPE))
     loaded = _Loaded(*load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
     rows: list[dict[str, Any]] = []
     for name, one in _each(asked).items():
