@@ -113,8 +113,10 @@ def test_packed_layers_are_read_by_numpy_as_the_kit_reads_them(shape, kind, doub
     assert relative(torch.from_numpy(found), weight.double()) < (0.02 if kind == "int8" else 0.5)
 
 
-@pytest.mark.parametrize(("kind", "double_quant"), FORMATS)
-@pytest.mark.parametrize("is_calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "double_quant", "is_calibrated"),
+    [("nf4", True, False), ("int8", False, False), *((*each, True) for each in FORMATS)],
+)
 def test_plain_transformers_loads_the_folder_and_says_what_its_bytes_say(tmp_path, kind, double_quant, is_calibrated):
     model = wide_model()
     export_quantized(

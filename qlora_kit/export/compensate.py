@@ -37,7 +37,7 @@ from qlora_kit.train.evaluate import evaluation_mode
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean: a sound inverse. From 0.001 to 0.1 the audit tells no difference
-(quickstart, three runs)."""
+(quickstart, one seed)."""
 
 COLUMNS = 128
 """Columns whose errors reach those behind them in one product."""

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.base.formats import Quantization
+from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.load import head_of
 from qlora_kit.data import Batch
 from qlora_kit.errors import QloraKitError, RunError
@@ -105,7 +105,7 @@ class _Loaded:
         }
         if asked.to == "merged":
             return export_merged(self.model, self.tokenizer, out, **common)
-        how = None if asked.quantization is None else Quantization(asked.quantization)  # type: ignore[arg-type]
+        how = None if asked.quantization is None else Quantization(cast(Kind, asked.quantization))
         rows = self.calibration(asked.calibration_rows)
         return export_quantized(self.model, self.tokenizer, out, quantization=how, calibration=rows, **common)
 
