@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import inspect
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from qlora_kit.cli.app import app
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
+from qlora_kit.run import Asked
 from qlora_kit.train import loop as train_loop
 from qlora_kit.train.optim import AdapterOptimizer
 
@@ -714,6 +716,69 @@ def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_
     assert_mistake(call("export", finished[0], "--dtype", "float8", "--out", tmp_path / "new"), "float8", "bfloat16")
     (tmp_path / "thesis.tex").write_text("years of work")
     assert_mistake(call("export", finished[0], "--out", tmp_path), "not empty")
+
+
+def test_exports_are_requantised_and_put_onto_the_original_by_word(finished, tmp_path):
+    run, _ = finished
+    calls = {
+        "quantized": ["--to", "quantized", "--quantization", "fp4", "--json"],
+        "plain": ["--to", "quantized", "--calibration-rows", 0],
+        "original": ["--onto", "original"],
+    }
+    results = {name: call("export", run, *more, "--out", tmp_path / name) for name, more in calls.items()}
+    for name, result in results.items():
+        assert result.exit_code == 0, (name, result.output)
+    said = {name: json.loads((tmp_path / name / "export.json").read_text()) for name in calls}
+    assert json.loads(results["quantized"].stdout) == said["quantized"]
+    assert said["quantized"]["quantization"]["format"] == "fp4"
+    assert said["quantized"]["quantization"]["calibration_rows"] == 6
+    assert (said["plain"]["quantization"]["format"], said["plain"]["quantization"]["calibration_rows"]) == ("nf4", 0)
+    assert said["original"]["onto"] == "original"
+    assert "quantized against the model as trained: mean KL" in results["plain"].output
+    score = call("eval", tmp_path / "plain", "--data", run.parent / "rows.jsonl", "--json")
+    assert score.exit_code == 0, score.output
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_comparison_has_a_line_a_kind_and_keeps_what_it_wrote_only_where_it_is_told_to(finished, tmp_path, keeps):
+    run, _ = finished
+    before = {path.name for path in run.iterdir()}
+    result = call("export", run, "--compare", "--dtype", "float32", *(["--out", tmp_path / "all"] if keeps else []))
+    assert result.exit_code == 0, result.output
+    names = ["merged", "merged-onto-original", "quantized", "quantized-plain", "adapter"]
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines[1:6]] == names
+    assert "100.00%" in lines[1], "what is merged in fp32 says the same"
+    assert {path.name for path in run.iterdir()} == before
+    assert keeps == (tmp_path / "all").exists()
+    if keeps:
+        assert {path.name for path in (tmp_path / "all").iterdir()} == set(names)
+        told = call("export", run, "--compare", "--out", tmp_path / "all")
+        assert_mistake(told, "not empty")
+
+
+def test_an_export_far_from_what_was_trained_exits_2_and_is_not_kept_unless_forced(finished, tmp_path):
+    more = ("--max-kl", "0", "--out", tmp_path / "out")
+    assert_mistake(call("export", finished[0], *more), "above 0", "--force")
+    assert not (tmp_path / "out").exists()
+    assert call("export", finished[0], *more, "--force").exit_code == 0
+    assert_mistake(call("export", finished[0]), "--out is missing", "--compare")
+    assert_mistake(call("export", finished[0], "--quantization", "int3", "--out", tmp_path / "new"), "int3", "nf4, fp4")
+
+
+def test_the_command_line_and_python_take_as_many_calibration_rows():
+    command = import_module("qlora_kit.cli.export")
+    assert inspect.signature(command.export).parameters["calibration_rows"].default == Asked().calibration_rows
+
+
+def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    content["lora"]["init"] = "loftq"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+    told = call("export", run, "--onto", "original", "--out", tmp_path / "out")
+    assert_mistake(told, "loftq", "--onto dequantized")
 
 
 def test_unbuilt_exports_are_refused(finished, tmp_path):

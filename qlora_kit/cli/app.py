@@ -19,6 +19,7 @@ import typer
 
 from qlora_kit import __version__
 from qlora_kit.cli.chat import chat
+from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
@@ -200,25 +201,7 @@ app.command()(reports_errors(generate))
 app.command()(reports_errors(chat))
 
 
-@app.command()
-@reports_errors
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The new folder.")],
-    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
-    onto: Annotated[str, typer.Option(help="What an adapter is merged into: dequantized.")] = "dequantized",
-    dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
-    force: Force = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Weights for other programs, compared with the model as it was trained."""
-    from qlora_kit.cli.show import audit_lines, import_libraries
-
-    import_libraries()
-    from qlora_kit.run import export_run
-
-    exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force, trust_remote_code=trust_remote_code)
-    typer.echo(audit_lines(exported, out))
+app.command()(reports_errors(export))
 
 
 @app.command()
