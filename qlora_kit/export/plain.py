@@ -128,7 +128,7 @@ def export_merged(
         ModelError: a weight that no adapter is on is NaN or infinite.
         RunError: `dtype` is not known, `out` is not empty, the disk has no room, or the model runs code of its own.
     """
-    made = _of_weights(model, dtype) if is_whole else _of_adapters(model, dtype)
+    made = made_of_weights(model, dtype) if is_whole else made_of_adapters(model, dtype)
     is_classifier = head_of(model) == "classification"
     if is_classifier and audit_batches is not None:
         raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
@@ -137,7 +137,7 @@ def export_merged(
     facts = {"base": model.config._name_or_path, **(provenance or {})}
     with staged_folder(out) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
-        comparisons = {} if audit_batches is None else {"merged": _audit(model, staged, audit_batches)}
+        comparisons = {} if audit_batches is None else {"merged": audit_checkpoint(model, staged, audit_batches)}
         sections = {
             "Provenance": facts,
             **made.sections,
@@ -167,7 +167,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class Made:
     """How the weights of an export were made, for its card and its export.json."""
 
     title: str
@@ -176,7 +176,8 @@ class _Made:
     facts: Mapping[str, object]
 
 
-def _of_adapters(model: PreTrainedModel, dtype: str) -> _Made:
+def made_of_adapters(model: PreTrainedModel, dtype: str) -> Made:
+    """What is said of merged adapters (AdapterError: none is in use)."""
     adapters = parts_in_use(model)
     if not adapters:
         raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
@@ -186,13 +187,14 @@ def _of_adapters(model: PreTrainedModel, dtype: str) -> _Made:
         "Trained against": without_prefix(against),
         "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
     }
-    return _Made("Merged model", "qlora", sections, {"onto": "dequantized", "trained_against": against})
+    return Made("Merged model", "qlora", sections, {"onto": "dequantized", "trained_against": against})
 
 
-def _of_weights(model: PreTrainedModel, dtype: str) -> _Made:
+def made_of_weights(model: PreTrainedModel, dtype: str) -> Made:
+    """What is said of weights that were trained themselves."""
     trained_in = str(model.dtype).removeprefix("torch.")
     sections: dict[str, Mapping[str, object]] = {"Weights": {"trained in": trained_in, "rounded to": dtype}}
-    return _Made("Fully fine-tuned model", "full-finetuning", sections, {"onto": None, "trained_in": trained_in})
+    return Made("Fully fine-tuned model", "full-finetuning", sections, {"onto": None, "trained_in": trained_in})
 
 
 def _checked_tensors(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> list[StreamedTensor]:
@@ -223,7 +225,7 @@ def _write_checkpoint(
     return sums
 
 
-def _audit(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
+def audit_checkpoint(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
     """Compare the model with the folder as another program loads it: in the dtype of its own weights."""
     attention = model.config._attn_implementation
     loaded: Any = AutoModelForCausalLM.from_pretrained(
