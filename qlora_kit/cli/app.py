@@ -236,9 +236,16 @@ def generate(
 def export(
     run: RunFolder,
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
+    to: Annotated[str, typer.Option(help="merged, adapter, gguf or gguf-adapter.")] = "merged",
     onto: Annotated[str, typer.Option(help="What an adapter is merged into: dequantized.")] = "dequantized",
-    dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of merged weights: bfloat16 (default), float16 or float32. Of a GGUF: f32, f16, bf16, q8_0, q4_0, "
+            "q4_k_m (default), q5_k_m or q6_k.",
+            show_default=False,
+        ),
+    ] = None,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """What a finished run is good for: evaluate it, ask it, export it."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,9 @@ from qlora_kit.train.tasks import has_reference, task_of
 
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
+
+EXPORTS = ("merged", "adapter", "gguf", "gguf-adapter")
+"""What `--to` may be."""
 
 
 def load_run(
@@ -126,34 +130,38 @@ def answer(
 
 
 def export_run(
-    folder: Path, out: Path, *, to: str, onto: str, dtype: str, force: bool, trust_remote_code: bool = False
+    folder: Path, out: Path, *, to: str, onto: str, dtype: str | None, force: bool, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Write a run's weights for other programs.
 
     Args:
         folder: of the run.
         out: the new folder.
-        to: merged or adapter.
+        to: merged, adapter, gguf or gguf-adapter.
         onto: what the adapter is merged into; dequantized is built.
-        dtype: of merged weights.
+        dtype: of merged weights, or of a GGUF file; None takes bfloat16, or q4_k_m.
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
 
     Returns:
         What export.json holds.
     """
-    if to not in ("merged", "adapter"):
-        raise RunError(f"--to {to} is not built yet in this version; built: merged, adapter")
+    if to not in EXPORTS:
+        raise RunError(f"--to {to} is not built yet in this version; built: {', '.join(EXPORTS)}")
     if onto != "dequantized":
         raise RunError(f"--onto {onto} is not built yet in this version; built: dequantized")
-    check_request(out, dtype)
-    if to == "adapter" and (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).train.full_finetune:
+    is_gguf, is_adapter = to.startswith("gguf"), to.endswith("adapter")
+    dtype = dtype or ("q4_k_m" if is_gguf else "bfloat16")
+    (_gguf().check_gguf_request if is_gguf else check_request)(out, dtype)
+    if is_adapter and (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).train.full_finetune:
         raise RunError(f"{folder} trained every weight and has no adapter; export --to merged")
     model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
     if to == "adapter":
         return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
+    if to == "gguf-adapter":
+        return _gguf().export_gguf_adapter(model, out, provenance=provenance_of(recipe))
     rows = held_out_rows(recipe, tokenizer, model.config, None).rows
-    return export_merged(
+    return (_gguf().export_gguf if is_gguf else export_merged)(
         model,
         tokenizer,
         out,
@@ -162,6 +170,13 @@ def export_run(
         provenance=provenance_of(recipe),
         is_whole=recipe.train.full_finetune,
     )
+
+
+def _gguf() -> ModuleType:
+    """The room that needs the package `gguf`, which not everybody has."""
+    from qlora_kit.export import gguf
+
+    return gguf
 
 
 def load_recipe_base(
