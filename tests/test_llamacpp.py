@@ -1,13 +1,19 @@
 """What llama.cpp makes of exports: the same tokens, the same greedy text. `make llamacpp` builds it once."""
 
+import ctypes
+
+import gguf
 import pytest
 import tiny
 import torch
-from test_gguf import FAMILIES, TEXTS, byte_level, export_gguf, small, trained
+from test_gguf import FAMILIES, TEXTS, byte_level, export_gguf, read_with_transformers, small, trained
 from transformers import PreTrainedTokenizerBase
+
+from qlora_kit.export.gguf.mixture import FILE_TYPES
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not built: make llamacpp")
 pytestmark = pytest.mark.slow
+PROMPT = tiny.tokens(rows=1, length=29, vocab=290)
 
 
 def loaded(folder, **settings):
@@ -44,9 +50,67 @@ def test_llamacpp_gives_the_logits_and_the_greedy_text_of_every_family(tmp_path,
     export_gguf(model, tokenizer, tmp_path / "out", dtype="f32")
     runtime = loaded(tmp_path / "out")
     assert_tokenises_alike(runtime, tokenizer)
-    prompt = tiny.tokens(rows=1, length=29, vocab=290)[0].tolist()
+    prompt = PROMPT[0].tolist()
     runtime.eval(prompt)
     found = torch.from_numpy(runtime.scores[: len(prompt)].copy())
     # ggml sums in another order, and its tables of GELU and of exponentials are in fp16.
-    assert tiny.relative(found, tiny.logits(model, torch.tensor([prompt]))[0]) < 1e-3
+    assert tiny.relative(found, tiny.logits(model, PROMPT)[0]) < 1e-3
     assert answered(runtime, prompt, 20) == greedy(model, prompt, 20)
+
+
+def quantised_by_llamacpp(source, out, file_type):
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = int(file_type), 1
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings))
+    assert code == 0
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
+
+
+def squared_errors(tensors, exact):
+    """By type: squared error against the fp32 file."""
+    found = {}
+    for name, tensor in tensors.items():
+        error = gguf.dequantize(tensor.data, tensor.tensor_type) - gguf.dequantize(exact[name].data, 0)
+        kind = tensor.tensor_type.name
+        found[kind] = found.get(kind, 0.0) + float((error.astype("float64") ** 2).sum())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9}),
+        ("llama", {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 32}),
+        ("llama", {"hidden_size": 96, "intermediate_size": 176, "head_dim": 16, "tie_word_embeddings": True}),
+        ("phi3", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}),
+        ("gpt2", {"n_embd": 256}),
+        ("gemma2", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "query_pre_attn_scalar": 64}),
+    ],
+)
+def test_every_tensor_has_the_type_that_llamacpp_gives_it_and_no_larger_error(tmp_path, family, changes):
+    model = trained(small(family, **changes), kind="none")
+    export_gguf(model, byte_level(), tmp_path / "f32", dtype="f32")
+    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "f32/model.gguf").tensors}
+    for dtype in ("q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"):
+        export_gguf(model, byte_level(), tmp_path / dtype, dtype=dtype)
+        ours = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / dtype / "model.gguf").tensors}
+        theirs = quantised_by_llamacpp(tmp_path / "f32/model.gguf", tmp_path / f"{dtype}.gguf", FILE_TYPES[dtype])
+        kinds = {name: tensor.tensor_type for name, tensor in ours.items()}
+        assert kinds == {name: tensor.tensor_type for name, tensor in theirs.items()}
+        found, wanted = squared_errors(ours, exact), squared_errors(theirs, exact)
+        # The older types are rounded in the same way; a tie in fp32 may fall to the other side.
+        assert all(found[kind] <= wanted[kind] * (1 if kind.endswith("_K") else 1.001) for kind in found)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"])
+def test_llamacpp_computes_with_every_mixture_what_the_audit_said_that_it_holds(tmp_path, dtype):
+    model = trained(small("llama", hidden_size=256, intermediate_size=512, head_dim=64))
+    export_gguf(model, byte_level(), tmp_path / "out", dtype=dtype)
+    held = tiny.logits(read_with_transformers(tmp_path / "out", config=model.config), PROMPT)[0]
+    runtime = loaded(tmp_path / "out")
+    runtime.eval(PROMPT[0].tolist())
+    found = torch.from_numpy(runtime.scores[: PROMPT.shape[1]].copy())
+    as_trained = tiny.logits(model, PROMPT)[0]
+    # Kernels of quantised types round activations to 8 bits, those of f16 and bf16 to 16.
+    assert tiny.relative(found, held) < {"f16": 2e-3, "bf16": 1e-2}.get(dtype, 3e-2)
+    assert tiny.relative(found, as_trained) < 0.25
