@@ -7,6 +7,8 @@ import pytest
 import tiny
 import torch
 from test_gguf import FAMILIES, TEXTS, byte_level, export_gguf, read_with_transformers, small, trained
+from test_gguf_vocabulary import WORDS, named, sentencepiece, smollm
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.export.gguf.mixture import FILE_TYPES
@@ -114,3 +116,17 @@ def test_llamacpp_computes_with_every_mixture_what_the_audit_said_that_it_holds(
     # Kernels of quantised types round activations to 8 bits, those of f16 and bf16 to 16.
     assert tiny.relative(found, held) < {"f16": 2e-3, "bf16": 1e-2}.get(dtype, 3e-2)
     assert tiny.relative(found, as_trained) < 0.25
+
+
+CHAT = "<s>the cat<call>says</s> and 12345 dogs, it's  two   spaces\n\n\tand"
+
+
+@pytest.mark.parametrize("name", [*WORDS, "smollm", "sentencepiece", "gemma"])
+def test_llamacpp_tokenises_as_the_tokenizer_does(tmp_path, name):
+    made = {"smollm": smollm, "sentencepiece": sentencepiece, "gemma": lambda: sentencepiece(prefix=False, gemma=True)}
+    tokenizer = made[name]() if name in made else named(name)
+    tokenizer.add_tokens([AddedToken("<call>", normalized=False)])
+    export_gguf(trained(small("llama", vocab_size=400)), tokenizer, tmp_path / "out", dtype="f16")
+    runtime = loaded(tmp_path / "out", vocab_only=True, logits_all=False)
+    # With a space before it, a text is split at special tokens and each piece gets one, as transformers' older way has it.
+    assert_tokenises_alike(runtime, tokenizer, [*TEXTS, CHAT])

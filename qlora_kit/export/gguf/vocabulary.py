@@ -62,46 +62,46 @@ def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: 
     if len(tokenizer) > rows:
         raise RunError(f"the tokenizer has {len(tokenizer)} tokens for the {rows} rows of the embedding")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    keys = _keys_of(state, _tokens(state, rows))
-    return {**keys, **_special_keys(tokenizer, ends)}
+    return {**_keys_of(state, rows), **_special_keys(tokenizer, ends)}
 
 
-def _keys_of(state: Mapping[str, Any], tokens: list[tuple[str, TokenType]]) -> dict[str, Value]:
+def _keys_of(state: Mapping[str, Any], rows: int) -> dict[str, Value]:
     model = state["model"]
     steps = [step["type"] for step in _steps(state["pre_tokenizer"], "pretokenizers")]
-    if model["type"] == "BPE" and "ByteLevel" in steps:
-        own = {"model": "gpt2", "pre": _pattern(state), "merges": [" ".join(_pair(merge)) for merge in model["merges"]]}
-    elif model["type"] == "BPE" and model["byte_fallback"]:
-        own = {"model": "llama", "pre": "default", "scores": _scores(model, [token for token, _ in tokens])}
-        own["add_space_prefix"] = _adds_space(state)
-    else:
+    if model["type"] != "BPE" or not ("ByteLevel" in steps or model["byte_fallback"]):
         raise RunError(
             f"a tokenizer of the kind {model['type']} with {', '.join(steps) or 'no words'} has no place in GGUF; "
             "byte-level BPE and SentencePiece's BPE have"
         )
-    listed: dict[str, Any] = {"tokens": [token for token, _ in tokens], "token_type": [int(kind) for _, kind in tokens]}
-    return {_key(name): value for name, value in {**own, **listed}.items()}
+    tokens, kinds = map(list, zip(*_tokens(state, rows), strict=True))
+    own: dict[str, Any]
+    if "ByteLevel" in steps:
+        own = {"model": "gpt2", "pre": _pattern(state), "merges": [" ".join(_pair(merge)) for merge in model["merges"]]}
+    else:
+        own = {"model": "llama", "pre": "default", "scores": _scores(model, tokens)}
+        own["add_space_prefix"] = _adds_space(state)
+    return {_key(name): value for name, value in {**own, "tokens": tokens, "token_type": kinds}.items()}
 
 
 def _key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def _tokens(state: Mapping[str, Any], rows: int) -> list[tuple[str, TokenType]]:
+def _tokens(state: Mapping[str, Any], rows: int) -> list[tuple[str, int]]:
     """Text and type of every row of the embedding."""
     model = state["model"]
     found = [(f"[PAD{row}]", TokenType.UNUSED) for row in range(rows)]
     for text, row in model["vocab"].items():
-        is_byte = model["byte_fallback"] and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-        kind = TokenType.UNKNOWN if text == model["unk_token"] else TokenType.BYTE if is_byte else TokenType.NORMAL
+        is_byte = model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+        kind = TokenType.UNKNOWN if text == model.get("unk_token") else TokenType.BYTE if is_byte else TokenType.NORMAL
         found[row] = text, kind
     for added in state["added_tokens"]:
-        is_unknown = added["content"] == model["unk_token"]
+        is_unknown = added["content"] == model.get("unk_token")
         marked = TokenType.UNKNOWN if is_unknown else TokenType.CONTROL
         # Spaces in tokens that users see are spaces here, not the character that SentencePiece writes for them.
         shown = added["content"].replace(_SPACE, " "), TokenType.USER_DEFINED
         found[added["id"]] = (added["content"], marked) if added["special"] else shown
-    return found
+    return [(text, int(kind)) for text, kind in found]
 
 
 def _special_keys(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> dict[str, Value]:
