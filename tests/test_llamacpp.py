@@ -11,7 +11,9 @@ from test_gguf_vocabulary import WORDS, named, sentencepiece, smollm
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from qlora_kit.export.gguf import export_gguf_adapter
 from qlora_kit.export.gguf.mixture import FILE_TYPES
+from qlora_kit.lora import lora_layers
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not built: make llamacpp")
 pytestmark = pytest.mark.slow
@@ -130,3 +132,49 @@ def test_llamacpp_tokenises_as_the_tokenizer_does(tmp_path, name):
     runtime = loaded(tmp_path / "out", vocab_only=True, logits_all=False)
     # With a space before it, a text is split at special tokens and each piece gets one, as transformers' older way has it.
     assert_tokenises_alike(runtime, tokenizer, [*TEXTS, CHAT])
+
+
+ORIGINAL = 16
+LONG = {
+    "llama3": ("llama", {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    "linear": ("llama", {"rope_type": "linear", "factor": 4.0}),
+    "yarn": ("qwen2", {"rope_type": "yarn", "factor": 4.0}),
+    "yarn, other attention": ("qwen2", {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3}),
+    "longrope": ("phi3", {"rope_type": "longrope", "long_factor": [1.0, 2.0, 4.0, 6.0, 7.0, 8.0],
+                          "short_factor": [1.0, 1.0, 1.1, 1.2, 1.3, 1.4]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_positions_beyond_the_original_length_are_turned_as_transformers_turns_them(tmp_path, name):
+    family, rope = LONG[name]
+    rope = {**rope, "rope_theta": 100.0, "original_max_position_embeddings": ORIGINAL}
+    more = {"original_max_position_embeddings": ORIGINAL} if family == "phi3" else {}
+    changes = {"rope_parameters": rope, "max_position_embeddings": 64, "initializer_range": 0.2, **more}
+    model = trained(small(family, **changes))
+    ids = tiny.tokens(rows=1, length=48, vocab=290)
+    expected = tiny.logits(model, ids)[0]
+    plain = small(family, initializer_range=0.2, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    assert tiny.relative(tiny.logits(trained(plain), ids)[0], expected) > 1e-2
+    export_gguf(model, byte_level(), tmp_path / "out", dtype="f32")
+    runtime = loaded(tmp_path / "out")
+    runtime.eval(ids[0].tolist())
+    found = torch.from_numpy(runtime.scores[: ids.shape[1]].copy())
+    assert tiny.relative(found, expected) < 2e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2"])
+def test_a_gguf_adapter_on_the_gguf_of_its_base_answers_as_the_model_as_trained(tmp_path, family):
+    model = trained(small(family), kind="none", scaling="rslora", rank_pattern={"re:.*(v_proj|qkv_proj|c_fc)": 7})
+    expected = tiny.logits(model, PROMPT)[0]
+    export_gguf_adapter(model, tmp_path / "adapter")
+    for _, layer in lora_layers(model):
+        for adapter in layer.adapters.values():
+            adapter.b_OR.data.zero_()
+    bare = tiny.logits(model, PROMPT)[0]
+    assert tiny.relative(bare, expected) > 1e-2
+    export_gguf(model, byte_level(), tmp_path / "out", dtype="f32")
+    for more, wanted in (({"lora_path": str(tmp_path / "adapter/adapter.gguf")}, expected), ({}, bare)):
+        runtime = loaded(tmp_path / "out", **more)
+        runtime.eval(PROMPT[0].tolist())
+        assert tiny.relative(torch.from_numpy(runtime.scores[: PROMPT.shape[1]].copy()), wanted) < 1e-3

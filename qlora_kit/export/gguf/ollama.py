@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-ROLES = ("system", "user", "assistant")
-
 _U, _A, _S = "q1w2e3", "r4t5y6", "u7i8o9"
 """Contents that no template looks into or holds itself."""
 
@@ -78,59 +76,46 @@ def chat_shape(tokenizer: PreTrainedTokenizerBase) -> ChatShape | None:
     if not isinstance(tokenizer.chat_template, str):
         return None
     try:
-        shape = _guess(render(_SEEN[3]), render(_SEEN[0]), render(_SEEN[0], cue=False))
-        is_right = shape is not None and all(shape.write(chat) == render(chat) for chat in _SEEN)
+        # A whole chat, without the cue, may end with a token that nothing else stands behind.
+        for end in ("", tokenizer.eos_token or ""):
+            asked, answered = (render(chat, cue=False).removesuffix(end) for chat in (_SEEN[0], _SEEN[2][:2]))
+            shape = _guess(render(_SEEN[3]), render(_SEEN[0]), asked, answered)
+            if shape is not None and all(shape.write(chat) == render(chat) for chat in _SEEN):
+                return shape
     except TemplateError:  # some refuse a system message
-        return None
-    return shape if is_right else None
+        pass
+    return None
 
 
 def go_template(shape: ChatShape) -> str:
     """The same shape as Ollama's templates are written."""
-    parts = []
-    for role in ROLES:
-        before, after = shape.around[role]
-        # What follows an answer is left off the last one, which is still being written.
-        parts.append(f'{{{{ {"else " if parts else ""}if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}')
+    turns = [
+        f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}' for role, (before, after) in shape.around.items()
+    ]
     opening = f"{{{{ if not .System }}}}{shape.opening}{{{{ end }}}}" if shape.opening else ""
-    return f"{opening}{{{{ range .Messages }}}}{''.join(parts)}{{{{ end }}}}{{{{ end }}}}{shape.cue}"
+    written = "{{ " + "{{ else ".join(turns) + "{{ end }}"
+    return f"{opening}{{{{ range .Messages }}}}{written}{{{{ end }}}}{shape.cue}"
 
 
-def _guess(long: str, short: str, uncued: str) -> ChatShape | None:
-    """Read a shape off a chat of six messages and one of one, with the cue and without it."""
-    contents = [content for _, content in _SEEN[3]]
-    if any(long.count(content) != 1 for content in contents) or not short.startswith(uncued):
+def _guess(long: str, short: str, uncued: str, answered: str) -> ChatShape | None:
+    """Read a shape off chats: of all roles, of one question with the cue and without it, and of a question answered."""
+    pieces, contents = [long], [content for _, content in _SEEN[3]]
+    for content in contents:
+        pieces[-1:] = pieces[-1].split(content)
+    if len(pieces) != len(contents) + 1 or not short.startswith(uncued) or answered.count(_A) != 1:
         return None
     cue = short[len(uncued) :]
-    pieces = []
-    rest = long
-    for content in contents:
-        piece, rest = rest.split(content)
-        pieces.append(piece)
-    if not rest.endswith(cue) or short.count(_U) != 1:
-        return None
-    after_user = rest[: len(rest) - len(cue)]
-    first, after_system = pieces[0], pieces[1]
-    before_answer = pieces[2].removeprefix(after_user)
-    opening, before_user = _split_end(short.split(_U)[0], pieces[3], after_system)
-    after_answer = pieces[3].removesuffix(before_user)
+    after_answer, after_user = answered.split(_A)[1], pieces[-1].removesuffix(cue)
+    before_user = pieces[3].removeprefix(after_answer)
     return ChatShape(
         {
-            "system": (first, after_system.removesuffix(before_user)),
+            "system": (pieces[0], pieces[1].removesuffix(before_user)),
             "user": (before_user, after_user),
-            "assistant": (before_answer, after_answer),
+            "assistant": (pieces[2].removeprefix(after_user), after_answer),
         },
         cue,
-        opening,
+        opening=short.split(_U)[0].removesuffix(before_user),
     )
-
-
-def _split_end(text: str, *others: str) -> tuple[str, str]:
-    """Cut off the longest end that all the others have too."""
-    for cut in range(len(text) + 1):
-        if all(other.endswith(text[cut:]) for other in others):
-            return text[:cut], text[cut:]
-    raise AssertionError("every text ends with nothing")
 
 
 def _texts(shape: ChatShape) -> list[str]:
