@@ -1,5 +1,7 @@
 """Claims about the tokenizer inside a GGUF: what it is, and that what runtimes do not do is refused."""
 
+from itertools import pairwise
+
 import pytest
 from test_gguf import CORPUS, byte_level
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -71,9 +73,7 @@ def sentencepiece(*, prefix=True, gemma=False):
     if gemma:
         bpe.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
     made = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     made.add_tokens([AddedToken("<|user|>", special=True, normalized=False), AddedToken("<call>", normalized=False)])
@@ -107,11 +107,16 @@ def test_tokens_types_and_merges_are_those_of_the_tokenizer_and_spare_rows_are_u
 def test_a_sentencepiece_tokenizer_has_scores_bytes_and_a_space_before():
     tokenizer = sentencepiece()
     found = keys(tokenizer)
-    assert (found["model"], found["pre"], found["add_space_prefix"], found["add_bos_token"]) == ("llama", "default", True, True)
+    assert (found["model"], found["pre"], found["add_space_prefix"], found["add_bos_token"]) == (
+        "llama",
+        "default",
+        True,
+        True,
+    )
     kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
     assert (kinds["<unk>"], kinds["<s>"], kinds["<0x41>"], kinds["<|user|>"], kinds["<call>"]) == (2, 3, 6, 3, 4)
-    joined = [score for score, text, kind in zip(found["scores"], *map(found.get, ("tokens", "token_type")), strict=True)
-              if kind == 1 and len(text) > 1]  # fmt: skip
+    joined = [score for text, score in zip(found["tokens"], found["scores"], strict=True)
+              if kinds[text] == 1 and len(text) > 1]  # fmt: skip
     assert len(joined) > 20
     assert joined == sorted(set(joined), reverse=True)
     assert not keys(sentencepiece(prefix=False, gemma=True))["add_space_prefix"]
@@ -125,7 +130,7 @@ def test_the_scores_join_tokens_in_the_order_of_the_merges():
     for text in (text for text in CORPUS if text.isascii()):
         parts = list("▁" + text.replace(" ", "▁"))
         while True:
-            pairs = [(scores.get(left + right, float("-inf")), -at) for at, (left, right) in enumerate(zip(parts, parts[1:]))]
+            pairs = [(scores.get("".join(pair), float("-inf")), -at) for at, pair in enumerate(pairwise(parts))]
             best, at = max(pairs, default=(float("-inf"), 0))
             if best == float("-inf"):
                 break
@@ -156,7 +161,9 @@ def merged_otherwise(*merges):
 
 
 def word_level():
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,8 @@ def word_level():
         (lambda: byte_level(LLAMA3.replace("1,3", "1,2")), "no name for"),
         (lambda: byte_level(QWEN2, ignore_merges=True), "whole words"),
         (lambda: edited(lambda t: setattr(t, "normalizer", normalizers.Lowercase())), "Lowercase"),
-        (lambda: edited(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))), "prefix"),
+        (lambda: edited(lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))),
+         "prefix"),
         (lambda: edited(lambda t: setattr(t, "post_processor", processors.TemplateProcessing(
             single="$A <s> </s>", special_tokens=[("<s>", 290), ("</s>", 291)]))), "around"),
         (lambda: merged_otherwise("a+b", "b+c", "ab+c"), "no merge of 'a' and 'bc'"),

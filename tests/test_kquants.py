@@ -133,8 +133,9 @@ def test_values_and_the_way_down_have_more_bits_in_the_layers_in_which_llamacpp_
 @pytest.mark.parametrize(
     ("dtype", "width", "body", "head"),
     [
-        ("q4_k_m", 256, Type.Q4_K, Type.Q6_K), ("q4_k_m", 160, Type.Q5_0, Type.Q8_0), ("q4_k_m", 72, Type.F16, Type.F16),
-        ("q5_k_m", 160, Type.Q5_1, Type.Q8_0), ("q6_k", 160, Type.Q8_0, Type.Q8_0), ("q4_0", 160, Type.Q4_0, Type.Q8_0),
+        ("q4_k_m", 256, Type.Q4_K, Type.Q6_K), ("q4_k_m", 160, Type.Q5_0, Type.Q8_0),
+        ("q4_k_m", 72, Type.F16, Type.F16), ("q5_k_m", 160, Type.Q5_1, Type.Q8_0),
+        ("q6_k", 160, Type.Q8_0, Type.Q8_0), ("q4_0", 160, Type.Q4_0, Type.Q8_0),
         ("q4_0", 256, Type.Q4_0, Type.Q6_K), ("q8_0", 160, Type.Q8_0, Type.Q8_0), ("q8_0", 72, Type.F16, Type.F16),
         ("bf16", 72, Type.BF16, Type.BF16),
     ],

@@ -130,7 +130,7 @@ def test_llamacpp_tokenises_as_the_tokenizer_does(tmp_path, name):
     tokenizer.add_tokens([AddedToken("<call>", normalized=False)])
     export_gguf(trained(small("llama", vocab_size=400)), tokenizer, tmp_path / "out", dtype="f16")
     runtime = loaded(tmp_path / "out", vocab_only=True, logits_all=False)
-    # With a space before it, a text is split at special tokens and each piece gets one, as transformers' older way has it.
+    # Where a space is put before a text, it is put before each piece between special tokens, by both.
     assert_tokenises_alike(runtime, tokenizer, [*TEXTS, CHAT])
 
 

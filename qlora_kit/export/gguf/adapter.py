@@ -5,8 +5,7 @@
 A and B leave in fp32. Where layers have other scales than the first, B takes the difference.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,7 @@ def _matrices(
 
 
 def _stored(tensor: StreamedTensor) -> StoredTensor:
-    def parts(kind: Type) -> Any:
-        return (encode(part, kind, tensor.name) for part in tensor.slices())
+    def parts() -> Iterator[Tensor]:
+        return (encode(part, Type.F32, tensor.name) for part in tensor.slices())
 
-    size = stored_bytes(tensor.shape, Type.F32)
-    return StoredTensor(tensor.name, tensor.shape, Type.F32, size, partial(parts, Type.F32))
+    return StoredTensor(tensor.name, tensor.shape, Type.F32, stored_bytes(tensor.shape, Type.F32), parts)

@@ -86,7 +86,7 @@ def export_gguf(
     merged = list(merged_tensors(model, torch.float32))
     places = [place(tensor.name, tensor.shape, model.config, family) for tensor in merged]
     tensors = _stored(model, [placed(*each) for each in zip(merged, places, strict=True)], dtype)
-    keys = _keys(model, tokenizer, family, facts["base"], dtype)
+    keys = _keys(model, tokenizer, family, tensors, facts["base"], dtype)
     audited_in = torch.float32 if dtype == "f32" else base_record(model).dtype
     copy_bytes = 0 if audit_batches is None else sum(t.stored_bytes for t in merged) // 4 * audited_in.itemsize
     check_room(out, sum(tensor.stored_bytes for tensor in tensors) + copy_bytes + TEXT_BYTES)
@@ -109,9 +109,14 @@ def export_gguf(
 
 
 def _keys(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, family: Family, base: str, dtype: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    family: Family,
+    tensors: list[StoredTensor],
+    base: str,
+    dtype: str,
 ) -> dict[str, Value]:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
     return {
         "general.type": "model",
         "general.name": Path(base).name or "model",  # runtimes know Phi-3's tokens by it

@@ -33,11 +33,9 @@ class Family:
     activations: tuple[str, ...] = _SILU
     """Of the MLP: what runtimes compute, by transformers' names."""
     turns_in_pairs: bool = False
-    """Whether runtimes turn neighbours of q and k by rotary positions, where transformers turns the halves of a head."""
+    """Whether rotary positions turn neighbours of q and k in runtimes; transformers turns the halves of a head."""
     norm_shift: float = 0.0
     """What a norm adds to its weight; GGUF holds the sum."""
-    may_untie: bool = True
-    """Whether runtimes read a head of its own."""
     local_every: int = 0
     """Layers of which one sees everything and the others a window; 0: runtimes have no window."""
     odds: Callable[[PretrainedConfig], Iterator[str]] = lambda config: iter(())
@@ -63,8 +61,8 @@ FAMILIES = {
     "mistral": Family("llama", turns_in_pairs=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", _GELU, norm_shift=1.0, may_untie=False),
-    "gemma2": Family("gemma2", _GELU, norm_shift=1.0, may_untie=False, local_every=2, odds=_gemma_odds),
+    "gemma": Family("gemma", _GELU, norm_shift=1.0),
+    "gemma2": Family("gemma2", _GELU, norm_shift=1.0, local_every=2, odds=_gemma_odds),
     "gemma3_text": Family("gemma3", _GELU, norm_shift=1.0, local_every=6, odds=_gemma_odds),
     "phi3": Family("phi3"),
     "gpt2": Family("gpt2", _GELU, odds=_gpt2_odds),

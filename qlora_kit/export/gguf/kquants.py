@@ -85,7 +85,7 @@ def _affine_fit(x_NSK: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     low_NS, sum_x = x_NSK.amin(-1).clamp_(max=0), x_NSK.sum(-1)
     span_NS = x_NSK.amax(-1) - low_NS
     above_NSK = x_NSK - low_NS[..., None]
-    best = torch.full_like(span_NS, torch.inf), torch.zeros_like(span_NS), torch.zeros_like(span_NS)
+    best = [torch.full_like(span_NS, torch.inf), torch.zeros_like(span_NS), torch.zeros_like(span_NS)]
     for more in AFFINE_GRIDS:
         q_NSK = (above_NSK * _ratio(levels + more, span_NS)[..., None]).round_().clamp_(0, levels)
         sum_q, sum_qq, sum_qx = q_NSK.sum(-1), (q_NSK * q_NSK).sum(-1), (q_NSK * x_NSK).sum(-1)
@@ -97,7 +97,7 @@ def _affine_fit(x_NSK: Tensor, levels: int) -> tuple[Tensor, Tensor]:
         # The squared error, but for the sum of x^2, which all grids share.
         error = scale * (scale * sum_qq - 2 * sum_qx - 2 * offset * sum_q) + offset * (2 * sum_x + count * offset)
         is_better = (error < best[0]) & (scale >= 0)
-        best = tuple(torch.where(is_better, new, old) for new, old in zip((error, scale, offset), best, strict=True))
+        best = [torch.where(is_better, new, old) for new, old in zip((error, scale, offset), best, strict=True)]
     return best[1], best[2]
 
 

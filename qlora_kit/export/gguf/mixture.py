@@ -5,8 +5,8 @@
     q6_k, q8_0       one type for all matrices
     f32, f16, bf16   likewise
 
-Norms, biases and learned positions stay in fp32. A matrix whose rows are no multiple of 256 takes a type of 32 weights a
-block in place of a k-quant, and f16 where they are no multiple of 32 either.
+Norms, biases and learned positions stay in fp32. A matrix whose rows are no multiple of 256 takes a type of 32 weights
+a block in place of a k-quant, and f16 where they are no multiple of 32 either.
 
 Source: what `llama-quantize` of github.com/ggml-org/llama.cpp does without an importance matrix; the mixtures are
 the same tensor by tensor.

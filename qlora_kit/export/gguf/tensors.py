@@ -53,11 +53,6 @@ def place(source: str, shape: tuple[int, ...], config: PretrainedConfig, family:
         RunError: GGUF has no place for a tensor of that name in this family.
     """
     name = gguf_name(source, config.num_hidden_layers, family)
-    if name.startswith("output.") and not family.may_untie:
-        raise RunError(
-            f"{source} is a head of its own, and GGUF's runtimes take the embedding as the head of "
-            f"{family.architecture}; export --to merged"
-        )
     leaf = name.split(".")[-2]
     if config.model_type == "gpt2" and len(shape) == 2 and name.startswith("blk."):
         whole = (shape[1], shape[0])

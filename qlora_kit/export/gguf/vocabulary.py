@@ -204,8 +204,8 @@ def _scores(model: Mapping[str, Any], tokens: list[str]) -> list[float]:
             left, right = token[:cut], token[cut:]
             if left in vocab and right in vocab and (left, right) not in pairs:
                 raise RunError(
-                    f"the tokenizer has no merge of {left!r} and {right!r} though it has {token!r}, and GGUF's runtimes "
-                    "would join them: these are no merges of SentencePiece"
+                    f"the tokenizer has no merge of {left!r} and {right!r} though it has {token!r}, and GGUF's "
+                    "runtimes would join them: these are no merges of SentencePiece"
                 )
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 

@@ -1,6 +1,6 @@
 """GGUF files whose tensors are made while they are written.
 
-    header       magic, version 3, counts; keys and values; name, shape, type and place of every tensor (`gguf` writes it)
+    header       magic, version 3, counts; keys and values; of every tensor name, shape, type, place (`gguf` writes it)
     the rest     the tensors' bytes, each from a multiple of 32 on
 
 The checksum is taken as the bytes are made, as that of safetensors files is.
