@@ -25,10 +25,11 @@ BLOCK = 256
 CHUNK = 512
 """Blocks searched at a time: 128 k weights, so that what a search goes over again and again stays in the cache."""
 
-AFFINE_GRIDS = tuple(0.15 * step for step in range(-8, 7))
-"""By how many steps more than its numbers the range of a sub-block is cut; below 0 the ends are clipped less."""
+AFFINE_GRIDS = tuple(0.3 * step for step in range(-4, 3))
+"""By how much finer than its numbers allow the range of a sub-block is cut: above 0 its ends are clipped. Twice as many
+grids take half as long again and save 0.2 % of the error."""
 
-SYMMETRIC_GRIDS = tuple(0.25 * step for step in range(-5, 6))
+SYMMETRIC_GRIDS = tuple(0.4 * step for step in range(-3, 4))
 """The same for the largest magnitude of a sub-block of q6_k."""
 
 
