@@ -151,7 +151,10 @@ def test_what_is_read_back_is_what_was_merged(tmp_path, family):
         torch.testing.assert_close(tensor.read(), merged[name].read(), rtol=0, atol=2e-7 if is_shifted else 0)
 
 
-@pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"])
+SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("q4_0", "q5_k_m", "q6_k")]
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_k_m", *SLOW])
 def test_the_audit_of_a_quantised_export_says_what_transformers_finds_in_it(tmp_path, dtype):
     model = trained(small("llama", hidden_size=256, intermediate_size=256, head_dim=64))
     content = export_gguf(model, byte_level(), tmp_path / "out", dtype=dtype, audit_batches=held_out())

@@ -9,6 +9,7 @@ run, and deleted again. Runtimes round activations as they like; the audit does 
 
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def export_gguf(
         sections = {
             "Provenance": facts,
             **made.sections,
-            "File": {"format": "GGUF", "mixture": dtype, **_counts(tensors)},
+            "File": {"written with": f"gguf {version('gguf')}", "mixture": dtype, **_counts(tensors)},
             "Audit: as trained against this export": comparisons.get("gguf", {"result": "not audited"}),
         }
         write_card(staged, "GGUF model", facts["base"], "gguf", ["qlora-kit", made.tag, "gguf"], sections)
