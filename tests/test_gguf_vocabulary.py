@@ -56,7 +56,7 @@ def smollm():
     return made
 
 
-def sentencepiece(*, prefix=True, gemma=False):
+def sentencepiece(*, prefix=True, gemma=False, scheme=None):
     """BPE as SentencePiece makes it and transformers converts it: each token's merges are all the ways to cut it."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
@@ -70,6 +70,8 @@ def sentencepiece(*, prefix=True, gemma=False):
     bpe = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     prepend = [normalizers.Prepend("▁")] if prefix else []
     bpe.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    if scheme is not None:
+        bpe.normalizer, bpe.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     if gemma:
         bpe.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -120,6 +122,14 @@ def test_a_sentencepiece_tokenizer_has_scores_bytes_and_a_space_before():
     assert len(joined) > 20
     assert joined == sorted(set(joined), reverse=True)
     assert not keys(sentencepiece(prefix=False, gemma=True))["add_space_prefix"]
+
+
+def test_a_space_before_a_text_alone_is_left_out_for_chats_which_begin_with_a_special_token():
+    for scheme, of_texts, of_chats in (("always", True, True), ("first", True, False), ("never", False, False)):
+        tokenizer = sentencepiece(scheme=scheme)
+        assert keys(tokenizer)["add_space_prefix"] == of_texts
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        assert keys(tokenizer)["add_space_prefix"] == of_chats
 
 
 def test_the_scores_join_tokens_in_the_order_of_the_merges():

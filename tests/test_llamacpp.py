@@ -120,6 +120,18 @@ def test_llamacpp_computes_with_every_mixture_what_the_audit_said_that_it_holds(
     assert tiny.relative(found, as_trained) < 0.25
 
 
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_llamacpp_tokenises_chats_as_a_tokenizer_with_a_space_of_its_own_does(tmp_path, scheme):
+    tokenizer = sentencepiece(scheme=scheme)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}<|user|>{{ m.content }}</s>{% endfor %}"
+    export_gguf(trained(small("llama", vocab_size=400)), tokenizer, tmp_path / "out", dtype="f16")
+    runtime = loaded(tmp_path / "out", vocab_only=True, logits_all=False)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "say the cat"}] * 2, tokenize=False)
+    wanted = tokenizer(text, add_special_tokens=False).input_ids
+    assert wanted[:2] == tokenizer.convert_tokens_to_ids(["<s>", "<|user|>"])
+    assert runtime.tokenize(text.removeprefix("<s>").encode(), add_bos=True, special=True) == wanted
+
+
 CHAT = "<s>the cat<call>says</s> and 12345 dogs, it's  two   spaces\n\n\tand"
 
 

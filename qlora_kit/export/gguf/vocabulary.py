@@ -62,10 +62,10 @@ def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: 
     if len(tokenizer) > rows:
         raise RunError(f"the tokenizer has {len(tokenizer)} tokens for the {rows} rows of the embedding")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {**_keys_of(state, rows), **_special_keys(tokenizer, ends)}
+    return {**_keys_of(state, rows, tokenizer.chat_template is not None), **_special_keys(tokenizer, ends)}
 
 
-def _keys_of(state: Mapping[str, Any], rows: int) -> dict[str, Value]:
+def _keys_of(state: Mapping[str, Any], rows: int, has_chats: bool) -> dict[str, Value]:
     model = state["model"]
     steps = [step["type"] for step in _steps(state["pre_tokenizer"], "pretokenizers")]
     if model["type"] != "BPE" or not ("ByteLevel" in steps or model["byte_fallback"]):
@@ -79,7 +79,7 @@ def _keys_of(state: Mapping[str, Any], rows: int) -> dict[str, Value]:
         own = {"model": "gpt2", "pre": _pattern(state), "merges": [" ".join(_pair(merge)) for merge in model["merges"]]}
     else:
         own = {"model": "llama", "pre": "default", "scores": _scores(model, tokens)}
-        own["add_space_prefix"] = _adds_space(state)
+        own["add_space_prefix"] = _adds_space(state, has_chats)
     return {_key(name): value for name, value in {**own, "tokens": tokens, "token_type": kinds}.items()}
 
 
@@ -156,8 +156,12 @@ def _pattern(state: Mapping[str, Any]) -> str:
     return PATTERNS[tuple(found)]
 
 
-def _adds_space(state: Mapping[str, Any]) -> bool:
-    """Whether a SentencePiece tokenizer puts a space before a text."""
+def _adds_space(state: Mapping[str, Any], has_chats: bool) -> bool:
+    """Whether a SentencePiece tokenizer puts a space before a text, and, as runtimes do then, behind special tokens.
+
+    A tokenizer that does the first alone has no twin among runtimes. Its chats begin with a special token, so those are
+    right without a space, and plain texts with it.
+    """
     adds = False
     odd: list[str] = []
     for step in (*_steps(state["normalizer"], "normalizers"), *_steps(state["pre_tokenizer"], "pretokenizers")):
@@ -167,7 +171,7 @@ def _adds_space(state: Mapping[str, Any]) -> bool:
             case {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
                 pass
             case {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}:
-                adds = scheme != "never"
+                adds = scheme == "always" or (scheme == "first" and not has_chats)
             case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}:
                 pass  # Gemma's; its normaliser has left no space
             case _:
