@@ -782,7 +782,19 @@ def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
 
 
 def test_unbuilt_exports_are_refused(finished, tmp_path):
-    assert_mistake(call("export", finished[0], "--to", "gguf", "--out", tmp_path / "g"), "gguf", "merged")
+    assert_mistake(call("export", finished[0], "--to", "quantized", "--out", tmp_path / "g"), "quantized", "merged")
+
+
+def test_a_run_is_exported_as_gguf_with_its_audit_and_its_adapter_too(finished, tmp_path):
+    shown = call("export", finished[0], "--to", "gguf", "--dtype", "q8_0", "--out", tmp_path / "g")
+    assert shown.exit_code == 0, shown.stderr
+    assert "gguf against the model as trained: mean KL" in shown.stdout
+    assert {path.name for path in (tmp_path / "g").iterdir()} == {"model.gguf", "Modelfile", "README.md", "export.json"}
+    assert json.loads((tmp_path / "g/export.json").read_text())["comparisons"]["gguf"]["mean_kl"] < 1e-3
+    assert AutoTokenizer.from_pretrained(tmp_path / "g", gguf_file="model.gguf")("say cat").input_ids
+    assert call("export", finished[0], "--to", "gguf-adapter", "--out", tmp_path / "a").exit_code == 0
+    assert (tmp_path / "a/adapter.gguf").read_bytes()[:4] == b"GGUF"
+    assert_mistake(call("export", finished[0], "--to", "gguf", "--dtype", "q3_k", "--out", tmp_path / "n"), "q4_k_m")
 
 
 def test_recipes_can_be_listed_shown_and_copied(tmp_path):

@@ -15,13 +15,18 @@ from qlora_kit.units import format_bytes
 def export(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="The new folder.", show_default=False)] = None,
-    to: Annotated[str, typer.Option(help="merged, quantized or adapter.")] = "merged",
+    to: Annotated[str, typer.Option(help="merged, quantized, adapter, gguf or gguf-adapter.")] = "merged",
     onto: Annotated[
         str, typer.Option(help="What an adapter is merged into: dequantized (as it was trained) or original.")
     ] = "dequantized",
     dtype: Annotated[
-        str, typer.Option(help="Of merged weights, and of what stays dense: bfloat16, float16 or float32.")
-    ] = "bfloat16",
+        str | None,
+        typer.Option(
+            help="Of merged weights, and of what stays dense: bfloat16 (default), float16 or float32. Of a GGUF: f32, "
+            "f16, bf16, q8_0, q4_0, q4_k_m (default), q5_k_m or q6_k.",
+            show_default=False,
+        ),
+    ] = None,
     quantization: Annotated[
         str | None, typer.Option(help="With --to quantized: nf4, fp4 or int8; default: the base's.", show_default=False)
     ] = None,

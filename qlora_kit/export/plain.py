@@ -147,7 +147,7 @@ def export_merged(
     tensors = _checked_tensors(model, out, torch_dtype(dtype), original)
     with staged_folder(out) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
-        found = None if audit_batches is None else _audit(model, staged, audit_batches)
+        found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches)
         if found is not None:
             check_audit("merged", found, limit_of("merged", onto, max_kl), force=force)
         return finish(model, staged, "merged", made, provenance or {}, found, sums)
@@ -257,7 +257,7 @@ def _write_checkpoint(
     return sums
 
 
-def _audit(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
+def audit_checkpoint(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
     """Compare the model with the folder as another program loads it: in the dtype of its own weights."""
     attention = model.config._attn_implementation
     loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -38,6 +38,8 @@ class Made:
     tag: str
     sections: Mapping[str, Mapping[str, object]]
     facts: Mapping[str, object]
+    library: str = "transformers"
+    """What reads the files, by the hub's name."""
 
 
 def check_request(out: Path | None, dtype: str, onto: str = "dequantized") -> None:
@@ -52,6 +54,11 @@ def check_request(out: Path | None, dtype: str, onto: str = "dequantized") -> No
         RunError: `dtype` or `onto` is not known, or `out` is a file or a folder that is not empty.
     """
     torch_dtype(dtype)
+    check_place(out, onto)
+
+
+def check_place(out: Path | None, onto: str) -> None:
+    """Refuse, before a model is loaded, what no kind of export can be merged into or written to (RunError)."""
     if onto not in ONTO:
         raise RunError(f"onto={onto!r} is nothing that an adapter can be merged into; use one of {', '.join(ONTO)}")
     if out is not None:
@@ -108,7 +115,7 @@ def finish(
     audit: Mapping[str, float] | None,
     sums: Mapping[Path, str],
 ) -> dict[str, Any]:
-    """Write the card and export.json of a folder that plain transformers loads.
+    """Write the card and export.json of a model that is there otherwise.
 
     Args:
         model: as trained.
@@ -126,7 +133,7 @@ def finish(
         "Audit: as trained against this export": audit or {"result": "not audited"},
     }
     task = "text-classification" if head_of(model) == "classification" else "text-generation"
-    write_card(folder, made.title, facts["base"], "transformers", ["qlora-kit", made.tag, task], sections)
+    write_card(folder, made.title, facts["base"], made.library, ["qlora-kit", made.tag, task], sections)
     comparisons = {} if audit is None else {kind: audit}
     return seal(folder, {"kind": kind, "comparisons": comparisons, "provenance": facts, **made.facts}, sums)
 

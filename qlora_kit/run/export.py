@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from qlora_kit.run.folder import RECIPE, provenance_of
 from qlora_kit.run.prepare import eval_batches, held_out_rows, pad_id, training_rows
 from qlora_kit.run.use import load_run
 
-KINDS = ("merged", "adapter", "quantized")
+KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")
 FORMATS = ("nf4", "fp4", "int8")
 
 CALIBRATION_ROWS = 128
@@ -32,9 +33,10 @@ class Asked:
     """What a run is to be exported as.
 
     Attributes:
-        to: merged, quantized or adapter.
+        to: merged, quantized, adapter, gguf or gguf-adapter.
         onto: what the adapter is merged into, dequantized or original.
-        dtype: of merged weights, and of what stays dense in a quantised export.
+        dtype: of merged weights, of what stays dense in a quantised export, or of a GGUF file; None takes bfloat16, or
+            q4_k_m.
         quantization: nf4, fp4 or int8; None is the base's own.
         calibration_rows: training rows on which re-quantised codes are chosen; 0 rounds each weight for itself.
         max_kl: largest mean KL of the audit that passes; None takes the kind's own.
@@ -43,11 +45,21 @@ class Asked:
 
     to: str = "merged"
     onto: str = "dequantized"
-    dtype: str = "bfloat16"
+    dtype: str | None = None
     quantization: str | None = None
     calibration_rows: int = CALIBRATION_ROWS
     max_kl: float | None = None
     force: bool = False
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the file is one of llama.cpp's."""
+        return self.to.startswith("gguf")
+
+    @property
+    def written_in(self) -> str:
+        """The dtype, where none was said, too."""
+        return self.dtype or ("q4_k_m" if self.is_gguf else "bfloat16")
 
     def check(self, out: Path | None, recipe: Recipe) -> None:
         """Refuse before a model is loaded what cannot be (RunError); `out` is None where the folder is chosen later."""
@@ -55,8 +67,8 @@ class Asked:
             raise RunError(f"--to {self.to} is not built yet in this version; built: {', '.join(KINDS)}")
         if self.quantization not in (None, *FORMATS):
             raise RunError(f"--quantization {self.quantization} is none of the formats: {', '.join(FORMATS)}")
-        check_request(out, self.dtype, self.onto)
-        if self.to == "adapter" and recipe.train.full_finetune:
+        (_gguf().check_gguf_request if self.is_gguf else check_request)(out, self.written_in, self.onto)
+        if self.to.endswith("adapter") and recipe.train.full_finetune:
             raise RunError(f"{recipe.output} trained every weight and has no adapter; export --to merged")
         if self.onto == "original" and recipe.lora.init == "loftq":
             raise RunError(
@@ -94,17 +106,20 @@ class _Loaded:
         provenance = provenance_of(self.recipe)
         if asked.to == "adapter":
             return export_adapter(self.model, out, tokenizer=self.tokenizer, provenance=provenance)
+        if asked.to == "gguf-adapter":
+            return _gguf().export_gguf_adapter(self.model, out, provenance=provenance)
         common: dict[str, Any] = {
             "onto": asked.onto,
-            "dtype": asked.dtype,
+            "dtype": asked.written_in,
             "audit_batches": self.held_out,
             "provenance": provenance,
             "is_whole": self.recipe.train.full_finetune,
             "max_kl": asked.max_kl,
             "force": asked.force,
         }
-        if asked.to == "merged":
-            return export_merged(self.model, self.tokenizer, out, **common)
+        if asked.to in ("merged", "gguf"):
+            write = _gguf().export_gguf if asked.is_gguf else export_merged
+            return write(self.model, self.tokenizer, out, **common)
         how = None if asked.quantization is None else Quantization(cast(Kind, asked.quantization))
         rows = self.calibration(asked.calibration_rows)
         return export_quantized(self.model, self.tokenizer, out, quantization=how, calibration=rows, **common)
@@ -160,15 +175,26 @@ def compare_exports(
     return rows
 
 
+def _gguf() -> ModuleType:
+    """The room that needs the package `gguf`, which not everybody has."""
+    from qlora_kit.export import gguf
+
+    return gguf
+
+
 def _each(asked: Asked) -> dict[str, Asked]:
     """The kinds by name, which is that of their folder too."""
     quantized = replace(asked, to="quantized", onto="dequantized")
+    gguf = replace(asked, to="gguf", onto="dequantized", dtype=None)
     return {
         "merged": replace(asked, to="merged", onto="dequantized"),
         "merged-onto-original": replace(asked, to="merged", onto="original"),
         "quantized": quantized,
         "quantized-plain": replace(quantized, calibration_rows=0),
+        "gguf-q8_0": replace(gguf, dtype="q8_0"),
+        "gguf-q4_k_m": replace(gguf, dtype="q4_k_m"),
         "adapter": replace(asked, to="adapter", onto="dequantized"),
+        "gguf-adapter": replace(gguf, to="gguf-adapter"),
     }
 
 
