@@ -739,15 +739,18 @@ def test_exports_are_requantised_and_put_onto_the_original_by_word(finished, tmp
     assert score.exit_code == 0, score.output
 
 
-@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("keeps", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_comparison_has_a_line_a_kind_and_keeps_what_it_wrote_only_where_it_is_told_to(finished, tmp_path, keeps):
     run, _ = finished
     before = {path.name for path in run.iterdir()}
-    result = call("export", run, "--compare", "--dtype", "float32", *(["--out", tmp_path / "all"] if keeps else []))
+    more = ["--out", tmp_path / "all"] if keeps else []
+    result = call("export", run, "--compare", "--dtype", "float32", "--calibration-rows", 1, *more)
     assert result.exit_code == 0, result.output
-    names = ["merged", "merged-onto-original", "quantized", "quantized-plain", "adapter"]
+    dense, gguf = ["merged", "merged-onto-original", "quantized", "quantized-plain"], ["gguf-q8_0", "gguf-q4_k_m"]
+    names = [*dense, *gguf, "adapter", "gguf-adapter"]
     lines = result.output.splitlines()
-    assert [line.split()[0] for line in lines[1:6]] == names
+    assert [line.split()[0] for line in lines[1:9]] == names
+    assert [line.split()[0] for line in lines if "not audited" in line] == ["adapter", "gguf-adapter"]
     assert "100.00%" in lines[1], "what is merged in fp32 says the same"
     assert {path.name for path in run.iterdir()} == before
     assert keeps == (tmp_path / "all").exists()
@@ -782,7 +785,7 @@ def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
 
 
 def test_unbuilt_exports_are_refused(finished, tmp_path):
-    assert_mistake(call("export", finished[0], "--to", "quantized", "--out", tmp_path / "g"), "quantized", "merged")
+    assert_mistake(call("export", finished[0], "--to", "onnx", "--out", tmp_path / "g"), "onnx", "merged")
 
 
 def test_a_run_is_exported_as_gguf_with_its_audit_and_its_adapter_too(finished, tmp_path):
