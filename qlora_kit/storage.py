@@ -1,5 +1,6 @@
 """Files that are complete or absent: everything is staged under another name, flushed, and renamed into place."""
 
+import glob
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qlora_kit.errors import RunError
 
@@ -74,6 +77,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     A folder that already stands there is replaced only then; after an error nothing of the new one is left.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(final)
     staged = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -97,6 +101,14 @@ def remove_folder(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def remove_abandoned(final: Path) -> None:
+    """Delete what processes that were killed had staged for `final`: the name of each holds that of its process."""
+    for staged in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
+        process = staged.name.split(".")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

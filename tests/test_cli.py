@@ -718,6 +718,46 @@ def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_
     assert_mistake(call("export", finished[0], "--out", tmp_path), "not empty")
 
 
+IDLE = {
+    "--onto": ("adapter", "original"),
+    "--dtype": ("gguf-adapter", "q8_0"),
+    "--max-kl": ("adapter", "1"),
+    "--quantization": ("merged", "nf4"),
+    "--calibration-rows": ("gguf", "7"),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_an_option_that_would_change_nothing_of_an_export_is_refused(finished, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("qlora_kit.run.use.load_recipe_base", lambda *_, **__: pytest.fail("the base was loaded"))
+    kind, value = IDLE[name]
+    told = call("export", finished[0], "--to", kind, name, value, "--out", tmp_path / "new")
+    assert_mistake(told, f"{name} changes nothing of an export --to {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_export_leaves_nothing_that_looks_whole_and_running_it_again_completes(
+    finished, tmp_path, number, code
+):
+    command = [Path(sys.executable).with_name("qlora-kit"), "export", finished[0], "--to", "quantized",
+               "--out", tmp_path / "new"]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    while not any(tmp_path.iterdir()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert "Traceback" not in process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == ([f".new.{process.pid}.tmp"] if number == signal.SIGKILL else [])
+    assert call("export", finished[0], "--to", "quantized", "--out", tmp_path / "new").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_exports_are_requantised_and_put_onto_the_original_by_word(finished, tmp_path):
     run, _ = finished
     calls = {

@@ -13,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -49,7 +50,13 @@ def main() -> None:
     _DEBUG["on"] = len(arguments) < len(sys.argv) - 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
+    signal.signal(signal.SIGTERM, _end)
     app(args=arguments, prog_name="qlora-kit")
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """Leave as after Ctrl-C, so that what is half written is taken away; training takes signals itself."""
+    raise SystemExit(128 + number)
 
 
 def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:

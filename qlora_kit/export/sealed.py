@@ -18,7 +18,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX
 from qlora_kit.lora.layer import Adapter
-from qlora_kit.storage import read_json, sha256_file, write_json, write_text
+from qlora_kit.storage import read_json, remove_abandoned, sha256_file, write_json, write_text
 from qlora_kit.units import MIB, format_bytes
 
 ONTO = ("dequantized", "original")
@@ -74,7 +74,8 @@ def check_vacant(out: Path) -> None:
 
 
 def check_room(out: Path, needed_bytes: int) -> None:
-    """Refuse a disk with less free than that (RunError)."""
+    """Refuse a disk with less free than that (RunError), once what a killed export to `out` had left is gone."""
+    remove_abandoned(out)
     there = next(folder for folder in out.absolute().parents if folder.exists())
     free_bytes = shutil.disk_usage(there).free
     if free_bytes < needed_bytes:

@@ -61,6 +61,20 @@ class Asked:
         """The dtype, where none was said, too."""
         return self.dtype or ("q4_k_m" if self.is_gguf else "bfloat16")
 
+    def check_options(self) -> None:
+        """Refuse an option that would change nothing of what is asked for (RunError)."""
+        is_adapter, is_quantized = self.to.endswith("adapter"), self.to == "quantized"
+        idle = {
+            "--onto": is_adapter and self.onto != "dequantized",
+            "--dtype": is_adapter and self.dtype is not None,
+            "--max-kl": is_adapter and self.max_kl is not None,
+            "--quantization": not is_quantized and self.quantization is not None,
+            "--calibration-rows": not is_quantized and self.calibration_rows != CALIBRATION_ROWS,
+        }
+        name = next((name for name, is_idle in idle.items() if is_idle), None)
+        if name is not None:
+            raise RunError(f"{name} changes nothing of an export --to {self.to}; leave it out")
+
     def check(self, out: Path | None, recipe: Recipe) -> None:
         """Refuse before a model is loaded what cannot be (RunError); `out` is None where the folder is chosen later."""
         if self.to not in KINDS:
@@ -139,6 +153,7 @@ def export_run(folder: Path, out: Path, asked: Asked, *, trust_remote_code: bool
     """
     if (folder / RECIPE).is_file():
         asked.check(out, read_recipe(folder / RECIPE))
+        asked.check_options()
     loaded = _Loaded(*load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
     return loaded.export(out, asked)
 
