@@ -10,8 +10,8 @@ Layers go in the order in which they run, and X is what the layers before, re-qu
 for those, too. The model runs a block at a time, on rows of its training; the rows of the audit are others. When a
 block is done, nothing of it has changed.
 
-In memory beside the model: of one matrix its weight three times in fp32, and H once in fp32 and three times in fp64;
-the codes of one block; the inputs of one block on all calibration rows.
+In memory beside the model: of one matrix its weight three times in fp32, and H, which for a wide input is larger, twice
+in fp32 and twice in fp64; the codes of one block; the inputs of one block on all calibration rows.
 
 Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1.
 
@@ -80,10 +80,12 @@ def compensated(w_OI: Tensor, gram_II: Tensor, quantization: Quantization) -> St
 
 
 def _factor(gram_II: Tensor) -> Tensor:
-    """The upper triangle U with U^T U = (H + damping)^-1, fp32."""
-    damped_II = gram_II.double()
-    damped_II.diagonal().add_(DAMPING * damped_II.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True).float()
+    """The upper triangle U with U^T U = (H + damping)^-1, fp32; each step is written over the last."""
+    factor_II = gram_II.double()
+    factor_II.diagonal().add_(DAMPING * factor_II.diagonal().mean())
+    torch.linalg.cholesky(factor_II, out=factor_II)
+    torch.cholesky_inverse(factor_II, out=factor_II)
+    return torch.linalg.cholesky(factor_II, upper=True, out=factor_II).float()
 
 
 class Compensation:

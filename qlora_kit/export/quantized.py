@@ -44,7 +44,7 @@ from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.storage import staged_folder
 from qlora_kit.units import MIB
 
-SHARD_BYTES = 512 * MIB
+SHARD_BYTES = 256 * MIB
 """Bytes of tensors in one file: packed ones are held until their file is written."""
 
 STATE_BYTES = 4096
