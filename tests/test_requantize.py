@@ -119,10 +119,11 @@ def test_packed_layers_are_read_by_numpy_as_the_kit_reads_them(shape, kind, doub
 )
 def test_plain_transformers_loads_the_folder_and_says_what_its_bytes_say(tmp_path, kind, double_quant, is_calibrated):
     model = wide_model()
-    export_quantized(
+    content = export_quantized(
         model, tokenizer(), tmp_path / "out", quantization=Quantization(kind, double_quant), dtype="float32",
         calibration=calibration() if is_calibrated else (),
     )  # fmt: skip
+    assert "caution" not in content["quantization"]
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -276,6 +277,7 @@ def test_the_folder_says_what_it_is_and_what_was_lost(tmp_path):
     assert content["quantization"] == {
         "format": "nf4", "double_quant": True, "block_size": 64, "calibration_rows": 12,
         "codes": "chosen for the layers' outputs on calibration rows", "calibration_tokens": sum(range(7, 19)),
+        "caution": "layers with 72 inputs, no multiple of 64, are decoded wrongly by bitsandbytes on CPUs with AVX-512",
     }  # fmt: skip
     assert set(content["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"export.json"}
     audit = content["comparisons"]["quantized"]
@@ -284,6 +286,7 @@ def test_the_folder_says_what_it_is_and_what_was_lost(tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "# Merged model, in nf4" in card
     assert "mean_kl: `" in card
+    assert "caution: `layers with 72 inputs" in card
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert (config["load_in_4bit"], config["bnb_4bit_compute_dtype"]) == (True, "bfloat16")
     assert config["llm_int8_skip_modules"] == ["lm_head"]

@@ -14,7 +14,7 @@ The audit reads the folder with the kit's own decoder. bitsandbytes' layers comp
 inputs, too, and some 4-bit ones decode wrongly on some processors (see `base/kernels.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,17 +118,24 @@ def export_quantized(
         found = None if audit_batches is None else _audit(model, staged, how, dtype, audit_batches)
         if found is not None:
             check_audit("quantized", found, limit_of("quantized", onto, max_kl), force=force)
-        return finish(model, staged, "quantized", _requantized(made, how, calibration), provenance or {}, found, sums)
+        widths = {width for tensor in tensors if (width := _width(tensor, names)) is not None}
+        made = _requantized(made, how, calibration, widths)
+        return finish(model, staged, "quantized", made, provenance or {}, found, sums)
 
 
-def _requantized(made: Made, how: Quantization, calibration: Sequence[Batch]) -> Made:
-    """How the weights came about, with what was made of them here."""
+def _requantized(made: Made, how: Quantization, calibration: Sequence[Batch], widths: Collection[int]) -> Made:
+    """How the weights came about, with what was made of them here, and what to know of who reads them."""
     facts: dict[str, Any] = {"format": how.kind}
     if how.is_4bit:
         facts |= {"double_quant": how.double_quant, "block_size": how.block_size}
     facts["codes"] = "chosen for the layers' outputs on calibration rows" if calibration else "nearest of each weight"
     facts["calibration_rows"] = sum(batch.rows for batch in calibration)
     facts["calibration_tokens"] = sum(sum(batch.lengths) for batch in calibration)
+    odd = [width for width in sorted(widths) if how.is_4bit and width % 64]
+    if odd:
+        facts["caution"] = (
+            f"layers with {odd[0]} inputs, no multiple of 64, are decoded wrongly by bitsandbytes on CPUs with AVX-512"
+        )
     words = {key.replace("_", " "): value for key, value in facts.items()}
     return replace(
         made,
@@ -197,12 +204,17 @@ def _packed(
             yield streamed(f"{name}.{leaf}", part)
 
 
+def _width(tensor: StreamedTensor, names: Mapping[str, bool]) -> int | None:
+    """How many inputs a layer has that is quantised; None for other tensors."""
+    is_in_out = names.get(tensor.name.removesuffix(".weight"))
+    return None if is_in_out is None else tensor.shape[0 if is_in_out else 1]
+
+
 def _bytes(tensor: StreamedTensor, names: Mapping[str, bool], how: Quantization) -> int:
     """Bytes that a tensor takes on the disk, at most."""
-    name = tensor.name.removesuffix(".weight")
-    if name not in names:
+    width = _width(tensor, names)
+    if width is None:
         return tensor.stored_bytes
-    width = tensor.shape[0] if names[name] else tensor.shape[1]
     return int(tensor.shape[0] * tensor.shape[1] * how.bits_per_parameter(width) / 8) + STATE_BYTES
 
 
