@@ -18,7 +18,8 @@ import pytest
 import tiny
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import told
 from torch import OutOfMemoryError
 from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderConfig
@@ -814,6 +815,42 @@ def test_an_export_far_from_what_was_trained_exits_2_and_is_not_kept_unless_forc
 def test_the_command_line_and_python_take_as_many_calibration_rows():
     command = import_module("qlora_kit.cli.export")
     assert inspect.signature(command.export).parameters["calibration_rows"].default == Asked().calibration_rows
+
+
+def without_adapter(run):
+    shutil.rmtree(run / "adapter")
+
+
+def with_nan(run):
+    weights = load_file(run / "adapter/adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    with safe_open(run / "adapter/adapter_model.safetensors", "pt") as file:
+        save_file(weights, run / "adapter/adapter_model.safetensors", file.metadata())
+
+
+def on_another_base(run):
+    tiny.llama(seed=1, vocab_size=258, eos_token_id=0).save_pretrained(run / "base")
+    content = yaml.safe_load((run / "recipe.yaml").read_text())
+    shutil.copytree(
+        content["base"]["model"],
+        run / "base",
+        ignore=shutil.ignore_patterns("model*", "config.json"),
+        dirs_exist_ok=True,
+    )
+    content["base"]["model"] = str(run / "base")
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(without_adapter, "has no adapter yet"), (with_nan, "NaN"), (on_another_base, "another base")],
+)
+@pytest.mark.parametrize("kind", ["quantized", "gguf-adapter"])
+def test_a_run_that_cannot_be_exported_is_one_line_with_nothing_left(finished, tmp_path, spoil, said, kind):
+    shutil.copytree(finished[0], tmp_path / "run")
+    spoil(tmp_path / "run")
+    assert_mistake(call("export", tmp_path / "run", "--to", kind, "--out", tmp_path / "out"), said)
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
