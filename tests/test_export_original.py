@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_export import LiveBytes, dense_model, held_out, logits, relative, tensors_of, tokenizer
+from test_export import LiveBytes, dense_model, half_unit, held_out, logits, relative, tensors_of, tokenizer
 from tiny import mixtral, wake
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -47,9 +47,7 @@ def test_every_weight_is_that_of_the_checkpoint_plus_the_update_rounded_once(cas
         a, b = (p.detach().double() for p in (layer.adapters["default"].a_RI, layer.adapters["default"].b_OR))
         update = 3.0 * (b @ a)  # alpha 12 / rank 4
         exact = (base[name].double() + (update.T if layer.base.is_transposed else update)).numpy()
-        # bf16 keeps 8 bits: half a unit in the last place is 2^-8 of the value's power of two; 2e-7 is fp32's noise.
-        half_unit = 2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 8)
-        assert np.all(np.abs(weight.double().numpy() - exact) <= half_unit + 2e-7), name
+        assert np.all(np.abs(weight.double().numpy() - exact) <= half_unit(exact) + 2e-7), name  # 2e-7 is fp32's noise
         # Rounding to bf16 is 0.002 of a weight at most: this is what quantising lost, and is back.
         assert relative(other[name].float(), weight.float()) > 0.005
 

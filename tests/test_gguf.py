@@ -21,7 +21,7 @@ from qlora_kit.export.gguf.families import context_length, family_of
 from qlora_kit.export.gguf.rope import rope_tensors
 from qlora_kit.export.gguf.tensors import place
 from qlora_kit.export.stream import SLICE_ELEMENTS
-from qlora_kit.lora import adapters_off, add_lora, lora_layers
+from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers
 from qlora_kit.storage import sha256_file
 from qlora_kit.units import MIB
 
@@ -168,6 +168,27 @@ def test_the_audit_of_a_quantised_export_says_what_transformers_finds_in_it(tmp_
     # Random weights bear 4 bits badly; the order of the types is what counts.
     low, high = {"q8_0": (1e-8, 1e-4), "q6_k": (1e-7, 1e-3), "q5_k_m": (1e-6, 3e-3)}.get(dtype, (1e-5, 2e-2))
     assert low < found["mean_kl"] < high
+
+
+def test_a_gguf_onto_the_original_is_kept_where_its_divergence_may_be_as_large(tmp_path):
+    tiny.llama(vocab_size=320).save_pretrained(tmp_path / "base")
+    where = {"compute_dtype": "float32", "device": "cpu"}
+    model, dense = (load_base(tmp_path / "base", quantization=kind, **where) for kind in ("nf4", "none"))
+    for each in (model, dense):
+        add_lora(each, rank=4, alpha=12)
+    tiny.wake(model)
+    for (_, mine), (_, theirs) in zip(adapter_parameters(dense), adapter_parameters(model), strict=True):
+        mine.data.copy_(theirs)
+    expected = tiny.logits(dense, ids())
+    settings = {"onto": "original", "dtype": "f32", "audit_batches": held_out()}
+    with pytest.raises(RunError, match=r"the gguf export is \S+ nats .* above 1e-09, and is not kept; .* --force"):
+        export_gguf(model, byte_level(), tmp_path / "out", max_kl=1e-9, **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    content = export_gguf(model, byte_level(), tmp_path / "out", max_kl=1e-9, force=True, **settings)
+    assert content["onto"] == "original"
+    assert content["comparisons"]["gguf"]["mean_kl"] > 1e-9
+    assert tiny.relative(tiny.logits(read_with_transformers(tmp_path / "out"), ids()), expected) < 2e-6
+    assert tiny.relative(tiny.logits(model, ids()), expected) > 1e-2
 
 
 def test_a_fully_trained_model_is_exported_without_an_adapter(tmp_path):
