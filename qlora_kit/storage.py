@@ -1,19 +1,22 @@
 """Files that are complete or absent: everything is staged under another name, flushed, and renamed into place."""
 
-import glob
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, Literal
 
 from qlora_kit.errors import RunError
+from qlora_kit.units import format_bytes
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 SCHEMA = 1
 """Version of every JSON file that the kit writes, under the key `schema`."""
 
@@ -29,12 +32,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(staged, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    staged = _beside(path, "tmp")
+    try:
+        with open(staged, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -70,6 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_folder(path: Path) -> None:
+    """See that there is such a folder, whatever it holds.
+
+    Raises:
+        RunError: there is none, or it is a file.
+    """
+    if not path.is_dir():
+        found = f"{path} is a file" if path.exists() else f"there is no folder {path}"
+        raise RunError(f"{found}; give the folder of a run, the output of a `qlora-kit train`")
+
+
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `final` when the block ends without an error.
@@ -77,9 +94,8 @@ def staged_folder(final: Path) -> Iterator[Path]:
     A folder that already stands there is replaced only then; after an error nothing of the new one is left.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(final)
-    staged = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staged, ignore_errors=True)
+    staged = _beside(final, "tmp")
+    shutil.rmtree(staged, ignore_errors=True)  # this process may have been here before
     staged.mkdir()
     try:
         yield staged
@@ -87,34 +103,136 @@ def staged_folder(final: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         _sync_folder(staged)
-        remove_folder(final)
-        os.rename(staged, final)
-        _sync_folder(final.parent)
+        _take_place(staged, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder if it is there: renamed first, so that no half-empty folder ever bears its name."""
-    if not folder.exists():
-        return
-    doomed = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    if folder.exists():
+        doomed = _beside(folder, "old")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
 
 
-def remove_abandoned(final: Path) -> None:
-    """Delete what processes that were killed had staged for `final`: the name of each holds that of its process."""
-    for staged in final.parent.glob(f".{glob.escape(final.name)}.*.tmp"):
-        process = staged.name.split(".")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(staged, ignore_errors=True)
+def _take_place(staged: Path, final: Path) -> None:
+    """Give a complete folder its name. What bore the name stands under that of `staged` then, or is gone."""
+    if not final.exists():
+        os.rename(staged, final)
+    elif not _exchange(staged, final):
+        doomed = _beside(final, "old")
+        os.rename(final, doomed)
+        try:
+            os.rename(staged, final)
+        except OSError:
+            os.rename(doomed, final)
+            raise
+        shutil.rmtree(doomed, ignore_errors=True)
+    _sync_folder(final.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two folders take each other's names at one stroke; False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None, use_errno=True)
+    # musl has no such function before 1.2.6; a file system may lack it, too, and then nothing was done.
+    exchange = getattr(library, "renameat2", None)
+    return exchange is not None and exchange(_HERE, bytes(first), _HERE, bytes(second), _EXCHANGE) == 0
+
+
+def clear_abandoned(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left unfinished, or half deleted, in a folder.
+
+    Args:
+        folder: to look in, itself alone.
+        name: what it was to be; None looks for all.
+    """
+    for path in folder.glob(f".{'*' if name is None else escape(name)}.*"):
+        owner = re.fullmatch(r"\..+\.(\d+)\.(tmp|old)", path.name)
+        if owner is None or _is_alive(int(owner[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: Literal["tmp", "old"]) -> Path:
+    """A name beside `path` for what is unfinished or given up."""
+    clear_abandoned(path.parent, path.name)
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of that number runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+def check_room(place: Path, needed_bytes: int, what: str) -> None:
+    """See that a disk has room before anything is written to it.
+
+    Args:
+        place: where it will be written; it need not be there yet.
+        needed_bytes: that it takes.
+        what: is to be written, for the message.
+
+    Raises:
+        RunError: fewer are free.
+    """
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    free_bytes = shutil.disk_usage(there).free
+    if free_bytes < needed_bytes:
+        raise RunError(
+            f"{what} needs {format_bytes(needed_bytes)} on the disk of {there}, which has {format_bytes(free_bytes)} "
+            "free; nothing is written"
+        )
+
+
+def private_folder(name: str) -> Path:
+    """A folder of the kit's cache, `~/.cache/qlora_kit/NAME` or below XDG_CACHE_HOME, made if it is not there.
+
+    Raises:
+        OSError: it cannot be made, or another user may write there: what is loaded from it runs, or is trained on.
+    """
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (asked if asked.is_absolute() else Path("~/.cache").expanduser()) / "qlora_kit" / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"others can write to {folder}")
+    return folder
 
 
 def sha256_file(path: Path) -> str:
     """Checksum of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Checksum of every file of a folder, by its name in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def changed_files(folder: Path, expected: Mapping[str, str]) -> list[str]:
+    """What is wrong with files that were written with these checksums: those missing, and those changed since."""
+    faults = []
+    for name, checksum in expected.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif sha256_file(path) != checksum:
+            faults.append(f"{path} does not have the bytes that were written")
+    return faults
 
 
 def _sync_file(path: Path) -> None:

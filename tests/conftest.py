@@ -7,15 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
 
-import hypothesis
-import pytest
-import tiny
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # which is read when triton is imported, by transformers at the latest
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by transformers at the latest
+
+import hypothesis
+import pytest
+import tiny
 
 hypothesis.settings.register_profile("random", derandomize=False)
 hypothesis.settings.register_profile("same", derandomize=True)

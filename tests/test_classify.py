@@ -6,13 +6,35 @@ import pytest
 import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DistilBertConfig,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    RobertaConfig,
+)
 
-from qlora_kit.data import Classes, classes_of, collate_rows, encode_rows, read_row
-from qlora_kit.data.formats import Classified
+from qlora_kit.base.load import load_base, read_config
+from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
+from qlora_kit.data.examples import Classified
 from qlora_kit.errors import DataError
+from qlora_kit.export import merge, trained_against
+from qlora_kit.lora import add_lora, save_adapter
+from qlora_kit.plan.choose import may_quantize_head
+from qlora_kit.plan.depths import count_layers
+from qlora_kit.recipe import read_recipe
 from qlora_kit.run.classify import f1_score
+from qlora_kit.run.plan import plan_memory
+from qlora_kit.run.prepare import gather
+from qlora_kit.train.classes import classes_in, name_classes
+from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.objectives import classification_loss_sum
+from qlora_kit.watch import Watch
 
 TEXTS = {
     "cat": ("a cat sat", "the cat", "cats!"),
@@ -73,11 +95,40 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
         return classes_of(set(labels), False, known).names
 
     assert of("b", "a", "b") == ("a", "b")
-    assert of("10", "9", "2") == tuple(map(str, range(11)))
+    assert of("3", "2", "0") == ("0", "1", "2", "3")
     assert of("dog", "cat", known=["owl", "dog", "cat"]) == ("owl", "dog", "cat")
     assert of("dog", "fox", known=["owl", "dog", "cat"]) == ("dog", "fox")
     with pytest.raises(DataError, match=r"1 class \(a\)"):
         of("a", "a")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["10001", "7", "200"], ("7", "200", "10001")),
+        (["0", "01", "1"], ("0", "01", "1")),
+        (["10", "9", "2"], ("2", "9", "10")),
+        (["5", "1", "2"], ("0", "1", "2", "3", "4", "5")),
+        (["2", "10", "b"], ("10", "2", "b")),
+        (["٣", "2"], ("2", "٣")),
+    ],
+)
+def test_numbers_are_classes_by_their_value_only_where_nearly_all_occur(labels, names):
+    assert classes_of(set(labels), False).names == names
+
+
+def test_a_row_with_other_than_one_label_is_a_fault_where_each_has_one(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    given = [
+        Classified("a", labels, True, where=f"f:{n}") for n, labels in enumerate([("cat",), ("cat", "dog"), ()], 1)
+    ]
+    encoded = EncodedSet()
+    encode_rows(given, tokenizer, classes=Classes(("cat", "dog"), False), onto=encoded)
+    assert [row.target for row in encoded.rows] == [0]
+    assert [fault.partition(";")[0] for fault in encoded.faults.shown] == [
+        "f:2: it has 2 labels (cat, dog), and every training row has one",
+        "f:3: it has no label, and every training row has one",
+    ]
 
 
 def test_a_held_out_label_that_was_never_trained_on_is_a_fault_of_its_row():
@@ -143,6 +194,11 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "eval")
     exported = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
+    found = json.loads(call("eval", tmp_path / "merged", "--data", tmp_path / "rows.jsonl", "--json").stdout)
+    assert {key: found[key] for key in ("accuracy", "f1")} == {
+        key: scores["adapter"][key] for key in ("accuracy", "f1")
+    }
+    assert_mistake(call("generate", tmp_path / "merged", "--prompt", "a cat"), "tells texts apart", "eval")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert plain.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
@@ -151,6 +207,39 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
         said = [plain(**tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in texts]
     right = sum(plain.config.id2label[number] == row["label"] for number, row in zip(said, rows(), strict=True))
     assert right / len(texts) == pytest.approx(scores["adapter"]["accuracy"])
+
+
+def test_an_adapter_says_which_classes_it_tells_apart_to_whoever_merges_it(tmp_path, model_folder):
+    settings = {"head": "classification", "labels": 3, "device": "cpu", "compute_dtype": "float32"}
+    model = load_base(model_folder, **settings)
+    name_classes(model.config, Classes(("cat", "dog", "größe"), True), 7)
+    add_lora(model, rank=2)
+    save_adapter(model, tmp_path / "adapter", provenance=trained_against(model))
+    merge(tmp_path / "adapter", model_folder, tmp_path / "merged", device="cpu")
+    merged = AutoConfig.from_pretrained(tmp_path / "merged")
+    for key in ("id2label", "label2id", "problem_type", "pad_token_id", "num_labels"):
+        assert getattr(merged, key) == getattr(model.config, key), key
+    assert merged.id2label == {0: "cat", 1: "dog", 2: "größe"}
+
+
+SIZE = {"vocab_size": 400, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 80, "max_position_embeddings": 64, "pad_token_id": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [DistilBertConfig, DebertaV2Config, ModernBertConfig])
+@pytest.mark.parametrize("depth", ["the blocks", pytest.param("the plan", marks=pytest.mark.slow)])
+def test_a_model_that_reads_both_ways_is_planned_within_a_budget(depth, kind, tmp_path, model_folder):
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    config = kind(**SIZE)
+    config.save_pretrained(tmp_path)
+    settings = ["memory.budget=64MiB", "base.quantize_head=auto", "base.attention=eager"]
+    recipe = read_recipe(recipe_in(tmp_path, tmp_path, rows()), settings)
+    if depth == "the blocks":
+        assert may_quantize_head(recipe, config)
+        assert count_layers(config, "classification") == 4
+    else:
+        plan = plan_memory(recipe)
+        assert plan["needs_bytes"] <= plan["budget"]
 
 
 def test_a_text_may_have_several_classes(tmp_path, bert_folder):
@@ -178,3 +267,31 @@ def test_a_text_may_have_several_classes(tmp_path, bert_folder):
 )
 def test_what_a_classification_cannot_do_is_one_line(settings, words, tmp_path, bert_folder):
     assert_mistake(call("train", recipe_in(tmp_path, bert_folder, rows()), *settings), *words)
+
+
+def test_classes_are_those_of_all_rows_that_are_split_and_of_a_held_out_file_none_is_new(tmp_path, bert_folder):
+    given = [{"text": f"text {number}", "label": f"class {number}"} for number in range(12)]
+    recipe = recipe_in(tmp_path, bert_folder, given)
+    prepared = gather(read_recipe(recipe, ["data.eval=auto"]), Watch(), weights=False)
+    assert len(prepared.eval.rows) == 1, "its class is no training row's"
+    assert classes_in(prepared.config).names == tuple(sorted(row["label"] for row in given))
+    (tmp_path / "held.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (given[0], {"text": "x", "label": "clas 3"}))
+    )
+    result = call("train", recipe, f"data.eval={tmp_path / 'held.jsonl'}")
+    assert_mistake(result, f"{tmp_path / 'held.jsonl'}:2: label 'clas 3' is none", "did you mean 'class 3'")
+
+
+def test_a_batch_of_texts_of_several_lengths_gives_each_what_transformers_says_of_it_alone(tmp_path):
+    tiny.llama(pad_token_id=7).save_pretrained(tmp_path)
+    config = read_config(tmp_path, head="classification")
+    name_classes(config, Classes(("cat", "dog"), False), 0)
+    model = LlamaForSequenceClassification(config).eval()
+    texts = [[1, 5, 9, 11], [1, 7], [1, 8, 7, 3, 4, 7], [1]]
+    batch = collate_texts(texts, [0, 1, 0, 1], 0)
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([text])).logits for text in texts])
+        assert tiny.relative(whole_logits(model, batch), alone) < 1e-5  # fp32, in another order
+    roberta = RobertaConfig(pad_token_id=1)  # whose positions are counted from it
+    name_classes(roberta, Classes(("cat", "dog"), False), 0)
+    assert roberta.pad_token_id == 1

@@ -72,9 +72,8 @@ def test_blocks_have_the_same_role_at_every_depth():
 
 def full_run(config, work, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            dry_run_room, "find_shallow", lambda *_: Shallow(Blocks.of(work.activations, count_layers(config)))
-        )
+        whole = Shallow(Blocks.of(work.activations, count_layers(config, "causal")))
+        patch.setattr(dry_run_room, "find_shallow", lambda *_: whole)
         return dry_run(config, work)
 
 
@@ -111,7 +110,7 @@ def test_shallow_runs_tell_what_the_full_depth_takes(config, changes, monkeypatc
     """Asked are 0.5 %; where the line is exact, what is left is the rounding of a byte a category and run."""
     work = replace(WORK, quantization=Quantization("nf4"), micro_batch=1, eval_shape=(1, 40))
     work = replace(work, **changes)
-    assert find_shallow(config, work.activations).steps, "the claim is about models that are not run in full"
+    assert find_shallow(config, work.activations, "causal").steps, "the claim is about models that are not run in full"
     told = dry_run(config, work)
     whole = full_run(config, work, monkeypatch)
     peak = whole["peak_bytes"]
@@ -136,7 +135,7 @@ def test_held_out_rows_as_long_as_the_models_positions_are_rehearsed():
 @pytest.mark.parametrize("activations", ["recompute", "offload"])
 def test_a_model_without_blocks_is_planned_as_it_is_and_told_so(activations):
     config = OpenAIGPTConfig(vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4)
-    assert count_layers(config) == 0
+    assert count_layers(config, "causal") == 0
     recipe = read_recipe("default", ["base.model=x", "data.train=x", "base.device=cpu", "base.attention=eager"])
     pace = Pace(10, 2, 1, 1, None, 1e-3, "the test", 1000, 1000)
     plan = plan_methods(recipe, config, pace, 12, eval_shape=(1, 12))

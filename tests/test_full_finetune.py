@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from qlora_kit.base import Quantization
 from qlora_kit.base.load import build_model, freeze_and_quantize
 from qlora_kit.cli.app import app
-from qlora_kit.data import Encoded, Sampler
+from qlora_kit.data import Encoded, Sampler, side_by_side
 from qlora_kit.errors import FitError, ModelError, RunError
 from qlora_kit.export import merged_tensors, save_model
 from qlora_kit.memory import Ledger, PeakCounter
@@ -202,6 +202,16 @@ def test_the_planned_step_is_the_real_one_to_the_byte(is_tied, changes, tmp_path
     assert 0 <= measured["peak_bytes"] - planned["peak_bytes"] <= rows_bytes + 16
     for phase, peak in measured["peak_by_phase"].items():
         assert 0 <= peak - planned["peak_by_phase"][phase] <= rows_bytes + 1024, phase
+
+
+def test_a_step_that_is_cut_into_more_micro_batches_than_were_planned_takes_what_was_planned(tmp_path):
+    work = replace(WORK, micro_batch=3)
+    job = job_of(trainable(config(), work), tmp_path, work, data=[*rows(1), *rows(2, length=36)])
+    assert len(side_by_side([48, 36, 36], job.room)) == 2
+    planned, measured = dry_run(config(), work), watched(job)
+    assert abs(measured["peak_bytes"] / planned["peak_bytes"] - 1) < 0.01
+    for phase, peak in measured["peak_by_phase"].items():
+        assert peak == pytest.approx(planned["peak_by_phase"][phase], rel=0.01), phase
 
 
 def watched(job):

@@ -12,10 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qlora_kit import storage
 from qlora_kit.base import load_base
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError
-from qlora_kit.export import compare, merged_tensors, sealed
+from qlora_kit.export import compare, merged_tensors
 from qlora_kit.export.gguf import check_gguf_request, export, export_gguf, export_gguf_adapter
 from qlora_kit.export.gguf.families import context_length, family_of
 from qlora_kit.export.gguf.rope import rope_tensors
@@ -332,7 +333,7 @@ def test_a_stopped_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written_and_the_audits_copy_counts(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
-    monkeypatch.setattr(sealed.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
     model, said = trained(small("llama", vocab_size=20_000)), []
     for batches in (None, held_out()):
         with pytest.raises(RunError, match=r"needs \d+\.\d MiB on the disk of .* has 4\.88 KiB free") as caught:

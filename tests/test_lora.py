@@ -24,12 +24,14 @@ from qlora_kit.lora import (
     combine_adapters,
     delete_adapter,
     load_adapter,
+    load_start,
     lora_layers,
     peft_config,
     save_adapter,
     use_adapter,
 )
 from qlora_kit.lora import adapters as adapters_module
+from qlora_kit.recipe import Lora
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAN, INFINITY = float("nan"), float("inf")
@@ -580,6 +582,10 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused_unless_forced(t
     stranger = tiny.quantized(tiny.llama(seed=1))
     with pytest.raises(AdapterError, match=r"another base.*force"):
         load_adapter(stranger, tmp_path / "adapter")
+    for has_reference in (False, True):
+        with pytest.raises(AdapterError, match=r"another base.*set base\.model .* or lora\.from") as caught:
+            load_start(stranger, Lora.model_validate({"from": str(tmp_path / "adapter")}), has_reference=has_reference)
+        assert "force" not in str(caught.value), "a recipe has no such word"
     assert not list(lora_layers(stranger))
     assert len(load_adapter(stranger, tmp_path / "adapter", force=True).matched) == 14
 

@@ -12,6 +12,7 @@ import torch
 
 from qlora_kit.base import quantizer
 from qlora_kit.ops import native
+from qlora_kit.storage import private_folder
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang"))) or sys.platform not in ("linux", "darwin"),
@@ -94,7 +95,7 @@ def test_a_compiler_that_gives_other_bits_is_not_used(fresh, monkeypatch, tmp_pa
 
 @needs_compiler
 def test_several_that_compile_at_the_same_time_end_with_one_library(fresh):
-    folder = native._private_folder()
+    folder = private_folder("compiled")
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     with ThreadPoolExecutor(4) as pool:
         made = set(pool.map(lambda _: native._built(compiler, folder), range(4)))

@@ -17,9 +17,11 @@ from transformers import (
     MambaConfig,
     OPTConfig,
     Qwen3Config,
+    masking_utils,
 )
 
-from qlora_kit.base import Quantization
+from qlora_kit.base import Quantization, load_base
+from qlora_kit.base.attention import check_attention
 from qlora_kit.data import (
     Encoded,
     Room,
@@ -32,11 +34,12 @@ from qlora_kit.data import (
     longest_pack,
     side_by_side,
 )
-from qlora_kit.errors import ModelError
+from qlora_kit.errors import DeviceError, ModelError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
 from qlora_kit.plan import dry_run
-from qlora_kit.recipe import Train
+from qlora_kit.recipe import Train, read_recipe
+from qlora_kit.run import plan_memory, train
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.isolation import check_isolation, leaked_gradient
 from qlora_kit.train.loop import Job, train_loop
@@ -311,6 +314,34 @@ def test_a_family_that_mixes_documents_is_refused_in_one_line(family):
         assert "\n" not in str(caught.value)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_attention_that_keeps_documents_apart_in_one_sequence_alone_is_refused_where_several_stand_together(
+    monkeypatch,
+):
+    ask = masking_utils.find_packed_sequence_indices
+    alone = lambda positions: ask(positions) if len(positions) == 1 else None  # noqa: E731  # as flash attention does
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", alone)
+    model = ISOLATING["llama"]()
+    check_isolation(model, sequences=1)
+    with pytest.raises(ModelError, match=r"sdpa keeps .* where it is alone in a micro-batch .*train.micro_batch=1"):
+        check_isolation(model, sequences=4)
+
+
+@pytest.mark.parametrize("asked", ["flex", "flash"])
+def test_attention_that_trains_on_cards_alone_is_refused_on_a_cpu_and_what_it_trained_is_used_there_through_sdpa(
+    asked, model_folder
+):
+    device = torch.device("cpu")
+    with pytest.raises(DeviceError, match=f"base.attention={asked} has a backward pass on CUDA devices alone.*sdpa"):
+        check_attention(asked, device, torch.bfloat16)
+    words = [f"base.model={model_folder}", "data.train=/missing", "data.max_tokens=64", f"base.attention={asked}"]
+    recipe = read_recipe("default", words)
+    for starts in (plan_memory, train):
+        with pytest.raises(DeviceError, match=asked):
+            starts(recipe)
+    plan_memory(recipe, gpu="4090")
+    assert load_base(model_folder, attention=asked, device="cpu").config._attn_implementation == "sdpa"
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_other_families_and_settings_agree_too(family, changes, tmp_path):
 )  # fmt: skip
 def test_a_planned_step_of_packed_rows_takes_the_bytes_of_the_real_one(family, attention, tmp_path):
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32
-    work = replace(WORK, packing=True, attention=attention, dtype=dtype)
+    work = replace(WORK, packing=True, attention=attention, dtype=dtype, accumulation=2)
     measured, _ = real_step(CONFIGS[family], work, tmp_path)
     assert_agrees(dry_run(CONFIGS[family], work), measured)
     if attention == "sdpa":
@@ -204,8 +204,9 @@ def real_classification(config, work, lengths):
     ]
     with ledger:
         for _ in range(2):
-            batch = collate_texts(texts, [0, 2, 1, 0][: len(texts)], 0)
-            loss = accumulate_gradients(model, [batch], batch.count, CLASSIFICATION, phase=ledger.phase).value
+            batches = [collate_texts(texts, [0, 2, 1, 0][: len(texts)], 0)] * (2 if work.gradients_stand else 1)
+            count = len(texts) * len(batches)
+            loss = accumulate_gradients(model, batches, count, CLASSIFICATION, phase=ledger.phase).value
             with ledger.phase("optimizer"):
                 torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 1.0)
                 optimizer.step(1e-3)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import assert_mistake, call, write_recipe
 
-from qlora_kit.data import Encoded, collate_rows, read_row, swap_answers
-from qlora_kit.data.formats import Chat, Completion, Labelled, Preference
+from qlora_kit.base.formats import Quantization
+from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eval, swap_answers
+from qlora_kit.data.examples import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
-from qlora_kit.recipe import Train
+from qlora_kit.plan import Workload
+from qlora_kit.plan.dry_run import dry_step
+from qlora_kit.recipe import Lora, Train
+from qlora_kit.run.prepare import eval_batches, largest_eval_shape
+from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses
 from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
@@ -26,6 +32,7 @@ from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import Dpo, task_of
 
 PAIRS, VERDICTS = ("dpo", "ipo", "orpo"), ("kto",)
+WORK = Workload(Quantization("nf4"), Lora(rank=4), torch.float32, "sdpa", 1, 8, 1, "keep", "adamw", "none", task="dpo")
 FP32 = 2e-6  # a few roundings of 6e-8, summed in another order, of a difference of sums
 WIDE = torch.float64
 
@@ -110,6 +117,19 @@ def test_the_odds_ratio_is_right_for_likely_and_unlikely_answers(chosen, rejecte
     assert a.grad.isfinite().all()
     assert b.grad.isfinite().all()
     assert wanted is None or found.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+def test_the_odds_ratio_is_finite_where_an_answer_is_certain_and_follows_fp64_next_to_it():
+    nearest = [0.0, -1e-12, -1.2e-7, -1e-6, -1e-3, -0.5, -20.0]
+    pairs = torch.tensor([[c, r] for c in nearest for r in nearest])
+    chosen, rejected = (side.clone().requires_grad_() for side in pairs.T)
+    losses = odds_ratio_losses(chosen, rejected)
+    losses.sum().backward()
+    for tensor in (losses, chosen.grad, rejected.grad):
+        assert tensor.isfinite().all()
+    is_far = (pairs <= -1.2e-7).all(1)
+    wanted = odds_ratio_losses(*pairs[is_far].to(WIDE).T)
+    torch.testing.assert_close(losses[is_far].to(WIDE), wanted, rtol=2e-6, atol=1e-12)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -223,6 +243,13 @@ def test_answers_that_are_swapped_follow_other_prompts_and_are_no_longer_than_an
         answer = before.input_ids[before.trained.index(True) :]
         assert after.other.input_ids == (prompt + answer)[: max(len(each.input_ids) for each in rows)]
         assert after.other.trained_tokens > 0
+
+
+def test_an_answer_is_swapped_with_the_nearest_before_it_that_answers_another_prompt():
+    rows = [replace(sequence(p, a), is_good=True) for p, a in (([5], [20]), ([5], [21]), ([6], [22]), ([6], [23]))]
+    swapped = [row.other.input_ids for row in swap_answers(rows)]
+    assert swapped == [[5, 23], [5, 23], [6, 21], [6, 21]]
+    assert [row.other.input_ids for row in swap_answers(rows[:2])] == [[5, 21], [5, 20]], "there is no other prompt"
 
 
 # --- other people's code ----------------------------------------------------------------------------------------------
@@ -359,12 +386,33 @@ def test_a_pair_of_texts_is_a_pair_of_completions():
     assert found == Preference(Completion("a", "b"), Completion("a", "c"))
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_answers_with_a_verdict_are_texts_or_turns(label):
+def test_all_answers_to_one_prompt_are_on_one_side_of_the_split(rows_of_a_run):
+    train, held = split_eval(load_rows(rows_of_a_run, task="kto"), share=0.4)
+    assert (len(train), len(held)) == (10, 6)
+    assert not {row.answer.prompt for row in train} & {row.answer.prompt for row in held}
+    chats = [Labelled(Chat([{**QUESTION, "content": text}, answer]), True) for text in "ab" for answer in (HERE, THERE)]
+    train, held = split_eval(chats)
+    assert train[0].answer.messages[0] == train[1].answer.messages[0] != held[0].answer.messages[0]
+
+
+@pytest.mark.parametrize(
+    ("label", "is_good"),
+    [(True, True), (False, False), (1, True), (0, False), (1.0, True), ("1", True), ("0", False), ("true", True),
+     ("False", False), (" TRUE ", True), ("0.0", False)],
+)  # fmt: skip
+def test_answers_with_a_verdict_are_texts_or_turns(label, is_good):
     text = read_row({"prompt": "a", "completion": "b", "label": label}, "x", task="kto")
-    assert text == Labelled(Completion("a", "b"), bool(label))
+    assert text == Labelled(Completion("a", "b"), is_good)
     for row in ({"messages": [QUESTION, HERE]}, {"prompt": [QUESTION], "completion": [HERE]}):
-        assert read_row({**row, "label": label}, "x", task="kto") == Labelled(Chat([QUESTION, HERE]), bool(label))
+        assert read_row({**row, "label": label}, "x", task="kto") == Labelled(Chat([QUESTION, HERE]), is_good)
+
+
+def test_verdicts_of_a_csv_file_are_read_and_a_bad_one_is_named_by_its_line(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\na,b,True\na,c,0\n")
+    assert [row.is_good for row in load_rows(tmp_path / "rows.csv", task="kto")] == [True, False]
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\na,b,1\na,c,yes\n")
+    with pytest.raises(DataError, match=r"rows.csv:3: column 'label' is text \('yes'\), wanted true"):
+        load_rows(tmp_path / "rows.csv", task="kto")
 
 
 @pytest.mark.parametrize(
@@ -382,6 +430,9 @@ def test_answers_with_a_verdict_are_texts_or_turns(label):
         ("dpo", {"chosen": [QUESTION], "rejected": [QUESTION, THERE]}, "chosen ends with a turn of the user"),
         ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "wanted true"),
         ("kto", {"prompt": "a", "completion": "b", "label": 2}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": ""}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": None}, "wanted true"),
+        ("kto", {"prompt": "a", "completion": "b", "label": [1]}, "wanted true"),
         ("kto", {"prompt": "a", "label": True}, "completion or messages"),
         ("kto", {"prompt": "a", "completion": "b"}, "missing 'label'"),
         ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "missing"),
@@ -391,6 +442,25 @@ def test_a_bad_row_is_one_sentence_that_says_where(task, row, words):
     with pytest.raises(DataError, match=f"^rows.jsonl:3: .*{words}") as caught:
         read_row(row, "rows.jsonl:3", task=task)
     assert "\n" not in str(caught.value)
+
+
+def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
+    good, bad = (replace(sequence([5], a), answer="x", is_good=g) for a, g in (([20], True), ([21], False)))
+    assert answered_rows([bad, good, pairs()[0]]) == [good, pairs()[0]]
+    assert answered_rows([replace(bad, is_good=None)]) == [replace(bad, is_good=None)]
+
+
+def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
+    answers = [[place % 90] * (place % 13 + 1) for place in range(40)]
+    rows = [replace(sequence([5] * (150 - place), each), is_good=True) for place, each in enumerate(answers)]
+    sizes = [tuple(batch.input_ids.shape) for batch in eval_batches(rows, 0, torch.device("cpu"))]
+    count, tokens = largest_eval_shape(rows)
+    assert (2 * count, tokens) == max(sizes, key=math.prod)
+
+
+def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside_it():
+    counts = dry_step(tiny.llama().config, replace(WORK, has_reference=True))["parameters"]
+    assert counts["total"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -492,6 +562,33 @@ def test_preferences_go_on_from_an_adapter_and_hold_to_it(answered, rows_of_a_ru
     found = json.loads(call("eval", tmp_path / "run", "--json").stdout)
     assert found["loss"] == pytest.approx(scores["adapter"]["loss"], rel=1e-6)
     assert call("train", tmp_path / "run" / "recipe.yaml", "train.steps=3", "--resume").exit_code == 0
+
+
+@pytest.mark.slow
+def test_an_adapter_that_a_run_holds_to_must_be_what_it_was(answered, rows_of_a_run, tmp_path, model_folder):
+    start = shutil.copytree(answered / "adapter", tmp_path / "start")
+    recipe = write_recipe(tmp_path, model_folder, task="kto", steps=1)
+    recipe.write_text(recipe.read_text().replace("lora:\n  rank: 4\n", f"lora:\n  from: {start}\n"))
+    run, rows = tmp_path / "run", (f"data.train={rows_of_a_run}", "data.eval=null")
+    assert call("train", recipe, *rows).exit_code == 0
+    weights = start / "adapter_model.safetensors"
+    contents = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in contents.items()}, weights, metadata={"format": "pt"})
+    words = str(weights), "is not what it was when the run began", "put it back"
+    assert_mistake(call("eval", run, "--data", rows_of_a_run), *words)
+    assert_mistake(call("train", run / "recipe.yaml", "train.steps=2", "--resume"), *words)
+    shutil.rmtree(start)
+    assert_mistake(call("eval", run, "--data", rows_of_a_run), f"lora.from={start}", "neither")
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_a_run_is_not_written_over_the_adapter_that_it_starts_from(inside, answered, tmp_path, model_folder):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    recipe = write_recipe(tmp_path, model_folder)
+    recipe.write_text(recipe.read_text().replace("lora:\n  rank: 4\n", f"lora:\n  from: {answered / inside}\n"))
+    result = call("train", recipe, f"output={answered}", "--overwrite")
+    assert_mistake(result, "lora.from", f"output={answered}", "set output to another folder")
+    assert (answered / "adapter").is_dir()
 
 
 def test_answers_go_on_from_an_adapter(answered, tmp_path, model_folder):

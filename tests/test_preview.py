@@ -9,12 +9,14 @@ from functools import cache
 
 import pyarrow
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from rich.console import Console
+from safetensors.torch import save_file
 from test_data import END, TURNS, UNMARKED, make_tokenizer, write
 from tiny import llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -338,6 +340,21 @@ def test_a_preview_needs_no_weights_and_leaves_nothing_behind(recipe, model_fold
     assert "the cat 1 ⟦sat on 1</s>⟧" in result.stdout
     assert result.stdout.count("rows.jsonl:") == 2
     assert not (recipe.parent / "run").exists()
+
+
+def test_an_adapter_to_go_on_from_brings_its_tokens_and_its_shape(recipe, tmp_path):
+    adapter = tmp_path / "start"
+    adapter.mkdir()
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "peft_type": "LORA"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, adapter / "adapter_model.safetensors", {"added_tokens": '["<note>"]'})
+    write(tmp_path / "rows.jsonl", {"prompt": "the <note>", "completion": "sat"})
+    pieces = seen(recipe, f"lora.from={adapter}")["rows"][0]["sides"][0]["pieces"]
+    assert "<note>" in [piece["text"] for piece in pieces]
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 3}))
+    refused = call("preview", recipe, f"lora.from={adapter}")
+    assert refused.exit_code == 2
+    assert "leave out lora.rank" in refused.stderr
 
 
 def test_a_model_of_the_hub_needs_its_config_and_tokenizer_alone(recipe, model_folder, monkeypatch):

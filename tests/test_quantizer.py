@@ -126,6 +126,21 @@ def test_an_operator_takes_no_memory_that_is_not_as_it_must_be():
             quantizer.quantize_int8(wrong)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_threads_make_the_bytes_of_one(kind, monkeypatch):
+    functions = quantizer.c_functions()
+    if functions is None:
+        pytest.skip("there is no C compiler here")
+    w_N, taken = normal(64 * 1001 + 13), []
+    w_OI = normal(7 * 999, torch.float16).view(7, 999)
+    for count in (1, 2, 3, 16):
+        monkeypatch.setattr(quantizer, "threads", lambda count=count: taken.append(count) or count)
+        made = *functions.quantize_4bit(w_N, 64, kind), *functions.quantize_int8(w_OI)
+        wanted = *quantizer.quantize_4bit_plain(w_N, 64, kind), *quantizer.quantize_int8_plain(w_OI)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(made, wanted, strict=True))
+    assert taken == [1, 1, 2, 2, 3, 3, 16, 16]
+
+
 def test_the_compiled_code_writes_nowhere_but_where_it_should(monkeypatch):
     functions = quantizer.c_functions()
     if functions is None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from qlora_kit.data import FORMATS
 from qlora_kit.errors import RecipeError
 from qlora_kit.recipe import Base, Data, Lora, Recipe, Train, dump_recipe, names, not_yet, read_recipe, schema_text
 from qlora_kit.recipe import find as find_shipped
 from qlora_kit.recipe import summary as summary_of
+from qlora_kit.recipe.tasks import TASKS, TaskName
 from qlora_kit.recipe.words import SLOTS, nearest
 
 MINIMAL = "base: {model: org/name}\ndata: {train: org/rows}\n"
@@ -113,7 +116,6 @@ WORDS = {
 }
 
 NOT_BUILT = {
-    "base.attention": ["flex", "flash"],
     "lora.rank": ["auto"],
 }
 
@@ -836,3 +838,8 @@ def test_importing_recipes_is_cheap_and_brings_no_heavy_library():
     torch_seconds, brought = run("torch")
     assert "torch" in brought
     assert min(map(float, seconds)) < 0.25 * float(torch_seconds)
+
+
+def test_every_task_has_its_row_and_every_format_a_task():
+    assert tuple(TASKS) == get_args(TaskName)
+    assert {name for kind in TASKS.values() for name in kind.formats} == set(FORMATS)

@@ -24,13 +24,14 @@ from test_families import dense_model as family_of
 from tiny import llama, mixtral, quantized, wake
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from qlora_kit import storage
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Grid, Quantization, quantize
 from qlora_kit.base.load import freeze_and_quantize, load_base
 from qlora_kit.base.prequantized import packed
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError
-from qlora_kit.export import compare, export_quantized, merged_tensors, sealed
+from qlora_kit.export import compare, export_quantized, merged_tensors
 from qlora_kit.export import quantized as room
 from qlora_kit.export.compensate import Compensation, compensated
 from qlora_kit.lora import add_lora, lora_layers
@@ -335,12 +336,12 @@ def test_the_room_that_is_asked_for_is_what_is_needed(tmp_path, monkeypatch):
     model = trained_model()
     free = {"bytes": 5000}
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(sealed.shutil, "disk_usage", lambda path: usage(10**9, 0, free["bytes"]))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage(10**9, 0, free["bytes"]))
     with pytest.raises(RunError, match=r"needs 64\.\d MiB on the disk of .* has 4\.88 KiB free"):
         export_quantized(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     asked = []
-    monkeypatch.setattr(room, "check_room", lambda out, needed: asked.append(needed - sealed.TEXT_BYTES))
+    monkeypatch.setattr(room, "check_disk", lambda out, needed: asked.append(needed))
     export_quantized(model, None, tmp_path / "out")
     taken = (tmp_path / "out/model.safetensors").stat().st_size
     assert taken < asked[0] < taken + 14 * 4096 + MIB // 100

@@ -1,17 +1,39 @@
 """Sources: several of them in the shares that were asked for, whatever they are kept in, and each accounted for."""
 
+import errno
 import json
+import os
+import shutil
+import tempfile
+import tracemalloc
 from collections import Counter
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
 
+import hypothesis
 import pytest
 import yaml
-from test_data import write
+from hypothesis import strategies as st
+from test_data import make_tokenizer, write
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
-from qlora_kit.data import load_rows
+from qlora_kit.data import (
+    Completion,
+    Encoded,
+    EncodedSet,
+    RowTable,
+    cache,
+    encode_rows,
+    full_packs,
+    lengths_of,
+    load_rows,
+    remarks_on,
+)
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import read_recipe
+from qlora_kit.run import prepare as prepare_module
 from qlora_kit.run.prepare import prepare
 from qlora_kit.run.train import train
 from qlora_kit.train import loop
@@ -207,3 +229,283 @@ def test_why_a_hub_data_set_cannot_be_had_is_one_line_with_a_way_out(recipe, mon
         assert result.stderr.startswith("error: a/b (split train) cannot be read: ")
         assert said in result.stderr, result.stderr
         assert way_out in result.stderr, result.stderr
+
+
+# ---- rows in a file ------------------------------------------------------------------------------------------------
+
+IDS = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
+
+
+@st.composite
+def rows(draw, other=None):
+    """Rows of every kind."""
+    ids = draw(IDS)
+    return Encoded(
+        ids,
+        draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))),
+        draw(st.none() | IDS | st.just([])),
+        draw(st.none() | st.text(st.characters(), max_size=5)),  # halves of surrogate pairs as well
+        draw(st.text(max_size=5)),
+        None if other is None else draw(other),
+        draw(st.none() | st.booleans()),
+        draw(st.none() | st.integers(0, 9) | st.tuples(st.floats(0, 1), st.floats(0, 1))),
+    )
+
+
+@hypothesis.given(given=st.lists(rows(other=st.none() | rows()), max_size=6), more=st.lists(rows(), max_size=3))
+def test_a_table_gives_back_the_rows_it_was_given(given, more):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows"
+        table = RowTable(path, add=given)
+        assert list(table) == given
+        for row in more:
+            table.append(row)
+        whole = given + more
+        assert (list(table), len(table), table[1:-1]) == (whole, len(whole), whole[1:-1])
+        table.flush()
+        path.rename(path.with_name("renamed"))
+        again = RowTable(path.with_name("renamed"), table.ends, table.lengths)
+        assert list(again) == whole
+        assert list(lengths_of(again)) == list(lengths_of(whole)) == [row.longest for row in whole]
+        if whole:
+            assert again[-1] == whole[-1]
+        with pytest.raises(IndexError):
+            again[len(whole)]
+
+
+def test_rows_in_a_table_take_no_memory_by_their_number(tmp_path):
+    """Of Python's own objects: pages of the file are the system's, which takes them back."""
+    examples = [Completion("the cat", f" sat on the mat {n}" * 40) for n in range(300)]
+    tokenizer, taken = make_tokenizer(), {}
+    for name, onto in (("list", EncodedSet()), ("table", EncodedSet(rows=RowTable(tmp_path / "rows")))):
+        tracemalloc.start()
+        encode_rows(examples, tokenizer, onto=onto)
+        assert len(onto.rows) == 300
+        taken[name] = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+    tokens = onto.counts.tokens
+    assert taken["list"] > 15 * tokens, "a pointer for each id and each mark"
+    # Left are two numbers for the table, and what the first of the rows brought in.
+    assert taken["table"] < 2 * tokens
+
+
+# ---- the cache -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """The folder of the cache, for which every set is large; it tells how often rows were encoded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setattr(cache, "LARGE_BYTES", 1)
+    folder = tmp_path / "xdg" / "qlora_kit" / "data"
+    encoded = []
+
+    def counted(examples, tokenizer, encode=prepare_module.encode_rows, **how):
+        encoded.append(how["onto"])
+        return encode(examples, tokenizer, **how)
+
+    monkeypatch.setattr(prepare_module, "encode_rows", counted)
+    return SimpleNamespace(folder=folder, encoded=encoded, entries=lambda: sorted(folder.glob("*")))
+
+
+def facts_of(found):
+    """All that a run knows of its rows."""
+    return [
+        (list(each.rows), each.parts, each.has_chats, vars(each.faults), dict(each.places), list(each.lengths_given))
+        for each in (found.train, found.eval)
+    ] + [found.pace, found.date, remarks_on(found.train, found.eval, found.tokenizer)]
+
+
+ODD = [{"prompt": "say ", "completion": "cat " * 90}, {"prompt": "say cat 3 ", "completion": "3"}, {"prompt": 3}]
+
+
+@pytest.mark.parametrize("choice", ["drop", "truncate", "split"])
+def test_rows_from_the_cache_are_those_that_were_encoded_with_all_that_is_known_of_them(recipe, kept, choice):
+    write(recipe.parent / "small.jsonl", *SMALL, *ODD)
+    asked = "data.eval=auto", "data.on_error=skip", f"data.over_length={choice}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_KIT_CACHE", "0")
+        plain = prepared(recipe, *asked)
+    assert (type(plain.train.rows), kept.entries()) == (list, [])
+    first, times = prepared(recipe, *asked), len(kept.encoded)
+    second = prepared(recipe, *asked)
+    assert len(kept.encoded) == times, "nothing was encoded the second time"
+    assert type(second.train.rows) is type(first.train.rows) is RowTable
+    assert facts_of(first) == facts_of(second) == facts_of(plain)
+    assert plain.train.counts.faults == 1
+    befallen = {fate for fate, where in plain.train.places.items() if where}
+    assert befallen == {{"drop": "dropped", "truncate": "truncated"}.get(choice, choice)}
+    (entry,) = kept.entries()
+    assert {file.name for file in entry.iterdir()} == {"train.rows", "eval.rows", "index.safetensors", "set.json"}
+
+
+def test_whatever_decides_the_rows_names_another_entry_and_nothing_else_does(recipe, kept, model_folder, monkeypatch):
+    def entries(*overrides):
+        prepared(recipe, *overrides)
+        return len(kept.entries())
+
+    large, small = recipe.parent / "large.jsonl", recipe.parent / "small.jsonl"
+    assert entries() == 1
+    assert entries("train.seed=3", "train.epochs=1", "lora.rank=4", "data.packing=true") == 1
+    assert entries("data.template=plain") == 1, "the one that there is without a word"
+    own = recipe.parent / "own.jinja"
+    own.write_text("{{ messages[0].content }}")
+    weights = [{"path": str(large), "weight": 3}, {"path": str(small)}]
+    assert entries(f"data.train={json.dumps(weights)}") == 1
+    assert prepared(recipe, f"data.train={json.dumps(weights)}").train.epoch.rows == 3 * 24 + 6
+    changes = [
+        "data.max_tokens=63", "data.over_length=split", "data.eval=auto", f"data.eval={small}", "data.loss_on=all",
+        "data.thinking=strip", f"data.template={own}", "data.format=completion", "data.on_error=skip",
+        "train.task=pretrain", f"data.train={large}", "lora.added_tokens=[cat]",
+        f"data.train={json.dumps([str(small), str(large)])}",
+        f"data.train={json.dumps([{'path': str(large), 'columns': {'prompt': 'completion'}}, str(small)])}",
+    ]  # fmt: skip
+    for number, change in enumerate(changes, 2):
+        assert entries(change) == number, change
+    now = len(kept.entries())
+    large.write_text(large.read_text().replace("say cat 3 ", "say cat 4 "))
+    assert entries() == now + 1
+    monkeypatch.setattr(cache, "_CODE", cache._CODE[1:])
+    assert entries() == now + 2
+
+
+def test_a_damaged_entry_is_made_again(recipe, kept):
+    whole = facts_of(prepared(recipe, "data.eval=auto"))
+    (entry,) = kept.entries()
+
+    def cut(file):
+        file.write_bytes(file.read_bytes()[:-3])
+
+    def flip(file):
+        contents = bytearray(file.read_bytes())
+        contents[len(contents) // 2] ^= 4
+        file.write_bytes(contents)
+
+    def other_json(file):
+        file.write_text('{"schema": 1, "sha256": {}}')
+
+    damages = [(name, damage) for name in cache._FILES for damage in (cut, flip, Path.unlink)]
+    for name, damage in [*damages, ("set.json", cut), ("set.json", Path.unlink), ("set.json", other_json)]:
+        times = len(kept.encoded)
+        damage(entry / name)
+        assert facts_of(prepared(recipe, "data.eval=auto")) == whole, (name, damage)
+        assert len(kept.encoded) > times, (name, damage)
+        assert [each.name for each in kept.entries()] == [entry.name]
+
+
+def test_what_stops_a_run_leaves_no_entry_and_what_cannot_be_kept_stops_none(recipe, kept, monkeypatch):
+    whole = facts_of(prepared(recipe))
+    shutil.rmtree(kept.folder)
+    for text, overrides in (('{"prompt": 3}', ()), ("", ("data.max_tokens=2",))):
+        with (recipe.parent / "small.jsonl").open("a") as file:
+            file.write(text)
+        with pytest.raises(DataError):
+            prepared(recipe, *overrides)
+        assert kept.entries() == []
+        write(recipe.parent / "small.jsonl", *SMALL)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    for step in ("append", "flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(RowTable, step, full)
+            found = prepared(recipe)
+        assert facts_of(found) == whole
+        assert type(found.train.rows) is list
+        assert list(kept.folder.iterdir()) == [], "nothing half made either"
+    kept.folder.chmod(0o777)  # any other user could put rows there
+    assert facts_of(prepared(recipe)) == whole
+    assert kept.entries() == []
+
+
+def test_small_sets_leave_nothing_behind(recipe, kept, monkeypatch):
+    monkeypatch.setattr(cache, "LARGE_BYTES", 4 * 2**20)
+    assert type(prepared(recipe).train.rows) is list
+    assert not kept.folder.exists()
+
+
+def test_the_entries_that_were_used_least_lately_make_room(recipe, kept, monkeypatch):
+    for length in (40, 41, 42):
+        prepared(recipe, f"data.max_tokens={length}")
+        for entry in kept.entries():  # as if a minute had passed
+            os.utime(entry, (entry.stat().st_atime - 60, entry.stat().st_mtime - 60))
+    sizes = [sum(file.stat().st_size for file in entry.iterdir()) for entry in kept.entries()]
+    assert len(sizes) == 3
+    prepared(recipe, "data.max_tokens=40")  # the oldest of them is used again
+    monkeypatch.setattr(cache, "MOST_BYTES", 3 * max(sizes))
+    prepared(recipe, "data.max_tokens=43")
+    assert len(kept.entries()) == 3
+    times = len(kept.encoded)
+    for length in (40, 42, 43):
+        prepared(recipe, f"data.max_tokens={length}")
+    assert len(kept.encoded) == times
+    monkeypatch.setattr(cache, "MOST_BYTES", 1)
+    prepared(recipe, "data.max_tokens=44")
+    assert len(kept.entries()) == 1, "the newest stays"
+
+
+def test_a_hub_data_set_is_cached_by_the_files_that_it_lies_in(recipe, hub, kept):
+    found = [prepared(recipe, "data.train=owner/name") for _ in range(2)]
+    assert len(kept.encoded) == 2, "train and held out, once"
+    assert facts_of(found[0]) == facts_of(found[1])
+    parts = json.dumps([{"path": "owner/name", "split": "train[:50%]"}])
+    assert prepared(recipe, f"data.train={parts}").train.counts.rows == 12
+
+
+DATED = "{% for m in messages %}{{ m.role + strftime_now(' %d ') + m.content + eos_token }}{% endfor %}" + (
+    "{% if add_generation_prompt %}{{ 'assistant' + strftime_now(' %d ') }}{% endif %}"
+)
+
+
+def write_chats(recipe):
+    turns = [
+        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"cat {n}" * (n % 5 + 1)}]
+        for n in range(24)
+    ]
+    write(recipe.parent / "large.jsonl", *({"messages": each} for each in turns))
+
+
+def test_an_evaluation_finds_the_rows_of_its_run_though_the_template_is_settled_by_then(recipe, kept):
+    write_chats(recipe)
+    (recipe.parent / "dated.jinja").write_text(DATED)
+    asked = read_recipe(str(recipe), ("data.eval=auto", f"data.template={recipe.parent}/dated.jinja"))
+    found = prepare(asked, Watch(), weights=False, today=date(2024, 5, 6))
+    times = len(kept.encoded)
+    assert found.date == date(2024, 5, 6)
+    assert "strftime_now(format)" in found.tokenizer.chat_template, "the template is no longer what it was"
+    held = prepare_module.held_out_rows(asked, found.tokenizer, found.config, None)
+    assert (len(kept.encoded), held.rows) == (times, found.eval.rows)
+    prepare(asked, Watch(), weights=False, today=date(2024, 5, 7))
+    assert len(kept.encoded) > times, "another day, other words"
+    assert len(kept.entries()) == 2
+
+
+def test_a_rehearsal_takes_the_same_rows_of_a_table(recipe, kept):
+    found = prepared(recipe)
+    assert type(found.train.rows) is RowTable
+    assert full_packs(found.train.rows, 3, 50) == full_packs(list(found.train.rows), 3, 50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_training_on_rows_of_a_table_is_training_on_rows_in_memory_and_its_evaluation_encodes_nothing(
+    recipe, kept, packing, monkeypatch
+):
+    write_chats(recipe)
+    asked = "data.eval=auto", f"data.packing={packing}", "base.attention=eager", "data.template=plain"
+    metrics = []
+    for name, switch in (("memory", "0"), ("table", "1")):
+        monkeypatch.setenv("QLORA_KIT_CACHE", switch)
+        train(read_recipe(str(recipe), (*asked, f"output={recipe.parent / name}")))
+        lines = (recipe.parent / name / "metrics.jsonl").read_text().splitlines()
+        timed = {"tokens_per_s", "peak_bytes"}
+        metrics.append([{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines])
+    assert len(kept.entries()) == 1
+    assert len({row["loss"] for row in metrics[0] if "loss" in row}) > 3
+    assert metrics[0] == metrics[1]
+    times = len(kept.encoded)
+    result = call("eval", recipe.parent / "table", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rows"] == 1
+    assert len(kept.encoded) == times

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 
 from qlora_kit.data import Chat, collate, encode_rows, encode_turns, end_token_id, fix_tokenizer, template_tokens
 from qlora_kit.data.chat_template import fix_template, writes_date
-from qlora_kit.data.thinking import after_prompt, thought_of, with_thinking
+from qlora_kit.data.thinking import KEYS, after_prompt, thought_of, with_thinking
 from qlora_kit.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be a cat."}
@@ -290,6 +290,22 @@ def test_thoughts_are_kept_left_out_or_emptied_behind_the_prompt_of_that_mode(na
     assert rows[0].input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(prompt).endswith(opened)
     assert (BLOCK in tokenizer.decode(prompt)) == (opened == BLOCK)
+
+
+@pytest.mark.parametrize("asked", KEYS)
+def test_a_thought_is_written_whatever_the_row_and_the_template_call_it(asked):
+    source = FAMILIES["qwen3"].source.replace("reasoning_content", asked)
+    for held in KEYS:
+        answer = {"role": "assistant", "content": "on the mat", held: THOUGHT}
+        tokenizer, (row,) = thinking(replace(FAMILIES["qwen3"], source=source), "keep", answer)
+        assert stretches(row, tokenizer) == [FULL + "on the mat<|im_end|>"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi4"])
+def test_a_thought_in_the_content_is_written_once_beside_empty_columns_of_others(family):
+    """A table has every column in every row."""
+    tokenizer, (row,) = thinking(FAMILIES[family], "keep", INSIDE | dict.fromkeys(KEYS))
+    assert stretches(row, tokenizer) == [FULL + "on the mat<|im_end|>"]
 
 
 def test_earlier_thoughts_of_a_forgetful_template_are_trained_and_not_seen_again():

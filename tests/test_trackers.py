@@ -6,12 +6,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import tiny
-from test_cli import call
+from test_cli import assert_mistake, call
 from test_use import WORDS, write_recipe
+from torch.utils import tensorboard
 
 from qlora_kit.errors import RunError
-from qlora_kit.run.folder import clear_run_folder
-from qlora_kit.train.trackers import as_tracked, start_trackers
+from qlora_kit.run.folder import clear_run_folder, files_of_run
+from qlora_kit.train.trackers import as_tracked, start_trackers, tracking
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_rows_are_grouped_by_what_they_tell_of():
     assert as_tracked({"step": 3, "eval_loss": 2.0}) == {"eval/loss": 2.0}
 
 
-def test_tensorboard_gets_the_rows_of_metrics_and_the_settings_of_the_recipe(recipe):
+def test_tensorboard_gets_the_rows_of_metrics_and_the_settings_of_the_recipe(recipe, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     result = call("train", recipe, "train.trackers=[tensorboard]", "train.lr=auto")
     assert result.exit_code == 0, result.output
@@ -53,8 +54,33 @@ def test_tensorboard_gets_the_rows_of_metrics_and_the_settings_of_the_recipe(rec
     assert "base.quantization: nf4" in text
     assert "lora.rank: 4" in text
     assert f"train.lr: {metrics[-2]['lr']}" in text
-    clear_run_folder(run)
-    assert not (run / "qlora-kit").exists(), "what an earlier run logged goes with it"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def fails(*_, **__):
+        raise OSError("no room for logs")
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", fails)
+    refused = call("train", recipe, "train.trackers=[tensorboard]", "--overwrite")
+    assert_mistake(refused, "tensorboard cannot be started", "no room for logs")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before, "the run outlives that"
+    earlier = files_of_run(run)
+    (run / "qlora-kit" / "events of the next run").touch()
+    clear_run_folder(run, earlier)
+    assert [path.name for path in (run / "qlora-kit").iterdir()] == ["events of the next run"]
+
+
+def test_trackers_end_when_training_fails(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(tensorboard.SummaryWriter, "close", lambda self: closed.append(self))
+
+    def fail():
+        with tracking(["tensorboard"], tmp_path, {"lora.rank": 4}, tiny.CPU) as track:
+            track({"step": 1, "loss": 2.0, "grad_norm": None})
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fail()
+    assert closed
 
 
 class Refused(Exception):

@@ -1021,12 +1021,15 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_step_is_taken(brok
                 next(iter(job.parameters.values())).register_hook(lambda grad: grad * math.inf)
 
     job.watch = poison
-    with pytest.raises(TrainingError, match=rf"{broken} is not finite at step 3"):
+    with pytest.raises(
+        TrainingError, match=rf"{broken} is not finite at step 3 on the rows .*; that step left no checkpoint"
+    ):
         run(job)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 3
     assert last[broken] is None
     assert last["nonfinite"] is True
+    assert len(last["rows"]) == job.pace.rows_a_step
     assert kept
     assert same(values(job), kept)
     assert job.progress.step == 2
@@ -1041,7 +1044,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run_too(tmp_path):
     model = adapted()
     job = job_of(model, tmp_path, evals=rows((5,)), eval_every=2, save_every=1)
     job.watch = lambda row: model.model.norm.weight.data.fill_(math.nan) if row["step"] == 2 else None
-    with pytest.raises(TrainingError, match="eval_loss is not finite at step 2, which left no checkpoint"):
+    with pytest.raises(TrainingError, match="eval_loss is not finite at step 2; that step left no checkpoint"):
         run(job)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step-000001"]
 

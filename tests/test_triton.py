@@ -28,7 +28,7 @@ from qlora_kit.ops import (
     rms_norm_plain,
     triton,
 )
-from qlora_kit.ops.slices import row_parts
+from qlora_kit.ops.rows import row_parts
 from qlora_kit.train.step import accumulate_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy, for Triton

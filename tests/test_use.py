@@ -13,17 +13,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
-from qlora_kit.cli.terminal import printable
+from qlora_kit.cli.visible import visible
 from qlora_kit.data import Encoded, ask, collate, encode, read_prompts, read_row
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.run import Conversation, load_run, load_speaker
+from qlora_kit.run.prepare import eval_batches
+from qlora_kit.run.score import score_rows
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
@@ -121,9 +123,24 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
     assert len(set(wanted)) == 3
     told = []
     for at_once in (1, 22, 1000):
-        found = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, tokens_at_once=at_once, progress=told.append)
+        found = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, tokens_at_once=at_once, tell=told.append)
         assert found == wanted
-    assert told == [1, 2, 3, 2, 3, 3]
+    assert [[*each] for each in told] == [[2], [0], [1], [2, 0], [1], [2, 0, 1]], "longest first"
+    assert all(texts[row] == wanted[row] for texts in told for row in texts)
+
+
+def test_held_out_rows_are_answered_within_the_positions_of_the_model_and_each_with_its_own_room(model):
+    """Learned positions, as OPT has them, are a table: what lies behind its end is an error, and no worse answer."""
+    _, tokenizer = model
+    made_of = {"hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    net = tiny.spread(OPTForCausalLM(OPTConfig(vocab_size=260, max_position_embeddings=64, eos_token_id=0, **made_of)))
+    prompts = [[5 + row] * length for row, length in enumerate((60, 62, 9, 64))]
+    rows = [Encoded(prompt + [9] * more, [False] * len(prompt) + [True] * more, prompt, "x")
+            for prompt, more in zip(prompts, (4, 2, 30, 0), strict=True)]  # fmt: skip
+    _, texts = score_rows(net.eval(), tokenizer, rows, eval_batches(rows[:3], 0, net.device))
+    wanted = [by_hand(net, prompt, min(31, 64 - len(prompt))) for prompt in prompts[:3]]
+    assert [len(tokens) for tokens in wanted] == [4, 2, 31]
+    assert texts == [*(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted), ""]
 
 
 def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
@@ -233,10 +250,14 @@ def test_a_stream_that_ends_within_a_character_says_so(model):
     assert streamer.text.startswith("a\ufffd")
 
 
-def test_what_a_model_says_moves_no_cursor():
-    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u0085\b\x00é\n\t🙂"
-    assert printable(hostile) == "a[2J]0;titlebc31mé\n\t🙂"
-    assert printable("plain\ttext\n") == "plain\ttext\n"
+def test_what_a_model_says_and_what_is_said_of_names_moves_no_cursor(capsys):
+    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u0085\b\x00é\n🙂"
+    for show in (chat._show, chat._say):
+        show(hostile)
+    shown = r"a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\x85\x08\x00é" + "\n🙂"
+    assert capsys.readouterr() == (shown, shown + "\n")
+    chat._show("plain\ttext\n")
+    assert capsys.readouterr().out == "plain\ttext\n"
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -319,6 +340,38 @@ def test_a_file_of_prompts_is_answered_in_its_order(text_run, tmp_path):
     whole = json.loads(call("generate", text_run, "--prompts", text_run.parent / "rows.jsonl", *short, "--json").stdout)
     assert whole["schema"] == 1
     assert [each["reference"] for each in whole["answers"]] == list(WORDS)
+
+
+def test_answers_that_were_made_before_a_stop_are_kept(text_run, tmp_path, monkeypatch):
+    generate, done = import_module("qlora_kit.train.generate"), []
+    real = generate._generate
+
+    def interrupted(model, tokenizer, prompts, *rest, **more):
+        if done:
+            raise KeyboardInterrupt
+        done.extend(prompts)
+        return real(model, tokenizer, prompts, *rest, **more)
+
+    out, part = tmp_path / "new" / "answers.jsonl", tmp_path / "new" / "answers.jsonl.part"
+    (tmp_path / "p.txt").write_text("".join(f"{number:03}\n" for number in range(40)))
+    asked = ("generate", text_run, "--prompts", tmp_path / "p.txt", "--max-new-tokens", 61, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "_generate", interrupted)
+        stopped = call(*asked)
+    assert stopped.exit_code == 130
+    assert f"32 answers are in {part}" in stopped.stderr
+    assert not out.exists()
+    kept = jsonl(part)
+    assert len(kept) == len(done) == 32
+    assert_mistake(call(*asked), f"{part} holds answers", "--out")
+    part.unlink()
+    assert call(*asked).exit_code == 0
+    assert not part.exists()
+    whole = jsonl(out)
+    assert [row["prompt"] for row in whole] == [f"{number:03}" for number in range(40)]
+    assert all(row in whole for row in kept)
+    not_there = call("generate", tmp_path, "--prompt", "hi", "--out", tmp_path / "p.txt" / "answers.jsonl")
+    assert_mistake(not_there, "p.txt", "--out")
 
 
 def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_path):
@@ -468,20 +521,30 @@ def test_chat_works_through_a_pipe(chat_run, tmp_path):
     )  # fmt: skip
     rows = jsonl(saved)
     assert rows[0]["messages"][0] == {"role": "user", "content": "hi"}
-    assert said.startswith(printable(rows[0]["messages"][1]["content"]) + "\n")
+    assert said.startswith(visible(rows[0]["messages"][1]["content"], keep="\n\t") + "\n")
     assert len(rows[0]["messages"]) == 2, "the second question was taken back"
     for words in ("there is no /nothing", "taken back", "exists already", "the bare base speaks", "run (speaks)",
-                  "/undo", "a row of training data"):  # fmt: skip
+                  "/undo", "as training data"):  # fmt: skip
         assert words in told
     assert "never read" not in said + told
 
 
-def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves(text_run):
-    said, told = talk(text_run, lines=["say cat ", "say cat ", "/system be brief"])
+def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves_and_saves_them_so(text_run, tmp_path):
+    saved = tmp_path / "saved.jsonl"
+    lines = [f"/save {saved}", "say", "say", "say cat ", "/system be brief", f"/save {saved}"]
+    said, told = talk(text_run, lines=[*lines, "/save ~no-such-person/x.jsonl"])
     assert "by itself" in told
     assert "no system turn" in told
-    alone = call("generate", text_run, "--prompt", "say cat ", "--max-new-tokens", 6).stdout
-    assert said == 2 * alone
+    assert "nothing is said yet" in told
+    assert "error: ~no-such-person/x.jsonl cannot be written" in told
+    first, second = jsonl(saved)
+    assert first == second
+    assert read_row(first, "saved").prompt == "say"
+    alone, nothing = (
+        call("generate", text_run, "--prompt", text, "--max-new-tokens", 6).stdout for text in ("say", "say cat ")
+    )
+    assert said == 2 * alone + nothing
+    assert (alone, nothing) == (first["completion"] + "\n", "\n")
     assert_mistake(call("chat", text_run, "--system", "be brief"), "no system turn")
 
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
 from qlora_kit.base.formats import Kind, Quantization
@@ -40,6 +41,7 @@ from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_qu
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
 from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.storage import read_json
 
 Head = Literal["causal", "classification"]
 """What a model says: the next token, or which of several labels a text has."""
@@ -84,7 +86,7 @@ def load_base(
         device: cpu, cuda, cuda:N, or auto.
         skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
         quantize_head: quantise the output head and the input embedding, too.
-        attention: sdpa or eager.
+        attention: sdpa, eager, flex or flash; sdpa stands in for one that cannot be had here.
         revision: of the hub repository.
         trust_remote_code: run code that the model folder brings.
         vocabulary: tokens that the embedding must have rows for; those that it lacks start as the mean of the others.
@@ -117,7 +119,7 @@ def load_base(
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
     with quantized_on_arrival(asked, dtype, target) if is_dense else nullcontext():
-        loaded, untrained = _load(folder, config, attention, head)
+        loaded, untrained = _load(folder, config, implementation(attention, target, dtype), head)
     keep_record(loaded, asked, dtype, folder, untrained, vocabulary)
     let_go_of_clean_files()  # some rows of every matrix were read
     with nullcontext() if watching is None else watching(loaded):
@@ -170,6 +172,16 @@ def head_of(model: PreTrainedModel) -> Head:
     return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
 
 
+def stored_head(folder: Path) -> Head:
+    """What the model of a folder was saved to say, by the class that its config.json names.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    named = read_json(folder / "config.json").get("architectures") or ["?"]
+    return "classification" if str(named[0]).endswith("ForSequenceClassification") else "causal"
+
+
 def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:
     """The same model with no weights read: what the dry run uses under fake tensors.
 
@@ -193,6 +205,11 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, he
         raise ModelError(f"config.json describes a {config.model_type} that cannot be built ({why})") from error
     model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
     return model
+
+
+def reads_both_ways(config: PretrainedConfig) -> bool:
+    """Whether the tokens of such a model see those behind them, too."""
+    return type(config) in AutoModelForMaskedLM._model_mapping
 
 
 def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
@@ -354,8 +371,7 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
         kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
         raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
-    both = config.is_encoder_decoder or (head == "causal" and type(config) in AutoModelForMaskedLM._model_mapping)
-    if both:
+    if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 

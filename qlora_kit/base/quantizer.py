@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from qlora_kit.base.kernels import table_4bit
-from qlora_kit.ops.native import library
+from qlora_kit.ops.native import library, threads
 
 _C_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CHUNK = 1 << 17
@@ -186,8 +186,8 @@ class CFunctions:
     def __init__(self, compiled: ctypes.CDLL) -> None:
         self._4bit, self._int8 = compiled.qlora_kit_quantize_4bit, compiled.qlora_kit_quantize_int8
         address, size = ctypes.c_void_p, ctypes.c_int64
-        self._4bit.argtypes = [address, ctypes.c_int, size, size, address, address, address, address]
-        self._int8.argtypes = [address, size, size, address, address]
+        self._4bit.argtypes = [address, ctypes.c_int, size, size, address, address, address, address, ctypes.c_int]
+        self._int8.argtypes = [address, size, size, address, address, ctypes.c_int]
         self._4bit.restype = self._int8.restype = None
 
     def quantize_4bit(self, w_N: Tensor, block_size: int, kind: str) -> tuple[Tensor, Tensor]:
@@ -195,13 +195,14 @@ class CFunctions:
         codes, absmax = _empty_4bit(w_N, block_size)
         tables = (each.data_ptr() for each in intervals(kind, w_N.device))
         sizes = w_N.numel(), block_size
-        self._4bit(w_N.data_ptr(), _C_DTYPES[w_N.dtype], *sizes, *tables, codes.data_ptr(), absmax.data_ptr())
+        made = codes.data_ptr(), absmax.data_ptr()
+        self._4bit(w_N.data_ptr(), _C_DTYPES[w_N.dtype], *sizes, *tables, *made, threads())
         return codes, absmax
 
     def quantize_int8(self, w_OI: Tensor) -> tuple[Tensor, Tensor]:
         """As `quantize_int8_plain`."""
         codes, absmax = _empty_int8(w_OI)
-        self._int8(w_OI.data_ptr(), *w_OI.shape, codes.data_ptr(), absmax.data_ptr())
+        self._int8(w_OI.data_ptr(), *w_OI.shape, codes.data_ptr(), absmax.data_ptr(), threads())
         return codes, absmax
 
     def agree_with_plain(self) -> bool:

@@ -35,6 +35,11 @@ class BaseRecord:
     vocabulary: int = 0
     weights_mark: str = ""
 
+    @property
+    def mark(self) -> str:
+        """Which checkpoint it is, its linear layers included."""
+        return " ".join(filter(None, (self.fingerprint, self.weights_mark)))
+
 
 def keep_record(
     model: PreTrainedModel,

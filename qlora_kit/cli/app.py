@@ -24,6 +24,7 @@ from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
+from qlora_kit.cli.verify import verify
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, QloraKitError, RecipeError
 
@@ -162,6 +163,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that stands in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Resume though recipe, rows or base have changed.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """The main job: plan, load, train, score, report. Fills the run folder."""
@@ -170,6 +172,8 @@ def train(
 
     if resume and overwrite:
         raise RecipeError("--resume goes on with a run and --overwrite removes it; give one of them")
+    if force and not resume:
+        raise RecipeError("--force is for a run that is resumed; give --resume with it, or leave it out")
     checked = read_recipe(recipe, overrides or [])
     screen = Screen()
     with screen.catching_signals(), screen.showing():
@@ -177,7 +181,12 @@ def train(
         from qlora_kit.run import train as run_train
 
         result = run_train(
-            checked, resume=resume, overwrite=overwrite, watch=screen, trust_remote_code=trust_remote_code
+            checked,
+            resume=resume,
+            overwrite=overwrite,
+            force=force,
+            watch=screen,
+            trust_remote_code=trust_remote_code,
         )
     screen.ended(result)
     if screen.signal is not None and not result.finished:
@@ -206,6 +215,7 @@ def evaluate(
 
 app.command()(reports_errors(generate))
 app.command()(reports_errors(chat))
+app.command()(reports_errors(verify))
 
 
 app.command()(reports_errors(export))

@@ -1,6 +1,7 @@
 """`qlora-kit chat`: a conversation in the terminal. Answers go to standard output, all else to standard error."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from qlora_kit.cli.options import (
     TrustRemoteCode,
     sampling_of,
 )
-from qlora_kit.cli.terminal import printable
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.storage import write_text
 
@@ -96,7 +97,7 @@ class _Terminal:
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].strip().partition(" ")
             if name not in self._commands:
-                raise RunError(f"there is no /{printable(name)}; /help lists commands, and //{name} says /{name}")
+                raise RunError(f"there is no /{name}; /help lists commands, and //{name} says /{name}")
             self._commands[name](rest.strip())
         elif line.strip():
             with self._stopping():
@@ -129,14 +130,16 @@ class _Terminal:
         self._say_who()
 
     def _save(self, name: str) -> None:
-        """FILE: write the conversation as a row of training data"""
+        """FILE: write the conversation as training data"""
         if not name:
             raise RunError("/save wants the name of a new file")
-        path = Path(name).expanduser()
+        path, rows = Path(os.path.expanduser(name)), self._conversation.rows
+        if not rows:
+            raise RunError("nothing is said yet, so there is nothing to save")
         if path.exists():
             raise RunError(f"{path} exists already; name a new file")
         try:
-            write_text(path, json.dumps({"messages": self._conversation.messages}, ensure_ascii=False) + "\n")
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror}") from error
         _say(f"saved to {path}")
@@ -183,7 +186,7 @@ def _read() -> str | None:
 
 
 def _show(piece: str) -> None:
-    typer.echo(printable(piece), nl=False)
+    typer.echo(visible(piece, keep="\n\t"), nl=False)
 
 
 def _note(text: str) -> None:
@@ -191,4 +194,4 @@ def _note(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(visible(text, keep="\n"), err=True)

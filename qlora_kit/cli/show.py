@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qlora_kit.cli.terminal import printable
 from qlora_kit.cli.visible import visible
 from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.judge import judge_scores
@@ -165,7 +164,7 @@ class Screen(Watch):
 
     def sampled(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """The first of a step's samples, in one line."""
-        prompt, answer = (escape(_clip(" ".join(printable(rows[0][key]).split()), 60)) for key in ("prompt", "answer"))
+        prompt, answer = (escape(_clip(visible(" ".join(rows[0][key].split())), 60)) for key in ("prompt", "answer"))
         self.console.print(f"[bold]sample[/] step {step}: {prompt} [bold]->[/] {answer}")
 
     def scored(self, scores: Mapping[str, Any]) -> None:
@@ -177,7 +176,7 @@ class Screen(Watch):
                 table.add_column(heading, overflow="fold")
             for sample in scores["samples"]:
                 texts = (sample[key] for key in ("prompt", "reference", "base", "adapter"))
-                table.add_row(*(escape(_clip(printable(text))) for text in texts))
+                table.add_row(*(escape(_clip(visible(text, keep="\n\t"))) for text in texts))
             self.console.print()
             self.console.print(table)
         self.console.print(f"\n[bold]score on {counted(scores['rows'], 'held-out row')}[/]")

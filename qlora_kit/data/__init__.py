@@ -4,12 +4,14 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 (files)        (held out)      (token ids)      (batches)
 """
 
+from qlora_kit.data.cache import cache_key, cached
 from qlora_kit.data.chat_template import (
     FALLBACK,
     check_turn_tokens,
     end_token_id,
     find_template,
     fix_tokenizer,
+    fixed_templates,
     template_tokens,
 )
 from qlora_kit.data.classes import Classes, classes_of
@@ -24,26 +26,17 @@ from qlora_kit.data.collate import (
     collate_texts,
     swap_answers,
 )
+from qlora_kit.data.columns import formats_of, read_row
 from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
+from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import (
-    FORMATS,
-    Chat,
-    Classified,
-    Completion,
-    Example,
-    Labelled,
-    Preference,
-    Text,
-    formats_of,
-    is_chat,
-    read_row,
-)
+from qlora_kit.data.formats import FORMATS
 from qlora_kit.data.load import Reader, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
+from qlora_kit.data.table import RowTable, lengths_of
 from qlora_kit.data.template import Encoded, encode, encode_turns
 
 __all__ = [
@@ -70,12 +63,15 @@ __all__ = [
     "Reader",
     "Remark",
     "Room",
+    "RowTable",
     "Sampler",
     "Source",
     "Text",
     "arrange",
     "ask",
     "best_fit",
+    "cache_key",
+    "cached",
     "check_lengths",
     "check_turn_tokens",
     "classes_of",
@@ -92,10 +88,12 @@ __all__ = [
     "fill",
     "find_template",
     "fix_tokenizer",
+    "fixed_templates",
     "formats_of",
     "full_packs",
     "held_out",
     "is_chat",
+    "lengths_of",
     "load_rows",
     "longest_pack",
     "measure_lengths",

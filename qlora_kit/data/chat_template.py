@@ -149,12 +149,23 @@ def writes_date(source: str) -> bool:
 
 def fix_tokenizer(tokenizer: "PreTrainedTokenizerBase", thinking: Thinking, today: Date) -> Date | None:
     """Fix every template of a tokenizer in place; gives `today` if one of them writes it."""
-    held = tokenizer.chat_template
-    sources: dict[str, str] = held if isinstance(held, dict) else {} if held is None else {"default": held}
-    fixed = {name: fix_template(source, thinking=thinking, today=today) for name, source in sources.items()}
-    if fixed:
-        tokenizer.chat_template = fixed if isinstance(held, dict) else fixed["default"]
+    sources = _sources(tokenizer)
+    if sources:
+        fixed = fixed_templates(tokenizer, thinking, today)
+        tokenizer.chat_template = fixed if isinstance(tokenizer.chat_template, dict) else fixed["default"]
     return today if any(map(writes_date, sources.values())) else None
+
+
+def fixed_templates(tokenizer: "PreTrainedTokenizerBase", thinking: Thinking, today: Date) -> dict[str, str]:
+    """The templates that a tokenizer has when a run has fixed it, be that to come or done; see `fix_tokenizer`."""
+    sources = _sources(tokenizer) or {"default": find_template(FALLBACK) or ""}
+    return {name: fix_template(source, thinking=thinking, today=today) for name, source in sources.items()}
+
+
+def _sources(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """The templates of a tokenizer by name."""
+    held = tokenizer.chat_template
+    return held if isinstance(held, dict) else {} if held is None else {"default": held}
 
 
 # ---- the tokens that it is written in ------------------------------------------------------------------------------

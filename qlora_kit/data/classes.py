@@ -23,8 +23,11 @@ class Classes:
         """What a model's outputs should say of a text with these labels: one's number, or 1 or 0 for every class.
 
         Raises:
-            DataError: a label is none of the names.
+            DataError: a label is none of the names, or there is other than one and no text has several.
         """
+        if not self.is_multi and len(labels) != 1:
+            found = f"{len(labels)} labels ({', '.join(labels)})" if labels else "no label"
+            raise DataError(f"it has {found}, and every training row has one; give it one")
         strange = [label for label in labels if label not in self.names]
         if strange:
             near = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(strange[0], self.names, n=1))
@@ -35,7 +38,8 @@ class Classes:
 
 
 def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()) -> Classes:
-    """The classes of the training rows: sorted by name, numbers by their size.
+    """The classes of the training rows: sorted by name, or numbers by their size.
+
 
     Args:
         found: labels of the rows.
@@ -48,9 +52,18 @@ def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()
     if set(found) <= set(known):
         names = list(known)
     elif all(name.isdecimal() for name in found):
-        names = [str(number) for number in range(max(map(int, found)) + 1)]
+        names = _numbers(set(found))
     else:
         names = sorted(found)
     if len(names) < (1 if is_multi else 2):
         raise DataError(f"the rows have {len(names)} class ({', '.join(names)}), and two are the fewest to tell apart")
     return Classes(tuple(names), is_multi)
+
+
+def _numbers(found: set[str]) -> list[str]:
+    """Numbers as the places of a model's outputs, as other programs take them, though some may not occur; by size where
+    most would not, or one is written otherwise than it counts."""
+    highest = max(map(int, found))
+    if highest < 2 * len(found) and all(str(int(name)) == name for name in found):
+        return [str(number) for number in range(highest + 1)]
+    return sorted(found, key=lambda name: (int(name), name))

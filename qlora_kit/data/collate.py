@@ -153,18 +153,22 @@ def collate_pairs(rows: Sequence[Encoded], pad_id: int) -> Batch:
 
 
 def swap_answers(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Rows with a verdict, each with the answer of the row before it, of the last for the first, as its `other`.
+    """Rows with a verdict, each with another row's answer as its `other`: of the nearest before it that answers another
+    prompt, where the last row stands before the first. Where all answer one prompt, it is that of the row before.
 
     Those tell how far a model has moved where it was not asked to (KTO, arXiv 2402.01306, section 4.1). None is longer
     than the longest row: its answer ends there.
     """
     longest = max(len(row.input_ids) for row in rows)
+    starts = [row.trained.index(True) for row in rows]  # of the answers
+    prompts = [row.input_ids[:start] for row, start in zip(rows, starts, strict=True)]
     swapped = []
-    for row, before in zip(rows, [rows[-1], *rows[:-1]], strict=True):
-        prompt, answer = row.input_ids[: row.trained.index(True)], before.input_ids[before.trained.index(True) :]
-        ids = [*prompt, *answer][:longest]
-        trained = [place >= len(prompt) for place in range(len(ids))]
-        swapped.append(replace(row, other=Encoded(ids, trained, where=before.where)))
+    for place, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        earlier = (place - back for back in range(1, len(rows)))  # a place below zero counts from the last row
+        before = next((other for other in earlier if prompts[other] != prompt), place - 1)
+        ids = [*prompt, *rows[before].input_ids[starts[before] :]][:longest]
+        trained = [token >= len(prompt) for token in range(len(ids))]
+        swapped.append(replace(row, other=Encoded(ids, trained, where=rows[before].where)))
     return swapped
 
 

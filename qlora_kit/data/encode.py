@@ -5,16 +5,19 @@ counted: rows given + turns = rows + dropped + no_trained + faults, and one more
 was split.
 """
 
+import hashlib
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qlora_kit.data.chat_template import check_template
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck
+from qlora_kit.data.examples import Classified, Example, is_chat
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Classified, Example, is_chat
+from qlora_kit.data.table import Rows, lengths_of
 from qlora_kit.data.template import Encoded, LossOn, encode_text, encode_turns
 from qlora_kit.data.thinking import Thinking, with_thinking
 from qlora_kit.errors import DataError
@@ -84,15 +87,19 @@ class Part:
 class EncodedSet:
     """The rows to train on, in order, and what became of the others."""
 
-    rows: list[Encoded] = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     """One a source, in the order of the rows."""
     has_chats: bool = False
     """Whether any row went through a chat template."""
+    classes: Classes | None = None
+    """Of texts that are classified, those of all rows."""
     faults: Faults = field(default_factory=Faults)
     """What is wrong with the rows that were left out as faults."""
     places: dict[Fate, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Where the rows stand that were not kept as they are."""
+    fingerprint: str = ""
+    """Of the rows that are kept, as the model sees them, and of their order; it tells one set from another."""
     lengths_given: list[int] = field(default_factory=list)
     """Tokens of each row that could be encoded, before anything was cut or left out."""
 
@@ -123,9 +130,9 @@ class EncodedSet:
         return max(self.lengths)
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Sequence[int]:
         """Tokens of each row that is kept."""
-        return [row.longest for row in self.rows]
+        return lengths_of(self.rows)
 
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those in which nothing is trained."""
@@ -134,6 +141,7 @@ class EncodedSet:
             self.count("no_trained", row.where)
             return
         self.rows.append(row)
+        self.fingerprint = _next_fingerprint(self.fingerprint, row)
         counts = self.parts[-1].counts
         counts.rows += 1
         counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
@@ -231,6 +239,16 @@ def encode_rows(
         if not may_be_empty:
             encoded.check_left(max_tokens)
     return encoded
+
+
+def _next_fingerprint(before: str, row: Encoded) -> str:
+    """A fingerprint that depends on all rows up to this one."""
+    seen = hashlib.sha256(before.encode())
+    sequences = [row] if row.other is None else [row, row.other]
+    for sequence in sequences:
+        seen.update(array("q", [len(sequence.input_ids), *sequence.input_ids]).tobytes() + bytes(sequence.trained))
+    seen.update(repr((row.is_good, row.target)).encode())
+    return seen.hexdigest()
 
 
 def check_lengths(max_tokens: int, max_positions: int | None) -> None:

@@ -19,8 +19,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from qlora_kit.data.columns import check_format, read_row
+from qlora_kit.data.examples import Classified, Example, Labelled, Preference, is_chat
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.formats import Classified, Example, Preference, check_format, is_chat, labelled_pair, read_row
+from qlora_kit.data.formats import labelled_pair, prompt_of
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.schema import LARGEST_WEIGHT
 
@@ -103,6 +105,11 @@ class Reader:
             except OSError as error:
                 raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
 
+    def files(self) -> list[Path]:
+        """The files that decide its rows; none where a data set of the hub is not kept in any."""
+        files = _files_of(self.source)
+        return [Path(file["filename"]) for file in self._table.cache_files] if files is None else files
+
     def _open(self, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
         """Each file or data set of the source: its name and its rows."""
         files = _files_of(self.source)
@@ -132,7 +139,7 @@ class Scan:
     """What there is to know of rows before they are encoded.
 
     Attributes:
-        digests: of what each row says, 64 bits, whatever file and line it stands in.
+        digests: by which rows are held out, 64 bits, whatever file and line a row stands in.
         has_chats: whether any goes through a chat template.
         labels: of texts that are classified.
         is_multi: whether such a text may have several, or none.
@@ -196,7 +203,8 @@ def held_out(digests: Sequence[int], share: float = 0.02, most: int = 200) -> li
     """Which rows to hold out for evaluation, chosen by what they say.
 
     The hash of its contents ranks each row, so neither the order of the file, nor a seed, nor the weight of its source
-    moves the split, and equal rows are on the same side of it.
+    moves the split, and equal rows are on the same side of it. Of an answer with a verdict the prompt alone is hashed:
+    all answers to one, such as those of a pair that was taken apart, are on the same side.
 
     Args:
         digests: of all rows.
@@ -218,7 +226,8 @@ def held_out(digests: Sequence[int], share: float = 0.02, most: int = 200) -> li
 
 
 def _digest(row: Example) -> int:
-    contents = {**_plain(row), "where": type(row).__name__}
+    said = {"prompt": prompt_of(row.answer)} if isinstance(row, Labelled) else _plain(row)
+    contents = {**said, "where": type(row).__name__}
     text = json.dumps(contents, sort_keys=True, default=_plain)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
+from qlora_kit.data.table import lengths_of
 from qlora_kit.data.template import Encoded
 
 
@@ -151,7 +152,8 @@ def full_packs(rows: Sequence[Encoded], count: int, tokens: int) -> list[list[En
 
     So the first holds several documents wherever two rows can share a sequence.
     """
-    supply = cycle(sorted(rows, key=lambda row: len(row.input_ids)))
+    lengths = lengths_of(rows)
+    supply = (rows[row] for row in cycle(sorted(range(len(rows)), key=lengths.__getitem__)))
     return [list(_fill(supply, tokens)) for _ in range(count)]
 
 

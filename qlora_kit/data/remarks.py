@@ -53,16 +53,46 @@ def remarks_on(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTo
         held_out: those to evaluate on; may be empty.
         tokenizer: that encoded them.
     """
-    return [*_left_out(train, "row"), *_left_out(held_out, "held-out row"), *_kept(train, held_out, tokenizer)]
+    seen, seen_held = _look(train, tokenizer), _look(held_out, tokenizer)
+    left_out = [*_left_out(train, seen, "row"), *_left_out(held_out, seen_held, "held-out row")]
+    return [*left_out, *_kept(seen, seen_held)]
 
 
-def _left_out(rows: EncodedSet, thing: str) -> Iterator[Remark]:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one look at each kept row shows; many rows lie in a file, and are not read twice.
+
+    Attributes:
+        said: where each stands, and a hash of what it says.
+        endless: where those stand that teach no end.
+        doubled: where those stand that begin with two BOS tokens.
+    """
+
+    said: list[tuple[str, int]]
+    endless: list[str]
+    doubled: list[str]
+
+
+def _look(rows: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> _Seen:
+    ends, bos = _end_tokens(tokenizer), tokenizer.bos_token_id
+    cut = {*rows.places["truncated"], *rows.places["split"]}  # these have no end for a reason
+    seen = _Seen([], [], [])
+    for row in rows.rows:
+        seen.said.append((row.where, _contents(row)))
+        if row.where not in cut and not _all_end(row, ends, tokenizer):
+            seen.endless.append(row.where)
+        if _begins_with(row, [bos, bos]):
+            seen.doubled.append(row.where)
+    return seen
+
+
+def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
     """What did not come through whole."""
     counts, places = rows.counts, rows.places
     if counts.faults:
         why = "left out that cannot be used (data.on_error=skip)"
         yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
-    kept_in_part = {row.where for row in rows.rows}  # a row that was split may well have pieces that are all prompt
+    kept_in_part = {where for where, _ in seen.said}  # a row that was split may well have pieces that are all prompt
     if untrained := [where for where in dict.fromkeys(places["no_trained"]) if where not in kept_in_part]:
         yield _remark("no_trained", "left out without a trained token (see data.loss_on)", untrained, thing=thing)
     if counts.dropped > WORTH_A_WORD * counts.given:
@@ -74,25 +104,24 @@ def _left_out(rows: EncodedSet, thing: str) -> Iterator[Remark]:
         yield _remark("truncated", why, places["truncated"], thing=thing, is_for_runs=False)
 
 
-def _kept(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Remark]:
+def _kept(train: _Seen, held_out: _Seen) -> Iterator[Remark]:
     """What is odd about rows that are trained on."""
-    ends = _end_tokens(tokenizer)
-    # A chat of which every answer is a row stands in one place.
-    if endless := [*dict.fromkeys(row.where for row in _whole(train) if not _all_end(row, ends, tokenizer))]:
+    if endless := [*dict.fromkeys(train.endless)]:  # a chat of which every answer is a row stands in one place
         why = "with an answer that has no end token behind it: the model may not learn to stop (see data.template)"
         yield _remark("no_end", why, endless)
-    bos = tokenizer.bos_token_id
-    if doubled := [row.where for row in train.rows if _begins_with(row, [bos, bos])]:
-        yield _remark("two_bos", "with two BOS tokens at the start: the text or the template brings another", doubled)
+    if train.doubled:
+        why = "with two BOS tokens at the start: the text or the template brings another"
+        yield _remark("two_bos", why, train.doubled)
     # The pieces of a row, and rows of a source that is named twice, stand in one place and repeat nothing.
-    said = [(row.where, _contents(row)) for row in train.rows]
     first: dict[int, str] = {}
-    if repeated := [f"{here} (as {there})" for here, key in said if here != (there := first.setdefault(key, here))]:
-        share = len(repeated) / len(train.rows)
+    if repeated := [
+        f"{here} (as {there})" for here, key in train.said if here != (there := first.setdefault(key, here))
+    ]:
+        share = len(repeated) / len(train.said)
         why = f"like one before, {share:.1%} of all"
         yield _remark("repeated", why, repeated, is_for_runs=share > WORTH_A_WORD)
-    held = {_contents(row): row.where for row in held_out.rows}
-    if leaked := [f"{here} (as {held[key]})" for here, key in said if key in held]:
+    held = {key: where for where, key in held_out.said}
+    if leaked := [f"{here} (as {held[key]})" for here, key in train.said if key in held]:
         yield _remark("leaked", "trained on and held out, too: held-out scores flatter", leaked)
 
 
@@ -103,12 +132,6 @@ def sides(row: Encoded) -> dict[str, Encoded]:
     if row.is_good is not None:
         return {"good" if row.is_good else "bad": row}
     return {"" if row.target is None else f"class {row.target}": row}
-
-
-def _whole(rows: EncodedSet) -> Iterator[Encoded]:
-    """Rows that were not cut: the others have no end for a reason."""
-    cut = {*rows.places["truncated"], *rows.places["split"]}
-    return (row for row in rows.rows if row.where not in cut)
 
 
 def _end_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int | None]:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qlora_kit.data.chat_template import Renderer, check_template, end_token, special_tokens, through_end
 from qlora_kit.data.classes import Classes
-from qlora_kit.data.formats import Chat, Classified, Completion, Example, Labelled, Preference, Text
+from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.thinking import after_prompt, thought_of, written_out
 from qlora_kit.errors import DataError
 
@@ -162,11 +162,10 @@ def _encode_completion(example: Completion, tokenizer: "PreTrainedTokenizerBase"
 
 def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of a text as a prompt: with one BOS if the tokenizer has the habit of adding it, and no end token."""
-    ids = _ids(text, tokenizer)
-    habit = tokenizer("a", verbose=False)["input_ids"][:1]
-    if habit != [tokenizer.bos_token_id] or ids[:1] == habit:
+    ids, bos = _ids(text, tokenizer), [tokenizer.bos_token_id]
+    if bos == [None] or ids[:1] == bos or tokenizer("a", verbose=False)["input_ids"][:1] != bos:
         return ids
-    return habit + ids
+    return bos + ids
 
 
 def _behind(prompt: list[int], whole: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

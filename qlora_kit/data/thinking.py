@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-from qlora_kit.data.formats import Chat, Completion, Example, Labelled, Preference
+from qlora_kit.data.examples import Chat, Completion, Example, Labelled, Preference
 from qlora_kit.errors import DataError
 
 Thinking: TypeAlias = Literal["keep", "strip", "empty"]
@@ -24,7 +24,7 @@ CLOSE = "\n</think>\n\n"
 
 _BLOCK = re.compile(r"\A\s*(?:<think>(.*?)|((?:(?!<think>).)*?))</think>\s*", re.DOTALL)
 _OPENING = re.compile(r"(?:<think>\s*)?(?:</think>\s*)?\Z")
-_ASKS = re.compile(rf"[.'\"](?:{'|'.join(KEYS)})\b")  # message.thinking, message['thinking']
+_ASKS = re.compile(rf"[.'\"]({'|'.join(KEYS)})\b")  # message.thinking, message['thinking']
 
 
 def with_thinking(example: Example, mode: Thinking) -> Example:
@@ -73,19 +73,26 @@ def _bare(message: dict[str, Any], mode: Thinking) -> dict[str, Any]:
 
 def thought_of(message: dict[str, Any]) -> str:
     """The thought of an assistant turn without white space around it; empty if it has none."""
-    apart = next((str(message[key]) for key in KEYS if message.get(key)), None)
     found = _BLOCK.match(message.get("content") or "")
     inside = "" if found is None else found[1] or found[2] or ""
-    return (inside if apart is None else apart).strip()
+    return (_apart(message) or inside).strip()
+
+
+def _apart(message: dict[str, Any]) -> str:
+    """The thought that stands in a key of its own; empty where there is none."""
+    return next((str(message[key]) for key in KEYS if message.get(key)), "")
 
 
 def written_out(message: dict[str, Any], template: str) -> dict[str, Any]:
-    """The turn with its thought in the content, where the template does not ask for any key of thoughts."""
-    if message["role"] != "assistant" or _ASKS.search(template) or not any(key in message for key in KEYS):
+    """The turn with its thought where the template looks for it: in the key that it asks for, or in the content."""
+    asked = _ASKS.findall(template)
+    thought = _apart(message)
+    if message["role"] != "assistant" or not thought.strip() or any(map(message.get, asked)):
         return message
-    thought = thought_of(message)
     bare = {key: value for key, value in message.items() if key not in KEYS}
-    return bare | {"content": f"<think>\n{thought}{CLOSE}{message.get('content') or ''}"} if thought else bare
+    if asked:
+        return bare | {asked[0]: thought}
+    return bare | {"content": f"<think>\n{thought.strip()}{CLOSE}{message.get('content') or ''}"}
 
 
 def after_prompt(prompt: str, turn: str, thought: str) -> str | None:

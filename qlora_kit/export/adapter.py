@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.export.folder import write_generation_config, write_tokenizer
-from qlora_kit.export.sealed import TEXT_BYTES, check_room, check_vacant, seal, settings_of, without_prefix, write_card
+from qlora_kit.export.sealed import check_disk, check_vacant, seal, settings_of, without_prefix, write_card
 from qlora_kit.export.stream import streamed, write_safetensors
 from qlora_kit.export.trained_against import trained_against
 from qlora_kit.lora.adapters import CONFIG, WEIGHTS, save_adapter
@@ -44,7 +44,7 @@ def export_adapter(
     """
     adapters = {key: carrier.adapters[name] for key, carrier in carriers(model) if name in carrier.adapters}
     check_vacant(out)
-    check_room(out, sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters()) + TEXT_BYTES)
+    check_disk(out, sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters()))
     facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)
     with staged_folder(out) as staged:
         save_adapter(model, staged, name=name, provenance={**against, **facts})

@@ -22,17 +22,21 @@ from qlora_kit.export.audit import check_audit, compare, limit_of
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
 from qlora_kit.export.sealed import (
-    TEXT_BYTES,
     Made,
+    check_disk,
     check_request,
-    check_room,
     finish,
     settings_of,
     torch_dtype,
     without_prefix,
 )
 from qlora_kit.export.stream import SHARD_BYTES, StreamedTensor, write_weights
-from qlora_kit.export.trained_against import read_added_tokens, read_trained_against, trained_against
+from qlora_kit.export.trained_against import (
+    name_trained_classes,
+    read_added_tokens,
+    read_trained_against,
+    trained_against,
+)
 from qlora_kit.lora.adapters import load_adapter
 from qlora_kit.storage import staged_folder
 
@@ -90,6 +94,7 @@ def merge(
     given = {"quantization": quantization, "double_quant": double_quant, "block_size": block_size}
     settings = read_trained_against(adapter, {**given, "compute_dtype": dtype})
     model = load_base(base, revision=revision, device=device, **settings)
+    name_trained_classes(model.config, adapter)
     load_adapter(model, adapter, force=force)
     provenance = {"base": str(base), "adapter": str(adapter)} | ({"revision": revision} if revision else {})
     # An exported adapter brings its tokenizer along, whose chat template the base need not have.
@@ -222,7 +227,7 @@ def _checked_tensors(
     """What a plain checkpoint of the model holds, if it can be one and the disk has room for it."""
     check_own_code(model)
     tensors = list(merged_tensors(model, dtype, original))
-    check_room(out, sum(tensor.stored_bytes for tensor in tensors) + TEXT_BYTES)
+    check_disk(out, sum(tensor.stored_bytes for tensor in tensors))
     return tensors
 
 

@@ -38,7 +38,7 @@ from qlora_kit.export.compensate import Compensation, Stored
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
 from qlora_kit.export.plain import check_audit_rows, check_own_code, made_of, original_of
-from qlora_kit.export.sealed import TEXT_BYTES, Made, check_request, check_room, finish, torch_dtype
+from qlora_kit.export.sealed import Made, check_disk, check_request, finish, torch_dtype
 from qlora_kit.export.stream import StreamedTensor, streamed, write_weights
 from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.storage import staged_folder
@@ -101,7 +101,7 @@ def export_quantized(
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
     tensors = list(merged_tensors(model, torch_dtype(dtype), original))
     exact = {tensor.name.removesuffix(".weight"): tensor for tensor in merged_tensors(model, torch.float32, original)}
-    check_room(out, sum(_bytes(tensor, names, how) for tensor in tensors) + TEXT_BYTES)
+    check_disk(out, sum(_bytes(tensor, names, how) for tensor in tensors))
 
     def weight(name: str) -> Tensor:
         """(out, in), fp32, where the model is."""

@@ -3,7 +3,6 @@
 `export.json` holds the kind, the comparisons, and a checksum of every other file.
 """
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX
 from qlora_kit.lora.layer import Adapter
-from qlora_kit.storage import read_json, remove_abandoned, sha256_file, write_json, write_text
-from qlora_kit.units import MIB, format_bytes
+from qlora_kit.storage import check_room, clear_abandoned, read_json, sha256_file, write_json, write_text
+from qlora_kit.units import MIB
 
 ONTO = ("dequantized", "original")
 """What an adapter can be merged into."""
@@ -73,16 +72,11 @@ def check_vacant(out: Path) -> None:
         raise RunError(f"{out} is not empty, and an export overwrites nothing; choose another folder, or empty it")
 
 
-def check_room(out: Path, needed_bytes: int) -> None:
-    """Refuse a disk with less free than that (RunError), once what a killed export to `out` had left is gone."""
-    remove_abandoned(out)
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    free_bytes = shutil.disk_usage(there).free
-    if free_bytes < needed_bytes:
-        needed, free = format_bytes(needed_bytes), format_bytes(free_bytes)
-        raise RunError(
-            f"the export to {out} needs {needed} on the disk of {there}, which has {free} free; nothing is written"
-        )
+def check_disk(out: Path, needed_bytes: int) -> None:
+    """Refuse a disk with less free than that, and than the text files beside it take, once what a killed export to
+    `out` had left is gone (RunError)."""
+    clear_abandoned(out.parent, out.name)
+    check_room(out, needed_bytes + TEXT_BYTES, f"the export to {out}")
 
 
 def torch_dtype(dtype: str) -> torch.dtype:

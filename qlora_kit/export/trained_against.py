@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.load import DTYPES, Head, head_of
 from qlora_kit.base.record import base_record
 from qlora_kit.base.vocabulary import QuantizedEmbedding
+from qlora_kit.data.classes import Classes
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.adapters import WEIGHTS
 from qlora_kit.lora.layer import bare
 from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.lora.vocabulary import head_name
+from qlora_kit.train.classes import classes_in, known_classes, name_classes
 
 PREFIX = "qlora_kit."
 ADDED_TOKENS = "added_tokens"
+CLASSES = "classes"
 
 
 def trained_against(model: PreTrainedModel) -> dict[str, str]:
@@ -38,6 +41,10 @@ def trained_against(model: PreTrainedModel) -> dict[str, str]:
         facts["vocabulary"] = str(record.vocabulary)
     if head_of(model) == "classification":
         facts |= {"head": "classification", "labels": str(model.config.num_labels)}
+    if head_of(model) == "classification" and known_classes(model.config):
+        classes, pad = classes_in(model.config), model.config.get_text_config().pad_token_id
+        facts |= {CLASSES: json.dumps(classes.names), "is_multi": str(classes.is_multi).lower()}
+        facts["pad_token_id"] = "" if pad is None else str(pad)
     if how.is_4bit:
         facts |= {"double_quant": str(how.double_quant).lower(), "block_size": str(how.block_size)}
     if how.kind != "none":
@@ -86,14 +93,40 @@ def read_added_tokens(adapter: Path) -> list[str]:
     Raises:
         AdapterError: the file is missing or damaged, or holds something else than a list of words there.
     """
-    said = _metadata(adapter / WEIGHTS).get(ADDED_TOKENS, "[]")
+    return _words(adapter, ADDED_TOKENS)
+
+
+def read_classes(adapter: Path) -> Classes | None:
+    """The classes that an adapter tells apart; None where it learnt to say something, or does not say which.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or holds something else than a list of words there.
+    """
+    names = _words(adapter, f"{PREFIX}{CLASSES}")
+    return Classes(tuple(names), _metadata(adapter / WEIGHTS).get(f"{PREFIX}is_multi") == "true") if names else None
+
+
+def name_trained_classes(config: PretrainedConfig, adapter: Path) -> None:
+    """Say in the configuration of an adapter's base which classes the adapter tells apart, and what it was padded with.
+
+    Raises:
+        AdapterError: as `read_classes`.
+    """
+    classes, pad = read_classes(adapter), _metadata(adapter / WEIGHTS).get(f"{PREFIX}pad_token_id", "")
+    if classes is not None:
+        name_classes(config, classes, int(pad) if pad.isdecimal() else None)
+
+
+def _words(adapter: Path, key: str) -> list[str]:
+    """What the metadata of an adapter's file lists under a key; nothing where it has no such key."""
+    said = _metadata(adapter / WEIGHTS).get(key, "[]")
     try:
-        tokens = json.loads(said)
+        words = json.loads(said)
     except ValueError:
-        tokens = None
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise AdapterError(f"{adapter / WEIGHTS} says {ADDED_TOKENS}={said!r}; wanted a JSON list of tokens")
-    return tokens
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise AdapterError(f"{adapter / WEIGHTS} says {key}={said!r}; wanted a JSON list of words")
+    return words
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -102,6 +102,7 @@ def load_adapter(
     name: str = "default",
     force: bool = False,
     dtype: torch.dtype | None = None,
+    way_on: str = "force loads it all the same",
 ) -> LoraReport:
     """Read an adapter that the kit or PEFT saved, attach it under `name`, and switch to it.
 
@@ -111,6 +112,7 @@ def load_adapter(
         name: to give the adapter here.
         force: attach it although it was trained on another base.
         dtype: of A and B; None takes the file's.
+        way_on: what the caller's user can do about another base.
 
     Returns:
         What it covers, and a note of the fields that were read over.
@@ -131,7 +133,7 @@ def load_adapter(
     faults = contents.faults + _fit_faults(model, weights, contents.layers, config)
     faults += _whole_faults(model, contents)
     if not force:
-        faults += _stranger_faults(metadata, record)
+        faults += _stranger_faults(metadata, record, way_on)
     if faults:
         raise AdapterError(f"the adapter in {folder} does not fit this model: {'; '.join(faults)}")
     with whole_or_nothing(model, name):
@@ -160,12 +162,12 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{stem}.{_ROWS}", part.rows_KD
 
 
-def _stranger_faults(metadata: Mapping[str, str], record: BaseRecord) -> list[str]:
+def _stranger_faults(metadata: Mapping[str, str], record: BaseRecord, way_on: str) -> list[str]:
     """Whether the adapter was trained on another base than this; what only one side knows is not compared."""
     marks = ((metadata.get(_FINGERPRINT), record.fingerprint), (metadata.get(_WEIGHTS_MARK), record.weights_mark))
     if all(theirs == ours for theirs, ours in marks if theirs and ours):
         return []
-    return ["it was trained on another base (the fingerprints differ); force loads it all the same"]
+    return [f"it was trained on another base (the fingerprints differ); {way_on}"]
 
 
 def _check_replaceable(folder: Path) -> None:

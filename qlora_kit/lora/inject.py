@@ -206,8 +206,13 @@ def lora_report(model: PreTrainedModel, name: str) -> LoraReport:
     matched = tuple(layer_name for layer_name, layer in lora_layers(model) if name in layer.adapters)
     unmatched = tuple(layer_name for layer_name in adaptable_weights(model) if layer_name not in set(matched))
     trainable = sum(parameter.numel() for _, parameter in adapter_parameters(model, name))
-    adapters = sum(p.numel() for other in adapter_names(model) for _, p in adapter_parameters(model, other))
-    return LoraReport(matched, unmatched, trainable, parameter_count(model) - adapters)
+    return LoraReport(matched, unmatched, trainable, base_parameter_count(model))
+
+
+def base_parameter_count(model: PreTrainedModel) -> int:
+    """Parameters of a model without those of the adapters on it, whatever their names."""
+    adapters = sum(p.numel() for name in adapter_names(model) for _, p in adapter_parameters(model, name))
+    return parameter_count(model) - adapters
 
 
 def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from qlora_kit.recipe import Lora
 
 REFERENCE = "reference"
 """Name of the frozen copy."""
+_WAY_ON = "set base.model to the base that it was trained on, or lora.from to an adapter of this one"
 _OF_THE_RUN = ("from_", "dropout", "lr_ratio", "added_tokens")
 """Keys that are no shape of an adapter: how it is trained, and tokens, which it names itself."""
 
@@ -79,7 +80,7 @@ def load_start(model: PreTrainedModel, lora: Lora, *, has_reference: bool) -> Lo
     """
     if has_reference:
         load_reference(model, lora)
-    report = load_adapter(model, adapter_folder(str(lora.from_)), dtype=torch.bfloat16)
+    report = load_adapter(model, adapter_folder(str(lora.from_)), dtype=torch.bfloat16, way_on=_WAY_ON)
     for _, layer in lora_layers(model):
         if "default" in layer.adapters:
             layer.adapter("default").dropout = lora.dropout
@@ -93,7 +94,7 @@ def load_reference(model: PreTrainedModel, lora: Lora) -> None:
         AdapterError: as `load_adapter`.
     """
     with adapter_used(model, None):
-        load_adapter(model, adapter_folder(str(lora.from_)), name=REFERENCE, dtype=torch.bfloat16)
+        load_adapter(model, adapter_folder(str(lora.from_)), name=REFERENCE, dtype=torch.bfloat16, way_on=_WAY_ON)
     for _, parameter in adapter_parameters(model, REFERENCE):
         parameter.requires_grad_(False)
 

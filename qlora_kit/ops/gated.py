@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.native import address, size, threads, typed_kernel
-from qlora_kit.ops.slices import as_rows, row_parts
+from qlora_kit.ops.rows import as_rows, row_parts
 from qlora_kit.ops.triton import device_kernel
 
 Gate = Literal["silu", "gelu"]

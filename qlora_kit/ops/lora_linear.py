@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.products import product
+from qlora_kit.ops.rows import as_rows
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -171,11 +172,6 @@ def _own(x_adapter: Tensor | None) -> Tensor | None:
     return None if x_adapter is None else x_adapter.to(compute_dtype(x_adapter))
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., in) -> (T, in), in `dtype`."""
-    return x.reshape(-1, x.shape[-1]).to(dtype)
-
-
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(R, in): the matrices A of all layers, one below the other."""
     return matrices[0].to(dtype) if len(matrices) == 1 else torch.cat([a_RI.to(dtype) for a_RI in matrices])
@@ -270,7 +266,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = grad.reshape(-1, grad.shape[-1]) @ ctx.decode(grad.dtype)
+        dx = as_rows(grad) @ ctx.decode(grad.dtype)
         return dx.view(ctx.shape).to(ctx.dtype), None, None
 
 
@@ -287,7 +283,7 @@ class _Kept(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         dtype, count = compute_dtype(x), len(decodes)
         a_RI, seen = _stacked(matrices[:count], dtype), x if x_adapter is None else x_adapter
-        h = _product(_rows(seen, dtype), a_RI.t())
+        h = _product(as_rows(seen).to(dtype), a_RI.t())
         trains_a = any(a.requires_grad for a in matrices[:count])
         ctx.save_for_backward(seen if trains_a else None, h[0], *matrices)
         ctx.mark_non_differentiable(*h)
@@ -299,7 +295,7 @@ class _Kept(torch.autograd.Function):
         seen, h_TR, *matrices = ctx.saved_tensors
         count, scale = len(ctx.decodes), ctx.scale
         needs_x, needs_own, _, _, *needs = ctx.needs_input_grad
-        g = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads[:count]]
+        g = [None if grad is None else as_rows(grad) for grad in grads[:count]]
         dtype = next(each.dtype for each in g if each is not None)
         dx = dx_adapter = None
         das: list[Tensor | None] = [None] * count
@@ -315,7 +311,7 @@ class _Kept(torch.autograd.Function):
         if needs_own:
             dx_adapter = (gb[0] @ _stacked(matrices[:count], dtype)).mul_(scale).view(ctx.shape)
         if any(needs[:count]):
-            da_RI = (gb[0].t() @ _rows(seen, dtype)).mul_(scale)
+            da_RI = (gb[0].t() @ as_rows(seen).to(dtype)).mul_(scale)
             das = [da_RI[ranks].to(a.dtype) for ranks, a in zip(_ranks(matrices[:count]), matrices, strict=False)]
         for layer, (g_TO, ranks) in enumerate(zip(g, _ranks(matrices[:count]), strict=True)):
             if needs[count + layer] and g_TO is not None:
@@ -358,4 +354,4 @@ class _Product(torch.autograd.Function):
 
 def _base_product(x: Tensor, w_OI: Tensor, bias: Tensor | None) -> Tensor:
     """(T, O), in the dtype of the weight."""
-    return F.linear(_rows(x, w_OI.dtype), w_OI, None if bias is None else bias.to(w_OI.dtype))
+    return F.linear(as_rows(x).to(w_OI.dtype), w_OI, None if bias is None else bias.to(w_OI.dtype))

@@ -14,17 +14,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_kit.ops.lora_linear import compute_dtype
+from qlora_kit.ops.rows import as_rows
 
 DecodeRows = Callable[[slice, torch.dtype], Tensor]
 """Gives some rows of the frozen weight, (rows, in), in the dtype asked for."""
 
 SLICE_ELEMENTS = 2**24
 """Weights in one slice: 32 MiB in 16 bits."""
-
-PART_ELEMENTS = 2**17
-"""Values that an elementwise operator takes at once on a CPU: 512 KiB in fp32, which its caches hold."""
-CARD_PART_ELEMENTS = 2**23
-"""And elsewhere: 32 MiB in fp32, so that a plan, which does not see what is made of them, is hardly exceeded."""
 
 
 def sliced_linear(x: Tensor, decode_rows: DecodeRows, shape: tuple[int, int], bias: Tensor | None = None) -> Tensor:
@@ -57,25 +53,12 @@ def row_slices(shape: tuple[int, int], x: Tensor, at_most: int | None = None) ->
         yield slice(begin, min(begin + step, out))
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., H) -> (T, H)."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def row_parts(x: Tensor) -> Iterator[slice]:
-    """Some rows of (..., H) after others, so few that what is made of them in fp32 is small."""
-    count = x.numel() // x.shape[-1]
-    step = (PART_ELEMENTS if x.device.type == "cpu" else CARD_PART_ELEMENTS) // x.shape[-1]
-    for begin in range(0, count, max(1, step)):
-        yield slice(begin, begin + step)
-
-
 class _SlicedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, decode_rows: DecodeRows, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
         ctx.decode_rows, ctx.shape = decode_rows, shape
         y = x.new_empty(*x.shape[:-1], shape[0])
-        x_TI, y_TO = x.reshape(-1, shape[1]), y.view(-1, shape[0])
+        x_TI, y_TO = as_rows(x), as_rows(y)
         for rows in row_slices(shape, x_TI):
             torch.mm(x_TI, decode_rows(rows, x.dtype).t(), out=y_TO[:, rows])
         return y if bias is None else y.add_(bias.to(y.dtype))
@@ -85,7 +68,7 @@ class _SlicedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        g_TO = grad.reshape(-1, ctx.shape[0])
+        g_TO = as_rows(grad)
         # Not in 16 bits, where the sum would be rounded at every slice.
         dtype = torch.promote_types(grad.dtype, torch.float32)
         dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=dtype, device=grad.device)

@@ -20,6 +20,7 @@ from qlora_kit.plan.dry_run import After, added_by_allocator, dry_rest, dry_step
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.train.classes import head_for
 from qlora_kit.train.head import FEWEST_TOKENS, automatic_chunk
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import MIB
@@ -164,7 +165,7 @@ def may_quantize_head(recipe: Recipe, config: PretrainedConfig) -> bool:
     """Whether `base.quantize_head` is possible: by the format, the width, and the kind of head."""
     base = base_as_held(recipe)
     with torch.device("meta"):
-        model = build_model(config, torch.bfloat16, "eager")
+        model = build_model(config, torch.bfloat16, "eager", head_for(recipe.train.task))
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     fits = base.quantization == "int8" or embedding.weight.shape[1] % base.block_size == 0
@@ -179,7 +180,7 @@ def _may_adapt_head(recipe: Recipe) -> bool:
 
 
 def _choices(makes: Workloads, pace: Pace) -> Choices:
-    recipe, layers = makes.recipe, count_layers(makes.config)
+    recipe, layers = makes.recipe, count_layers(makes.config, head_for(makes.recipe.train.task))
     if layers == 0 and recipe.memory.activations in ("recompute", "offload"):
         raise ModelError(
             f"a {makes.config.model_type} has no blocks that can be recomputed; set memory.activations=keep, not "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from qlora_kit.base.load import build_model
+from qlora_kit.base.load import Head, build_model
 from qlora_kit.memory import CATEGORIES, whole
 from qlora_kit.train.activations import Blocks, Policy, activation_blocks
 
@@ -41,9 +41,9 @@ class Shallow:
     steps: tuple[tuple[Blocks, float], ...] = ()
 
 
-def find_shallow(config: PretrainedConfig, activations: Policy | Blocks) -> Shallow:
+def find_shallow(config: PretrainedConfig, activations: Policy | Blocks, head: Head) -> Shallow:
     """The runs that tell the model's own depth; only itself where that is as cheap."""
-    kinds = layer_kinds(config)
+    kinds = layer_kinds(config, head)
     if len(kinds) != getattr(config.get_text_config(), "num_hidden_layers", None):
         return Shallow(Blocks.of(activations, len(kinds)))  # its depth is not this number: it cannot be cut
     full = Blocks.of(activations, len(kinds))
@@ -62,17 +62,17 @@ def find_shallow(config: PretrainedConfig, activations: Policy | Blocks) -> Shal
     return Shallow(base, tuple(steps)) if is_worth_it else Shallow(full)
 
 
-def count_layers(config: PretrainedConfig) -> int:
+def count_layers(config: PretrainedConfig, head: Head) -> int:
     """Blocks of the model that may have a policy for their activations."""
-    return len(layer_kinds(config))
+    return len(layer_kinds(config, head))
 
 
-def layer_kinds(config: PretrainedConfig) -> list[Hashable]:
+def layer_kinds(config: PretrainedConfig, head: Head) -> list[Hashable]:
     """What tells the blocks of a model apart: their class, the shapes of their weights, and their kind of attention."""
-    key = config.to_json_string(use_diff=False)
+    key = head, config.to_json_string(use_diff=False)
     if key not in _KINDS:
         with torch.device("meta"):
-            blocks = activation_blocks(build_model(config, torch.bfloat16, "eager")).values()
+            blocks = activation_blocks(build_model(config, torch.bfloat16, "eager", head)).values()
         names = getattr(config.get_text_config(), "layer_types", None) or [None] * len(blocks)
         _KINDS[key] = [
             (type(block), names[index % len(names)], *((name, *p.shape) for name, p in block.named_parameters()))
@@ -81,8 +81,8 @@ def layer_kinds(config: PretrainedConfig) -> list[Hashable]:
     return _KINDS[key]
 
 
-_KINDS: dict[str, list[Hashable]] = {}
-"""By configuration: a model is built for it, which a plan would do a dozen times."""
+_KINDS: dict[tuple[Head, str], list[Hashable]] = {}
+"""By head and configuration: a model is built for it, which a plan would do a dozen times."""
 
 
 def thinned(blocks: Blocks, layers: int) -> Blocks:

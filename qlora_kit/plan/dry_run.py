@@ -10,8 +10,9 @@ Layers are alike, so a deep model is planned from two shallow ones (`depths.py`)
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
-from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, parameter_count
-from qlora_kit.base.load import Head, body_linears, build_model, freeze_and_quantize
-from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora
+from qlora_kit.base.attention import implementation
+from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
+from qlora_kit.base.load import body_linears, build_model, freeze_and_quantize
+from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora, base_parameter_count
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
 from qlora_kit.plan.depths import (
@@ -39,17 +41,21 @@ from qlora_kit.plan.depths import (
     with_depth,
 )
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import Train
+from qlora_kit.recipe import TASKS, Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
+from qlora_kit.train.classes import head_for
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.isolation import no_packing
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.step import accumulate_gradients
-from qlora_kit.train.tasks import Task, sequences_of, task_of
+from qlora_kit.train.tasks import Task, task_of
 
 PLAYED_LAYERS = (4, 8)
 """Depths at which a card's allocator is played through."""
+MOST_REMEMBERED = 256
+"""Parts of runs whose needs are remembered, of a few KB each."""
+_REMEMBERED: dict[Hashable, dict[str, Any]] = {}
 
 After = Callable[[PreTrainedModel], None]
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -85,8 +91,9 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
 
     Returns:
         `peak_bytes`, `resident_bytes` (after the step), `by_category`, `peak_by_phase`, `host_peak_bytes`,
-        `paged_bytes` as plan.json has them, and `parameters` {total, trainable, quantized}; for the solver `layers`,
-        `moments` (peaks by phase and side of the model) and `block_bytes` (what a block leaves for its backward pass).
+        `paged_bytes` as plan.json has them, and `parameters`: `total` of the base, without any adapter, `trainable`,
+        and `quantized`, those of the base that are held as codes; for the solver `layers`, `moments` (peaks by phase
+        and side of the model) and `block_bytes` (what a block leaves for its backward pass).
 
     Raises:
         ModelError: rows are packed, and the model does not keep them apart.
@@ -96,12 +103,12 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
 
 def dry_step(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     """Load and train; as `dry_run`."""
-    return _told(config, work, _train)
+    return _told(config, work, None)
 
 
 def dry_rest(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
     """Load, evaluate, save, and what comes after: the same whatever a step keeps and however many rows it has."""
-    return _told(config, replace(work, activations="keep", micro_batch=1), partial(_use, after or {}))
+    return _told(config, replace(work, activations="keep", micro_batch=1), after or {})
 
 
 def together(step: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
@@ -136,9 +143,9 @@ def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     The requests of loading and of a step are played to it. Most of what it adds are ends of segments, as many in every
     layer, so two depths tell the rest here too, if not to the byte.
     """
-    blocks = Blocks.of(work.activations, count_layers(config))
+    blocks = Blocks.of(work.activations, count_layers(config, head_for(work.task)))
     few, more = (thinned(blocks, layers) for layers in PLAYED_LAYERS)
-    if more.all >= blocks.all or not find_shallow(config, blocks).steps:
+    if more.all >= blocks.all or not find_shallow(config, blocks, head_for(work.task)).steps:
         return _added(config, replace(work, activations=blocks))
     low, high = (_added(config, replace(work, activations=part)) for part in (few, more))
     return round(low + (high - low) * (blocks.all - few.all) / (more.all - few.all))
@@ -150,9 +157,25 @@ def _added(config: PretrainedConfig, work: Workload) -> int:
     return played.reserved_peak_bytes - history.peak_bytes()
 
 
-def _told(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
+def _told(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
+    """What a part of a run takes: its step, or where `after` is given the rest. Whoever plans, then runs, or runs one
+    model many times, asks for the same parts again: they are remembered."""
+    key = (
+        type(config),
+        config.to_json_string(use_diff=False),
+        repr(work),
+        None if after is None else tuple(after.items()),
+    )
+    if key not in _REMEMBERED:
+        if len(_REMEMBERED) == MOST_REMEMBERED:
+            del _REMEMBERED[next(iter(_REMEMBERED))]  # the oldest
+        _REMEMBERED[key] = _played(config, work, _train if after is None else partial(_use, after))
+    return deepcopy(_REMEMBERED[key])
+
+
+def _played(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
     """What a part of a run takes at the model's depth, by as few layers as tell it."""
-    shallow = find_shallow(config, work.activations)
+    shallow = find_shallow(config, work.activations, head_for(work.task))
     depths = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
     base, *runs = (_fake_run(config, replace(work, activations=blocks), does) for blocks in depths)
     for run in (base, *runs):
@@ -174,7 +197,7 @@ def _told(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]
 def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], None]) -> dict[str, Any]:
     """A part of a run at the depth that the blocks of `work` are."""
     blocks = work.activations
-    if isinstance(blocks, Blocks) and blocks.all != count_layers(config):
+    if isinstance(blocks, Blocks) and blocks.all != count_layers(config, head_for(work.task)):
         config = with_depth(config, blocks.all)
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(host_apart=work.on_card)
@@ -192,7 +215,7 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
         "resident_bytes": ledger.current(),
         "host_peak_bytes": ledger.history.host_peak_by_phase(),
         "paged_bytes": ledger.paged_bytes,
-        "parameters": _count_parameters(model, parameters, work),
+        "parameters": _count_parameters(model, parameters),
         "layers": len(names),
         "history": ledger.history,
         "places": {(phase, roles.get(block)): held for (phase, block), held in ledger.history.peaks_by_place().items()},
@@ -200,9 +223,9 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
 
 
 def _train(run: _Run) -> None:
-    """The last micro-batch of a step: where there are several, the gradients of those before stand through it."""
+    """The last micro-batch of a step: where there may be several, the gradients of those before stand through it."""
     work, ledger = run.work, run.ledger
-    if work.accumulation > 1:
+    if work.gradients_stand:
         for _, parameter in run.parameters:
             parameter.grad = torch.zeros_like(parameter)
         ledger.own("gradients", (parameter.grad for _, parameter in run.parameters if parameter.grad is not None))
@@ -238,11 +261,10 @@ def _use(after: Mapping[str, After], run: _Run) -> None:
             act(run.model)
 
 
-def _count_parameters(model: PreTrainedModel, parameters: Named, work: Workload) -> dict[str, int]:
-    trainable = sum(parameter.numel() for _, parameter in parameters)
+def _count_parameters(model: PreTrainedModel, parameters: Named) -> dict[str, int]:
     return {
-        "total": parameter_count(model) - (trainable if work.lora is not None else 0),
-        "trainable": trainable,
+        "total": base_parameter_count(model),
+        "trainable": sum(parameter.numel() for _, parameter in parameters),
         "quantized": sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight)),
     }
 
@@ -277,9 +299,9 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
 
 
 def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
-    head: Head = "classification" if work.task == "classify" else "causal"
+    attention = implementation(work.attention, torch.device("cpu"), work.dtype)  # sdpa's keep what flex and flash keep
     with no_init_weights():
-        return build_model(config, work.dtype, work.attention, head)
+        return build_model(config, work.dtype, attention, head_for(work.task))
 
 
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:
@@ -293,7 +315,7 @@ def _task(work: Workload) -> Task:
 
 def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:
     is_text, has_verdict = work.task == "classify", work.task == "kto"
-    shape = shape[0] * sequences_of(work.task), shape[1]
+    shape = shape[0] * TASKS[work.task].sequences, shape[1]
     return _FakeRows(
         input_ids=torch.zeros(shape, dtype=torch.int64),
         labels=torch.zeros(shape[:1] if is_text else shape, dtype=torch.int64),

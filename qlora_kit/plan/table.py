@@ -17,10 +17,10 @@ from qlora_kit.plan.dry_run import After, dry_run
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Setting, Solution, run_again
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import Recipe, method_of, with_adapters
+from qlora_kit.recipe import TASKS, Recipe, method_of, with_adapters
 from qlora_kit.train.activations import Blocks
+from qlora_kit.train.classes import head_for
 from qlora_kit.train.pace import Pace
-from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import parse_bytes
 
 STEP = ("forward", "loss", "backward", "optimizer")
@@ -153,7 +153,7 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
         config,
         planned["parameters"],
         tokens=work.tokens,
-        micro_batch=work.micro_batch * sequences_of(work.task),
+        micro_batch=work.micro_batch * TASKS[work.task].sequences,
         accumulation=work.accumulation,
         quantization=work.quantization,
         optimizer=work.optimizer,
@@ -167,7 +167,7 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
 def _as_the_paper_counts(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
     """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
     parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16. Products with trained weights are not kept."""
-    blocks = Blocks.of(work.activations, count_layers(config))
+    blocks = Blocks.of(work.activations, count_layers(config, head_for(work.task)))
     blocks = blocks._replace(recompute=blocks.recompute + blocks.selective, selective=0)
     full = replace(work, lora=None, optimizer="adamw_32bit", master_weights="none", skip=(), activations=blocks)
     planned = dry_run(config, full, after)

@@ -9,6 +9,7 @@ from qlora_kit.base.load import resolve_device, resolve_dtype
 from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy
 from qlora_kit.train.optim import MasterWeights, definite_masters
+from qlora_kit.train.pace import gradients_stand
 from qlora_kit.train.tasks import has_reference
 
 
@@ -23,7 +24,7 @@ class Workload:
         attention: its implementation.
         micro_batch: rows in one forward pass.
         tokens: of the longest row.
-        accumulation: micro-batches in one step; above 1 the gradients of the first stand through the second.
+        accumulation: micro-batches in one step, as planned.
         activations: of all blocks, or how many have which policy.
         optimizer: a name of `train.optimizer`.
         master_weights: fp32, stochastic or none.
@@ -57,6 +58,11 @@ class Workload:
     has_reference: bool = False
     is_padded: bool = False
     loss_chunk: int | None = None
+
+    @property
+    def gradients_stand(self) -> bool:
+        """Whether the gradients of one micro-batch stand through the next."""
+        return gradients_stand(self.micro_batch, self.accumulation, is_packed=self.packing)
 
     @classmethod
     def of(

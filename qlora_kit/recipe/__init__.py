@@ -4,8 +4,10 @@ from qlora_kit.recipe.method import Method, base_as_held, method_of, not_read, w
 from qlora_kit.recipe.read import dump_recipe, read_recipe
 from qlora_kit.recipe.schema import Base, Data, Lora, Memory, Recipe, Source, Train
 from qlora_kit.recipe.shipped import find, folder, names, schema_text, summary
+from qlora_kit.recipe.tasks import TASKS, TaskKind
 
 __all__ = [
+    "TASKS",
     "Base",
     "Data",
     "Lora",
@@ -13,6 +15,7 @@ __all__ = [
     "Method",
     "Recipe",
     "Source",
+    "TaskKind",
     "Train",
     "base_as_held",
     "dump_recipe",

@@ -14,17 +14,10 @@ class NotYet:
     instead: str
 
 
-def _only(*built: str | bool | float | None) -> Callable[[Any], bool]:
-    return lambda value: value in built
-
-
 def _all_but(*missing: str | bool) -> Callable[[Any], bool]:
     return lambda value: value not in missing
 
 
-ROWS = (
-    NotYet("base.attention", _only("sdpa", "eager"), "built: sdpa, eager"),
-    NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),
-)
+ROWS = (NotYet("lora.rank", _all_but("auto"), "write a whole number, such as 16"),)
 
 BY_KEY = {row.key: row for row in ROWS}

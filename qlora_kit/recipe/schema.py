@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qlora_kit import units
+from qlora_kit.recipe.tasks import TaskName
 
 LARGEST_SIZE = 2**50
 """A budget above a PiB is a slip of the pen."""
@@ -208,7 +209,7 @@ class Data(Section):
 class Train(Section):
     """The run: objective, length, optimizer and what is written on the way."""
 
-    task: Literal["sft", "pretrain", "classify", "dpo", "ipo", "orpo", "kto"] = "sft"
+    task: TaskName = "sft"
     """The objective: answers, text, classes, pairs of answers (dpo, ipo, orpo), or answers with a verdict (kto)."""
     epochs: Number = 1
     """Passes over the rows; may be a fraction."""

@@ -4,7 +4,6 @@ All text goes through `element`, which escapes it; a content security policy bar
 besides. A `generator` in its head tells a page of ours from any other file, so that no other is overwritten.
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from qlora_kit.report.bars import category_class
 from qlora_kit.report.lines import Series, line_chart
 from qlora_kit.report.markup import Markup, element
 from qlora_kit.report.text import Table, in_words
+from qlora_kit.storage import write_text
 
 Kind = Literal["report", "comparison"]
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -66,15 +66,9 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         RunError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_text(path, text)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -13,6 +13,7 @@ from qlora_kit.run.preview import preview
 from qlora_kit.run.talk import Conversation
 from qlora_kit.run.train import Result, train
 from qlora_kit.run.use import evaluate, load_run
+from qlora_kit.run.verify import Verified, verify, verify_resume
 
 __all__ = [
     "Asked",
@@ -20,6 +21,7 @@ __all__ = [
     "Prepared",
     "Result",
     "Speaker",
+    "Verified",
     "answer",
     "check_budget",
     "compare_exports",
@@ -30,4 +32,6 @@ __all__ = [
     "plan_memory",
     "preview",
     "train",
+    "verify",
+    "verify_resume",
 ]

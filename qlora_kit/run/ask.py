@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.base.load import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.run.folder import DATA, recorded_classes
@@ -66,11 +67,18 @@ def load_speaker(
         QloraKitError: as `load_run`.
     """
     run = run_of(folder)
-    if run is not None and recorded_classes(run) is not None:
-        raise RunError(f"{run} tells texts apart and says nothing; ask it with qlora-kit eval {run} --data FILE")
+    if _tells_apart(folder if run is None else run, is_run=run is not None):
+        raise RunError(f"{folder} tells texts apart and says nothing; ask it with qlora-kit eval {folder} --data FILE")
     model, tokenizer, _ = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     is_chat = tokenizer.chat_template is not None if run is None else has_chats(run)
     return Speaker(model, tokenizer, is_chat and not raw)
+
+
+def _tells_apart(folder: Path, *, is_run: bool) -> bool:
+    """Whether the model of a run, or of a folder with weights, is a classifier."""
+    if is_run:
+        return recorded_classes(folder) is not None
+    return (folder / "config.json").is_file() and stored_head(folder) == "classification"
 
 
 def has_chats(run: Path) -> bool:
@@ -85,7 +93,7 @@ def answer(
     max_new_tokens: int,
     system: str | None = None,
     sampling: Sampling = GREEDY,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    tell: Callable[[Sequence[dict[str, Any]], int], None] = lambda answers, of: None,
 ) -> list[dict[str, Any]]:
     """What a model says to prompts, in their order.
 
@@ -95,7 +103,8 @@ def answer(
         max_new_tokens: most tokens of an answer; the model's positions may leave fewer.
         system: what a chat opens with, unless it has a system turn already.
         sampling: how tokens are chosen.
-        progress: is told how many are answered, and of how many.
+        tell: is given answers as they come, a few at a time and those to the longest prompts first, and how many
+            prompts there are.
 
     Returns:
         For each `prompt` (a text, or turns), `answer`, and `reference` where the file has one.
@@ -117,7 +126,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         positions=positions_of(speaker.model.config),
-        progress=lambda done: progress(done, len(asked)),
+        tell=lambda texts: tell([_told(asked[row], text) for row, text in texts.items()], len(asked)),
     )
     return [_told(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
 

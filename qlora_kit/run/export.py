@@ -1,7 +1,7 @@
 """A finished run as weights for other programs, and what each kind of export costs, side by side."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.load import head_of
-from qlora_kit.data import Batch
+from qlora_kit.data import Batch, Encoded
 from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.export import check_request, export_adapter, export_merged, export_quantized
 from qlora_kit.recipe import Recipe, read_recipe
@@ -112,7 +112,7 @@ class _Loaded:
             return []
         return self._batches(training_rows(self.recipe, self.tokenizer, self.model.config, count))
 
-    def _batches(self, rows: list[Any]) -> list[Batch]:
+    def _batches(self, rows: Sequence[Encoded]) -> list[Batch]:
         return eval_batches(rows, pad_id(self.tokenizer), self.model.device)
 
     def export(self, out: Path, asked: Asked) -> dict[str, Any]:

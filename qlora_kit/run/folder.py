@@ -7,8 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date as Date
 from pathlib import Path
@@ -23,9 +23,10 @@ from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
-from qlora_kit.run.classify import classes_in
 from qlora_kit.run.prepare import Prepared, fill_batches
-from qlora_kit.storage import read_json, remove_folder, write_json, write_text
+from qlora_kit.run.start import reference_checksums
+from qlora_kit.storage import clear_abandoned, read_json, remove_folder, write_json, write_text
+from qlora_kit.train.classes import classes_in
 from qlora_kit.train.trackers import PROJECT
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
@@ -42,13 +43,26 @@ _MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "tr
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 
-def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+_MADE_FROM = {"train": "training rows", "eval": "held-out rows", "base": "weights of the base"}
+
+
+def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, force: bool = False) -> None:
     """See that a run may be written to `folder`; nothing is changed yet.
+
+    Args:
+        folder: of the run.
+        recipe: that is to be run.
+        resume: whether to go on with what is there.
+        overwrite: whether to replace what is there.
+        force: whether a resumed run may have another recipe.
 
     Raises:
         RunError: there is a run and neither `resume` nor `overwrite`, there is none to resume or it has another recipe,
-            or the place is taken or cannot be written.
+            the place is taken or cannot be written, or the adapter that the run goes on from lies in it.
     """
+    start = recipe.lora.from_
+    if start is not None and Path(start).resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"lora.from={start} lies in output={folder}, which a run replaces; set output to another folder")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file, and a run needs a folder of its own; set output to another name")
     if resume and not _has_run(folder):
@@ -60,11 +74,31 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise RunError(f"{folder} cannot be written: {there} does not let you; set output to another folder")
-    changes = _changes(read_recipe(folder / RECIPE), recipe) if resume else []
+    changes = _changes(read_recipe(folder / RECIPE), recipe) if resume and not force else []
     if changes:
         raise RunError(
             f"{folder} was made with another recipe: {'; '.join(changes)}. Resume it as it was "
-            f"(qlora-kit train {folder / RECIPE} --resume), or start again with --overwrite"
+            f"(qlora-kit train {folder / RECIPE} --resume), go on all the same with --force, or start again with "
+            "--overwrite"
+        )
+
+
+def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
+    """See that a run goes on with what it began with.
+
+    Args:
+        folder: of the run.
+        found: fingerprints of what there is now, by train, eval and base.
+
+    Raises:
+        RunError: one is another.
+    """
+    recorded = read_json(folder / DATA).get("fingerprints", {})
+    changed = [_MADE_FROM[key] for key, mark in found.items() if recorded.get(key, mark) != mark]
+    if changed:
+        raise RunError(
+            f"{folder} was begun with other {' and '.join(changed)} than are there now; put the files back as they "
+            "were, go on all the same with --force, or start again with --overwrite"
         )
 
 
@@ -86,6 +120,8 @@ def run_folder(folder: Path) -> Iterator[None]:
             raise RunError(
                 f"another run is writing to {folder}; wait for it, or set output to another folder"
             ) from None
+        for place in (folder, folder / CHECKPOINTS):
+            clear_abandoned(place)
         try:
             yield
         finally:
@@ -93,12 +129,22 @@ def run_folder(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
-def clear_run_folder(folder: Path) -> None:
-    """Remove what an earlier run wrote, and nothing else that lies there."""
-    for name in (ADAPTER, MODEL, CHECKPOINTS, PROJECT):
-        remove_folder(folder / name)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+def files_of_run(folder: Path) -> list[Path]:
+    """What a run wrote, folders whole, and nothing else that lies there. Of its trackers' logs each is listed apart,
+    since those of the next one come beside them."""
+    written = [folder / name for name in (ADAPTER, MODEL, CHECKPOINTS, *FILES)]
+    return [path for path in (*written, *(folder / PROJECT).glob("*")) if path.exists()]
+
+
+def clear_run_folder(folder: Path, earlier: Iterable[Path]) -> None:
+    """Remove what `files_of_run` found of an earlier run."""
+    for path in earlier:
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink()
+    with suppress(OSError):  # where another run logs there now, it stays
+        (folder / PROJECT).rmdir()
 
 
 def _things_in(folder: Path) -> bool:
@@ -126,13 +172,16 @@ def _has_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, MODEL, CHECKPOINTS))
 
 
-def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], folder: Path) -> None:
+def describe_run(
+    recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fingerprints: Mapping[str, str], folder: Path
+) -> None:
     """Write recipe.yaml, plan.json, env.json and data.json."""
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / PLAN, dict(plan))
     write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
     train = prepared.train
     data: dict[str, Any] = {"chats": train.has_chats, "train": asdict(train.counts)}
+    data["fingerprints"] = dict(fingerprints)
     data["sources"] = [{**asdict(part), "rows_an_epoch": part.deck.drawn} for part in train.parts]
     if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)
@@ -143,7 +192,15 @@ def describe_run(recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fo
         data["classes"], data["is_multi"] = list(classes.names), classes.is_multi
     if prepared.date is not None:
         data["date"] = prepared.date.isoformat()
+    if checksums := reference_checksums(recipe):
+        data["reference"] = checksums
     write_json(folder / DATA, data)
+
+
+def recorded_reference(folder: Path) -> dict[str, str]:
+    """Checksums of the frozen adapter that a run holds to; none where it holds to the base."""
+    recorded: dict[str, str] = read_json(folder / DATA).get("reference", {})
+    return recorded
 
 
 def recorded_date(folder: Path) -> Date | None:

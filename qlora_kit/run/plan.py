@@ -11,7 +11,8 @@ import torch
 from transformers import PretrainedConfig
 
 from qlora_kit.base import locate_model
-from qlora_kit.base.load import read_config
+from qlora_kit.base.attention import check_attention
+from qlora_kit.base.load import read_config, resolve_device, resolve_dtype
 from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge
@@ -19,16 +20,15 @@ from qlora_kit.memory import Limit
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.plan.choose import may_quantize_head
-from qlora_kit.recipe import Recipe, base_as_held
-from qlora_kit.run.classify import head_for
+from qlora_kit.recipe import TASKS, Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, largest_eval_shape, positions_of, prepare
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
+from qlora_kit.train.classes import head_for
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
-from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
@@ -57,6 +57,9 @@ def plan_memory(
     card = None if gpu is None else find_card(gpu)
     if card is not None:
         recipe = _for_card(recipe, card)
+    else:
+        device = resolve_device(recipe.base.device)
+        check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     name = None if card is None else card.name
     if not _rows_are_missing(recipe):
         prepared = prepare(recipe, watch, weights=False, trust_remote_code=trust_remote_code)
@@ -66,14 +69,14 @@ def plan_memory(
     base, tokens = recipe.base, recipe.data.max_tokens
     folder = locate_model(base.model, base.revision, weights=False, code=trust_remote_code, notify=watch.note)
     check_task(recipe)
-    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
+    config = read_config(folder, head=head_for(recipe.train.task), trust_remote_code=trust_remote_code)
     check_lengths(tokens, positions_of(config))
     check_weights(recipe, config)
     check_full_finetune(recipe, config, watch)
     pace = set_pace(
         recipe.train,
         rows=ROWS_A_STEP,
-        longest=tokens * sequences_of(recipe.train.task),
+        longest=tokens * TASKS[recipe.train.task].sequences,
         tokens=ROWS_A_STEP * tokens,
         trained_tokens=ROWS_A_STEP * tokens,
         config=config,

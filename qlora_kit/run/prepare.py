@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from qlora_kit.data import (
     Filling,
     Part,
     Reader,
+    cache_key,
+    cached,
     check_turn_tokens,
     classes_of,
     collate_rows,
@@ -30,6 +32,7 @@ from qlora_kit.data import (
     fill,
     find_template,
     fix_tokenizer,
+    fixed_templates,
     held_out,
     longest_pack,
     open_sources,
@@ -38,13 +41,12 @@ from qlora_kit.data import (
     swap_answers,
 )
 from qlora_kit.errors import DataError
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.recipe.schema import DataName, Sources
-from qlora_kit.run.classify import classes_in, head_for, known_classes, name_classes
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.task import check_task
+from qlora_kit.train.classes import head_for, known_classes, name_classes
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
-from qlora_kit.train.tasks import sequences_of
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -108,7 +110,7 @@ def gather(
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
     check_task(recipe)
-    config = read_config(folder, head=head_for(recipe), trust_remote_code=trust_remote_code)
+    config = read_config(folder, head=head_for(recipe.train.task), trust_remote_code=trust_remote_code)
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
@@ -138,7 +140,7 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     pace = set_pace(
         recipe.train,
         rows=epoch.rows,
-        longest=longest * sequences_of(recipe.train.task),
+        longest=longest * TASKS[recipe.train.task].sequences,
         tokens=epoch.tokens,
         trained_tokens=epoch.trained_tokens,
         config=config,
@@ -229,7 +231,7 @@ def held_out_rows(
 ) -> EncodedSet:
     """The run's held-out rows, or those of another file encoded as the run's own are."""
     if data is not None:
-        _, rows = _encode_sets([], _open_sources(recipe, str(data)), [], recipe, tokenizer, config)
+        rows = _encode_sets([], _open_sources(recipe, str(data)), [], EncodedSet(), recipe, tokenizer, config)
         rows.faults.stop()
         rows.check_left(recipe.data.max_tokens)
         return rows
@@ -244,21 +246,22 @@ def training_rows(
     return rows[:: max(1, len(rows) // max(1, count))][:count]
 
 
-def eval_batches(rows: list[Encoded], pad: int, device: torch.device) -> list[Batch]:
+def eval_batches(rows: Sequence[Encoded], pad: int, device: torch.device) -> list[Batch]:
     """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
-    if rows and rows[0].is_good is not None:
-        rows = swap_answers(rows)
     return [collate_rows([[row] for row in group], pad).to(device) for group in _groups(rows)]
 
 
-def largest_eval_shape(rows: list[Encoded]) -> tuple[int, int] | None:
+def largest_eval_shape(rows: Sequence[Encoded]) -> tuple[int, int] | None:
     """Rows and tokens of the largest of `eval_batches`; None where there are no rows."""
     shapes = ((len(group), group[-1].longest) for group in _groups(rows))
     return max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
 
 
-def _groups(rows: list[Encoded]) -> list[list[Encoded]]:
-    """Rows of a batch each, the longest of them last."""
+def _groups(rows: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Rows of a batch each, the longest of them last; answers with a verdict each with the one that they are swapped
+    with."""
+    if rows and rows[0].is_good is not None:
+        rows = swap_answers(rows)
     groups: list[list[Encoded]] = [[]]
     for row in sorted(rows, key=lambda row: row.longest):
         tokens = (len(groups[-1]) + 1) * row.longest * (1 if row.other is None else 2)
@@ -274,10 +277,11 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return positions
 
 
-def _positions_for(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
-    """Of models that classify, what their tokenizer says: RoBERTa's kind has two positions that no token can take."""
+def positions_for(task: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """The longest row of a task; of a model that classifies, which its tokenizer says, too: RoBERTa's kind has two
+    positions that no token can take."""
     positions = positions_of(config)
-    if recipe.train.task != "classify" or positions is None:
+    if task != "classify" or positions is None:
         return positions
     return min(positions, tokenizer.model_max_length)
 
@@ -294,22 +298,41 @@ def _read_rows(
     data = recipe.data
     readers = _open_sources(recipe, data.train)
     eval_readers = [] if data.eval in ("auto", None) else _open_sources(recipe, data.eval)
-    found, eval_found = scan(readers), scan(eval_readers)
-    unread = found.faults + eval_found.faults
-    if data.on_error == "stop" or unread.hides_rows:
-        unread.stop()  # before the rows are encoded, which may take minutes
-    if recipe.train.task == "classify":
-        name_classes(config, classes_of(found.labels, found.is_multi, known_classes(config)), pad_id(tokenizer))
-    date = None
-    if found.has_chats or eval_found.has_chats:
-        date = _settle_template(tokenizer, recipe, today, watch or Watch())
-    is_held = held_out(found.digests) if data.eval == "auto" else [False] * len(found.digests)
-    train_rows, eval_rows = _encode_sets(readers, eval_readers, is_held, recipe, tokenizer, config)
-    train_rows.check_left(data.max_tokens)
-    if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
-        eval_rows.check_left(data.max_tokens)
-    if data.on_error == "stop":
-        (train_rows.faults + eval_rows.faults).stop()
+    today = today or Date.today()
+    settle = cache(partial(_settle_template, tokenizer, recipe, today, watch or Watch()))
+
+    def encode(train_rows: EncodedSet) -> EncodedSet:
+        """Read the sources twice: what there is, and what becomes of it."""
+        found, eval_found = scan(readers), scan(eval_readers)
+        unread = found.faults + eval_found.faults
+        if data.on_error == "stop" or unread.hides_rows:
+            unread.stop()  # before the rows are encoded, which may take minutes
+        if recipe.train.task == "classify":
+            train_rows.classes = classes_of(found.labels, found.is_multi, known_classes(config))
+        if found.has_chats or eval_found.has_chats:
+            settle()
+        is_held = held_out(found.digests) if data.eval == "auto" else [False] * len(found.digests)
+        eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config)
+        train_rows.check_left(data.max_tokens)
+        if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
+            eval_rows.check_left(data.max_tokens)
+        if data.on_error == "stop":
+            (train_rows.faults + eval_rows.faults).stop()
+        return eval_rows
+
+    decides = {
+        "data": data.model_dump(exclude={"train", "packing", "template"}),
+        "task": recipe.train.task,
+        "sizes": (config.get_text_config().vocab_size, positions_for(recipe.train.task, tokenizer, config)),
+        "classes": known_classes(config),
+        "templates": fixed_templates(tokenizer, data.thinking, today),
+    }
+    train_rows, eval_rows = cached(cache_key([*readers, *eval_readers], tokenizer, decides), encode)
+    for part, reader in zip(train_rows.parts, readers, strict=True):
+        part.weight = reader.source.weight
+    if train_rows.classes is not None:
+        name_classes(config, train_rows.classes, pad_id(tokenizer))
+    date = settle() if train_rows.has_chats or eval_rows.has_chats else None
     return train_rows, eval_rows, date
 
 
@@ -324,11 +347,12 @@ def _encode_sets(
     readers: Sequence[Reader],
     eval_readers: Sequence[Reader],
     is_held: Sequence[bool],
+    train_rows: EncodedSet,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
-) -> tuple[EncodedSet, EncodedSet]:
-    """Read all sources once more and encode each row as it comes: those to train on, and those held out."""
+) -> EncodedSet:
+    """Read all sources and encode each row as it comes: those to train on into their set, and those held out."""
     encode = partial(
         encode_rows,
         tokenizer=tokenizer,
@@ -337,19 +361,17 @@ def _encode_sets(
         over_length=recipe.data.over_length,
         thinking=recipe.data.thinking,
         vocab_size=config.get_text_config().vocab_size,
-        max_positions=_positions_for(recipe, tokenizer, config),
-        classes=classes_in(config) if recipe.train.task == "classify" else None,
+        max_positions=positions_for(recipe.train.task, tokenizer, config),
+        classes=train_rows.classes,
     )
-    train_rows, eval_rows, held = EncodedSet(), EncodedSet(), list[Example]()
-    sides = iter(is_held)
+    eval_rows, held, sides = EncodedSet(), list[Example](), iter(is_held)
     for reader in readers:
-        source = reader.source
         rows = _kept(reader.read(train_rows.faults), sides, held)
-        encode(rows, onto=train_rows, part=Part(source.path, source.weight))
+        encode(rows, onto=train_rows, part=Part(reader.source.path))
     encode(held, onto=eval_rows)
     for reader in eval_readers:
         encode(reader.read(eval_rows.faults), onto=eval_rows, part=Part(reader.source.path))
-    return train_rows, eval_rows
+    return eval_rows
 
 
 def _kept(rows: Iterable[Example], is_held: Iterator[bool], held: list[Example]) -> Iterator[Example]:

@@ -1,9 +1,9 @@
 """What a run will be given to learn, before anything else of it is done: no weights are needed, and none are read."""
 
 from qlora_kit.data import Filling, Preview, measure_lengths, remarks_on, show_rows
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.run.prepare import fill_batches, gather, pace_of
-from qlora_kit.train.tasks import can_pack
+from qlora_kit.run.start import as_it_starts
 from qlora_kit.watch import Watch
 
 
@@ -19,6 +19,7 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
     Raises:
         QloraKitError: as `train`, as far as it gets.
     """
+    recipe = as_it_starts(recipe)
     prepared = gather(recipe, watch or Watch(), weights=False, trust_remote_code=trust_remote_code)
     train, held_out, tokenizer = prepared.train, prepared.eval, prepared.tokenizer
 
@@ -34,7 +35,7 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
         lengths=measure_lengths(train),
         is_packed=recipe.data.packing is True,
         apart=filling(False),
-        packed=filling(True) if can_pack(recipe.train.task) else None,
+        packed=filling(True) if TASKS[recipe.train.task].can_pack else None,
         remarks=remarks_on(train, held_out, tokenizer),
         rows=show_rows(train, tokenizer, rows),
     )

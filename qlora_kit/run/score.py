@@ -1,5 +1,6 @@
 """Scores of a model on held-out rows: losses always, exact match where answers are short, a few answers to look at."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
-from qlora_kit.run.classify import classes_in, f1_score, predictions, words_of
-from qlora_kit.run.prepare import Prepared, eval_batches, pad_id
+from qlora_kit.run.classify import f1_score, predictions, words_of
+from qlora_kit.run.prepare import Prepared, eval_batches, pad_id, positions_of
+from qlora_kit.train.classes import classes_in
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
 from qlora_kit.train.samples import SAMPLE_TOKENS, Question
@@ -64,7 +66,7 @@ def score(
 def score_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     batches: list[Batch],
     task: Task = LIKELIHOOD,
     loss_chunk: int | None = None,
@@ -80,7 +82,8 @@ def score_rows(
     is_short = max(lengths) <= SHORT_ANSWER
     asked = answered if is_short else answered[:SAMPLES]
     room = max(lengths) + 1 if is_short else SAMPLE_TOKENS
-    texts = generate_texts(model, tokenizer, [row.prompt or [] for row in asked], max_new_tokens=room)
+    prompts, positions = [row.prompt or [] for row in asked], positions_of(model.config)
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=room, positions=positions)
     if not is_short:
         return measured, texts
     right = exact_match(texts, [reference(tokenizer, row) for row in asked])
@@ -88,7 +91,7 @@ def score_rows(
 
 
 def _told_apart(
-    model: PreTrainedModel, measured: Score, rows: list[Encoded], batches: list[Batch]
+    model: PreTrainedModel, measured: Score, rows: Sequence[Encoded], batches: list[Batch]
 ) -> tuple[Score, list[str]]:
     """The score of a classification with its F1, and what the model says of the first few rows."""
     classes, said = classes_in(model.config), predictions(model, batches)
@@ -99,7 +102,7 @@ def _told_apart(
     return replace(measured, measures={**measured.measures, "f1": f1}), words
 
 
-def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> list[Question]:
     """The first few texts of a classification, each with the name of its class."""
     classes = classes_in(model.config)
     return [
@@ -112,15 +115,15 @@ def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
     ]
 
 
-def questions(tokenizer: PreTrainedTokenizerBase, rows: list[Encoded]) -> list[Question]:
+def questions(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded]) -> list[Question]:
     """The first few of the rows that a model can be asked for."""
     asked = [(row.prompt or [], reference(tokenizer, row)) for row in answered_rows(rows)[:SAMPLES]]
     return [Question(ids, str(tokenizer.decode(ids, skip_special_tokens=True)), wanted) for ids, wanted in asked]
 
 
-def answered_rows(rows: list[Encoded]) -> list[Encoded]:
-    """Rows that end in one answer to one prompt, so that a model can be asked for it."""
-    return [row for row in rows if row.prompt and row.answer is not None]
+def answered_rows(rows: Sequence[Encoded]) -> list[Encoded]:
+    """Rows that end in one answer to one prompt, and not in an unwanted one, so that a model can be asked for it."""
+    return [row for row in rows if row.prompt and row.answer is not None and row.is_good is not False]
 
 
 def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:

@@ -82,6 +82,17 @@ class Conversation:
         """Whether who speaks knows of turns."""
         return self._speaker.is_chat
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What was said, as rows of training data: one chat or, where lines stand by themselves, each with its answer,
+        empty ones left out."""
+        said = _without_system(self.messages)
+        if self.is_chat or not said:
+            return [{"messages": self.messages}] if said else []
+        pairs = zip(said[::2], said[1::2], strict=True)
+        rows = [{"prompt": asked["content"], "completion": answer["content"]} for asked, answer in pairs]
+        return [row for row in rows if row["completion"].strip()]
+
     def use(self, name: str | None) -> None:
         """Let another one speak: one of `names`, a run or adapter folder that is loaded first, or None for the base.
 

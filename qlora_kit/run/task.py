@@ -1,8 +1,7 @@
 """What a task cannot be asked together with, said before anything is read."""
 
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import Recipe
-from qlora_kit.train.tasks import WITH_REFERENCE, can_pack
+from qlora_kit.recipe import TASKS, Recipe
 
 
 def check_task(recipe: Recipe) -> None:
@@ -11,8 +10,8 @@ def check_task(recipe: Recipe) -> None:
     Raises:
         RecipeError: it does not; names both and the way out.
     """
-    task = recipe.train.task
-    if can_pack(task):
+    task, kind = recipe.train.task, TASKS[recipe.train.task]
+    if kind.can_pack:
         return
     if recipe.data.packing is True:
         raise RecipeError(
@@ -27,7 +26,7 @@ def check_task(recipe: Recipe) -> None:
         )
     if recipe.train.sample_every is not None and task == "classify":
         raise RecipeError("train.sample_every asks for answers, and train.task=classify learns none; leave it out")
-    if recipe.train.full_finetune and task in WITH_REFERENCE:
+    if recipe.train.full_finetune and kind.holds_to_start:
         raise RecipeError(
             f"train.task={task} holds to the model that training starts from, which train.full_finetune changes; "
             "leave that out, or set train.task=orpo"

@@ -1,7 +1,7 @@
 """The main job: plan, load, adapt, train, score, report; each arrow is one function."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +11,15 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_kit.base import locate_model
+from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
-from qlora_kit.base.load import resolve_device
+from qlora_kit.base.load import resolve_device, resolve_dtype
+from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import LossWatch, write_report
-from qlora_kit.run.classify import classes_in
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
@@ -26,10 +27,13 @@ from qlora_kit.run.folder import (
     SAMPLES,
     SCORES,
     check_run_folder,
+    check_unchanged,
     clear_run_folder,
     describe_run,
+    files_of_run,
     provenance_of,
     recorded_date,
+    recorded_reference,
     run_folder,
     settings_of,
     trained_folder,
@@ -45,26 +49,29 @@ from qlora_kit.run.prepare import (
     prepare,
 )
 from qlora_kit.run.score import questions, score
-from qlora_kit.run.start import as_it_starts
+from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
-from qlora_kit.storage import read_json, write_json
+from qlora_kit.storage import check_room, checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import (
+    checkpoint_bytes,
     checkpoint_of,
+    checkpoints,
     load_checkpoint,
     load_parameters,
     newest_checkpoint,
     verify_checkpoint,
 )
+from qlora_kit.train.classes import classes_in
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.samples import Samples
-from qlora_kit.train.tasks import has_reference, task_of
-from qlora_kit.train.trackers import check_trackers
+from qlora_kit.train.tasks import Task, has_reference, task_of
+from qlora_kit.train.trackers import Track, check_trackers, tracking
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -93,6 +100,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     watch: Watch | None = None,
     trust_remote_code: bool = False,
 ) -> Result:
@@ -102,6 +110,7 @@ def train(
         recipe: from `read_recipe`.
         resume: go on from the newest checkpoint that verifies.
         overwrite: remove a run that stands in the folder.
+        force: resume though the recipe, the rows or the base are others than the run was begun with.
         watch: is told what happens.
         trust_remote_code: let the model folder's own code run.
 
@@ -111,11 +120,17 @@ def train(
     started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
     recipe = as_it_starts(recipe)
+    check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
-    check_run_folder(folder, recipe, resume, overwrite)
+    check_run_folder(folder, recipe, resume, overwrite, force)
+    if resume:
+        check_reference(recipe, recorded_reference(folder))
     begun = _as_begun(recipe, folder) if resume else recipe
     today = recorded_date(folder) if resume else None
     prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)
+    fingerprints = {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
+    if resume and not force:
+        check_unchanged(folder, fingerprints)
     check_weights(begun, prepared.config)
     plan = plan_prepared(begun, prepared)
     watch.planned(plan)
@@ -127,9 +142,12 @@ def train(
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
-        check_run_folder(folder, recipe, resume, overwrite)  # planning takes its time
+        check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
+        fingerprints["base"] = base_record(model).mark
+        if resume and not force:
+            check_unchanged(folder, fingerprints)
         unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
         if unlearnt is not None:
             watch.note(unlearnt)
@@ -139,10 +157,11 @@ def train(
         loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, asked)
         if why_whole is not None:
             watch.note(why_whole)
-        if not resume:
-            clear_run_folder(folder)
-        describe_run(recipe, prepared, plan, folder)
-        end = _train(recipe, prepared, plan, model, loss_chunk, ledger, folder, watch, resume, limit)
+        earlier = [] if resume else files_of_run(folder)
+        with _tracking(recipe, prepared, folder, device) as track:
+            clear_run_folder(folder, earlier)
+            describe_run(recipe, prepared, plan, fingerprints, folder)
+            end = _train(recipe, prepared, plan, model, task, loss_chunk, ledger, folder, watch, track, resume, limit)
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
@@ -233,7 +252,8 @@ def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Pa
         save_model(model, prepared.tokenizer, trained)
     else:
         save_adapter(model, trained, provenance=trained_against(model) | provenance_of(recipe))
-    write_json(folder / RESULT, {"folder": trained.name, "step": end.left, "finished": end.finished})
+    ended = {"folder": trained.name, "step": end.left, "finished": end.finished}
+    write_json(folder / RESULT, {**ended, "files": checksums(trained)})
 
 
 def _train(
@@ -241,10 +261,12 @@ def _train(
     prepared: Prepared,
     plan: Mapping[str, Any],
     model: PreTrainedModel,
+    task: Task,
     loss_chunk: int | None,
     ledger: Ledger,
     folder: Path,
     watch: Watch,
+    track: Track,
     resume: bool,
     limit: Limit,
 ) -> _End:
@@ -272,21 +294,21 @@ def _train(
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,
-        task=task_of(recipe.train, has_reference=has_reference(recipe)),
+        task=task,
         loss_chunk=loss_chunk,
         folder=folder,
         stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
-        settings=settings_of(recipe) | {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps},
         check_memory=limit.check,
     )
+    _check_disk(job)
     if job.packed_tokens is not None:
-        check_isolation(model)
+        check_isolation(model, prepared.pace.micro_batch)
     if resume:
         _go_on(job, watch)
     since = job.progress.step if resume else None
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
-    job.watch = _watched(metrics.rows, watch)
+    job.watch = _watched(metrics.rows, watch, track)
     samples = _let_sample(job, recipe, prepared, since, watch)
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
@@ -304,8 +326,23 @@ def _train(
     return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
 
 
-def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch) -> Callable[[Mapping[str, Any]], None]:
-    """Shows each row, and says it once if the training loss explodes; `rows` are those of before a resume."""
+def _check_disk(job: Job) -> None:
+    """See that the checkpoints to come have room: those kept, the best, and the one that is being written."""
+    folder = job.folder / CHECKPOINTS
+    more = job.train.keep_checkpoints + 2 - len(checkpoints(folder))
+    if more > 0:
+        what = f"keeping {job.train.keep_checkpoints} checkpoints (train.keep_checkpoints)"
+        check_room(folder, more * checkpoint_bytes(job.kept, job.optimizer), what)
+
+
+def _tracking(recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device) -> AbstractContextManager[Track]:
+    """The recipe's trackers, which are told its settings with the rate and the steps that it came to."""
+    settled = {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps}
+    return tracking(recipe.train.trackers, folder, settings_of(recipe) | settled, device)
+
+
+def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch, track: Track = lambda row: None) -> Track:
+    """Shows and tracks each row, and says once if the training loss explodes; `rows` are those before a resume."""
     losses = LossWatch()
 
     def see(row: Mapping[str, Any]) -> str:
@@ -318,6 +355,7 @@ def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch) -> Callable[[Mappi
 
     def show(row: Mapping[str, Any]) -> None:
         watch.row(row)
+        track(row)
         if told := see(row):
             watch.note(told)
 

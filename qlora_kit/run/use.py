@@ -1,22 +1,23 @@
 """What a finished run is good for: load it, evaluate it; `ask.py` and `talk.py` let it speak, `export.py` writes it."""
 
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
-from qlora_kit.base.load import Watching, stored_as
+from qlora_kit.base.load import Watching, head_of, stored_as, stored_head
 from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
-from qlora_kit.recipe import Base, Data, Recipe, base_as_held, read_recipe
-from qlora_kit.run.classify import head_for, name_classes
+from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     DATA,
     RECIPE,
     recorded_classes,
     recorded_date,
+    recorded_reference,
     trained_folder,
 )
 from qlora_kit.run.prepare import (
@@ -25,12 +26,15 @@ from qlora_kit.run.prepare import (
     held_out_rows,
     load_tokenizer,
     pad_id,
+    positions_for,
     rows_needed,
     set_template,
 )
 from qlora_kit.run.score import score_rows
+from qlora_kit.run.start import check_reference
 from qlora_kit.storage import read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
+from qlora_kit.train.classes import head_for, name_classes
 from qlora_kit.train.evaluate import Score
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
@@ -114,8 +118,9 @@ def load_any(
             f"{folder} is no run folder (it has no recipe.yaml) and holds no model (config.json); give the output of a "
             "`qlora-kit train` or of an export"
         )
-    stored = stored_as(folder, trust_remote_code=trust_remote_code)
-    model = load_base(folder, **stored, trust_remote_code=trust_remote_code)
+    head = stored_head(folder)
+    stored = stored_as(folder, head=head, trust_remote_code=trust_remote_code)
+    model = load_base(folder, **stored, head=head, trust_remote_code=trust_remote_code)
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code), None
 
 
@@ -151,13 +156,14 @@ def evaluate(
         force: take the adapter although its base's fingerprint differs.
         trust_remote_code: let the model's own code run.
     """
-    if data is None and run_of(folder) is None:
+    run = run_of(folder)
+    if data is None and run is None:
         raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
+    if run is not None:
+        check_reference(read_recipe(run / RECIPE), recorded_reference(run))
     model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if recipe is None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
-        recipe = Recipe(base=Base(model=str(folder)), data=Data(train=str(data), max_tokens=min(MAX_TOKENS, positions)))
-        set_template(tokenizer, recipe, None)
+        recipe = _recipe_for(model, tokenizer, folder, str(data))
     rows = held_out_rows(recipe, tokenizer, model.config, data)
     if not rows.rows:
         raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")
@@ -169,6 +175,16 @@ def evaluate(
         load_reference(model, recipe.lora)
     measured, _ = score_rows(model, tokenizer, rows.rows, batches, task, loss_chunk)
     return measured
+
+
+def _recipe_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, data: str) -> Recipe:
+    """What a folder with weights, which has no recipe, is evaluated by."""
+    task: Literal["classify", "sft"] = "classify" if head_of(model) == "classification" else "sft"
+    most = min(MAX_TOKENS, positions_for(task, tokenizer, model.config) or MAX_TOKENS)
+    recipe = Recipe(base=Base(model=str(folder)), data=Data(train=data, max_tokens=most), train=Train(task=task))
+    if task == "sft":
+        set_template(tokenizer, recipe, None)
+    return recipe
 
 
 def load_recipe_base(
@@ -205,7 +221,7 @@ def load_recipe_base(
         attention=base.attention,
         vocabulary=rows_needed(tokenizer, recipe),
         trust_remote_code=trust_remote_code,
-        head=head_for(recipe),
+        head=head_for(recipe.train.task),
         labels=None if classes is None else len(classes.names),
         watching=watching,
     )

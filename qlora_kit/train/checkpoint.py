@@ -21,10 +21,22 @@ from torch import Tensor
 
 from qlora_kit.errors import RunError
 from qlora_kit.memory import to_host
-from qlora_kit.storage import read_json, remove_folder, sha256_file, staged_folder, write_json, write_tensors
+from qlora_kit.storage import (
+    changed_files,
+    check_room,
+    checksums,
+    read_json,
+    remove_folder,
+    staged_folder,
+    write_json,
+    write_tensors,
+)
 from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.units import MIB
 
 MANIFEST = "manifest.json"
+_TEXT_BYTES = MIB
+"""Of random states, headers and JSON, an upper bound."""
 
 
 @dataclass(slots=True)
@@ -74,8 +86,12 @@ def save_checkpoint(
         optimizer: that steps them.
         progress: where the run stands.
         keep: checkpoints to keep, this one included; that of the lowest held-out loss comes on top.
+
+    Raises:
+        RunError: the disk has no room; what stands there is left as it is.
     """
     final = checkpoint_of(folder, progress.step)
+    check_room(folder, checkpoint_bytes(parameters, optimizer), f"the checkpoint of step {progress.step}")
     progress.numbers = optimizer.state_numbers()
     with staged_folder(final) as staged:
         for name, copies in _host_copies(parameters, optimizer, _device(parameters).type == "cuda"):
@@ -84,8 +100,7 @@ def save_checkpoint(
             copies.clear()
         write_tensors(staged / "random.safetensors", _random_states(_device(parameters)))
         write_json(staged / "state.json", asdict(progress))
-        checksums = {path.name: sha256_file(path) for path in sorted(staged.iterdir())}
-        write_json(staged / MANIFEST, {"step": progress.step, "files": checksums})
+        write_json(staged / MANIFEST, {"step": progress.step, "files": checksums(staged)})
     standing = checkpoints(folder)
     newer = standing.index(final) + 1  # from here on: damaged ones that this run was not resumed from
     kept = {*standing[max(0, newer - keep) : newer], checkpoint_of(folder, progress.best_step)}
@@ -93,6 +108,12 @@ def save_checkpoint(
         if other not in kept:
             remove_folder(other)
     return final
+
+
+def checkpoint_bytes(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> int:
+    """What one takes on the disk."""
+    state = sum(tensor.nbytes for _, tensor in optimizer.state_tensors())
+    return sum(tensor.nbytes for tensor in parameters.values()) + state + _TEXT_BYTES
 
 
 def checkpoint_of(folder: Path, step: int) -> Path:
@@ -122,13 +143,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
         expected: dict[str, str] = read_json(folder / MANIFEST)["files"]
     except (RunError, KeyError) as error:
         return [f"{folder / MANIFEST} cannot be used: {error}"]
-    missing = [f"{folder / name} is missing" for name in expected if not (folder / name).is_file()]
-    changed = [
-        f"{folder / name} does not have the bytes that were written"
-        for name, checksum in expected.items()
-        if (folder / name).is_file() and sha256_file(folder / name) != checksum
-    ]
-    return missing + changed
+    return changed_files(folder, expected)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:

@@ -6,7 +6,7 @@ tokens: a penalty or a nucleus that a base's authors recommend would make answer
 other rules.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ def generate_texts(
     tokens_at_once: int = TOKENS_AT_ONCE,
     sampling: Sampling = GREEDY,
     positions: int | None = None,
-    progress: Callable[[int], None] = lambda rows: None,
+    tell: Callable[[Mapping[int, str]], None] = lambda texts: None,
 ) -> list[str]:
     """Continue prompts until an end token.
 
@@ -74,25 +74,28 @@ def generate_texts(
         tokens_at_once: of all rows that are generated together, at most, unless a row alone has more; shorter prompts
             are padded on the left.
         sampling: how tokens are chosen. Draws depend on which rows are generated together.
-        positions: that no row may exceed; every prompt has fewer tokens.
-        progress: is told how many rows are answered, after each batch.
+        positions: that no row may exceed; None for no limit. Prompts that leave no room for `max_new_tokens` are
+            continued alone, each as far as there is room; those that leave none are not.
+        tell: is given the new texts of each batch as they come, by the numbers of their rows.
 
     Returns:
         The new text of each row, without special tokens.
     """
     texts: list[str] = [""] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]), reverse=True)
+    with_room = (row for row, prompt in enumerate(prompts) if positions is None or len(prompt) < positions)
+    by_length = sorted(with_room, key=lambda row: len(prompts[row]), reverse=True)
     with evaluation_mode(model), _drawing(sampling, model.device):
         while by_length:
             longest = len(prompts[by_length[0]])
             room = max_new_tokens if positions is None else min(max_new_tokens, positions - longest)
-            most = max(1, tokens_at_once // (longest + room))
+            most = 1 if room < max_new_tokens else max(1, tokens_at_once // (longest + room))
             rows, by_length = by_length[:most], by_length[most:]
             output = _generate(model, tokenizer, [prompts[row] for row in rows], room, sampling)
             new = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for row, text in zip(rows, new, strict=True):
-                texts[row] = _before(text, sampling.stop)
-            progress(len(prompts) - len(by_length))
+            told = {row: _before(text, sampling.stop) for row, text in zip(rows, new, strict=True)}
+            for row, text in told.items():
+                texts[row] = text
+            tell(told)
     return texts
 
 

@@ -17,14 +17,23 @@ _TOKENS = 8
 """Of each of the two documents."""
 
 
-def check_isolation(model: PreTrainedModel) -> None:
+def check_isolation(model: PreTrainedModel, sequences: int = 1) -> None:
     """Try the model on two short documents in one sequence; gradients, mode and random states stay as they were.
+
+    Args:
+        model: on its device, with its attention.
+        sequences: most that stand side by side in a micro-batch: some attention keeps documents apart in one alone.
 
     Raises:
         ModelError: the second document sees the first.
     """
     if leaked_gradient(model) > 0:
         raise no_packing(model)
+    if sequences > 1 and leaked_gradient(model, sequences=2) > 0:
+        raise ModelError(
+            f"{model.config._attn_implementation} keeps the documents of a sequence apart only where it is alone in a "
+            "micro-batch (in this version of transformers); set train.micro_batch=1, or base.attention=sdpa"
+        )
 
 
 def no_packing(model: PreTrainedModel) -> ModelError:
@@ -35,7 +44,7 @@ def no_packing(model: PreTrainedModel) -> ModelError:
     )
 
 
-def leaked_gradient(model: PreTrainedModel) -> float:
+def leaked_gradient(model: PreTrainedModel, sequences: int = 1) -> float:
     """Largest gradient of a packed document's logits by the embeddings of the document before it."""
     embedded: list[Tensor] = []
 
@@ -43,7 +52,8 @@ def leaked_gradient(model: PreTrainedModel) -> float:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1]
 
-    ids = torch.arange(2 * _TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(2 * _TOKENS, device=model.device).repeat(sequences, 1)
+    ids %= model.config.get_text_config().vocab_size
     was_training, hook = model.training, model.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad():

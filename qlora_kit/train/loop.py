@@ -27,10 +27,11 @@ from qlora_kit.data import (
     arrange,
     collate_rows,
     full_packs,
+    lengths_of,
     side_by_side,
     swap_answers,
 )
-from qlora_kit.errors import DeviceError, TrainingError
+from qlora_kit.errors import DeviceError, TrainingError, listed
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.train.checkpoint import Progress, rehearse_checkpoint, save_checkpoint
@@ -38,11 +39,10 @@ from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
 from qlora_kit.train.forward import no_phase
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
-from qlora_kit.train.pace import Pace, room_of
+from qlora_kit.train.pace import Pace, gradients_stand, room_of
 from qlora_kit.train.schedule import learning_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import LIKELIHOOD, Task
-from qlora_kit.train.trackers import as_tracked, start_trackers
 
 SAVE_INTERVAL_S = 15 * 60
 """Seconds between checkpoints under `save_every: auto`."""
@@ -70,7 +70,6 @@ class Job:
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
         packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
-        settings: of the whole recipe by dotted key, for trackers.
         sample: is told every step when it is done; it may ask the model, and leaves training as it was.
         check_memory: is told the step before each of its micro-batches; it may end the run, which then saves nothing.
     """
@@ -92,7 +91,6 @@ class Job:
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
     packed_tokens: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
     sample: Callable[[int], None] = lambda step: None
     check_memory: Callable[[int], None] = lambda step: None
 
@@ -119,37 +117,24 @@ class Job:
         return self.model.device
 
 
-def make_accelerator(
-    train: Train, folder: Path, device: torch.device, settings: Mapping[str, Any] | None = None
-) -> Accelerator:
+def make_accelerator(device: torch.device, **logging: Any) -> Accelerator:
     """Accelerate with its own precision, accumulation and loaders switched off: these are the kit's.
 
     Its `backward` divides by the accumulation count, its mixed precision casts outputs up, its loader reads ahead.
 
     Args:
-        train: section of the recipe.
-        folder: of the run.
         device: that trains.
-        settings: that trackers are told, by dotted key.
+        logging: what accelerate is told of trackers.
 
     Raises:
         DeviceError: several processes were launched.
-        RunError: a tracker does not start.
     """
-    accelerator = Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_steps=1,
-        cpu=device.type == "cpu",
-        log_with=list(train.trackers) or None,
-        project_dir=str(folder),
-    )
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1, cpu=device.type == "cpu", **logging)
     if accelerator.num_processes > 1:
         raise DeviceError(
             f"{accelerator.num_processes} processes were launched, and this version trains on one device; "
             "start qlora-kit by itself"
         )
-    if train.trackers:
-        start_trackers(accelerator, train.trackers, folder, settings or {})
     return accelerator
 
 
@@ -162,13 +147,14 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     Returns:
         names of the parameters that no gradient reached: the model does not use them on these rows.
     """
-    batch = _longest(job)
+    batch, pace = _longest(job), job.pace
+    stand = gradients_stand(pace.micro_batch, pace.accumulation, is_packed=job.packed_tokens is not None)
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         job.model.train()
         accumulate_gradients(
             job.model,
-            [batch] * min(2, job.pace.accumulation),  # from the second on, gradients stand through a forward pass
+            [batch] * (2 if stand else 1),
             batch.count,
             job.task,
             phase=ledger.phase,
@@ -191,8 +177,8 @@ def _longest(job: Job) -> Batch:
     if job.packed_tokens is not None:
         packs = full_packs(job.rows, job.pace.micro_batch, job.packed_tokens)
     else:
-        by_length = sorted(job.rows, key=lambda row: row.longest, reverse=True)
-        rows = list(islice(cycle(by_length), job.pace.micro_batch))  # few rows come round again
+        by_length = sorted(range(len(job.rows)), key=lengths_of(job.rows).__getitem__, reverse=True)
+        rows = [job.rows[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
         packs = [[row] for row in _with_others(rows)]
     return collate_rows(packs, job.pad_id).to(job.device)
 
@@ -219,7 +205,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
     """
-    accelerator = make_accelerator(job.train, job.folder, job.device, job.settings)
+    accelerator = make_accelerator(job.device)
     model = accelerator.prepare_model(job.model, device_placement=False)
     sampler = Sampler(job.decks or len(job.rows), job.train.seed)
     sampler.position = job.progress.rows
@@ -234,11 +220,11 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         else:
             row = _take_step(job, accelerator, model, sampler, step, None)
         row["peak_bytes"] = counter.peak_bytes
-        _record(job, metrics, accelerator, row)
+        _record(job, metrics, row)
         is_best = False
         if job.eval_batches and (step % job.pace.eval_every == 0 or step == job.pace.steps):
             evaluated = {"step": step, **_evaluate(job)}
-            _record(job, metrics, accelerator, evaluated)
+            _record(job, metrics, evaluated)
             is_best = job.progress.judge(evaluated["eval_loss"])
         job.sample(step)
         is_stopping = job.stop_requested()
@@ -249,7 +235,6 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
             saved_at = time.monotonic()
         if is_stopping:
             break
-    accelerator.end_training()
     return job.is_over
 
 
@@ -260,7 +245,8 @@ def _take_step(
     started = time.perf_counter()
     phase = no_phase if ledger is None else ledger.phase
     epoch = sampler.position / sampler.epoch_rows
-    batches = list(_micro_batches(job, sampler.next_rows(job.pace.rows_a_step)))
+    indices = sampler.next_rows(job.pace.rows_a_step)
+    batches = list(_micro_batches(job, indices))
     mean, measures = accumulate_gradients(
         model,
         batches,
@@ -275,7 +261,10 @@ def _take_step(
         norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
     loss, grad_norm = mean.item(), float(norm)
     lr = learning_rate(step, job.pace.steps, job.pace.lr, job.train.schedule, job.train.warmup)
-    if math.isfinite(loss) and math.isfinite(grad_norm):
+    culprits = {}
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        culprits["rows"] = [job.rows[index].where for index in indices]
+    else:
         with phase("optimizer"):
             job.optimizer.step(lr)
         job.progress.step, job.progress.rows = step, sampler.position
@@ -289,6 +278,7 @@ def _take_step(
         "tokens": job.progress.tokens,
         "tokens_per_s": sum(sum(batch.lengths) for batch in batches) / (time.perf_counter() - started),
         "epoch": epoch,
+        **culprits,
     }
 
 
@@ -309,16 +299,15 @@ def _evaluate(job: Job) -> dict[str, Any]:
     return {"eval_loss": score.loss, **{f"eval_{name}": value for name, value in score.measures.items()}}
 
 
-def _record(job: Job, metrics: MetricsLog, accelerator: Accelerator, row: dict[str, Any]) -> None:
+def _record(job: Job, metrics: MetricsLog, row: dict[str, Any]) -> None:
     """Put a row on disk, show it, and stop the run at the first number that is not finite."""
     metrics.add(row)
     job.watch(metrics.rows[-1])
-    if job.train.trackers:
-        accelerator.log(as_tracked(row), step=row["step"])
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
+        rows = f" on the rows {listed(row['rows'])}" if "rows" in row else ""
         raise TrainingError(
-            f"{broken[0]} is not finite at step {row['step']}, which left no checkpoint; "
+            f"{broken[0]} is not finite at step {row['step']}{rows}; that step left no checkpoint; "
             "lower train.lr, or use base.compute_dtype=bfloat16 or float32 where it was float16"
         )
 

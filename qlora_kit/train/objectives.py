@@ -72,7 +72,7 @@ def odds_ratio_losses(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     odds(p) = p / (1 - p), p the geometric mean of the probabilities of an answer's tokens.
 
     Args:
-        chosen_P: log p of the answers that were preferred, below 0.
+        chosen_P: log p of the answers that were preferred, at most 0.
         rejected_P: log p of the others.
     """
     return -F.logsigmoid(_log_odds(chosen_P) - _log_odds(rejected_P))
@@ -92,7 +92,11 @@ def kto_losses(ratio_P: Tensor, is_good_P: Tensor, kl: Tensor, beta: float) -> T
 
 
 def _log_odds(log_p: Tensor) -> Tensor:
-    """log p - log(1 - p): by log1p where p is small and by expm1 where it is near 1, since each is exact there only."""
+    """log p - log(1 - p): by log1p where p is small and by expm1 where it is near 1, since each is exact there only.
+
+    A p that its dtype cannot tell from 1 has infinite odds: it is taken to be the nearest below, and has no gradient.
+    """
+    log_p = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
     is_large = log_p > -0.6931
     near_one = torch.log(-torch.expm1(torch.where(is_large, log_p, -1.0)))
     near_zero = torch.log1p(-torch.exp(torch.where(is_large, -1.0, log_p)))

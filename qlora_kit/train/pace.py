@@ -81,6 +81,20 @@ def room_of(train: Train, pace: Pace, longest: int, device: torch.device) -> Roo
     return Room(pace.micro_batch, longest, most, OVERHEAD_TOKENS[device.type])
 
 
+def gradients_stand(micro_batch: int, accumulation: int, *, is_packed: bool) -> bool:
+    """Whether the gradients of a micro-batch may stand through the forward pass of another in the same step.
+
+    Rows that are a sequence each are cut so that the step takes least time (`data/pack.side_by_side`), which may be
+    into more micro-batches than `accumulation` says, each of fewer rows.
+
+    Args:
+        micro_batch: sequences in one forward pass.
+        accumulation: micro-batches in one step, as planned.
+        is_packed: whether rows share sequences; then there are never more.
+    """
+    return accumulation > 1 or (micro_batch > 1 and not is_packed)
+
+
 def set_pace(
     train: Train, *, rows: int, longest: int, tokens: int, trained_tokens: int, config: PretrainedConfig
 ) -> Pace:

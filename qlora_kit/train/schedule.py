@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from qlora_kit.recipe import TASKS
+
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 
 WSD_DECAY_SHARE = 0.2
@@ -20,8 +22,8 @@ NARROWEST = 256
 """Hidden size below which the fit is not followed: it was made on sizes of 1,024 and above, and held against measured
 rates at this one, where it says 2.5e-3 (benchmarks/learning_rate.py)."""
 
-PREFERENCES, PREFERENCE_SHARE = ("dpo", "ipo", "orpo", "kto"), 0.1
-"""Tasks that compare answers, and their share of the rate that answers are learnt at."""
+PREFERENCE_SHARE = 0.1
+"""Of the rate that answers are learnt at, where they are held against each other."""
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: Schedule, warmup: float) -> float:
@@ -75,6 +77,6 @@ def automatic_rate(family: str, hidden: int, steps: int, full_finetune: bool, ta
     whose = "LoRA Without Regret's fit" if known else "the lower of LoRA Without Regret's fits for Llama and Qwen"
     kind = "full fine-tuning" if full_finetune else "a short run" if steps < SHORT_RUN else "LoRA"
     said = f"{whose} for {kind} at a hidden size of {hidden:,}"
-    if task not in PREFERENCES:
+    if not TASKS[task].is_preference:
         return float(f"{rate:.1e}"), said
     return float(f"{PREFERENCE_SHARE * rate:.1e}"), f"a tenth of {said}, as preferences want"

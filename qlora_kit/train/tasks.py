@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_kit.lora import REFERENCE, adapter_used
 from qlora_kit.ops import IGNORED
-from qlora_kit.recipe import Recipe, Train
+from qlora_kit.recipe import TASKS, Recipe, Train
 from qlora_kit.train.forward import Phase, Rows, evaluation_mode, loss_sum, no_phase, sequence_losses, whole_logits
 from qlora_kit.train.objectives import classification_loss_sum, dpo_losses, ipo_losses, kto_losses, odds_ratio_losses
 
@@ -32,8 +32,6 @@ class Loss(NamedTuple):
     """Scalars without a graph, that a person wants to see beside it, by the names they have in metrics.jsonl."""
 
 
-WITH_REFERENCE = ("dpo", "ipo", "kto")
-"""Tasks that hold to the model that training starts from."""
 AGAINST_REFERENCE = ("reward_margin", "reward_accuracy", "kl")
 """Measures that say how far a model has moved, and nothing of one that has not."""
 
@@ -184,19 +182,9 @@ class Kto:
             return Loss(losses_P.sum() / count, measures)
 
 
-def can_pack(task: str) -> bool:
-    """Whether every row of a task is learnt by itself, so that rows may share a sequence."""
-    return task in ("sft", "pretrain")
-
-
-def sequences_of(task: str) -> int:
-    """Sequences of a row in a batch."""
-    return 2 if task in ("dpo", "ipo", "orpo", "kto") else 1
-
-
 def has_reference(recipe: Recipe) -> bool:
     """Whether a run holds to a frozen copy of the adapter that it goes on from, and not to the base."""
-    return recipe.lora.from_ is not None and recipe.train.task in WITH_REFERENCE
+    return recipe.lora.from_ is not None and TASKS[recipe.train.task].holds_to_start
 
 
 def task_of(train: Train, *, has_reference: bool = False) -> Task:

@@ -5,14 +5,20 @@ A run is a run of the project `qlora-kit`, called by its folder. TensorBoard's f
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
 from qlora_kit.errors import RunError
+from qlora_kit.train.loop import make_accelerator
+
+Track: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Takes a row of metrics."""
 
 PROJECT = "qlora-kit"
 _CALLED = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
@@ -30,6 +36,33 @@ def check_trackers(trackers: Sequence[str]) -> None:
     missing = sorted(set(trackers) - {str(known.value) for known in get_available_trackers()})
     if missing:
         raise RunError(f"train.trackers asks for {', '.join(missing)}, not installed; pip install {' '.join(missing)}")
+
+
+@contextmanager
+def tracking(
+    trackers: Sequence[str], folder: Path, settings: Mapping[str, Any], device: torch.device
+) -> Iterator[Track]:
+    """Takes rows of metrics to trackers, which end with the block, however that ends.
+
+    Args:
+        trackers: their names; with none there is nothing to take rows to.
+        folder: of the run.
+        settings: of the recipe, by dotted key.
+        device: that trains.
+
+    Raises:
+        RunError: one does not start; then nothing has been written.
+    """
+    if not trackers:
+        yield lambda row: None
+        return
+    named = sorted(trackers, key="tensorboard".__eq__)  # it writes to the folder at once, so it starts last
+    accelerator = make_accelerator(device, log_with=named, project_dir=str(folder))
+    start_trackers(accelerator, named, folder, settings)
+    try:
+        yield lambda row: accelerator.log(as_tracked(row), step=row["step"])
+    finally:
+        accelerator.end_training()
 
 
 def start_trackers(
@@ -62,9 +95,9 @@ def start_trackers(
 
 
 def as_tracked(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of metrics under the names that trackers group by: `train/...` and `eval/...`."""
+    """What a row of metrics knows, under the names that trackers group by: `train/...` and `eval/...`."""
     return {
         f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}": value
         for key, value in row.items()
-        if key != "step"
+        if key not in ("step", "rows") and value is not None
     }

@@ -20,7 +20,7 @@ from qlora_kit.export.gguf.mixture import encode, stored_bytes
 from qlora_kit.export.gguf.tensors import gguf_name, paired_rows
 from qlora_kit.export.gguf.writer import StoredTensor, write_gguf
 from qlora_kit.export.merge import parts_in_use
-from qlora_kit.export.sealed import TEXT_BYTES, check_room, check_vacant, seal, settings_of, without_prefix, write_card
+from qlora_kit.export.sealed import check_disk, check_vacant, seal, settings_of, without_prefix, write_card
 from qlora_kit.export.stream import StreamedTensor, streamed
 from qlora_kit.export.trained_against import trained_against
 from qlora_kit.lora.layer import Adapter
@@ -66,7 +66,7 @@ def export_gguf_adapter(
         "adapter.lora.alpha": alpha,
     }
     stored = [_stored(tensor) for tensor in tensors]
-    check_room(out, sum(tensor.stored_bytes for tensor in stored) + TEXT_BYTES)
+    check_disk(out, sum(tensor.stored_bytes for tensor in stored))
     with staged_folder(out) as staged:
         sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, stored)}
         sections: dict[str, Mapping[str, object]] = {

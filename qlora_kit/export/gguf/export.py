@@ -33,7 +33,7 @@ from qlora_kit.export.gguf.vocabulary import vocabulary_keys
 from qlora_kit.export.gguf.writer import StoredTensor, write_gguf
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
 from qlora_kit.export.plain import audit_checkpoint, check_audit_rows, made_of, original_of
-from qlora_kit.export.sealed import TEXT_BYTES, Made, check_place, check_room, finish
+from qlora_kit.export.sealed import Made, check_disk, check_place, finish
 from qlora_kit.export.stream import StreamedTensor, row_slices, streamed, write_weights
 from qlora_kit.storage import remove_folder, staged_folder, write_text
 from qlora_kit.train.generate import end_tokens
@@ -99,7 +99,7 @@ def export_gguf(
     keys = _keys(model, tokenizer, family, tensors, name, dtype)
     audited_in = torch.float32 if dtype == "f32" else base_record(model).dtype
     copy_bytes = 0 if audit_batches is None else sum(t.stored_bytes for t in merged) // 4 * audited_in.itemsize
-    check_room(out, sum(tensor.stored_bytes for tensor in tensors) + copy_bytes + TEXT_BYTES)
+    check_disk(out, sum(tensor.stored_bytes for tensor in tensors) + copy_bytes)
     with staged_folder(out) as staged:
         with empty_workspaces(model):
             sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, tensors)}

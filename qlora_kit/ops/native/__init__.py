@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_kit.storage import private_folder
+
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 """No contraction: products and sums are rounded one by one, as torch and bitsandbytes round them."""
@@ -39,7 +41,7 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler, _private_folder())))
+        return ctypes.CDLL(str(_built(compiler, private_folder("compiled"))))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # no home is a RuntimeError
         return None
 
@@ -67,21 +69,6 @@ def size(number: int) -> ctypes.c_int64:
 def threads() -> int:
     """Threads that a function may take."""
     return torch.get_num_threads()
-
-
-def _private_folder() -> Path:
-    """Where libraries are kept.
-
-    Raises:
-        OSError: it cannot be made, or another user may write there: what is loaded from it runs.
-    """
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (asked if asked.is_absolute() else Path("~/.cache").expanduser()) / "qlora_kit" / "compiled"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"others can write to {folder}")
-    return folder
 
 
 def _built(compiler: str, folder: Path) -> Path:

@@ -72,15 +72,19 @@ static float clamped(float x) {
 /* weights: `count` values of `dtype`; bounds: 15, ascending; order: the code of each interval, 16;
    packed: (count + 1) / 2 bytes; absmax: one for each block. block: even, at most 4096. */
 void qlora_kit_quantize_4bit(const void *weights, int dtype, int64_t count, int64_t block, const float *bounds,
-                             const uint8_t *order, uint8_t *packed, float *absmax) {
-    float x[MOST], limits[BOUNDS];
-    uint8_t codes[MOST], pairs[256];
+                             const uint8_t *order, uint8_t *packed, float *absmax, int threads) {
+    float limits[BOUNDS];
+    uint8_t pairs[256];
     memcpy(limits, bounds, sizeof limits);
     for (int i = 0; i < 256; i++) pairs[i] = (uint8_t)(order[i >> 4] << 4 | order[i & 15]);
     int is_sorted = 1;
     for (int i = 0; i < 16; i++) is_sorted &= order[i] == i;
 
+    (void)threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t begin = 0; begin < count; begin += block) {
+        float x[MOST];
+        uint8_t codes[MOST];
         const int is_whole = begin + block <= count;
         const int64_t size = is_whole ? block : count - begin;
         read_values(weights, dtype, begin, size, x);
@@ -103,7 +107,10 @@ void qlora_kit_quantize_4bit(const void *weights, int dtype, int64_t count, int6
 }
 
 /* halves: rows * width values of fp16; codes: as many; absmax: one for each row. A NaN becomes 0, as in torch. */
-void qlora_kit_quantize_int8(const uint16_t *halves, int64_t rows, int64_t width, int8_t *codes, float *absmax) {
+void qlora_kit_quantize_int8(const uint16_t *halves, int64_t rows, int64_t width, int8_t *codes, float *absmax,
+                             int threads) {
+    (void)threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         const uint16_t *from = halves + row * width;
         int8_t *to = codes + row * width;

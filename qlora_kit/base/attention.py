@@ -1,0 +1,52 @@
+"""Attention: what a recipe's name for an implementation stands for, and where it can be had.
+
+All compute the same function. sdpa and eager run everywhere. flex and flash read of packed documents only what may see
+each other, where sdpa is given a mask of every pair; both train on CUDA cards alone. What was trained with them is
+evaluated, asked and exported on a machine without them through sdpa.
+"""
+
+from typing import Literal
+
+import torch
+from transformers.utils import is_flash_attn_2_available
+
+from qlora_kit.errors import DeviceError
+
+Attention = Literal["sdpa", "eager", "flex", "flash"]
+
+_IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+
+
+def implementation(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What transformers calls it; sdpa where that which is asked for cannot be had.
+
+    Args:
+        asked: name in a recipe.
+        device: of the model.
+        dtype: that it computes in.
+    """
+    return "sdpa" if _missing(asked, device, dtype) else _IMPLEMENTATIONS[asked]
+
+
+def check_attention(asked: str, device: torch.device, dtype: torch.dtype) -> None:
+    """See that a run can train with it.
+
+    Raises:
+        DeviceError: it cannot; says why and what can.
+    """
+    why = _missing(asked, device, dtype)
+    if why is not None:
+        raise DeviceError(f"base.attention={asked} {why}; set base.attention=sdpa")
+
+
+def _missing(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why it cannot be had; None where it can."""
+    if asked in ("sdpa", "eager"):
+        return None
+    if device.type != "cuda":
+        return f"has a backward pass on CUDA devices alone, and this run is on a {device.type}"
+    if asked == "flash" and not is_flash_attn_2_available():
+        return "wants the package flash-attn, 2.3.3 or newer, which is not installed"
+    if asked == "flash" and dtype == torch.float32:
+        return "computes in 16 bits alone, and base.compute_dtype is float32 here"
+    return None

@@ -1,0 +1,109 @@
+"""Columns: which format a row has, so that its function in `formats.py` makes an example of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+
+from qlora_kit.data.examples import Example
+from qlora_kit.data.formats import FORMATS, Columns, Format
+from qlora_kit.data.values import kind, named, nearest
+from qlora_kit.errors import DataError
+from qlora_kit.recipe import TASKS
+
+
+def read_row(
+    row: object,
+    where: str,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    task: str = "sft",
+) -> Example:
+    """Turn the columns of one row into an example.
+
+    Args:
+        row: column name -> value, as the file has it.
+        where: `file:line` or `source row N`; every message begins with it.
+        format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there.
+        columns: expected name -> name in the file.
+        task: of `train.task`.
+
+    Raises:
+        DataError: if a column is missing or has the wrong type, a role is unknown, or nothing could be learnt from it.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            raise DataError(f"found {kind(row)}, wanted an object with named columns")
+        check_format(format, columns, task)
+        chosen, renamed = _match(row, _candidates(format, task), columns or {})
+        return replace(chosen.build(renamed), where=where)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def formats_of(task: str) -> tuple[str, ...]:
+    """Names of the formats that a task can use, in the order in which `auto` tries them."""
+    return TASKS[task].formats
+
+
+def check_format(format: str, columns: Mapping[str, str] | None = None, task: str = "sft") -> None:
+    """Refuse a format or an expected column that does not exist, or of which the task can make nothing.
+
+    Raises:
+        DataError: names the known formats or columns and the nearest one.
+    """
+    if format != "auto" and format not in FORMATS:
+        raise DataError(
+            f"data.format={format} is not known{nearest(format, FORMATS)}; known: auto, {', '.join(FORMATS)}"
+        )
+    if format != "auto" and format not in formats_of(task):
+        raise DataError(
+            f"data.format={format} is of no use to train.task={task}; it takes: {', '.join(formats_of(task))}"
+        )
+    mapped = set(columns or ())
+    candidates = _candidates(format, task)
+    if any(mapped <= _columns_of(known) for known in candidates):
+        return
+    expected = sorted(set().union(*map(_columns_of, candidates)))
+    for name in sorted(mapped - set(expected)):
+        raise DataError(
+            f"data.columns: {name} is not an expected column{nearest(name, expected)}; expected: "
+            f"{', '.join(expected)} (written as expected name: name in the file)"
+        )
+    raise DataError(f"data.columns: no single format has the columns {', '.join(sorted(mapped))}")
+
+
+def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) -> tuple[Format, Columns]:
+    """The format of the row, and the row under the names that the format expects."""
+    for expected, name in columns.items():
+        if name not in row:
+            raise DataError(
+                f"column {name!r} (data.columns maps it to {expected}) is missing{nearest(name, row)}; "
+                f"found: {named(row)}"
+            )
+    renamed = {**row, **{expected: row[name] for expected, name in columns.items()}}
+    # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
+    candidates = [each for each in known if columns.keys() <= _columns_of(each)]
+    for each in candidates:
+        if all(name in renamed for name in each.required):
+            return each, renamed
+    wanted = max(candidates, key=lambda each: _likeness(each, renamed))
+    missing = [name for name in wanted.required if name not in renamed]
+    near = "".join(nearest(name, set(renamed) - set(wanted.required)) for name in missing)
+    raise DataError(
+        f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(renamed)}; expected: "
+        f"{', '.join(wanted.required)} (data.columns maps other names)"
+    )
+
+
+def _candidates(format: str, task: str) -> list[Format]:
+    return [FORMATS[name] for name in (formats_of(task) if format == "auto" else [format])]
+
+
+def _columns_of(known: Format) -> set[str]:
+    return {*known.required, *known.optional}
+
+
+def _likeness(known: Format, row: Columns) -> float:
+    """How near the columns of a row are to those a format requires, 0 to 1, and the share of them that it knows."""
+    best = [max((SequenceMatcher(None, name, found).ratio() for found in row), default=0.0) for name in known.required]
+    return sum(best) / len(best) + len(_columns_of(known) & row.keys()) / max(1, len(row))

@@ -1,0 +1,26 @@
+"""Tensors of any number of axes as rows: all tokens below one another, and a few of them at a time.
+
+Axes: T tokens, H hidden.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+PART_ELEMENTS = 2**17
+"""Values that an elementwise operator takes at once on a CPU: 512 KiB in fp32, which its caches hold."""
+CARD_PART_ELEMENTS = 2**23
+"""And elsewhere: 32 MiB in fp32, so that a plan, which does not see what is made of them, is hardly exceeded."""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., H) -> (T, H)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def row_parts(x: Tensor) -> Iterator[slice]:
+    """Some rows of (..., H) after others, so few that what is made of them in fp32 is small."""
+    count = x.numel() // x.shape[-1]
+    step = (PART_ELEMENTS if x.device.type == "cpu" else CARD_PART_ELEMENTS) // x.shape[-1]
+    for begin in range(0, count, max(1, step)):
+        yield slice(begin, begin + step)

@@ -1,0 +1,100 @@
+"""A real disk that is full, or read-only: one line, nothing half-written, what stood before intact."""
+
+import json
+import subprocess
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_kit.cli.app import app
+from qlora_kit.run import verify
+
+MIB = 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root alone")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def words(tmp_path, model_folder, small_disk):
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [f"base.model={model_folder}", f"data.train={tmp_path}/rows.jsonl", f"output={small_disk}/run"]
+    return [
+        "default", *paths, "data.max_tokens=32", "train.micro_batch=2", "train.accumulation=1", "train.save_every=1",
+    ]  # fmt: skip
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def fill(disk, leave_bytes):
+    """Leave so many bytes free."""
+    block = bytes(MIB // 4)
+    with (disk / "filler").open("ab", buffering=0) as file:
+        while free(disk) > leave_bytes + len(block):
+            file.write(block)
+
+
+def free(disk):
+    found = subprocess.run(["df", "-B1", "--output=avail", disk], capture_output=True, text=True, check=True)
+    return int(found.stdout.split()[-1])
+
+
+def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(words, small_disk):
+    fill(small_disk, 2 * MIB)
+    told = call("train", *words, "train.steps=2")
+    assert told.exit_code == 2
+    assert told.stderr.startswith("error: keeping 2 checkpoints (train.keep_checkpoints) needs ")
+    assert f"on the disk of {small_disk}/run, which has " in told.stderr
+    assert not (small_disk / "run" / "checkpoints").exists()
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_a_line_and_the_last_checkpoint_goes_on_when_there_is_room(
+    words, small_disk, monkeypatch
+):
+    from qlora_kit.train import loop
+
+    saved = loop.save_checkpoint
+
+    def save(*given):
+        saved(*given)
+        fill(small_disk, MIB // 2)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    told = call("train", *words, "train.steps=3")
+    assert told.exit_code == 2
+    assert told.stderr.strip().splitlines()[-1].startswith("error: the checkpoint of step 2 needs ")
+    assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert verify(small_disk / "run").faults == []
+    monkeypatch.setattr(loop, "save_checkpoint", saved)
+    (small_disk / "filler").unlink()
+    assert call("train", *words, "train.steps=3", "--resume").exit_code == 0
+    assert verify(small_disk / "run").faults == []
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(words, small_disk, tmp_path):
+    assert call("train", *words, "train.steps=1", f"output={tmp_path}/run").exit_code == 0
+    for kind in ("merged", "adapter"):
+        told = call("export", tmp_path / "run", "--to", kind, "--out", small_disk / "out")
+        assert told.exit_code == 2
+        assert "on the disk of" in told.stderr
+        assert "nothing is written" in told.stderr
+        assert list(small_disk.iterdir()) == []
+
+
+def test_a_read_only_disk_is_refused_before_anything_is_read(words, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    told = call("train", *words, "train.steps=1")
+    assert told.exit_code == 2
+    assert len(told.stderr.strip().splitlines()) == 1
+    assert told.stderr.startswith(f"error: {small_disk}/run cannot be ")

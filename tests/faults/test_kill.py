@@ -1,0 +1,90 @@
+"""A run that is killed again and again comes to the same bytes as one that nobody touched."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+from qlora_kit.errors import RunError
+from qlora_kit.recipe import read_recipe
+from qlora_kit.run import train, verify
+from qlora_kit.train.checkpoint import newest_checkpoint
+
+STEPS, KILLS = 200, 30
+
+
+def recipe(folder, model_folder, name):
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [f"base.model={model_folder}", f"data.train={folder}/rows.jsonl", f"output={folder}/{name}"]
+    return read_recipe(
+        "default",
+        [*paths, "data.max_tokens=32", "data.eval=null", "lora.dropout=0.1", "train.micro_batch=2",
+         "train.accumulation=1", f"train.steps={STEPS}", "train.save_every=1"],
+    )  # fmt: skip
+
+
+def killed(run, resume, after):
+    """Run in a process of its own, which is killed so many seconds after its first new checkpoint; whether it was."""
+    folder, child = f"{run.output}/checkpoints", os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        train(run, resume=resume)
+        os._exit(0)
+    before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if any(name.startswith("step-") for name in names - before):
+            time.sleep(after)
+            os.kill(child, signal.SIGKILL)
+            return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        time.sleep(0.001)
+    return False
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_bytes(tmp_path, model_folder):
+    whole, parts = (recipe(tmp_path, model_folder, name) for name in ("whole", "parts"))
+    train(whole)
+    draw, kills, steps = random.Random(0), 0, []
+    while kills < KILLS:
+        assert killed(parts, resume=kills > 0, after=draw.uniform(0, 0.03)), f"it ended after {kills} kills"
+        kills += 1
+        newest, faults = newest_checkpoint(tmp_path / "parts" / "checkpoints")
+        assert faults == []
+        steps.append(int(newest.name.removeprefix("step-")))
+    assert steps == sorted(set(steps)), "a kill lost a step that stood"
+    train(parts, resume=True)
+    assert verify(tmp_path / "parts").faults == []
+    ours, theirs = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
+    rows, wanted = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("parts", "whole"))
+    assert [losses(row) for row in rows] == [losses(row) for row in wanted]
+    assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".tmp", ".old")]
+
+
+def losses(line):
+    row = json.loads(line)
+    return row["step"], row["loss"], row["grad_norm"]
+
+
+def test_a_folder_that_a_killed_run_had_locked_is_free(tmp_path, model_folder):
+    run = recipe(tmp_path, model_folder, "run")
+    assert killed(run, resume=False, after=0)
+    with pytest.raises(RunError, match="holds a run already"):
+        train(run)
+    (tmp_path / "run" / "checkpoints" / f".step-000001.{dead_process()}.old").mkdir()
+    assert killed(run, resume=True, after=0), "the dead one's lock held"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step-000001.*"))
+
+
+def dead_process():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child

@@ -1,0 +1,125 @@
+"""A run goes on with what it was begun with, or says what has changed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_kit.errors import RunError
+from qlora_kit.recipe import read_recipe
+from qlora_kit.run import train
+from qlora_kit.watch import Watch
+
+WORDS = ("cat", "dog", "owl", "bee", "ant", "elk", "fox", "hen")
+
+
+@pytest.fixture
+def recipe(tmp_path, model_folder):
+    """Makes the recipe of a run of some steps, on rows and a base of its own."""
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    rows = "".join(json.dumps({"prompt": f"say {word} ", "completion": word}) + "\n" for word in WORDS)
+    for name in ("rows", "held"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    settings = ["data.max_tokens=32", "train.micro_batch=2", "train.accumulation=1", "train.save_every=2"]
+
+    def made(steps, output="run", *more):
+        paths = f"base.model={base}", f"data.train={tmp_path}/rows.jsonl", f"data.eval={tmp_path}/held.jsonl"
+        return read_recipe("default", [*paths, *settings, f"train.steps={steps}", f"output={tmp_path}/{output}", *more])
+
+    train(made(2))
+    return made
+
+
+def change_a_row(name):
+    def change(folder):
+        path = folder / name
+        path.write_text(path.read_text().replace("owl", "own"))
+
+    return change
+
+
+def change_a_weight(folder):
+    path = folder / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] += 0.5
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (change_a_row("rows.jsonl"), "other training rows"),
+        (change_a_row("held.jsonl"), "other held-out rows"),
+        (change_a_weight, "other weights of the base"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_rows_or_weights_unless_it_is_forced(change, said, recipe, tmp_path):
+    change(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
+    with pytest.raises(RunError, match=f"{said} than are there now; put the files back .*--force"):
+        train(recipe(4), resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()} == before
+    assert train(recipe(4), resume=True, force=True).step == 4
+    assert train(recipe(6), resume=True).step == 6, "what was forced is what the run has now"
+
+
+def test_rows_in_another_file_of_the_same_content_are_the_same_rows(recipe, tmp_path):
+    (tmp_path / "rows.jsonl").rename(tmp_path / "renamed.jsonl")
+    moved = recipe(4, "run", f"data.train={tmp_path}/renamed.jsonl")
+    with pytest.raises(RunError, match=r"data.train was .*rows.jsonl, is .*renamed.jsonl"):
+        train(moved, resume=True)
+    assert train(moved, resume=True, force=True).step == 4
+
+
+class StopAfter(Watch):
+    """Asks for a stop when a step is done, as a signal does."""
+
+    def __init__(self, step):
+        self.last, self.now = step, 0
+
+    def row(self, row):
+        self.now = row["step"]
+
+    def stop_requested(self):
+        return self.now >= self.last
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw_8bit",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "paged_adamw_8bit", "lion_8bit")),
+    ],
+)
+def test_a_run_that_is_resumed_twice_at_any_step_is_the_run_that_went_through(optimizer, recipe, tmp_path):
+    more = ["lora.rank=128", "lora.dropout=0.1", "train.accumulation=2", f"train.optimizer={optimizer}",
+            "train.eval_every=2", "train.sample_every=3", "train.save_every=1", "train.keep_checkpoints=9",
+            "train.schedule=cosine"]  # fmt: skip
+    train(recipe(7, "whole", *more))
+    for index, step in enumerate((1, 4, 7)):
+        train(recipe(7, "parts", *more), resume=index > 0, watch=StopAfter(step))
+    whole, parts = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("whole", "parts")
+    )
+    assert seen(parts) == seen(whole)
+    for step in range(1, 8):
+        for name in ("parameters", "optimizer", "random"):
+            ours, theirs = (
+                load_file(tmp_path / run / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
+                for run in ("whole", "parts")
+            )
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(as_bytes(ours[key]), as_bytes(theirs[key])) for key in ours)
+    if "8bit" in optimizer:
+        states = load_file(tmp_path / "whole" / "checkpoints" / "step-000007" / "optimizer.safetensors")
+        assert any(tensor.dtype == torch.uint8 for tensor in states.values()), "every state is below the 8-bit minimum"
+
+
+def seen(rows):
+    return [{key: value for key, value in row.items() if key not in ("tokens_per_s", "peak_bytes")} for row in rows]
+
+
+def as_bytes(tensor):
+    return tensor.reshape(-1).view(torch.uint8)

@@ -1,0 +1,214 @@
+"""Every operation on the disk that a save makes fails once, and the process is killed at each once: what stood before
+still stands, and what is new is whole or not there."""
+
+import errno
+import os
+import signal
+
+import pytest
+import safetensors.torch
+import tiny
+from safetensors import safe_open
+
+from qlora_kit import storage
+from qlora_kit.errors import RunError
+from qlora_kit.export import export_merged
+from qlora_kit.export.sealed import MANIFEST
+from qlora_kit.lora import add_lora, save_adapter
+from qlora_kit.storage import read_json, sha256_file, write_text
+from qlora_kit.train.checkpoint import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from qlora_kit.train.optim import AdapterOptimizer
+
+NEVER = 10**9
+OPERATIONS = ((os, "fsync"), (os, "rename"), (os, "replace"), (os, "mkdir"), (safetensors.torch, "save_file"))
+
+
+class Disk:
+    """Counts the operations that change it, and does `act` instead of the one of that number."""
+
+    def __init__(self, monkeypatch):
+        self.done, self.at, self.act = 0, NEVER, None
+        for home, name in OPERATIONS:
+            monkeypatch.setattr(home, name, self._counted(getattr(home, name)))
+        monkeypatch.setattr(storage, "open", self._opened, raising=False)
+
+    def _counted(self, operation):
+        def counted(*args, **kwargs):
+            self.done += 1
+            if self.done == self.at + 1:
+                self.act()
+            return operation(*args, **kwargs)
+
+        return counted
+
+    def _opened(self, path, mode="r", **kwargs):
+        file = open(path, mode, **kwargs)  # noqa: SIM115  # the caller closes it
+        if "w" in mode:
+            file.write = self._counted(file.write)
+        return file
+
+
+def full():
+    raise OSError(errno.ENOSPC, "No space left on device", "the disk")
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return Disk(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny.quantized(tiny.llama())
+    add_lora(made, rank=2, alpha=4)
+    tiny.wake(made)
+    return made
+
+
+class Checkpoint:
+    def __init__(self, model):
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.parameters, self.optimizer = dict(named), AdapterOptimizer(named, "adamw")
+
+    def save(self, folder, number):
+        save_checkpoint(folder / "checkpoints", self.parameters, self.optimizer, Progress(step=number), keep=1)
+
+    def check(self, folder):
+        """Gives the number of the save that stands."""
+        newest, faults = newest_checkpoint(folder / "checkpoints")
+        assert faults == []
+        assert all(verify_checkpoint(each) == [] for each in checkpoints(folder / "checkpoints"))
+        return load_checkpoint(newest, self.parameters, self.optimizer).step
+
+
+class AdapterFolder:
+    def __init__(self, model):
+        self.model = model
+
+    def save(self, folder, number):
+        save_adapter(self.model, folder / "adapter", provenance={"number": str(number)})
+
+    def check(self, folder):
+        with safe_open(folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+            number = int(file.metadata()["number"])
+            assert len(file.keys()) == 28
+        assert read_json(folder / "adapter" / "adapter_config.json")["r"] == 2
+        return number
+
+
+class Export:
+    def __init__(self, model):
+        self.model = model
+
+    def save(self, folder, number):
+        export_merged(self.model, None, folder / f"export-{number}", dtype="float32", shard_bytes=130_000)
+
+    def check(self, folder):
+        for export in folder.glob("export-*"):
+            files = read_json(export / MANIFEST)["files"]
+            assert len(files) > 5
+            assert all(sha256_file(export / name) == checksum for name, checksum in files.items())
+        return len(list(folder.glob("export-*")))
+
+
+class Page:
+    def __init__(self, model):
+        pass
+
+    def save(self, folder, number):
+        write_text(folder / "page.html", "number " + str(number) * 5000)
+
+    def check(self, folder):
+        text = (folder / "page.html").read_text()
+        assert len(text) == 5007
+        return int(text[-1])
+
+
+EACH = pytest.mark.parametrize("kind", [Checkpoint, AdapterFolder, Export, Page])
+
+
+@EACH
+def test_whichever_write_fails_what_stood_before_stands_and_nothing_half_written_is_left(kind, model, disk, tmp_path):
+    saver, ends = kind(model), []
+    for disk.at in range(1000):
+        disk.act, disk.done = None, NEVER
+        folder = tmp_path / f"{disk.at}"
+        folder.mkdir()
+        saver.save(folder, 1)
+        disk.act, disk.done = full, 0
+        try:
+            saver.save(folder, 2)
+        except (OSError, RunError):
+            ends.append(saver.check(folder))
+            assert left_over(folder) == []
+        if disk.done <= disk.at:
+            break
+    assert ends[0] == 1, "nothing was refused"
+    assert len(ends) > 3
+    assert ends == sorted(ends), "a later fault left an earlier state"
+    assert saver.check(folder) == 2
+
+
+def test_where_folders_cannot_exchange_names_a_failed_write_leaves_the_old_one_too(model, disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    test_whichever_write_fails_what_stood_before_stands_and_nothing_half_written_is_left(
+        AdapterFolder, model, disk, tmp_path
+    )
+
+
+@EACH
+def test_whenever_the_process_is_killed_what_stands_is_whole_and_the_next_save_clears_up(kind, model, disk, tmp_path):
+    saver, ends = kind(model), []
+    for disk.at in range(1000):
+        disk.act, disk.done = None, NEVER
+        folder = tmp_path / f"{disk.at}"
+        folder.mkdir()
+        saver.save(folder, 1)
+        child = os.fork()
+        if child == 0:
+            disk.act, disk.done = kill, 0
+            saver.save(folder, 2)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        ends.append(saver.check(folder))
+        if ends[-1] == 1:
+            saver.save(folder, 2)
+            assert left_over(folder) == []
+        assert saver.check(folder) == 2
+    assert len(ends) > 3
+    assert ends == sorted(ends)
+
+
+def left_over(folder):
+    return [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")]
+
+
+def test_a_file_of_a_living_process_is_left_alone(tmp_path):
+    mine, dead = (tmp_path / f".page.{number}.tmp" for number in (os.getppid(), dead_process()))
+    mine.touch()
+    dead.touch()
+    write_text(tmp_path / "page", "text")
+    assert mine.exists()
+    assert not dead.exists()
+
+
+def dead_process():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child

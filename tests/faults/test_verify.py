@@ -1,0 +1,79 @@
+"""`verify` finds every byte that changed, and proves on a person's own recipe that resuming is exact."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from qlora_kit.cli.app import app
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("verified")
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["lora.dropout=0.1", "data.max_tokens=32", "train.steps=2", "train.save_every=1"]
+    paths = [f"base.model={model_folder}", f"data.train={folder}/rows.jsonl", f"output={folder}/run"]
+    result = call("train", "default", *settings, *paths)
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+def test_a_sound_run_is_told_file_by_folder(run):
+    told = call("verify", run)
+    assert told.exit_code == 0, told.output
+    assert told.stdout.splitlines() == [
+        f"{run}/checkpoints/step-000001  4 files",
+        f"{run}/checkpoints/step-000002  4 files",
+        f"{run}/adapter  2 files",
+        "every file has the bytes that were written",
+    ]
+
+
+def test_a_changed_byte_in_any_file_of_a_checkpoint_or_an_adapter_is_found(run):
+    files = [*(run / "checkpoints" / "step-000002").iterdir(), *(run / "adapter").iterdir()]
+    assert len(files) == 7
+    for file in files:
+        before = file.read_bytes()
+        for place in (0, len(before) // 2, len(before) - 1):
+            changed = bytearray(before)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            told = call("verify", run, "--json")
+            assert told.exit_code == 2, file
+            (fault,) = json.loads(told.stdout)["faults"]
+            assert str(file if file.name != "manifest.json" else file.parent) in fault
+        file.write_bytes(before)
+    (run / "adapter" / "adapter_config.json").rename(run / "hidden")
+    assert "adapter_config.json is missing" in call("verify", run).stdout
+    (run / "hidden").rename(run / "adapter" / "adapter_config.json")
+    assert call("verify", run).exit_code == 0
+
+
+def test_a_folder_without_checksums_is_one_line(tmp_path):
+    told = call("verify", tmp_path)
+    assert told.exit_code == 2
+    assert told.stderr == f"error: {tmp_path} is no run, checkpoint or export with checksums; give the folder of one\n"
+
+
+def test_resuming_is_proved_on_the_runs_own_recipe_and_leaves_nothing(run):
+    before = sorted(path for path in run.parent.rglob("*"))
+    told = call("verify", run, "--resume")
+    assert told.exit_code == 0, told.output
+    assert told.stdout.endswith("a run that is stopped and resumed takes the same steps to the same bytes\n")
+    assert sorted(path for path in run.parent.rglob("*")) == before
+
+
+def test_a_resume_that_forgets_something_is_told(run, monkeypatch):
+    from qlora_kit.train import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_set_random_states", lambda states, device: None)  # dropout draws others then
+    told = call("verify", run, "--resume")
+    assert told.exit_code == 2
+    assert "resumed: step 4: " in told.stdout
+    assert "resumed: parameters.safetensors of step 6 has other bytes" in told.stdout
