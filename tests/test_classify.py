@@ -6,34 +6,40 @@ import pytest
 import tiny
 import torch
 from test_cli import assert_mistake, call, write_recipe
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     DebertaV2Config,
     DistilBertConfig,
+    LlamaConfig,
     LlamaForSequenceClassification,
     ModernBertConfig,
     RobertaConfig,
 )
 
-from qlora_kit.base.load import load_base, read_config
-from qlora_kit.data import Classes, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
+from qlora_kit.base.load import build_model, expected_untrained, load_base, read_config
+from qlora_kit.base.record import base_record
+from qlora_kit.data import Classes, Encoded, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.examples import Classified
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge, trained_against
-from qlora_kit.lora import add_lora, save_adapter
+from qlora_kit.lora import adapter_parameters, add_lora, load_start, save_adapter, shaped
 from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.plan.depths import count_layers
-from qlora_kit.recipe import read_recipe
-from qlora_kit.run.classify import f1_score
+from qlora_kit.recipe import Lora, read_recipe
 from qlora_kit.run.plan import plan_memory
 from qlora_kit.run.prepare import gather
+from qlora_kit.run.score import score_rows
 from qlora_kit.train.classes import classes_in, name_classes
+from qlora_kit.train.evaluate import f1_score
 from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.objectives import classification_loss_sum
+from qlora_kit.train.tasks import CLASSIFICATION
 from qlora_kit.watch import Watch
 
 TEXTS = {
@@ -76,6 +82,8 @@ def recipe_in(folder, model, given, **train):
         ("cat", ("cat",), False),
         (2, ("2",), False),
         (True, ("1",), False),
+        (3.0, ("3",), False),
+        (" a cat ", ("a cat",), False),
         (["a", "b"], ("a", "b"), True),
         ([], (), True),
     ],
@@ -84,7 +92,9 @@ def test_a_label_is_a_name_a_number_or_a_list_of_them(label, labels, is_multi):
     assert read_row({"text": "x", "label": label}, "f:1", task="classify") == Classified("x", labels, is_multi)
 
 
-@pytest.mark.parametrize("label", [None, "", -1, 1.5, ["a", "a"], {"a": 1}, [None]])
+@pytest.mark.parametrize(
+    "label", [None, "", -1, 1.5, float("nan"), float("inf"), ["a", "a "], {"a": 1}, [None], "\ud800"]
+)
 def test_any_other_label_is_refused_with_its_line(label):
     with pytest.raises(DataError, match="f:1: column 'label'"):
         read_row({"text": "x", "label": label}, "f:1", task="classify")
@@ -100,6 +110,8 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
     assert of("dog", "fox", known=["owl", "dog", "cat"]) == ("dog", "fox")
     with pytest.raises(DataError, match=r"1 class \(a\)"):
         of("a", "a")
+    with pytest.raises(DataError, match="no class"):
+        of()
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,7 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
         (["5", "1", "2"], ("0", "1", "2", "3", "4", "5")),
         (["2", "10", "b"], ("10", "2", "b")),
         (["٣", "2"], ("2", "٣")),
+        (["9" * 5000, "10"], ("10", "9" * 5000)),
     ],
 )
 def test_numbers_are_classes_by_their_value_only_where_nearly_all_occur(labels, names):
@@ -148,6 +161,20 @@ def test_a_truncated_text_keeps_its_class(model_folder):
     assert (batch.labels.tolist(), batch.count, batch.rows) == ([0, 1], 2, 2)
 
 
+@pytest.mark.parametrize("form", ["$A", "<s> $A </s>", "$A </s> <s>"])
+def test_a_truncated_text_ends_as_its_tokenizer_ends_every_text(form, model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=ends)
+    classes = Classes(("cat", "dog"), False)
+    for text in ("a long text about cats", "cat"):
+        given = [Classified(text, ("cat",), where="f:1")]
+        row = encode_rows(given, tokenizer, max_tokens=6, over_length="truncate", classes=classes).rows[0]
+        assert row.input_ids == tokenizer(text, truncation=True, max_length=6)["input_ids"]
+        assert len(row.trained) == len(row.input_ids)
+
+
 # --- losses and scores ------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +192,25 @@ def test_f1_is_the_mean_over_classes_that_are_said_or_wanted():
     assert f1_score(wanted, wanted, 3) == 1
     many = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 1], [1, 0]])
     assert f1_score(*many, 2) == pytest.approx((1 + 0) / 2)
+
+
+def test_a_classification_is_scored_in_one_pass_over_its_rows():
+    config = LlamaConfig(**tiny.LLAMA, num_labels=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(config).eval()
+    texts = tiny.tokens(8, 9, vocab=config.vocab_size).tolist()
+    held = [Encoded(ids[: 9 - row], [False] * (9 - row), target=row % 3) for row, ids in enumerate(texts)]
+    batches = [collate_rows([[row] for row in part], 0) for part in (held[5:][::-1], held[:5][::-1])]  # by length
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    score, words = score_rows(model, None, held, batches, CLASSIFICATION)
+    assert len(passes) == len(batches)
+    said = [model(torch.tensor([row.input_ids])).logits.argmax().item() for row in held]
+    assert words == [f"LABEL_{number}" for number in said[:4]]
+    wanted = [row.target for row in held]
+    assert score.measures["accuracy"] == pytest.approx(sum(a == b for a, b in zip(said, wanted, strict=True)) / 8)
+    assert score.measures["f1"] == pytest.approx(f1_score(torch.tensor(said), torch.tensor(wanted), 3))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -242,6 +288,53 @@ def test_a_model_that_reads_both_ways_is_planned_within_a_budget(depth, kind, tm
         assert plan["needs_bytes"] <= plan["budget"]
 
 
+def test_an_adapter_of_another_task_starts_a_classifier_whose_new_head_is_trained_and_saved(tmp_path, model_folder):
+    settings = {"device": "cpu", "compute_dtype": "float32"}
+    model = load_base(model_folder, **settings)
+    add_lora(model, rank=2)
+    tiny.wake(model)
+    save_adapter(model, tmp_path / "sft")
+    model = load_base(model_folder, head="classification", labels=3, **settings)
+    load_start(model, shaped(Lora.model_validate({"from": str(tmp_path / "sft")})), has_reference=False)
+    head = [parameter for name, parameter in adapter_parameters(model) if name.startswith("score.")]
+    assert [tuple(parameter.shape) for parameter in head] == [(3, 48)]
+    assert head[0].requires_grad
+    model(input_ids=tiny.tokens()).logits.sum().backward()
+    assert head[0].grad is not None, "the copy that is trained is the one in use"
+    with torch.no_grad():
+        head[0].fill_(0.5)
+    save_adapter(model, tmp_path / "classifier", provenance=trained_against(model))
+    again = load_base(model_folder, head="classification", labels=3, **settings)
+    load_start(again, shaped(Lora.model_validate({"from": str(tmp_path / "classifier")})), has_reference=False)
+    assert torch.equal(again(input_ids=tiny.tokens()).logits, model(input_ids=tiny.tokens()).logits)
+
+
+def test_a_classifier_goes_on_with_the_classes_of_its_adapter_and_with_no_others(tmp_path, model_folder):
+    model = load_base(model_folder, head="classification", labels=3, device="cpu", compute_dtype="float32")
+    name_classes(model.config, Classes(("owl", "dog", "cat"), False), 0)
+    add_lora(model, rank=2)
+    save_adapter(model, tmp_path / "adapter", provenance=trained_against(model))
+    start = [f"lora.from={tmp_path / 'adapter'}", "lora.rank=2"]
+    recipe = recipe_in(tmp_path, model_folder, rows())
+    prepared = gather(read_recipe(recipe, start), Watch(), weights=False)
+    assert classes_in(prepared.config).names == ("owl", "dog", "cat")
+    recipe = recipe_in(tmp_path, model_folder, [*rows(), {"text": "a fox", "label": "fox"}])
+    assert_mistake(call("train", recipe, *start), "owl, dog, cat", "fox", "lora.from")
+
+
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_a_plan_knows_which_parts_of_a_classifier_are_new(has_pooler, tmp_path):
+    body = BertModel(BertConfig(**SIZE), add_pooling_layer=has_pooler)
+    body.save_pretrained(tmp_path)
+    planned = build_model(read_config(tmp_path, head="classification"), torch.float32, "sdpa", "classification")
+    found = base_record(load_base(tmp_path, head="classification", device="cpu")).untrained
+    assert expected_untrained(planned) == found == (("classifier",) if has_pooler else ("classifier", "bert.pooler"))
+    (tmp_path / "model.safetensors").unlink()  # as from the hub, before the weights are fetched
+    assert expected_untrained(planned) == ("classifier",)
+    planned.config.architectures = ["BertForSequenceClassification"]
+    assert expected_untrained(planned) == ()
+
+
 def test_a_text_may_have_several_classes(tmp_path, bert_folder):
     given = [
         {"text": text, "label": [name for name in TEXTS if name in text]} for row in rows() for text in [row["text"]]
@@ -254,6 +347,19 @@ def test_a_text_may_have_several_classes(tmp_path, bert_folder):
     assert call("export", tmp_path / "run", "--to", "merged", "--out", tmp_path / "merged").exit_code == 0
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
+
+
+def test_a_preview_counts_the_classes_and_names_those_of_each_row(tmp_path, bert_folder):
+    given = [*rows(), {"text": "another cat", "label": "cat"}]
+    shown = call("preview", recipe_in(tmp_path, bert_folder, given), "--rows", "4").stdout
+    assert "classes   cat 4, dog 3, owl 2\n" in shown
+    assert f"{tmp_path / 'rows.jsonl'}:4, dog  " in shown
+    assert "brackets" not in shown
+    given.append({"text": "a cat and a dog", "label": ["dog", "cat"]})
+    recipe = recipe_in(tmp_path, bert_folder, given)
+    told = json.loads(call("preview", recipe, "--rows", "10", "--json").stdout)
+    assert told["classes"] == {"cat": 5, "dog": 4, "owl": 2}
+    assert told["rows"][-1]["sides"][0]["name"] == "cat, dog"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertDecoderC
 from typer.testing import CliRunner
 
 from qlora_kit.base import load_base
+from qlora_kit.cli import main
 from qlora_kit.cli.app import app
+from qlora_kit.cli.guard import reports_errors
+from qlora_kit.cli.show import Screen
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
@@ -464,6 +467,21 @@ def test_a_resume_with_another_recipe_is_refused_and_more_steps_are_not(recipe):
 
 
 @pytest.mark.slow
+def test_a_run_that_is_resumed_with_more_steps_keeps_the_rate_that_was_chosen_for_it(recipe, monkeypatch):
+    monkeypatch.setattr("qlora_kit.train.schedule.SHORT_RUN", 3)
+    run = recipe.parent / "run"
+    assert call("train", recipe, "train.lr=auto", "train.steps=2").exit_code == 0
+    begun = json.loads((run / "plan.json").read_text())["pace"]
+    assert "a short run" in begun["lr_reason"]
+    for steps in (4, 5):
+        assert call("train", recipe, "train.lr=auto", f"train.steps={steps}", "--resume").exit_code == 0
+        pace = json.loads((run / "plan.json").read_text())["pace"]
+        assert (pace["lr"], pace["lr_reason"]) == (begun["lr"], begun["lr_reason"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["lr"] for row in rows if "lr" in row} == {begun["lr"]}
+
+
+@pytest.mark.slow
 def test_an_earlier_run_outlives_a_base_that_cannot_be_loaded(recipe, model_folder, tmp_path):
     assert call("train", recipe).exit_code == 0
     adapter = (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -619,6 +637,32 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
 
 
+def test_ctrl_c_before_any_verb_has_begun_is_no_traceback(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_kit.cli.app.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_no_run(monkeypatch):
+    def stream():
+        read, write = os.pipe()
+        os.close(read)
+        return open(write, "w")
+
+    with stream() as file:
+        screen = Screen()
+        screen.console.file = file
+        for _ in range(2):
+            screen.note("x" * 9999)
+    with stream() as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        reports_errors(lambda: print("x" * 9999, flush=True))()
+
+
 @pytest.mark.parametrize("place", ["plan_prepared", "load_recipe_base"])
 def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monkeypatch, place):
     def interrupted(*_, **__):
@@ -713,6 +757,18 @@ def test_every_mistake_in_a_recipe_is_told_at_once(recipe):
 def test_verbs_on_something_else_than_a_run_say_so(tmp_path, verb):
     more = {"generate": ["--prompt", "x"], "export": ["--out", tmp_path / "out"]}.get(verb, [])
     assert_mistake(call(verb, tmp_path, *more), str(tmp_path))
+    (tmp_path / "file").touch()
+    assert_mistake(call(verb, tmp_path / "file", *more), f"{tmp_path / 'file'} is a file; give the folder of a run")
+    assert_mistake(call(verb, tmp_path / "none", *more), f"there is no folder {tmp_path / 'none'}")
+    assert_mistake(call(verb, tmp_path / ("x" * 300), *more), "File name too long")
+
+
+def test_a_folder_in_the_place_of_a_file_of_the_run_is_one_line(recipe, monkeypatch):
+    def is_folder(*_, **__):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), "/there/memory.json")
+
+    monkeypatch.setattr(import_module("qlora_kit.run.train"), "prepare", is_folder)
+    assert_mistake(call("train", recipe), "/there/memory.json: Is a directory")
 
 
 def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_path, monkeypatch):
@@ -914,7 +970,9 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path):
     assert "quickstart" in call("recipes", "list").stdout
     assert call("recipes", "show", "default").stdout.startswith("#")
     assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 0
-    assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 2
+    assert_mistake(call("recipes", "copy", "default", tmp_path / "mine.yaml"), "exists already")
+    assert_mistake(call("recipes", "copy", "default", tmp_path / "none" / "mine.yaml"), "cannot be written")
+    assert_mistake(call("recipes", "show", "defalt"), "defalt", "default")
     assert "lora.rank" in call("recipes", "schema").stdout
 
 

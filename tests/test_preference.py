@@ -20,8 +20,9 @@ from qlora_kit.data.examples import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
 from qlora_kit.plan import Workload
+from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
-from qlora_kit.recipe import Lora, Train
+from qlora_kit.recipe import TASKS, Lora, Train
 from qlora_kit.run.prepare import eval_batches, largest_eval_shape
 from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
@@ -463,6 +464,31 @@ def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside
     assert counts["total"] == sum(parameter.numel() for parameter in tiny.llama().parameters())
 
 
+@pytest.mark.parametrize("task", PAIRS + VERDICTS)
+def test_full_fine_tuning_holds_a_second_model_where_a_task_holds_to_the_first(task):
+    work = replace(WORK, quantization=Quantization("none"), lora=None, optimizer="adamw_32bit", task=task)
+    planned, model = dry_step(tiny.llama().config, work), tiny.llama()
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert planned["by_category"]["base_weights"] == (held if task == "orpo" else 2 * held)
+    assert planned["by_category"]["gradients"] <= 4 * count, "the second is not trained"
+    assert planned["parameters"]["total"] == planned["parameters"]["trainable"] == count
+
+
+@pytest.mark.parametrize(("task", "passes"), [("orpo", 2), ("dpo", 3), ("ipo", 3), ("kto", 5)])
+def test_an_estimated_speed_counts_the_passes_that_learn_nothing(task, passes):
+    # forward and backward of what is learnt, and forward: the reference; of kto twice the other answer, too
+    speeds = [estimated_tokens_per_s(10**9, 0, 1e12, passes=TASKS[each].more_passes) for each in ("sft", task)]
+    assert speeds[0] / speeds[1] == pytest.approx(passes / 2)
+
+
+def test_the_tokens_of_a_second_are_those_of_the_rows():
+    rows = swap_answers(verdicts())
+    assert collate_rows([[row] for row in rows], 0).tokens == sum(len(row.input_ids) for row in rows)
+    both = sum(len(row.input_ids) + len(row.other.input_ids) for row in pairs())
+    assert collate_rows([[row] for row in pairs()], 0).tokens == both
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -506,12 +532,18 @@ def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     found = json.loads(evaluated.stdout)
     assert found["loss"] == pytest.approx(scores["adapter"]["loss"])
     assert found["reward_accuracy"] == scores["adapter"]["reward_accuracy"]
+    of_base = call("eval", tmp_path / "whole", "--base", "--json")
+    assert json.loads(of_base.stdout).keys() - {"schema"} == scores["base"].keys()
+    assert "note: rewards are left out" in of_base.stderr
+    assumed = json.loads((tmp_path / "whole" / "plan.json").read_text())["methods"]["full_finetune"]["assumes"]
+    assert ("reference" in assumed) == (task != "orpo")
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         (["train.task=dpo", "train.full_finetune=true"], ["train.full_finetune", "orpo"]),
+        (["train.task=kto", "train.full_finetune=true", "base.quantization=none"], ["train.full_finetune", "orpo"]),
         (["train.task=orpo", "data.packing=true"], ["data.packing"]),
         (["train.task=dpo", "data.loss_on=all"], ["data.loss_on"]),
         (["train.task=dpo", "data.format=text"], ["data.format=text", "preference"]),

@@ -231,6 +231,27 @@ def test_page_is_well_formed_and_holds_every_section(run):
     assert "Qwen/Qwen3-8B" in parsed.text
 
 
+def test_preferences_have_curves_of_what_they_are_rewarded_by(run):
+    assert "reward" not in render(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    told = {"reward_accuracy": 0.75, "reward_margin": -0.2}
+    for row in rows:
+        kind = "eval_" if "eval_loss" in row else ""
+        row |= {f"{kind}{name}": value + row["step"] / 1000 for name, value in told.items()}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = render(run)
+    for title in ("reward accuracy over steps", "reward margin over steps"):
+        chart = page[page.index(f"<title>{title}") :].partition("</figure>")[0]
+        assert 'class="line train"' in chart
+        assert chart.count('class="dot eval"') == 6
+    assert "evaluation at 10: -0.19" in page
+    assert "KL from" not in page
+    assert page.index("Loss over steps") < page.index("reward margin over steps") < page.index("Throughput over steps")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1, "reward_margin": "high"}) + "\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 1: reward_margin is \"high\", wanted a number or null"):
+        render(run)
+
+
 def test_headline_gives_the_savings_and_the_measured_peak(run):
     figures = re.findall(r'<div class="figure"><strong>(.*?)</strong><span>(.*?)</span>', render(run))
     assert figures == [

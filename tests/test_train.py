@@ -992,6 +992,14 @@ def test_rows_after_a_resume_replace_those_of_the_same_step(tmp_path):
     assert log.rows[-1] == {"step": 3, "loss": 2.0}
 
 
+@pytest.mark.parametrize("line", [b"[1, 2]", b'{"step": 2, "lo', b"\xff\xfe{", b'{"loss": 1.0}'])
+def test_a_log_with_a_line_that_is_no_row_is_refused_at_a_resume_with_its_place(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is no row of a step"):
+        MetricsLog(path, resume_from=3)
+
+
 def test_every_row_is_on_disk_at_once_and_a_new_log_starts_empty(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     log.add({"step": 1, "loss": math.nan, "note": None, "lr": 0.1})

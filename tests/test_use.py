@@ -314,6 +314,8 @@ def test_prompts_that_cannot_be_used_are_told_with_their_lines(model, tmp_path):
     assert message.startswith("3 rows cannot be used")
     assert len(message.splitlines()) == 3, "of which the first line tells one"
     assert [f"{path}:{line}" in message for line in (1, 2, 3, 4)] == [False, True, True, True]
+    with pytest.raises(DataError, match="is a folder; give one file"):
+        read_prompts(tmp_path, tokenizer, is_chat=False)
     (tmp_path / "none.txt").write_text("\n\n")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts(tmp_path / "none.txt", tokenizer, is_chat=False)
@@ -546,6 +548,11 @@ def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves_and_saves_
     assert said == 2 * alone + nothing
     assert (alone, nothing) == (first["completion"] + "\n", "\n")
     assert_mistake(call("chat", text_run, "--system", "be brief"), "no system turn")
+
+
+def test_a_chat_without_any_input_is_over(monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert chat._read() is None
 
 
 def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch):

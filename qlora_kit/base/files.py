@@ -131,6 +131,16 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return dict(entries)
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """What the weights of a checked model folder are called; nothing where none lie there.
+
+    Raises:
+        ModelError: as `weight_files` and `read_header`.
+    """
+    shards = _shards(folder)
+    return {name for file, promised in shards.items() for name in promised or read_header(_inside(folder, file))}
+
+
 def _entry(path: Path, name: str, spec: object, data_begin: int) -> TensorEntry:
     """One tensor of a header, with offsets from the start of the file."""
     match spec:

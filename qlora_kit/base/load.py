@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
+from qlora_kit.base.files import tensor_names
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.fuse import fuse
 from qlora_kit.base.hub import locate_model
@@ -126,8 +127,6 @@ def load_base(
         extend_vocabulary(loaded, vocabulary)
         if stored is not None:
             adopt_layers(loaded, dtype, target)
-        new = tuple(f"{name}." for name in untrained)
-        skip = [*skip, *(name for name, _ in body_linears(loaded) if name.startswith(new))] if new else skip
         return freeze_and_quantize(
             loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None
         )
@@ -259,6 +258,8 @@ def freeze_and_quantize(
     """
     skipped = _resolve_skip(model, skip)
     keep_record(model, quantization, dtype)
+    new = tuple(f"{name}." for name in base_record(model).untrained)
+    skipped |= {name for name, _ in body_linears(model) if name.startswith(new)}  # they are trained whole
     if quantization.kind != "none" and quantize_body:
         for name, module in list(body_linears(model)):
             if name not in skipped:
@@ -411,10 +412,33 @@ def _load(
 
 
 def _untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:
-    """The children of a classification model beside its body, and a pooler in it, that the checkpoint has not."""
-    heads = [name for name, module in model.named_children() if module is not model.base_model]
-    heads.append(f"{model.base_model_prefix}.pooler")
-    return tuple(name for name in heads if any(key.startswith(f"{name}.") for key in missing))
+    """The parts of a classifier that the checkpoint has not."""
+    return tuple(name for name in _classifier_parts(model) if any(key.startswith(f"{name}.") for key in missing))
+
+
+def expected_untrained(model: PreTrainedModel) -> tuple[str, ...]:
+    """The modules for which loading will find no weights, told by a model built from its configuration.
+
+    Where no weights are at hand yet, what the model was saved to say tells it, and a pooler is taken to be there.
+    """
+    if head_of(model) != "classification":
+        return ()
+    body, source = f"{model.base_model_prefix}.", model.config._name_or_path
+    stored = tensor_names(Path(source)) if source else set()
+    if not stored:
+        is_saved = type(model).__name__ in (model.config.architectures or ())
+        return () if is_saved else tuple(name for name in _classifier_parts(model) if not name.startswith(body))
+    found = {name.removeprefix(body) for name in stored}
+    parts = _classifier_parts(model)
+    return tuple(part for part in parts if not any(name.startswith(f"{part.removeprefix(body)}.") for name in found))
+
+
+def _classifier_parts(model: PreTrainedModel) -> list[str]:
+    """The children with weights of a classification model beside its body, and a pooler in it."""
+    parts = [name for name, module in model.named_children() if module is not model.base_model]
+    own = [name for name, _ in model.named_parameters()]
+    parts.append(f"{model.base_model_prefix}.pooler")
+    return [part for part in parts if any(name.startswith(f"{part}.") for name in own)]
 
 
 def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -5,16 +5,13 @@ further bad row); 3 does not fit the budget; 130 and 143 stopped by a signal, st
 anywhere shows the traceback instead of the line.
 """
 
-import errno
-import functools
 import io
 import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -22,11 +19,11 @@ from qlora_kit import __version__
 from qlora_kit.cli.chat import chat
 from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
+from qlora_kit.cli.guard import DEBUG, reports_errors
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.verify import verify
-from qlora_kit.cli.visible import visible
-from qlora_kit.errors import FitError, QloraKitError, RecipeError
+from qlora_kit.errors import FitError, RecipeError
 
 app = typer.Typer(
     name="qlora-kit",
@@ -41,14 +38,12 @@ app.add_typer(recipes_app, name="recipes")
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as lora.rank=32.", show_default=False)]
-_DEBUG = {"on": False}
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main() -> None:
     """Entry point of `qlora-kit`."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    _DEBUG["on"] = len(arguments) < len(sys.argv) - 1
+    DEBUG["on"] = len(arguments) < len(sys.argv) - 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
     signal.signal(signal.SIGTERM, _end)
@@ -58,29 +53,6 @@ def main() -> None:
 def _end(number: int, _: FrameType | None) -> NoReturn:
     """Leave as after Ctrl-C, so that what is half written is taken away; training takes signals itself."""
     raise SystemExit(128 + number)
-
-
-def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """An error that the user can mend becomes one line and its exit code."""
-
-    @functools.wraps(verb)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            verb(*args, **kwargs)
-        except QloraKitError as error:
-            if _DEBUG["on"]:
-                raise
-            typer.echo(visible(f"error: {error}", keep="\n"), err=True)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(128 + signal.SIGINT) from None
-        except OSError as error:
-            if _DEBUG["on"] or error.errno not in _DISK_FAULTS:
-                raise
-            typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
-            raise typer.Exit(QloraKitError.exit_code) from None
-
-    return guarded
 
 
 def _show_version(asked: bool) -> None:
@@ -204,12 +176,13 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Loss, perplexity and exact match of a run's adapter, its base, or an exported model."""
-    from qlora_kit.cli.show import import_libraries, score_lines
+    from qlora_kit.cli.show import Screen, import_libraries, score_lines
 
     import_libraries()
     from qlora_kit.run import evaluate as run_evaluate
 
-    score = run_evaluate(run, data=data, bare_base=base, force=force, trust_remote_code=trust_remote_code)
+    screen = Screen(to_stderr=as_json)
+    score = run_evaluate(run, data=data, bare_base=base, force=force, watch=screen, trust_remote_code=trust_remote_code)
     typer.echo(json.dumps({"schema": 1, **score.as_json()}, indent=2) if as_json else score_lines(score))
 
 

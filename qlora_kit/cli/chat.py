@@ -175,7 +175,9 @@ class _Terminal:
 
 
 def _read() -> str | None:
-    """A line; None where there are no more. Ctrl-C takes back what was typed."""
+    """A line; None where there are no more, or no input at all. Ctrl-C takes back what was typed."""
+    if sys.stdin is None:
+        return None
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "")

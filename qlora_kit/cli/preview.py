@@ -14,6 +14,8 @@ OPEN, CLOSE = "⟦", "⟧"
 """Around what is trained, where there is no colour; in rows themselves they are spelt."""
 LONG_STRETCH, ITS_ENDS = 400, 150
 """Pieces of a stretch above which only its first and last ones are shown."""
+MOST_CLASSES = 20
+"""Classes that are shown with their rows."""
 _TRAINED, _PROMPT = ("bold green", "bold bright_green"), ("dim", "dim italic")
 """Two tones each, so that one sees where a token ends."""
 _FATES: dict[str | None, str] = {"truncated": "cut short", "split": "a piece"}
@@ -29,22 +31,29 @@ def draw(preview: Preview, console: Console) -> None:
     for row in preview.rows:
         for side in row.sides:
             names = "".join(f", {name}" for name in (_FATES.get(row.fate, ""), side.name) if name)
-            heading = f"{row.where}{names}  {counted(side.tokens, 'token')}, {side.trained_tokens:,} trained on"
+            trained = "" if preview.classes else f", {side.trained_tokens:,} trained on"
+            heading = f"{row.where}{names}  {counted(side.tokens, 'token')}{trained}"
             console.print(Text(f"\n{visible(heading)}", "bold cyan"))
             text = _coloured(side.pieces) if has_colours else Text(_bracketed(side.pieces))
             console.print(text, end="" if text.plain.endswith("\n") else "\n")
     if preview.rows:
         trained = "bold and green" if has_colours else f"{OPEN}in brackets{CLOSE}"
-        console.print(Text(f"\ntrained on: {trained}; --rows N shows other numbers of rows", "dim"))
+        told = "its class stands behind the place of each text" if preview.classes else f"trained on: {trained}"
+        console.print(Text(f"\n{told}; --rows N shows other numbers of rows", "dim"))
 
 
 def _summary(preview: Preview) -> Iterator[str]:
     train, lengths = preview.train, preview.lengths
-    yield f"train     {_kept(train, 'trained on')}"
+    used, scored = ("", "") if preview.classes else (" trained on", " scored")
+    yield f"train     {_kept(train, used)}"
     for part in preview.sources if len(preview.sources) > 1 else ():
         drawn = "" if part.weight == 1 else f"; weight {part.weight:g}, {counted(part.deck.drawn, 'row')} an epoch"
-        yield f"          {visible(part.name)}: {_kept(part.counts, 'trained on')}{drawn}"
-    yield f"held out  {_kept(preview.eval, 'scored')}"
+        yield f"          {visible(part.name)}: {_kept(part.counts, used)}{drawn}"
+    yield f"held out  {_kept(preview.eval, scored)}"
+    if preview.classes:
+        shown = [f"{visible(name)} {count:,}" for name, count in [*preview.classes.items()][:MOST_CLASSES]]
+        more = len(preview.classes) - len(shown)
+        yield f"classes   {', '.join(shown)}{f' and {more:,} more' if more else ''}"
     yield (
         f"tokens    half of the rows have up to {lengths.median:,}, 95 % {lengths.p95:,}, 99 % {lengths.p99:,}, the "
         f"longest {lengths.longest:,}"
@@ -68,7 +77,8 @@ def _kept(counts: Counts, used: str) -> str:
         "split": counts.split,
     }
     others = "".join(f"; {count:,} {text}" for text, count in words.items() if count)
-    tokens = f", {format_count(counts.trained_tokens)} of {format_count(counts.tokens)} tokens {used}"
+    share = f"{format_count(counts.trained_tokens)} of " if used else ""
+    tokens = f", {share}{format_count(counts.tokens)} tokens{used}"
     return f"{counted(counts.rows, 'row')}{tokens if counts.rows else ''}{others}"
 
 

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from qlora_kit.cli.pipe import leave
 from qlora_kit.cli.visible import visible
 from qlora_kit.report.cards import cards_sentence
 from qlora_kit.report.judge import judge_scores
@@ -67,6 +68,15 @@ def import_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+class _Console(Console):
+    """Goes on without a word where nobody reads any more: a run of hours is not lost for that."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich where a line could not be written."""
+        self.quiet = True
+        leave(self.file)
+
+
 class Screen(Watch):
     """Shows a run on a terminal, or as plain lines where there is none.
 
@@ -75,7 +85,7 @@ class Screen(Watch):
     """
 
     def __init__(self, to_stderr: bool = False) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False, soft_wrap=True, emoji=False)
+        self.console = _Console(stderr=to_stderr, highlight=False, soft_wrap=True, emoji=False)
         self.signal: int | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
@@ -95,8 +105,12 @@ class Screen(Watch):
         more = f", {left_out} left out" if left_out else ""
         more += f", {train.truncated} cut short" if train.truncated else ""
         more += f", {train.split} split" if train.split else ""
+        if prepared.train.rows[0].target is not None:  # a text is learnt by its class, and not by its tokens
+            tokens, learnt = f"{format_count(train.tokens)} tokens", "texts"
+        else:
+            tokens, learnt = f"{format_count(train.trained_tokens)} trained tokens", "trained tokens"
         self.console.print(
-            f"[bold]data[/]   {counted(train.rows, 'row')}, {format_count(train.trained_tokens)} trained tokens, "
+            f"[bold]data[/]   {counted(train.rows, 'row')}, {tokens}, "
             f"longest {counted(train.longest, 'token')}{more}; {counted(held_out, 'row')} held out"
         )
         if 0 < held_out < FEW_ROWS:
@@ -105,7 +119,7 @@ class Screen(Watch):
             )
         self.console.print(
             f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} at a time), "
-            f"{format_count(pace.trained_tokens)} trained tokens in all, learning rate {pace.lr:g} ({pace.lr_reason})"
+            f"{format_count(pace.trained_tokens)} {learnt} in all, learning rate {pace.lr:g} ({pace.lr_reason})"
         )
         self._steps = pace.steps
 

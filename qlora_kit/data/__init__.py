@@ -31,9 +31,9 @@ from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encod
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS
-from qlora_kit.data.load import Reader, Source, held_out, load_rows, open_sources, scan, split_eval
+from qlora_kit.data.load import Reader, Scan, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
-from qlora_kit.data.preview import Filling, Piece, Preview, fill, measure_lengths, show_rows
+from qlora_kit.data.preview import Filling, Piece, Preview, count_classes, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.table import RowTable, lengths_of
@@ -65,6 +65,7 @@ __all__ = [
     "Room",
     "RowTable",
     "Sampler",
+    "Scan",
     "Source",
     "Text",
     "arrange",
@@ -80,6 +81,7 @@ __all__ = [
     "collate_pairs",
     "collate_rows",
     "collate_texts",
+    "count_classes",
     "efficiency",
     "encode",
     "encode_rows",

@@ -6,6 +6,9 @@ from difflib import get_close_matches
 
 from qlora_kit.errors import DataError
 
+MOST_DIGITS = 18
+"""Of a label that may be a number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Classes:
@@ -36,6 +39,16 @@ class Classes:
             return tuple(float(name in labels) for name in self.names)
         return self.names.index(labels[0])
 
+    def named(self, target: int | Sequence[float]) -> list[str]:
+        """The names of a target, or of what was said."""
+        if isinstance(target, int):
+            return [self.names[target]]
+        return [name for name, is_one in zip(self.names, target, strict=True) if is_one]
+
+    def words(self, target: int | Sequence[float]) -> str:
+        """The same, to be shown."""
+        return ", ".join(self.named(target)) or "none"
+
 
 def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()) -> Classes:
     """The classes of the training rows: sorted by name, or numbers by their size.
@@ -51,12 +64,13 @@ def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()
     """
     if set(found) <= set(known):
         names = list(known)
-    elif all(name.isdecimal() for name in found):
+    elif all(name.isdecimal() and len(name) <= MOST_DIGITS for name in found):
         names = _numbers(set(found))
     else:
         names = sorted(found)
     if len(names) < (1 if is_multi else 2):
-        raise DataError(f"the rows have {len(names)} class ({', '.join(names)}), and two are the fewest to tell apart")
+        found_names = f"1 class ({names[0]})" if names else "no class"
+        raise DataError(f"the rows have {found_names}, and two are the fewest to tell apart")
     return Classes(tuple(names), is_multi)
 
 

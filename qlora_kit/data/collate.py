@@ -46,6 +46,15 @@ class Batch:
     is_good: torch.Tensor | None = None
     """(B / 2,), bool: the verdict on each answer, where the second half of the sequences are not it."""
 
+    @property
+    def tokens(self) -> int:
+        """What tokens_per_s counts, in metrics.jsonl and in the plan: tokens of the rows, padding aside, each once.
+
+        However often one goes through the model (blocks that run again, the reference's pass) makes the number smaller,
+        so that tokens of the data set over it are seconds; the answers that verdicts are swapped with are no data.
+        """
+        return sum(self.lengths if self.is_good is None else self.lengths[: self.rows])
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         values = ((name, getattr(self, name)) for name in self.__slots__)

@@ -288,13 +288,19 @@ def _fit(row: Encoded, max_tokens: int, over_length: OverLength, encoded: Encode
         yield row
     elif over_length == "truncate":
         encoded.count("truncated", row.where)
-        yield _piece(row, 0, max_tokens)
+        yield _cut(row, max_tokens)
     elif over_length == "split" and row.other is None and row.is_good is None and row.target is None:
         encoded.count("split", row.where)
         for start in range(0, tokens - 1, max_tokens - 1):
             yield _piece(row, start, start + max_tokens)
     else:
         encoded.count("dropped", row.where)
+
+
+def _cut(row: Encoded, max_tokens: int) -> Encoded:
+    """The beginning of a row, with what stands behind every text."""
+    kept, ending = _piece(row, 0, max_tokens - row.ending), row.input_ids[len(row.input_ids) - row.ending :]
+    return replace(kept, input_ids=[*kept.input_ids, *ending], trained=[*kept.trained, *[False] * row.ending])
 
 
 def _piece(row: Encoded, start: int, end: int) -> Encoded:

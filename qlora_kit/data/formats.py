@@ -73,8 +73,8 @@ def _classified(row: Columns) -> Classified:
 def _class_name(value: object) -> str:
     """The name of a class, which may be a number that counts from 0."""
     if isinstance(value, str) and value.strip():
-        return value
-    if isinstance(value, bool) or (isinstance(value, int) and value >= 0):
+        return string(value, "column 'label'").strip()
+    if isinstance(value, int | float) and value >= 0 and value == value // 1:  # tables with gaps make counts 1.0
         return str(int(value))
     raise DataError(f"column 'label' is {kind(value)}, wanted a name, a number from 0, or a list of them")
 

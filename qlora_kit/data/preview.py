@@ -5,10 +5,12 @@ them, so that no half of it has to be shown.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck, Sampler
 from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.pack import Room, arrange, efficiency, side_by_side
@@ -112,6 +114,7 @@ class Preview:
         packed: the same with rows packed; None where that is not possible.
         remarks: what a person should know.
         rows: the first rows that are trained on.
+        classes: of texts that are classified, the number of training rows of each, the most first; of others empty.
     """
 
     max_tokens: int
@@ -124,24 +127,35 @@ class Preview:
     packed: Filling | None
     remarks: list[Remark]
     rows: list[ShownRow]
+    classes: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""
         return asdict(self)
 
 
-def show_rows(rows: EncodedSet, tokenizer: "PreTrainedTokenizerBase", most: int) -> list[ShownRow]:
-    """The first `most` rows as text, piece by piece."""
+def show_rows(
+    rows: EncodedSet, tokenizer: "PreTrainedTokenizerBase", most: int, classes: Classes | None = None
+) -> list[ShownRow]:
+    """The first `most` rows as text, piece by piece; those of a classification with the names of their classes."""
     fates: dict[str, Fate] = {where: fate for fate in _KEPT_IN_PART for where in rows.places[fate]}
-    return [_shown(row, fates.get(row.where), tokenizer) for row in rows.rows[:most]]
+    return [_shown(row, fates.get(row.where), tokenizer, classes) for row in rows.rows[:most]]
 
 
-def _shown(row: Encoded, fate: Fate | None, tokenizer: "PreTrainedTokenizerBase") -> ShownRow:
+def _shown(row: Encoded, fate: Fate | None, tokenizer: "PreTrainedTokenizerBase", classes: Classes | None) -> ShownRow:
+    parts = sides(row) if row.target is None or classes is None else {classes.words(row.target): row}
     shown = [
         ShownSide(name, len(side.input_ids), side.trained_tokens, list(_pieces(side, tokenizer)))
-        for name, side in sides(row).items()
+        for name, side in parts.items()
     ]
     return ShownRow(row.where, fate, shown)
+
+
+def count_classes(rows: EncodedSet, classes: Classes) -> dict[str, int]:
+    """How many rows are of each class, the most first."""
+    counts = Counter(dict.fromkeys(classes.names, 0))
+    counts.update(name for row in rows.rows if row.target is not None for name in classes.named(row.target))
+    return dict(counts.most_common())
 
 
 def measure_lengths(rows: EncodedSet) -> Lengths:

@@ -79,7 +79,7 @@ def read_prompts(
         DataError: there is no such file, or no prompt in it, or there are bad rows: the first 20, with their lines.
     """
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+        raise DataError(f"{path} is a folder; give one file" if path.is_dir() else f"{path}: there is no such file")
     faults, prompts = Faults(), []
     for where, raw in _lines(path) if path.suffix.lower() == ".txt" else raw_rows(path, faults):
         try:

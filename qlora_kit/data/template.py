@@ -65,6 +65,8 @@ class Encoded:
     """The verdict on its answer, where there is one."""
     target: int | tuple[float, ...] | None = None
     """Of a text that is classified: its class, or for every class whether it is one. No token of it is predicted."""
+    ending: int = 0
+    """Tokens at its end that stand behind every text, and so also behind one that is cut."""
 
     @property
     def trained_tokens(self) -> int:
@@ -144,7 +146,8 @@ def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", class
         DataError: its label is none of the classes.
     """
     ids = tokenizer(example.text, verbose=False)["input_ids"]
-    return Encoded(ids, [False] * len(ids), where=example.where, target=classes.target(example.labels))
+    target, ending = classes.target(example.labels), _tokens_behind(tokenizer)
+    return Encoded(ids, [False] * len(ids), where=example.where, target=target, ending=ending)
 
 
 # ---- completions and texts -----------------------------------------------------------------------------------------
@@ -166,6 +169,13 @@ def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if bos == [None] or ids[:1] == bos or tokenizer("a", verbose=False)["input_ids"][:1] != bos:
         return ids
     return bos + ids
+
+
+def _tokens_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many tokens of its own the tokenizer puts behind every text."""
+    alone, whole = _ids("a", tokenizer), tokenizer("a", verbose=False)["input_ids"]
+    start = next(start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
+    return len(whole) - start - len(alone)
 
 
 def _behind(prompt: list[int], whole: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

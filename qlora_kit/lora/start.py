@@ -4,18 +4,21 @@ that the plan sees it; with a task that holds to where it started, a frozen copy
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError, RecipeError
 from qlora_kit.lora.adapters import CONFIG, load_adapter
-from qlora_kit.lora.inject import LoraReport
+from qlora_kit.lora.inject import LoraReport, lora_report
 from qlora_kit.lora.layer import adapter_parameters, lora_layers
 from qlora_kit.lora.peft_config import read_config
-from qlora_kit.lora.several import adapter_used
+from qlora_kit.lora.several import adapter_used, use_adapter
+from qlora_kit.lora.whole import WholeModule, train_module
 from qlora_kit.recipe import Lora
 
 REFERENCE = "reference"
@@ -80,11 +83,15 @@ def load_start(model: PreTrainedModel, lora: Lora, *, has_reference: bool) -> Lo
     """
     if has_reference:
         load_reference(model, lora)
-    report = load_adapter(model, adapter_folder(str(lora.from_)), dtype=torch.bfloat16, way_on=_WAY_ON)
+    notes = load_adapter(model, adapter_folder(str(lora.from_)), dtype=torch.bfloat16, way_on=_WAY_ON).notes
+    for module_name in base_record(model).untrained:  # a new classifier, which an adapter of another task has not
+        if not isinstance(model.get_submodule(module_name), WholeModule):
+            train_module(model, module_name, "default")
+    use_adapter(model, "default")
     for _, layer in lora_layers(model):
         if "default" in layer.adapters:
             layer.adapter("default").dropout = lora.dropout
-    return report
+    return replace(lora_report(model, "default"), notes=notes)
 
 
 def load_reference(model: PreTrainedModel, lora: Lora) -> None:

@@ -61,9 +61,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     return 2 * side**3 * products / (time.perf_counter() - started)
 
 
-def estimated_tokens_per_s(parameters: int, recomputed: float, rate: float, *, trains_weights: bool = False) -> float:
+def estimated_tokens_per_s(
+    parameters: int, recomputed: float, rate: float, *, trains_weights: bool = False, passes: int = 0
+) -> float:
     """Tokens a second of a step: 2 N operations forward, 2 N backward for dx, 2 N more where blocks are recomputed,
-    and 2 N more for dW where the weights train.
+    2 N more for dW where the weights train, and 2 N for each further pass.
 
     Frozen weights want no gradient, which saves LoRA the third of a full step (LoRA Without Regret).
 
@@ -72,8 +74,9 @@ def estimated_tokens_per_s(parameters: int, recomputed: float, rate: float, *, t
         recomputed: part of a forward pass that is run twice, 0 to 1.
         rate: floating-point operations a second of a matrix product.
         trains_weights: whether the base wants gradients, too.
+        passes: forward, of every token, from which nothing is learnt.
     """
-    return EFFICIENCY * rate / (2 * (2 + recomputed + trains_weights) * parameters)
+    return EFFICIENCY * rate / (2 * (2 + recomputed + trains_weights + passes) * parameters)
 
 
 def _wait(device: torch.device) -> None:

@@ -25,7 +25,8 @@ from transformers.initialization import no_init_weights
 
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
-from qlora_kit.base.load import body_linears, build_model, freeze_and_quantize
+from qlora_kit.base.load import body_linears, build_model, expected_untrained, freeze_and_quantize
+from qlora_kit.base.record import keep_record
 from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora, base_parameter_count
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
@@ -79,6 +80,9 @@ class _Run:
     optimizer: AdapterOptimizer
     work: Workload
     ledger: Ledger
+    second: PreTrainedModel | None
+    """Of full fine-tuning the model that a task holds to: there is no adapter to switch off. It only stands there,
+    since a pass through it takes what one through the other takes."""
 
 
 def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:
@@ -202,11 +206,12 @@ def _fake_run(config: PretrainedConfig, work: Workload, does: Callable[[_Run], N
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         ledger = Ledger(host_apart=work.on_card)
         model, parameters = _build(config, work, ledger)
+        second = _second(config, work, ledger)
         optimizer = AdapterOptimizer(parameters, work.optimizer, master_weights=work.master_weights)
         ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
-        run = _Run(model, parameters, optimizer, work, ledger)
-        del optimizer  # it goes when the run lets it go
+        run = _Run(model, parameters, optimizer, work, ledger, second)
+        del optimizer, second  # they go when the run lets them go
         with ledger:
             does(run)
     names = list(activation_blocks(model))
@@ -255,7 +260,7 @@ def _use(after: Mapping[str, After], run: _Run) -> None:
     with ledger.phase("save"):
         kept = dict(run.parameters) | dict(adapter_constants(run.model))
         rehearse_checkpoint(kept, run.optimizer, on_card=work.on_card)
-    del run.optimizer
+    del run.optimizer, run.second
     for phase, act in after.items():
         with ledger.phase(phase):
             act(run.model)
@@ -298,10 +303,24 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
 
 
+def _second(config: PretrainedConfig, work: Workload, ledger: Ledger) -> PreTrainedModel | None:
+    """The reference of full fine-tuning, where the task has one."""
+    if work.lora is not None or not TASKS[work.task].holds_to_start:
+        return None
+    model = _dense(config, work)
+    ledger.ignore(model.parameters())
+    with ledger, ledger.phase("load"):
+        _as_loaded(model, work)
+    ledger.own("base_weights", (*model.parameters(), *model.buffers()))
+    return model
+
+
 def _dense(config: PretrainedConfig, work: Workload) -> PreTrainedModel:
     attention = implementation(work.attention, torch.device("cpu"), work.dtype)  # sdpa's keep what flex and flash keep
     with no_init_weights():
-        return build_model(config, work.dtype, attention, head_for(work.task))
+        model = build_model(config, work.dtype, attention, head_for(work.task))
+    keep_record(model, work.quantization, work.dtype, untrained=expected_untrained(model))
+    return model
 
 
 def _as_loaded(model: PreTrainedModel, work: Workload) -> PreTrainedModel:

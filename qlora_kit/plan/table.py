@@ -106,7 +106,8 @@ def plan_methods(
 def _tokens_per_s(work: Workload, blocks: Blocks, parameters: int, device: torch.device) -> float:
     """An estimate for this machine's device."""
     rate = matmul_rate(device, work.dtype)
-    return estimated_tokens_per_s(parameters, run_again(blocks), rate, trains_weights=work.lora is None)
+    passes = TASKS[work.task].more_passes
+    return estimated_tokens_per_s(parameters, run_again(blocks), rate, trains_weights=work.lora is None, passes=passes)
 
 
 def _methods(
@@ -166,7 +167,10 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
 
 def _as_the_paper_counts(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
     """Full fine-tuning as the QLoRA paper counts it, with this recipe's batch and activations: in bf16 12 bytes a
-    parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16. Products with trained weights are not kept."""
+    parameter (2 of weights, 2 of gradients, 8 of moments), in fp32 16. Products with trained weights are not kept.
+
+    A task that holds to the model that training starts from wants it a second time, frozen: here there is no adapter to
+    switch off."""
     blocks = Blocks.of(work.activations, count_layers(config, head_for(work.task)))
     blocks = blocks._replace(recompute=blocks.recompute + blocks.selective, selective=0)
     full = replace(work, lora=None, optimizer="adamw_32bit", master_weights="none", skip=(), activations=blocks)
@@ -180,12 +184,15 @@ def _assumed(work: Workload, planned: dict[str, Any]) -> dict[str, Any]:
     kept = "none" if work.dtype == torch.float32 else masters.get(work.master_weights, work.master_weights)
     state = planned["by_category"]["optimizer_state"] / planned["parameters"]["total"]
     activations = work.activations
+    second = work.lora is None and TASKS[work.task].holds_to_start
+    reference = {"reference": "the base a second time, frozen"} if second else {}
     return {
         "optimizer": work.optimizer,
         "master_weights": f"{kept}, {dtype} weights and gradients",
         "activations": activations.words if isinstance(activations, Blocks) else activations,
         "loss": "whole logits" if work.loss_chunk is None else f"logits of {work.loss_chunk} tokens at a time",
-        "bytes_a_parameter": round(2 * work.dtype.itemsize + state, 1),
+        **reference,
+        "bytes_a_parameter": round((3 if second else 2) * work.dtype.itemsize + state, 1),
     }
 
 

@@ -18,12 +18,16 @@ class TaskKind:
         can_pack: whether every row is learnt by itself, so that rows may share a sequence.
         is_preference: whether answers are held against each other: a row is two sequences then.
         holds_to_start: whether it holds to the model that training starts from, the reference.
+        more_passes: forward passes of every token of a row from which nothing is learnt: the reference's; and of an
+            answer with a verdict those of the one that it is swapped with, about as long, through what is trained and
+            through the reference.
     """
 
     formats: tuple[str, ...]
     can_pack: bool = False
     is_preference: bool = False
     holds_to_start: bool = False
+    more_passes: int = 0
 
     @property
     def sequences(self) -> int:
@@ -38,8 +42,8 @@ TASKS: dict[str, TaskKind] = {
     "sft": TaskKind(_ANSWERS, can_pack=True),
     "pretrain": TaskKind(_ANSWERS, can_pack=True),
     "classify": TaskKind(("classification",)),
-    "dpo": TaskKind(("preference",), is_preference=True, holds_to_start=True),
-    "ipo": TaskKind(("preference",), is_preference=True, holds_to_start=True),
+    "dpo": TaskKind(("preference",), is_preference=True, holds_to_start=True, more_passes=1),
+    "ipo": TaskKind(("preference",), is_preference=True, holds_to_start=True, more_passes=1),
     "orpo": TaskKind(("preference",), is_preference=True),
-    "kto": TaskKind(("labelled", "preference"), is_preference=True, holds_to_start=True),
+    "kto": TaskKind(("labelled", "preference"), is_preference=True, holds_to_start=True, more_passes=3),
 }

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from qlora_kit.errors import RunError
 from qlora_kit.report.markup import clipped
+from qlora_kit.storage import check_folder
 
 SCHEMA = 1
 
@@ -95,12 +96,19 @@ MEMORY = {
     "file_backed_bytes?": MAYBE_COUNT,
     "paged_bytes?": MAYBE_COUNT,
 }
+REWARDS = {
+    "reward_margin": "reward margin, nats",
+    "reward_accuracy": "reward accuracy, share of the rows",
+    "kl": "KL from the reference, nats",
+}
+"""What preferences tell of a step, and with `eval_` before it of an evaluation: its name and unit."""
 METRICS_ROW = {
     "step": COUNT,
     "loss?": MAYBE_NUMBER,
     "eval_loss?": MAYBE_NUMBER,
     "tokens?": MAYBE_COUNT,
     "tokens_per_s?": MAYBE_COUNT,
+    **{f"{before}{name}?": MAYBE_NUMBER for name in REWARDS for before in ("", "eval_")},
 }
 SAMPLE = {"step": COUNT, "prompt": TEXT, "reference?": TEXT, "answer": TEXT}
 RESULT = {"step": COUNT}
@@ -155,6 +163,7 @@ def read_run(folder: str | Path) -> RunFolder:
         RunError: if plan.json or metrics.jsonl is missing, or a file is not what it should be; one line names the file.
     """
     folder = Path(folder)
+    check_folder(folder)
     optional = {
         name: _document(folder / f"{name}.json", shape) if (folder / f"{name}.json").exists() else None
         for name, shape in (("memory", MEMORY), ("result", RESULT), ("scores", SCORES), ("data", DATA), ("env", ENV))

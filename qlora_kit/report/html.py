@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_kit.report.curve import curve, finite, smooth, window_for
-from qlora_kit.report.folder import RunFolder, read_run
+from qlora_kit.report.folder import REWARDS, RunFolder, read_run
 from qlora_kit.report.judge import judge_run
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
@@ -165,14 +165,19 @@ def _quote(text: str) -> Markup:
 
 
 def _curves(run: RunFolder) -> Markup:
-    loss = chart(_loss_series(run.rows), title="Loss over steps", y_label="loss, nats")
+    loss = chart(_both_series(run.rows, "loss"), title="Loss over steps", y_label="loss, nats")
+    rewards = (
+        chart(_both_series(run.rows, key), title=f"{in_words(key)} over steps", y_label=label, height=150)
+        for key, label in REWARDS.items()
+    )
     speed = _speed_series(run.rows)
     pace = chart(speed, title="Throughput over steps", y_label="tokens per second", height=150, from_zero=True)
-    return section("Training", lead(judge_run(run)), loss, pace)
+    return section("Training", lead(judge_run(run)), loss, *rewards, pace)
 
 
-def _loss_series(rows: list[dict[str, Any]]) -> list[Series]:
-    trained, evaluated = curve(rows, "loss"), curve(rows, "eval_loss")
+def _both_series(rows: list[dict[str, Any]], key: str) -> list[Series]:
+    """What steps and evaluations say of `key`."""
+    trained, evaluated = curve(rows, key), curve(rows, f"eval_{key}")
     window = window_for(len(trained))
     if window == 1:
         series = [Series("training", trained, "train")]

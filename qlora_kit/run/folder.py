@@ -27,6 +27,7 @@ from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
 from qlora_kit.storage import clear_abandoned, read_json, remove_folder, write_json, write_text
 from qlora_kit.train.classes import classes_in
+from qlora_kit.train.pace import Rate
 from qlora_kit.train.trackers import PROJECT
 
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
@@ -195,6 +196,12 @@ def describe_run(
     if checksums := reference_checksums(recipe):
         data["reference"] = checksums
     write_json(folder / DATA, data)
+
+
+def recorded_rate(folder: Path) -> Rate:
+    """The peak learning rate that a run began with."""
+    pace = read_json(folder / PLAN)["pace"]
+    return Rate(pace["lr"], pace["lr_reason"])
 
 
 def recorded_reference(folder: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Before any weight is read: where the model lies, the rows as tokens, and the numbers of the run."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import cache, partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     FALLBACK,
     Batch,
+    Classes,
     Encoded,
     EncodedSet,
     Example,
     Filling,
     Part,
     Reader,
+    Scan,
     cache_key,
     cached,
     check_turn_tokens,
@@ -40,13 +42,14 @@ from qlora_kit.data import (
     scan,
     swap_answers,
 )
-from qlora_kit.errors import DataError
+from qlora_kit.errors import AdapterError, DataError, listed
 from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.recipe.schema import DataName, Sources
 from qlora_kit.run.full_finetune import check_full_finetune
+from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.task import check_task
 from qlora_kit.train.classes import head_for, known_classes, name_classes
-from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, room_of, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, Rate, room_of, set_pace
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
@@ -80,10 +83,21 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    watch: Watch,
+    *,
+    weights: bool,
+    today: Date | None = None,
+    rate: Rate | None = None,
+    trust_remote_code: bool = False,
 ) -> Prepared:
-    """`gather`, and tell what became of the rows and what is odd about them."""
+    """`gather`, and tell what became of the rows and what is odd about them.
+
+    A run that is resumed keeps the learning `rate` that it began with: of more steps `auto` would make another.
+    """
     prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code)
+    if rate is not None:
+        prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
     watch.prepared(prepared)
     for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
         if remark.is_for_runs:
@@ -308,7 +322,7 @@ def _read_rows(
         if data.on_error == "stop" or unread.hides_rows:
             unread.stop()  # before the rows are encoded, which may take minutes
         if recipe.train.task == "classify":
-            train_rows.classes = classes_of(found.labels, found.is_multi, known_classes(config))
+            train_rows.classes = _classes(recipe, found, config)
         if found.has_chats or eval_found.has_chats:
             settle()
         is_held = held_out(found.digests) if data.eval == "auto" else [False] * len(found.digests)
@@ -324,7 +338,7 @@ def _read_rows(
         "data": data.model_dump(exclude={"train", "packing", "template"}),
         "task": recipe.train.task,
         "sizes": (config.get_text_config().vocab_size, positions_for(recipe.train.task, tokenizer, config)),
-        "classes": known_classes(config),
+        "classes": (known_classes(config), classes_at_start(recipe)),
         "templates": fixed_templates(tokenizer, data.thinking, today),
     }
     train_rows, eval_rows = cached(cache_key([*readers, *eval_readers], tokenizer, decides), encode)
@@ -334,6 +348,23 @@ def _read_rows(
         name_classes(config, train_rows.classes, pad_id(tokenizer))
     date = settle() if train_rows.has_chats or eval_rows.has_chats else None
     return train_rows, eval_rows, date
+
+
+def _classes(recipe: Recipe, found: Scan, config: PretrainedConfig) -> Classes:
+    """The classes of a run.
+
+    Raises:
+        AdapterError: it goes on from an adapter that tells others apart.
+        DataError: as `classes_of`.
+    """
+    start = classes_at_start(recipe)
+    strange = sorted(found.labels - set(found.labels if start is None else start.names))
+    if start is not None and strange:
+        raise AdapterError(
+            f"lora.from={recipe.lora.from_} tells {listed(start.names)} apart; the rows have {listed(strange)}; give "
+            "rows of its classes, or leave out lora.from"
+        )
+    return classes_of(found.labels, found.is_multi, known_classes(config) if start is None else start.names)
 
 
 def _open_sources(recipe: Recipe, sources: DataName | Sources) -> list[Reader]:

@@ -1,9 +1,10 @@
 """What a run will be given to learn, before anything else of it is done: no weights are needed, and none are read."""
 
-from qlora_kit.data import Filling, Preview, measure_lengths, remarks_on, show_rows
+from qlora_kit.data import Filling, Preview, count_classes, measure_lengths, remarks_on, show_rows
 from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.run.prepare import fill_batches, gather, pace_of
 from qlora_kit.run.start import as_it_starts
+from qlora_kit.train.classes import classes_in
 from qlora_kit.watch import Watch
 
 
@@ -22,6 +23,7 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
     recipe = as_it_starts(recipe)
     prepared = gather(recipe, watch or Watch(), weights=False, trust_remote_code=trust_remote_code)
     train, held_out, tokenizer = prepared.train, prepared.eval, prepared.tokenizer
+    classes = classes_in(prepared.config) if recipe.train.task == "classify" else None
 
     def filling(packing: bool) -> Filling:
         variant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": packing})})
@@ -37,5 +39,6 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
         apart=filling(False),
         packed=filling(True) if TASKS[recipe.train.task].can_pack else None,
         remarks=remarks_on(train, held_out, tokenizer),
-        rows=show_rows(train, tokenizer, rows),
+        rows=show_rows(train, tokenizer, rows, classes),
+        classes={} if classes is None else count_classes(train, classes),
     )

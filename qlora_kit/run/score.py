@@ -9,13 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
-from qlora_kit.run.classify import f1_score, predictions, words_of
 from qlora_kit.run.prepare import Prepared, eval_batches, pad_id, positions_of
 from qlora_kit.train.classes import classes_in
-from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match
+from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, f1_score
 from qlora_kit.train.generate import generate_texts
 from qlora_kit.train.samples import SAMPLE_TOKENS, Question
-from qlora_kit.train.tasks import AGAINST_REFERENCE, LIKELIHOOD, Task
+from qlora_kit.train.tasks import AGAINST_REFERENCE, LIKELIHOOD, Loss, Task
 
 SAMPLES = 4
 """Held-out rows that are answered before and after, and on the way."""
@@ -43,7 +42,6 @@ def score(
     batches = eval_batches(rows, pad_id(tokenizer), model.device)
     with adapters_off(model):
         base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, task, loss_chunk)
-    own = {name: value for name, value in base.measures.items() if name not in AGAINST_REFERENCE}
     adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
     asked = questions(tokenizer, rows) if task.answers else classified(model, tokenizer, rows)
     samples = [
@@ -57,10 +55,16 @@ def score(
     ]
     return {
         "rows": len(prepared.eval.rows),
-        "base": replace(base, measures=own).as_json(),
+        "base": of_base(base).as_json(),
         "adapter": adapter.as_json(),
         "samples": samples,
     }
+
+
+def of_base(score: Score) -> Score:
+    """The score of a base, which has not moved, without the measures that say how far a model has."""
+    own = {name: value for name, value in score.measures.items() if name not in AGAINST_REFERENCE}
+    return replace(score, measures=own)
 
 
 def score_rows(
@@ -72,9 +76,9 @@ def score_rows(
     loss_chunk: int | None = None,
 ) -> tuple[Score, list[str]]:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
-    measured = evaluate_loss(model, batches, task, loss_chunk=loss_chunk)
     if not task.answers:
-        return _told_apart(model, measured, rows, batches)
+        return _told_apart(model, rows, batches, task)
+    measured = evaluate_loss(model, batches, task, loss_chunk=loss_chunk)
     answered = answered_rows(rows)
     if not answered:
         return measured, []
@@ -91,14 +95,16 @@ def score_rows(
 
 
 def _told_apart(
-    model: PreTrainedModel, measured: Score, rows: Sequence[Encoded], batches: list[Batch]
+    model: PreTrainedModel, rows: Sequence[Encoded], batches: list[Batch], task: Task
 ) -> tuple[Score, list[str]]:
     """The score of a classification with its F1, and what the model says of the first few rows."""
-    classes, said = classes_in(model.config), predictions(model, batches)
+    losses: list[Loss] = []
+    measured = evaluate_loss(model, batches, task, see=losses.append)
+    classes, said = classes_in(model.config), torch.cat([loss.said.cpu() for loss in losses if loss.said is not None])
     f1 = f1_score(said, torch.cat([batch.labels.cpu() for batch in batches]), len(classes.names))
     by_length = sorted(range(len(rows)), key=lambda row: rows[row].longest)  # the order of the batches
     of_row = dict(zip(by_length, said.tolist(), strict=True))
-    words = [words_of(of_row[row], classes) for row in range(min(SAMPLES, len(rows)))]
+    words = [classes.words(of_row[row]) for row in range(min(SAMPLES, len(rows)))]
     return replace(measured, measures={**measured.measures, "f1": f1}), words
 
 
@@ -109,7 +115,7 @@ def classified(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows:
         Question(
             row.input_ids,
             str(tokenizer.decode(row.input_ids, skip_special_tokens=True)),
-            words_of(row.target or 0, classes),
+            classes.words(row.target or 0),
         )
         for row in rows[:SAMPLES]
     ]

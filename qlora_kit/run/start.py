@@ -3,13 +3,24 @@ adapter that it holds to is still what it was."""
 
 from collections.abc import Mapping
 
+from qlora_kit.data import Classes
 from qlora_kit.errors import AdapterError
-from qlora_kit.export.trained_against import read_added_tokens
+from qlora_kit.export.trained_against import read_added_tokens, read_classes
 from qlora_kit.lora import adapter_folder, shaped
 from qlora_kit.lora.adapters import CONFIG, WEIGHTS
 from qlora_kit.recipe import Recipe
 from qlora_kit.storage import sha256_file
 from qlora_kit.train.tasks import has_reference
+
+
+def classes_at_start(recipe: Recipe) -> Classes | None:
+    """The classes that the adapter of `lora.from` tells apart; None where a recipe names none, or it has no such head.
+
+    Raises:
+        AdapterError: there is no adapter, or it is damaged.
+    """
+    start = recipe.lora.from_
+    return None if start is None or recipe.train.full_finetune else read_classes(adapter_folder(start))
 
 
 def as_it_starts(recipe: Recipe) -> Recipe:

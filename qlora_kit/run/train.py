@@ -33,6 +33,7 @@ from qlora_kit.run.folder import (
     files_of_run,
     provenance_of,
     recorded_date,
+    recorded_rate,
     recorded_reference,
     run_folder,
     settings_of,
@@ -126,8 +127,8 @@ def train(
     if resume:
         check_reference(recipe, recorded_reference(folder))
     begun = _as_begun(recipe, folder) if resume else recipe
-    today = recorded_date(folder) if resume else None
-    prepared = prepare(begun, watch, weights=True, today=today, trust_remote_code=trust_remote_code)
+    today, rate = (recorded_date(folder), recorded_rate(folder)) if resume else (None, None)
+    prepared = prepare(begun, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code)
     fingerprints = {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
     if resume and not force:
         check_unchanged(folder, fingerprints)

@@ -30,15 +30,16 @@ from qlora_kit.run.prepare import (
     rows_needed,
     set_template,
 )
-from qlora_kit.run.score import score_rows
+from qlora_kit.run.score import of_base, score_rows
 from qlora_kit.run.start import check_reference
-from qlora_kit.storage import read_json
+from qlora_kit.storage import check_folder, read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
 from qlora_kit.train.classes import head_for, name_classes
 from qlora_kit.train.evaluate import Score
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.tasks import has_reference, task_of
+from qlora_kit.watch import Watch
 
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
@@ -65,6 +66,7 @@ def load_run(
         RunError: the folder is no run, or has no adapter or model yet.
     """
     folder = Path(folder)
+    check_folder(folder)
     run = run_of(folder)
     if run is None:
         raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
@@ -111,6 +113,7 @@ def load_any(
     Raises:
         RunError: the folder is neither.
     """
+    check_folder(folder)
     if run_of(folder) is not None:
         return load_run(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
@@ -145,7 +148,13 @@ def _go_to_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def evaluate(
-    folder: Path, *, data: Path | None, bare_base: bool, force: bool, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    data: Path | None,
+    bare_base: bool,
+    force: bool,
+    watch: Watch | None = None,
+    trust_remote_code: bool = False,
 ) -> Score:
     """Loss, perplexity and, where answers are short, exact match: of a run, its bare base, or a folder with weights.
 
@@ -154,9 +163,11 @@ def evaluate(
         data: rows in any format that training reads; None takes the run's held-out rows.
         bare_base: leave away what was trained.
         force: take the adapter although its base's fingerprint differs.
+        watch: is told what is left out.
         trust_remote_code: let the model's own code run.
     """
-    run = run_of(folder)
+    check_folder(folder)
+    watch, run = watch or Watch(), run_of(folder)
     if data is None and run is None:
         raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
     if run is not None:
@@ -174,7 +185,11 @@ def evaluate(
     if has_reference(recipe):
         load_reference(model, recipe.lora)
     measured, _ = score_rows(model, tokenizer, rows.rows, batches, task, loss_chunk)
-    return measured
+    if not bare_base:
+        return measured
+    if (told := of_base(measured)) != measured:
+        watch.note("rewards are left out: they say how far a model has moved, and the base has not")
+    return told
 
 
 def _recipe_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, data: str) -> Recipe:

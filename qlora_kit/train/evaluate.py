@@ -5,16 +5,17 @@ Evaluation changes nothing: no gradient, no random state, and the mode is put ba
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.data import Batch
 from qlora_kit.train.forward import Phase, Rows, evaluation_mode, no_phase
-from qlora_kit.train.tasks import LIKELIHOOD, Task
+from qlora_kit.train.tasks import LIKELIHOOD, Loss, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ def evaluate_loss(
     *,
     phase: Phase = no_phase,
     loss_chunk: int | None = None,
+    see: Callable[[Loss], None] = lambda loss: None,
 ) -> Score:
     """Mean loss over all batches, and what else the task measures.
 
@@ -59,6 +61,7 @@ def evaluate_loss(
         task: what is evaluated.
         phase: marker for a ledger.
         loss_chunk: tokens whose logits stand at one time, or None.
+        see: is shown what the task makes of each batch.
     """
     count = sum(batch.count for batch in batches)
     loss, measures = 0.0, Counter[str]()
@@ -66,6 +69,7 @@ def evaluate_loss(
         begun = task.begun(model, batches, loss_chunk)
         for batch in batches:
             share = begun(model, batch, no_phase, loss_chunk, 1)
+            see(share)
             loss += share.value.item() / count
             measures.update({name: value.item() / count for name, value in share.measures.items()})
     return Score(
@@ -94,6 +98,21 @@ def rehearse_evaluation(
         cache = begun.get("past_key_values")  # other kinds of state do not grow
         if cache is not None and ids.shape[1] > 1:
             body(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+
+
+def f1_score(said: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
+    """Mean over the classes that are wanted or said of the harmonic mean of precision and recall: macro F1.
+
+    Args:
+        said: of all texts, (texts,), or (texts, classes) of 1 and 0.
+        wanted: labels of the same texts.
+        classes: how many there are.
+    """
+    if said.ndim == 1:
+        said, wanted = (torch.nn.functional.one_hot(each, classes) for each in (said, wanted))
+    hits = (said * wanted).sum(0).double()
+    total = (said.sum(0) + wanted.sum(0)).double()
+    return (2 * hits[total > 0] / total[total > 0]).mean().item()
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:

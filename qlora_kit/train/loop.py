@@ -247,7 +247,7 @@ def _take_step(
     epoch = sampler.position / sampler.epoch_rows
     indices = sampler.next_rows(job.pace.rows_a_step)
     batches = list(_micro_batches(job, indices))
-    mean, measures = accumulate_gradients(
+    mean, measures, _ = accumulate_gradients(
         model,
         batches,
         sum(batch.count for batch in batches),
@@ -276,7 +276,7 @@ def _take_step(
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": job.progress.tokens,
-        "tokens_per_s": sum(sum(batch.lengths) for batch in batches) / (time.perf_counter() - started),
+        "tokens_per_s": sum(batch.tokens for batch in batches) / (time.perf_counter() - started),
         "epoch": epoch,
         **culprits,
     }

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.errors import RunError
 from qlora_kit.storage import write_text
 
 
@@ -48,13 +49,20 @@ def _finite(value: Any) -> Any:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an earlier run; a last line that was cut off by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """The rows of an earlier run; a last line that was cut off by a crash is left out.
+
+    Raises:
+        RunError: another line is no row.
+    """
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number < len(lines):
-                raise
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif number < len(lines):
+            raise RunError(f"{path}:{number} is no row of a step; take that line out, or start again with --overwrite")
     return rows

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -21,6 +22,13 @@ EVALUATIONS_A_RUN = 10
 OVERHEAD_TOKENS = {"cuda": 200, "cpu": 20}
 """Tokens that take as long as a pass costs beside its tokens. On a card that is decoding all weights, an estimate (see
 `plan/solve`); on a CPU, where products are slow, it is 17 to 20 (benchmarks/LOG.md)."""
+
+
+class Rate(NamedTuple):
+    """A peak learning rate, and where it comes from."""
+
+    lr: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

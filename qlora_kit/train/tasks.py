@@ -30,6 +30,8 @@ class Loss(NamedTuple):
     """Scalar, fp32, in nats: what is minimised."""
     measures: dict[str, Tensor]
     """Scalars without a graph, that a person wants to see beside it, by the names they have in metrics.jsonl."""
+    said: Tensor | None = None
+    """Of texts that are classified what the model holds them to be, as `said_classes` tells it."""
 
 
 AGAINST_REFERENCE = ("reward_margin", "reward_accuracy", "kl")
@@ -82,7 +84,7 @@ class Classification:
             said = said_classes(logits_BL.detach(), is_multi=rows.labels.is_floating_point())
             agree = said == rows.labels
             is_right = agree.all(1) if agree.ndim == 2 else agree
-            return Loss(value, {"accuracy": is_right.float().sum() / count})
+            return Loss(value, {"accuracy": is_right.float().sum() / count}, said)
 
 
 CLASSIFICATION = Classification()

@@ -1,0 +1,45 @@
+"""Around every verb: an error that the user can mend becomes one line and its exit code."""
+
+import errno
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from qlora_kit.cli.pipe import leave
+from qlora_kit.cli.visible import visible
+from qlora_kit.errors import QloraKitError
+
+DEBUG = {"on": False}
+"""Whether errors show their traceback."""
+_DISK_FAULTS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+
+
+def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
+    """An error that the user can mend becomes one line and its exit code."""
+
+    @functools.wraps(verb)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except QloraKitError as error:
+            if DEBUG["on"]:
+                raise
+            typer.echo(visible(f"error: {error}", keep="\n"), err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except BrokenPipeError:  # whoever read it has seen enough
+            leave(sys.stdout)
+        except OSError as error:
+            if DEBUG["on"] or error.errno not in _DISK_FAULTS:
+                raise
+            typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
+            raise typer.Exit(QloraKitError.exit_code) from None
+
+    return guarded
