@@ -9,9 +9,9 @@ STAMP := .venv/.installed
 TORCH_INDEX ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-BENCHMARKS := quickstart learning_rate full_finetune plans floor plan_time ledger quality step load merge packing growth
+BENCHMARKS := quickstart learning_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_gguf packing growth
 
-.PHONY: help quickstart test setup lint types slow gpu bench format clean
+.PHONY: help quickstart test setup lint types slow llamacpp gpu bench format clean
 
 help:  ## list these verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -41,6 +41,11 @@ types: $(STAMP)  ## mypy on the package
 
 slow: $(STAMP)  ## the tests that are too long for the default run
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
+
+llamacpp: $(STAMP)  ## build llama.cpp (6 to 15 minutes, once; needs cmake and a C++ compiler), and let it read exports
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python==0.3.36
+	@$(BIN)/python -m pytest tests/test_llamacpp.py -m slow -rs
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs

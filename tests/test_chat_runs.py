@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run import train
+from qlora_kit.run import Asked, export_run, load_run, train
 from qlora_kit.run.prepare import load_tokenizer, prepare, set_template
-from qlora_kit.run.use import export_run, load_run
 from qlora_kit.storage import read_json
 from qlora_kit.train.generate import end_tokens
 from qlora_kit.watch import Watch
@@ -156,8 +155,8 @@ def test_a_run_tells_of_a_token_that_its_base_has_not_learnt(learnt):
 
 def test_exports_stop_at_the_end_token_and_render_what_training_rendered(learnt, tmp_path):
     folder, watch = learnt
-    export_run(folder / "run", tmp_path / "merged", to="merged", onto="dequantized", dtype="float32", force=False)
-    export_run(folder / "run", tmp_path / "adapter", to="adapter", onto="dequantized", dtype="float32", force=False)
+    export_run(folder / "run", tmp_path / "merged", Asked(dtype="float32"))
+    export_run(folder / "run", tmp_path / "adapter", Asked(to="adapter"))
     merge(tmp_path / "adapter", folder / "base", tmp_path / "again", dtype="float32", device="cpu")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for out in ("merged", "adapter", "again"):

@@ -1,7 +1,10 @@
 """Claims about exports: they hold the formula to the last rounding, plain transformers reads them, and they say so."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import weakref
 from collections import namedtuple
 
@@ -26,7 +29,7 @@ from transformers import (
 from qlora_kit import storage
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.files import check_model_folder, read_header
-from qlora_kit.base.formats import Quantization
+from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.load import freeze_and_quantize, load_base
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data import Encoded, collate
@@ -36,7 +39,7 @@ from qlora_kit.export.folder import model_card
 from qlora_kit.export.stream import SLICE_ELEMENTS, row_slices, streamed, write_safetensors, write_weights
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.inject import wrap
-from qlora_kit.lora.layer import LoraLinear
+from qlora_kit.lora.layer import Adapter, LoraLinear
 from qlora_kit.memory import Ledger
 from qlora_kit.storage import sha256_file
 from qlora_kit.units import MIB
@@ -167,6 +170,11 @@ def numpy_merged(layer):
     return weight + 3.0 * (b @ a)  # alpha 12 / rank 4
 
 
+def half_unit(exact):
+    """Half a unit in the last place of bf16, which keeps 8 bits: 2^-8 of the value's power of two."""
+    return 2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 8)
+
+
 # --- what the export holds ---
 
 
@@ -209,9 +217,22 @@ def test_every_merged_weight_is_the_formula_within_one_rounding(tmp_path, family
         assert weight.dtype == torch.bfloat16
         exact = numpy_merged(layer)
         found = weight.double().numpy().T if family == "gpt2" else weight.double().numpy()
-        # bf16 keeps 8 bits, so half a unit in the last place is 2^-8 of the value's power of two; 2e-7 is fp32's noise.
-        half_unit = 2.0 ** (np.floor(np.log2(np.abs(exact) + 1e-30)) - 8)
-        assert np.all(np.abs(found - exact) <= half_unit + 2e-7)
+        assert np.all(np.abs(found - exact) <= half_unit(exact) + 2e-7)  # 2e-7 is fp32's noise
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (7, 48), (130, 257)])
+@pytest.mark.parametrize(("kind", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("int8", True)])
+def test_layers_of_any_widths_are_merged_within_one_rounding(shape, kind, double_quant):
+    how = Quantization(kind, double_quant)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    layer = LoraLinear(QuantizedLinear.from_stored(shape, quantize(weight, how), None, how))
+    layer.adapters["default"], layer.active = Adapter(shape, rank=4, alpha=12), "default"
+    torch.nn.init.normal_(layer.adapters["default"].a_RI)
+    model = torch.nn.ModuleDict({"x": layer})
+    fill_adapters(model)
+    (merged,) = merged_tensors(model, torch.bfloat16)
+    exact = numpy_merged(layer)
+    assert np.all(np.abs(merged.read().double().numpy() - exact) <= half_unit(exact) + 2e-7)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gpt2", True)])
@@ -606,14 +627,28 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_export_left_makes_room_for_the_next_and_a_running_one_is_left_alone(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".out.{ended.pid}.tmp"
+    others = [tmp_path / f".out.{os.getppid()}.tmp", tmp_path / f".other.{ended.pid}.tmp", tmp_path / ".out.mine.tmp"]
+    for folder in (left, *others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage(10**9, 0, 0 if left.exists() else 10**9))
+    export_merged(trained_model(), None, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", *others}
+
+
 def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path):
     model = trained_model()
     with pytest.raises(RunError, match="dtype='int4'"):
         export_merged(model, None, tmp_path / "out", dtype="int4")
     with adapters_off(model), pytest.raises(AdapterError, match="no adapter is in use"):
         export_merged(model, None, tmp_path / "out")
-    with pytest.raises(RunError, match="onto='original' is not built yet"):
-        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", onto="original")
+    with pytest.raises(RunError, match=r"onto='moon' is nothing that .* use one of dequantized, original"):
+        merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", onto="moon")
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError, match="is a file"):
         export_merged(model, None, tmp_path / "file")

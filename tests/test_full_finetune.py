@@ -23,7 +23,7 @@ from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.recipe import Recipe, Train, base_as_held, not_read, read_recipe, with_adapters
 from qlora_kit.report.text import plan_text
-from qlora_kit.run import check_budget, export_run, load_run, plan_memory, train
+from qlora_kit.run import Asked, check_budget, export_run, load_run, plan_memory, train
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.loop import Job, rehearse, train_loop
@@ -456,7 +456,7 @@ def test_scores_compare_with_the_base_as_it_was(finished):
 def test_the_weights_are_exported_with_an_audit_and_there_is_no_adapter_to_export(finished, tmp_path, monkeypatch):
     tiny.uncompiled(monkeypatch)
     run_folder, _ = finished
-    exported = export_run(run_folder, tmp_path / "out", to="merged", onto="dequantized", dtype="float32", force=False)
+    exported = export_run(run_folder, tmp_path / "out", Asked(dtype="float32"))
     audit = exported["comparisons"]["merged"]
     assert audit["max_kl"] == 0.0
     assert audit["loss_export"] == audit["loss_as_trained"]
@@ -466,7 +466,7 @@ def test_the_weights_are_exported_with_an_audit_and_there_is_no_adapter_to_expor
     assert all(torch.equal(ours[name], copy[name]) for name in ours)
     assert "Fully fine-tuned model" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(RunError, match="has no adapter; export --to merged"):
-        export_run(run_folder, tmp_path / "no", to="adapter", onto="dequantized", dtype="float32", force=False)
+        export_run(run_folder, tmp_path / "no", Asked(to="adapter"))
     assert not (tmp_path / "no").exists()
 
 

@@ -33,6 +33,7 @@ DOORS = {
     "datasets": ("data/load",),
     "accelerate": ("train/",),
     "triton": ("ops/triton/",),
+    "gguf": ("export/gguf/",),
     "peft": (),
     "trl": (),
 }

@@ -69,7 +69,7 @@ def test_every_block_and_every_end_of_one_has_the_codes_of_bitsandbytes(kind, bl
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_on_a_bound_between_two_codes_and_beside_it_go_where_bitsandbytes_puts_them(kind, way):
-    bounds = quantizer._intervals(kind, torch.device("cpu"))[0]
+    bounds = quantizer.intervals(kind, torch.device("cpu"))[0]
     beside = [bounds, *(torch.nextafter(bounds, torch.tensor(end)) for end in (-2.0, 2.0))]
     block = torch.cat([torch.ones(1), *beside, torch.zeros(64 - 1 - 3 * 15)])
     for largest in (1.0, 3.0, 1e-30):  # with 1 the scaled numbers are the bounds themselves

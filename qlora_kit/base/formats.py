@@ -10,7 +10,7 @@ themselves: `Linear4bit.forward` repacks the stored weight in evaluation mode on
 Sources: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; bitsandbytes 0.50.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_kit.base.kernels import ABSMAX_BLOCK, decode_4bit_into, table_8bit
-from qlora_kit.base.quantizer import quantize_4bit, quantize_int8
+from qlora_kit.base.kernels import ABSMAX_BLOCK, constants_4bit, decode_4bit_into, table_4bit, table_8bit
+from qlora_kit.base.quantizer import intervals, quantize_4bit, quantize_int8
 from qlora_kit.errors import ModelError
 
 Kind = Literal["nf4", "fp4", "int8", "none"]
@@ -119,6 +119,44 @@ def _slices(count: int, step: int, weight: Tensor) -> Iterator[tuple[int, int]]:
     step = step if weight.device.type == "cpu" and not isinstance(weight, FakeTensor) else count
     for begin in range(0, count, step):
         yield begin, min(begin + step, count)
+
+
+class Grid:
+    """The values that the weights of a matrix can have, its constants given: level[code] * constant.
+
+    Args:
+        stored: as `quantize` gives them; the codes are not read.
+        shape: (out, in).
+        quantization: of these.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], quantization: Quantization) -> None:
+        out, self.in_features = shape
+        self.quantization, absmax = quantization, stored["absmax"]
+        self.constants, self.rows_O = absmax, torch.arange(out, device=absmax.device)
+        if quantization.is_4bit:
+            self.constants = constants_4bit(absmax, stored.get("absmax_scale"), stored.get("absmax_offset"))
+
+    def nearest(self, w_O: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Codes, one a byte, and what they are read as, (out,) fp32, of the weights nearest to `w_O` in a column."""
+        how = self.quantization
+        blocks_O = (self.rows_O * self.in_features + column) // how.block_size if how.is_4bit else self.rows_O
+        constants_O = self.constants[blocks_O]
+        x_O = torch.where(constants_O == 0, 0, w_O / constants_O)
+        if how.is_4bit:
+            bounds, codes = intervals(how.kind, w_O.device)
+            codes_O = codes[torch.bucketize(x_O, bounds)]
+            return codes_O, table_4bit(how.kind, w_O.device)[codes_O.int()] * constants_O
+        codes_O = (x_O * 127).round_().clamp_(-127, 127)
+        return codes_O.to(torch.int8), codes_O * constants_O / 127
+
+    def packed(self, codes_OI: Tensor) -> Tensor:
+        """Such codes of all columns as `quantize` stores them."""
+        if not self.quantization.is_4bit:
+            return codes_OI
+        flat = codes_OI.reshape(-1)
+        flat = torch.cat((flat, flat.new_zeros(flat.numel() % 2)))
+        return flat[::2] * 16 + flat[1::2]
 
 
 def decode_4bit(

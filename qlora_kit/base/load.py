@@ -132,8 +132,20 @@ def load_base(
         )
 
 
+def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> dict[str, Any]:
+    """The settings with which `load_base` takes a folder as it is: dense, or in the format in which it is stored.
+
+    Raises:
+        ModelError: the folder's configuration cannot be read, or it is quantised by something else than bitsandbytes.
+    """
+    stored = stored_quantization(read_config(folder, head=head, trust_remote_code=trust_remote_code)) or Quantization(
+        "none"
+    )
+    return {"quantization": stored.kind, "double_quant": stored.double_quant}
+
+
 def original_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model that a base was made from, read again: on a CPU its weights are the checkpoint's mapped pages.
+    """The dense model that a base was made from, read again, as tall: its weights are the checkpoint's mapped pages.
 
     Args:
         model: from `load_base`.
@@ -147,7 +159,9 @@ def original_weights(model: PreTrainedModel) -> PreTrainedModel:
     config = read_config(folder, head=head, trust_remote_code=brings_code(model.config))
     if stored_quantization(config) is not None:
         raise ModelError(f"{folder} holds quantised weights, and what they were made from is not at hand")
-    return _load(folder, config, "sdpa", head)[0]
+    original = _load(folder, config, "sdpa", head)[0]
+    extend_vocabulary(original, base_record(model).vocabulary)
+    return original
 
 
 def head_of(model: PreTrainedModel) -> Head:

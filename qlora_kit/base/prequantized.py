@@ -1,9 +1,12 @@
 """Checkpoints that bitsandbytes has quantised already: their codes and constants are taken over as they are.
 
 transformers reads them into bitsandbytes' own layers, which the kit never runs: each is turned into a `QuantizedLinear`
-around copies of its tensors, which lie in the checkpoint's mapped file.
+around copies of its tensors, which lie in the checkpoint's mapped file. The other way round, `packed` gives the tensors
+of a layer as bitsandbytes 0.50 serialises them, which is how transformers finds them in a checkpoint.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes.nn as bnb
@@ -14,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
+from qlora_kit.base.kernels import ABSMAX_BLOCK, table_4bit, table_8bit
 from qlora_kit.base.pages import copy_off
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.errors import ModelError
@@ -71,6 +75,45 @@ def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     model.hf_quantizer.remove_quantization_config(model)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
+
+
+def packed(
+    stored: Mapping[str, Tensor], shape: tuple[int, int], quantization: Quantization, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of a layer in a checkpoint, by the ends of their names.
+
+    Args:
+        stored: codes and constants, as `quantize` names them.
+        shape: (out, in).
+        quantization: of these.
+        dtype: in which bitsandbytes is to decode 4-bit codes where a program asks for no other.
+
+    Returns:
+        int8: `weight` (out, in), `SCB` (out,) and a `weight_format` of 0, by rows. 4-bit: `weight`, uint8 (bytes, 1),
+        its constants and tables as `weight.*`, and the rest as JSON in bytes.
+    """
+    if quantization.kind == "int8":
+        return {"weight": stored["codes"], "SCB": stored["absmax"], "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    made = {
+        "weight": stored["codes"].view(-1, 1),
+        "weight.absmax": stored["absmax"],
+        "weight.quant_map": table_4bit(quantization.kind, stored["codes"].device),
+    }
+    state: dict[str, Any] = {
+        "quant_type": quantization.kind,
+        "blocksize": quantization.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": shape,
+    }
+    if quantization.double_quant:
+        made["weight.nested_absmax"] = stored["absmax_scale"]
+        made["weight.nested_quant_map"] = table_8bit(stored["codes"].device)
+        offset = stored["absmax_offset"].item()
+        state |= {"nested_blocksize": ABSMAX_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+    made[f"weight.quant_state.bitsandbytes__{quantization.kind}"] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8
+    )
+    return made
 
 
 def _adopted(module: Any, kind: type[QuantizedLinear], dtype: torch.dtype, device: torch.device) -> QuantizedLinear:

@@ -72,7 +72,7 @@ def quantize_int8(w_OI: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_4bit_plain(w_N: Tensor, block_size: int, kind: str) -> tuple[Tensor, Tensor]:
     """The operator in plain torch: comparisons that write fp32 are vectorised, those that write bool are not."""
     codes, absmax = _empty_4bit(w_N, block_size)
-    bounds, order = _intervals(kind, w_N.device)
+    bounds, order = intervals(kind, w_N.device)
     pairs = (order[:, None] * 16 + order).view(-1)
     x = torch.empty(min(_CHUNK, w_N.numel() + 1), dtype=torch.float32, device=w_N.device)
     is_below = torch.empty_like(x)
@@ -193,7 +193,7 @@ class CFunctions:
     def quantize_4bit(self, w_N: Tensor, block_size: int, kind: str) -> tuple[Tensor, Tensor]:
         """As `quantize_4bit_plain`."""
         codes, absmax = _empty_4bit(w_N, block_size)
-        tables = (each.data_ptr() for each in _intervals(kind, w_N.device))
+        tables = (each.data_ptr() for each in intervals(kind, w_N.device))
         sizes = w_N.numel(), block_size
         made = codes.data_ptr(), absmax.data_ptr()
         self._4bit(w_N.data_ptr(), _C_DTYPES[w_N.dtype], *sizes, *tables, *made, threads())
@@ -228,7 +228,7 @@ def c_functions() -> CFunctions | None:
 
 
 @functools.cache
-def _intervals(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def intervals(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """The 15 bounds between a format's 16 values, ascending, fp32, and the codes of the intervals, uint8.
 
     Computed as bitsandbytes does it: fp4 has two zeros, and the order of equals is the sort's.

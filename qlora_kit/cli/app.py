@@ -7,14 +7,17 @@ anywhere shows the traceback instead of the line.
 
 import io
 import json
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
 from qlora_kit import __version__
 from qlora_kit.cli.chat import chat
+from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.guard import DEBUG, reports_errors
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
@@ -43,7 +46,13 @@ def main() -> None:
     DEBUG["on"] = len(arguments) < len(sys.argv) - 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
+    signal.signal(signal.SIGTERM, _end)
     app(args=arguments, prog_name="qlora-kit")
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    """Leave as after Ctrl-C, so that what is half written is taken away; training takes signals itself."""
+    raise SystemExit(128 + number)
 
 
 def _show_version(asked: bool) -> None:
@@ -182,25 +191,7 @@ app.command()(reports_errors(chat))
 app.command()(reports_errors(verify))
 
 
-@app.command()
-@reports_errors
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Option(help="The new folder.")],
-    to: Annotated[str, typer.Option(help="merged or adapter.")] = "merged",
-    onto: Annotated[str, typer.Option(help="What an adapter is merged into: dequantized.")] = "dequantized",
-    dtype: Annotated[str, typer.Option(help="Of the merged weights: bfloat16, float16 or float32.")] = "bfloat16",
-    force: Force = False,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Weights for other programs, compared with the model as it was trained."""
-    from qlora_kit.cli.show import audit_lines, import_libraries
-
-    import_libraries()
-    from qlora_kit.run import export_run
-
-    exported = export_run(run, out, to=to, onto=onto, dtype=dtype, force=force, trust_remote_code=trust_remote_code)
-    typer.echo(audit_lines(exported, out))
+app.command()(reports_errors(export))
 
 
 @app.command()

@@ -280,6 +280,8 @@ def audit_lines(exported: Mapping[str, Any], out: Path) -> str:
             f"same top token {numbers['top1_agreement']:.2%}; loss {numbers['loss_as_trained']:.4f} -> "
             f"{numbers['loss_export']:.4f}"
         )
+    caution = exported.get("quantization", {}).get("caution")
+    lines += [f"caution: {caution}"] if caution else []
     return "\n".join(lines)
 
 

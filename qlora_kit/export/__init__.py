@@ -4,6 +4,7 @@ from qlora_kit.export.adapter import export_adapter
 from qlora_kit.export.audit import compare
 from qlora_kit.export.merge import merged_tensors, rehearse_merge
 from qlora_kit.export.plain import export_merged, merge, save_model
+from qlora_kit.export.quantized import export_quantized
 from qlora_kit.export.sealed import check_request
 from qlora_kit.export.stream import StreamedTensor, write_safetensors, write_weights
 from qlora_kit.export.trained_against import trained_against
@@ -14,6 +15,7 @@ __all__ = [
     "compare",
     "export_adapter",
     "export_merged",
+    "export_quantized",
     "merge",
     "merged_tensors",
     "rehearse_merge",

@@ -9,7 +9,7 @@ takes no more of a card's memory than an evaluation.
 Axes: N predictions, C of a chunk, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from qlora_kit.ops import IGNORED
 from qlora_kit.train.evaluate import evaluation_mode
 from qlora_kit.train.head import head_logits
 from qlora_kit.train.probe import settled_chunk
+
+LIMITS = {"merged": 0.01}
+"""Mean KL in nats a token that an export may have, by its kind. On the quickstart, bf16 costs 1.5e-5; what is
+re-quantised, or leaves the quantised base, is another model, and its audit says how much of one."""
 
 CHUNK = 64
 """Predictions compared at a time: with a vocabulary of 152 k, logits and their fp32 copies take about 0.15 GiB."""
@@ -66,6 +70,20 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
         "loss_export": loss_q_N.mean().item(),
         "tokens": len(kl_N),
     }
+
+
+def limit_of(kind: str, onto: str, asked: float | None) -> float | None:
+    """The largest mean KL that an export of this kind may have; None where it may have any."""
+    return asked if asked is not None or onto != "dequantized" else LIMITS.get(kind)
+
+
+def check_audit(kind: str, found: Mapping[str, float], limit: float | None, *, force: bool) -> None:
+    """Refuse an export that is too far from what was trained, unless that is forced (RunError)."""
+    if limit is not None and found["mean_kl"] > limit and not force:
+        raise RunError(
+            f"the {kind} export is {found['mean_kl']:.2g} nats a token (mean KL) from the model as trained, above "
+            f"{limit:.2g}, and is not kept; see whether the dtype is too narrow, or export with --force"
+        )
 
 
 def _by_token(p_CV: Tensor, q_CV: Tensor, label_C: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Container, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -31,6 +32,7 @@ def write_model_files(
     *,
     dtype: torch.dtype,
     tensor_names: Container[str],
+    quantization: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the tokenizer's files, its chat template among them.
 
@@ -40,8 +42,12 @@ def write_model_files(
         folder: of the export.
         dtype: of the exported weights.
         tensor_names: of the exported weights; a head among them stands on its own.
+        quantization: how the weights are stored, as transformers says it; None where they are dense.
     """
-    write_text(folder / "config.json", dense_config(model, dtype, tensor_names).to_json_string())
+    config = dense_config(model, dtype, tensor_names)
+    if quantization is not None:
+        config.quantization_config = dict(quantization)
+    write_text(folder / "config.json", config.to_json_string())
     write_generation_config(model, tokenizer, folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)

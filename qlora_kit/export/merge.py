@@ -6,8 +6,10 @@ The base is the quantised one that the adapter was trained on, read back: so W' 
 in the model changes. A matrix leaves in slices of rows, in its stored orientation; what stands in memory beside the
 model is the weight of one quantised layer in fp32, decoded into the model's workspace and added to there, and a slice.
 
-Not here: merging into the original 16-bit weights, which is another model (it drops the noise that the adapter learned
-to live with).
+    W' = W + scale B A                 where the dense weights from which the base was quantised are given
+
+That is another model: it drops the noise that the adapter learned to live with. Its weights are the checkpoint's mapped
+pages, given back tensor by tensor, and only the slices are memory.
 
 Axes: I in, O out, R rank.
 """
@@ -22,8 +24,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_kit.base.dense import Linear, QuantizedLinear, QuantizedWeight, is_transposed, linear_shape, reader
+from qlora_kit.base.dense import (
+    Linear,
+    QuantizedLinear,
+    QuantizedWeight,
+    device_of,
+    is_transposed,
+    linear_shape,
+    reader,
+)
 from qlora_kit.base.experts import ExpertStack
+from qlora_kit.base.pages import let_go_of_clean_files
 from qlora_kit.base.vocabulary import QuantizedEmbedding, QuantizedTable, row_count, row_width
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.export.stream import StreamedTensor, row_slices, streamed
@@ -32,12 +43,14 @@ from qlora_kit.lora.vocabulary import TokenRows
 from qlora_kit.lora.whole import WholeModule
 
 
-def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[StreamedTensor]:
+def merged_tensors(model: nn.Module, dtype: torch.dtype, original: nn.Module | None = None) -> Iterator[StreamedTensor]:
     """What a plain transformers checkpoint of this model holds, with the adapters in use merged.
 
     Args:
         model: a frozen base, quantised or not, with or without adapters; it is not changed.
         dtype: of every floating-point parameter; buffers keep theirs.
+        original: the dense twin of the base, of the same names, that takes its place: all that was not trained comes
+            from there.
 
     Yields:
         tensors in the order and under the names of the dense model's state dict. A matrix of a GPT-2 `Conv1D` comes as
@@ -47,9 +60,15 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[StreamedTen
         AdapterError: while a tensor is read: its layer carries an adapter, and a merged value is NaN or infinite.
         ModelError: while a tensor is read: the same, where the value is the base's own.
     """
+    for tensor in _merged_tensors(model, dtype, original):
+        yield tensor if original is None else replace(tensor, slices=partial(_without_pages, tensor.slices))
+
+
+def _merged_tensors(model: nn.Module, dtype: torch.dtype, original: nn.Module | None) -> Iterator[StreamedTensor]:
     seen: set[tuple[object, nn.Module | None]] = set()
-    for name, module in _owners(model):
+    for name, module, twin in _owners(model, original):
         base, part = _parts(module)
+        base = base if twin is None else twin
         if isinstance(base, ExpertStack):
             yield _stack(name, base, cast(Adapter | None, part), dtype)
             continue
@@ -99,15 +118,28 @@ def parts_in_use(model: nn.Module) -> dict[str, nn.Module]:
     return {name: carrier.adapters[carrier.active] for name, carrier in carriers(model) if carrier.active is not None}
 
 
-def _owners(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules in the order of the state dict; what carries a part of an adapter is one module, or the copy in use."""
+def _owners(
+    module: nn.Module, twin: nn.Module | None, name: str = ""
+) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Modules in the order of the state dict; what carries a part of an adapter is one module, or the copy in use.
+
+    Beside each stands its twin in the original, where there is one: a copy that was trained whole has none.
+    """
     if isinstance(module, WholeModule):
-        yield from _owners(module.base if module.active is None else module.adapters[module.active], name)
+        is_trained = module.active is not None
+        chosen = module.adapters[cast(str, module.active)] if is_trained else module.base
+        yield from _owners(chosen, None if is_trained else twin, name)
         return
-    yield name, module
+    yield name, module, twin
     if not isinstance(module, Carrier | QuantizedEmbedding):
         for leaf, child in module.named_children():
-            yield from _owners(child, _join(name, leaf))
+            yield from _owners(child, None if twin is None else twin.get_submodule(leaf), _join(name, leaf))
+
+
+def _without_pages(slices: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+    """The same slices, of a mapped file whose pages are given back after the last."""
+    yield from slices()
+    let_go_of_clean_files()
 
 
 def _parts(module: nn.Module) -> tuple[Any, nn.Module | None]:
@@ -133,7 +165,8 @@ def _with_rows(base: Any, trained: TokenRows, dtype: torch.dtype) -> Iterator[Te
     for rows, part in _pieces(base):
         if _has_values(part):
             inside = (trained.ids_K >= rows.start) & (trained.ids_K < rows.stop)
-            part[trained.ids_K[inside] - rows.start] = trained.rows_KD.detach()[inside].float()
+            chosen_KD = trained.rows_KD.detach()[inside].to(part)
+            part[(trained.ids_K[inside] - rows.start).to(part.device)] = chosen_KD
         yield part.to(dtype, copy=True)
 
 
@@ -152,7 +185,7 @@ def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.
 def _expert(stack: ExpertStack, adapter: Adapter | None, expert: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Slices of one expert; its weight is let go with them, before the next is decoded into the same memory."""
     weight_OI = stack.decoders()[expert](torch.float32)
-    update = None if adapter is None else _update(adapter, stack.is_transposed, expert)
+    update = None if adapter is None else _update(adapter, stack.is_transposed, weight_OI.device, expert)
     is_own = stack.quantization.kind != "none"
     for rows, part in _spans(weight_OI.t() if stack.is_transposed else weight_OI, is_own=is_own):
         yield (part if update is None else update(part, rows)).to(dtype, copy=True)
@@ -162,8 +195,8 @@ def _merged(base: Linear, adapter: Adapter | None, dtype: torch.dtype) -> Iterat
     """Slices of decode(Wq) + scale B A, in the orientation in which a checkpoint stores them."""
     update = factors_O = None
     if adapter is not None:
-        update = _update(adapter, is_transposed(base))
-        factors_O = adapter.row_factors(reader(base)(torch.float32)) if adapter.is_dora else None
+        update = _update(adapter, is_transposed(base), device_of(base))
+        factors_O = _row_factors(adapter, base) if adapter.is_dora else None
     for rows, part in _pieces(base):
         if update is not None:
             update(part, rows)
@@ -172,9 +205,17 @@ def _merged(base: Linear, adapter: Adapter | None, dtype: torch.dtype) -> Iterat
         yield part.to(dtype, copy=True)
 
 
-def _update(adapter: Adapter, as_in_out: bool, *expert: int) -> Callable[[Tensor, slice], Tensor]:
+def _row_factors(adapter: Adapter, base: Linear) -> Tensor:
+    """What DoRA multiplies the rows of this base's W + scale B A by, (out,), where that base lies."""
+    weight_OI = reader(base)(torch.float32).to(adapter.a_RI.device)
+    # The norms that the adapter knows are those of the base on which it was trained.
+    square_O = None if isinstance(base, QuantizedLinear) else weight_OI.square().sum(1)
+    return cast(Tensor, adapter.row_factors(weight_OI, square_O)).to(device_of(base))
+
+
+def _update(adapter: Adapter, as_in_out: bool, device: torch.device, *expert: int) -> Callable[[Tensor, slice], Tensor]:
     """What adds its rows of scale B A to some rows of a weight, in place."""
-    right, left = (matrix.detach()[expert].float() for matrix in adapter.matrices)
+    right, left = (matrix.detach()[expert].to(device, torch.float32) for matrix in adapter.matrices)
     if as_in_out:
         left, right = right.t(), left.t()
     return lambda part, rows: part.addmm_(left[rows], right, alpha=adapter.scale)

@@ -1,35 +1,34 @@
 """Plain transformers checkpoints, each complete or absent, that say how they differ from what was trained.
 
-merged     W' = decode(Wq) + scale B A
+merged     W' = decode(Wq) + scale B A, or onto the original: W' = W + scale B A
 trained    W' as full fine-tuning left it
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_kit.base.experts import stack_experts
 from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
-from qlora_kit.base.load import brings_code, head_of, load_base
+from qlora_kit.base.load import brings_code, head_of, load_base, original_weights
 from qlora_kit.data.collate import Batch
-from qlora_kit.errors import AdapterError, RunError
-from qlora_kit.export.audit import compare
+from qlora_kit.errors import AdapterError, ModelError, RunError
+from qlora_kit.export.audit import check_audit, compare, limit_of
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
 from qlora_kit.export.sealed import (
+    Made,
     check_disk,
     check_request,
-    check_vacant,
-    seal,
+    finish,
     settings_of,
     torch_dtype,
     without_prefix,
-    write_card,
 )
 from qlora_kit.export.stream import SHARD_BYTES, StreamedTensor, write_weights
 from qlora_kit.export.trained_against import (
@@ -40,6 +39,11 @@ from qlora_kit.export.trained_against import (
 )
 from qlora_kit.lora.adapters import load_adapter
 from qlora_kit.storage import staged_folder
+
+FORMULAS = {
+    "dequantized": "W' = decode(Wq) + scale B A, in fp32",
+    "original": "W' = W + scale B A, in fp32; W is what Wq was quantised from",
+}
 
 AUDIT_SHARE = 0.8
 """Of the free memory of a card, what the weights of an export may take for its audit; logits want the rest."""
@@ -66,28 +70,27 @@ def merge(
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         base: folder or hub id of the base.
         out: folder to make; it must not be there, or be empty.
-        onto: dequantized.
+        onto: dequantized, the weights that training saw; or original, the dense weights that those were made from.
         dtype: of the exported weights: bfloat16, float16 or float32.
         quantization: how the base was stored in training; used only where the adapter's file does not say it.
         double_quant: likewise.
         block_size: likewise.
         revision: of the base's hub repository.
         device: where the weights are formed: cpu, cuda, cuda:N, or auto.
-        force: merge although the adapter was trained on another base.
+        force: merge although the adapter was trained on another base, or the audit finds the export too far off.
         audit_batches: held-out rows on which the export is compared with the model as trained.
 
     Returns:
         `out`.
 
     Raises:
-        RunError: `onto` or `dtype` is none that is built, `out` is not empty, or the disk has no room.
+        RunError: `onto` or `dtype` is none that there is, `out` is not empty, the disk has no room, or the audit finds
+            the export too far off.
         AdapterError: the adapter is damaged, does not fit the base, or is not finite.
-        ModelError: the base cannot be loaded.
+        ModelError: the base cannot be loaded, or the original is asked for and not at hand.
     """
     out, adapter = Path(out), Path(adapter)
-    if onto != "dequantized":
-        raise RunError(f"onto={onto!r} is not built yet in this version; use onto='dequantized'")
-    check_request(out, dtype)
+    check_request(out, dtype, onto)
     given = {"quantization": quantization, "double_quant": double_quant, "block_size": block_size}
     settings = read_trained_against(adapter, {**given, "compute_dtype": dtype})
     model = load_base(base, revision=revision, device=device, **settings)
@@ -98,7 +101,9 @@ def merge(
     tokenizer = _tokenizer(adapter) or _tokenizer(locate_model(str(base), revision))
     if tokenizer is not None:
         tokenizer.add_tokens(read_added_tokens(adapter))
-    export_merged(model, tokenizer, out, dtype=dtype, audit_batches=audit_batches, provenance=provenance)
+    export_merged(
+        model, tokenizer, out, onto=onto, dtype=dtype, audit_batches=audit_batches, provenance=provenance, force=force
+    )
     return out
 
 
@@ -107,11 +112,14 @@ def export_merged(
     tokenizer: PreTrainedTokenizerBase | None,
     out: Path,
     *,
+    onto: str = "dequantized",
     dtype: str = "bfloat16",
     audit_batches: Iterable[Batch] | None = None,
     provenance: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
     is_whole: bool = False,
+    max_kl: float | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Write the model as trained as a plain transformers checkpoint; the model itself is not changed.
 
@@ -119,39 +127,35 @@ def export_merged(
         model: the quantised base with adapters in use; or dense and without, where every weight was trained.
         tokenizer: saved with its chat template; None where there is none.
         out: folder to make; it must not be there, or be empty.
+        onto: dequantized, the weights that training saw; or original, the dense weights that those were made from.
         dtype: bfloat16, float16 or float32.
         audit_batches: held-out rows; None leaves the export unaudited, and its card says so.
         provenance: facts for the card and export.json, such as `base` (a hub id) and `revision`.
         shard_bytes: of weights in one file.
         is_whole: whether every weight was trained, so that there is no adapter to merge.
+        max_kl: largest mean KL that the audit lets pass, in nats a token; None takes that of `audit.LIMITS`.
+        force: write the export although the audit finds it farther off.
 
     Returns:
         what export.json holds.
 
     Raises:
         AdapterError: no adapter is in use, or a merged weight is NaN or infinite.
-        ModelError: a weight that no adapter is on is NaN or infinite.
-        RunError: `dtype` is not known, `out` is not empty, the disk has no room, or the model runs code of its own.
+        ModelError: a weight that no adapter is on is NaN or infinite, or the original is asked for and not at hand.
+        RunError: `dtype` is not known, `out` is not empty, the disk has no room, the model runs code of its own, or the
+            audit finds the export too far off.
     """
-    made = _of_weights(model, dtype) if is_whole else _of_adapters(model, dtype)
-    is_classifier = head_of(model) == "classification"
-    if is_classifier and audit_batches is not None:
-        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
-    check_vacant(out)
-    tensors = _checked_tensors(model, out, torch_dtype(dtype))
-    facts = {"base": model.config._name_or_path, **(provenance or {})}
+    check_request(out, dtype, onto)
+    made = made_of(model, dtype, onto, is_whole=is_whole)
+    original = original_of(model, is_whole=is_whole) if onto == "original" else None
+    check_audit_rows(model, audit_batches)
+    tensors = _checked_tensors(model, out, torch_dtype(dtype), original)
     with staged_folder(out) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
-        comparisons = {} if audit_batches is None else {"merged": _audit(model, staged, audit_batches)}
-        sections = {
-            "Provenance": facts,
-            **made.sections,
-            "Audit: as trained against this export": comparisons.get("merged", {"result": "not audited"}),
-        }
-        tags = ["qlora-kit", made.tag, "text-classification" if is_classifier else "text-generation"]
-        write_card(staged, made.title, facts["base"], "transformers", tags, sections)
-        content = {"kind": "merged", "dtype": dtype, "comparisons": comparisons, "provenance": facts}
-        return seal(staged, {**content, **made.facts}, sums)
+        found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches)
+        if found is not None:
+            check_audit("merged", found, limit_of("merged", onto, max_kl), force=force)
+        return finish(model, staged, "merged", made, provenance or {}, found, sums)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -171,17 +175,33 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         _write_checkpoint(model, tokenizer, staged, tensors, model.dtype, SHARD_BYTES)
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """How the weights of an export were made, for its card and its export.json."""
+def original_of(model: PreTrainedModel, *, is_whole: bool) -> PreTrainedModel:
+    """The dense weights that a base was quantised from, for `merged_tensors`.
 
-    title: str
-    tag: str
-    sections: Mapping[str, Mapping[str, object]]
-    facts: Mapping[str, object]
+    Raises:
+        RunError: every weight was trained, so that nothing is put onto another.
+        ModelError: they are not at hand.
+    """
+    if is_whole:
+        raise RunError("every weight was trained, so there is no adapter to put onto the original; leave --onto out")
+    try:
+        original = original_weights(model)
+    except ModelError as error:
+        raise ModelError(f"{error}; export --onto dequantized") from error
+    stack_experts(original)
+    return original
 
 
-def _of_adapters(model: PreTrainedModel, dtype: str) -> _Made:
+def made_of(model: PreTrainedModel, dtype: str, onto: str, *, is_whole: bool) -> Made:
+    """How the weights of an export come about, which is the same for all kinds of files.
+
+    Raises:
+        AdapterError: no adapter is in use.
+    """
+    return _of_weights(model, dtype) if is_whole else _of_adapters(model, dtype, onto)
+
+
+def _of_adapters(model: PreTrainedModel, dtype: str, onto: str) -> Made:
     adapters = parts_in_use(model)
     if not adapters:
         raise AdapterError("no adapter is in use on this model, so there is nothing to merge; load or switch to one")
@@ -189,27 +209,41 @@ def _of_adapters(model: PreTrainedModel, dtype: str) -> _Made:
     sections: dict[str, Mapping[str, object]] = {
         "Adapter": settings_of(adapters),
         "Trained against": without_prefix(against),
-        "Merge": {"onto": "dequantized", "formula": "W' = decode(Wq) + scale B A, in fp32", "rounded to": dtype},
+        "Merge": {"onto": onto, "formula": FORMULAS[onto], "rounded to": dtype},
     }
-    return _Made("Merged model", "qlora", sections, {"onto": "dequantized", "trained_against": against})
+    return Made("Merged model", "qlora", sections, {"dtype": dtype, "onto": onto, "trained_against": against})
 
 
-def _of_weights(model: PreTrainedModel, dtype: str) -> _Made:
+def _of_weights(model: PreTrainedModel, dtype: str) -> Made:
     trained_in = str(model.dtype).removeprefix("torch.")
     sections: dict[str, Mapping[str, object]] = {"Weights": {"trained in": trained_in, "rounded to": dtype}}
-    return _Made("Fully fine-tuned model", "full-finetuning", sections, {"onto": None, "trained_in": trained_in})
+    facts = {"dtype": dtype, "onto": None, "trained_in": trained_in}
+    return Made("Fully fine-tuned model", "full-finetuning", sections, facts)
 
 
-def _checked_tensors(model: PreTrainedModel, out: Path, dtype: torch.dtype) -> list[StreamedTensor]:
+def _checked_tensors(
+    model: PreTrainedModel, out: Path, dtype: torch.dtype, original: PreTrainedModel | None = None
+) -> list[StreamedTensor]:
     """What a plain checkpoint of the model holds, if it can be one and the disk has room for it."""
+    check_own_code(model)
+    tensors = list(merged_tensors(model, dtype, original))
+    check_disk(out, sum(tensor.stored_bytes for tensor in tensors))
+    return tensors
+
+
+def check_own_code(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights alone would not run (RunError)."""
     if brings_code(model):
         raise RunError(
             f"{model.config._name_or_path} runs code of its own, which plain weights would have to bring along: "
             "not built yet; export --to adapter"
         )
-    tensors = list(merged_tensors(model, dtype))
-    check_disk(out, sum(tensor.stored_bytes for tensor in tensors))
-    return tensors
+
+
+def check_audit_rows(model: PreTrainedModel, batches: Iterable[Batch] | None) -> None:
+    """Refuse to audit what has no next token (RunError)."""
+    if head_of(model) == "classification" and batches is not None:
+        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
 
 
 def _write_checkpoint(
@@ -228,7 +262,7 @@ def _write_checkpoint(
     return sums
 
 
-def _audit(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
+def audit_checkpoint(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
     """Compare the model with the folder as another program loads it: in the dtype of its own weights."""
     attention = model.config._attn_implementation
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -237,10 +271,10 @@ def _audit(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> di
     export, info = loaded
     odd = sorted([*info["missing_keys"], *info["unexpected_keys"]])
     assert not odd, f"the export and its own config disagree on {odd[:5]}"
-    return compare(model, export.to(_audit_device(model, export)), batches)
+    return compare(model, export.to(audit_device(model, export)), batches)
 
 
-def _audit_device(model: PreTrainedModel, export: PreTrainedModel) -> torch.device:
+def audit_device(model: PreTrainedModel, export: PreTrainedModel) -> torch.device:
     """Where the export is run beside the model as trained: on the CPU if the card has no room for both."""
     if model.device.type != "cuda":
         return model.device

@@ -4,19 +4,24 @@
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from qlora_kit.base.load import DTYPES
+from qlora_kit.base.load import DTYPES, head_of
 from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX
 from qlora_kit.lora.layer import Adapter
-from qlora_kit.storage import check_room, read_json, sha256_file, write_json, write_text
+from qlora_kit.storage import check_room, clear_abandoned, read_json, sha256_file, write_json, write_text
 from qlora_kit.units import MIB
+
+ONTO = ("dequantized", "original")
+"""What an adapter can be merged into."""
 
 MANIFEST, CARD = "export.json", "README.md"
 
@@ -24,14 +29,39 @@ TEXT_BYTES = 64 * MIB
 """Room kept free on the disk for config, card and tokenizer (the largest tokenizer files are about 35 MB)."""
 
 
-def check_request(out: Path, dtype: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """How the weights of an export came about, for its card and its export.json."""
+
+    title: str
+    tag: str
+    sections: Mapping[str, Mapping[str, object]]
+    facts: Mapping[str, object]
+    library: str = "transformers"
+    """What reads the files, by the hub's name."""
+
+
+def check_request(out: Path | None, dtype: str, onto: str = "dequantized") -> None:
     """What can be refused before a model is loaded.
 
+    Args:
+        out: the folder to make; None where it is not known yet.
+        dtype: by its name.
+        onto: what an adapter is merged into.
+
     Raises:
-        RunError: `dtype` is not known, or `out` is a file or a folder that is not empty.
+        RunError: `dtype` or `onto` is not known, or `out` is a file or a folder that is not empty.
     """
     torch_dtype(dtype)
-    check_vacant(out)
+    check_place(out, onto)
+
+
+def check_place(out: Path | None, onto: str) -> None:
+    """Refuse, before a model is loaded, what no kind of export can be merged into or written to (RunError)."""
+    if onto not in ONTO:
+        raise RunError(f"onto={onto!r} is nothing that an adapter can be merged into; use one of {', '.join(ONTO)}")
+    if out is not None:
+        check_vacant(out)
 
 
 def check_vacant(out: Path) -> None:
@@ -43,7 +73,9 @@ def check_vacant(out: Path) -> None:
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:
-    """Refuse a disk with less free than that, and than the text files beside it take (RunError)."""
+    """Refuse a disk with less free than that, and than the text files beside it take, once what a killed export to
+    `out` had left is gone (RunError)."""
+    clear_abandoned(out.parent, out.name)
     check_room(out, needed_bytes + TEXT_BYTES, f"the export to {out}")
 
 
@@ -67,6 +99,38 @@ def seal(folder: Path, content: dict[str, Any], sums: Mapping[Path, str] | None 
     files = {str(file.relative_to(folder)): sums[file] if file in sums else sha256_file(file) for file in there}
     write_json(folder / MANIFEST, {**content, "versions": library_versions(), "files": files})
     return read_json(folder / MANIFEST)
+
+
+def finish(
+    model: PreTrainedModel,
+    folder: Path,
+    kind: str,
+    made: Made,
+    provenance: Mapping[str, str],
+    audit: Mapping[str, float] | None,
+    sums: Mapping[Path, str],
+) -> dict[str, Any]:
+    """Write the card and export.json of a model that is there otherwise.
+
+    Args:
+        model: as trained.
+        folder: where weights, config and tokenizer are.
+        kind: of the export.
+        made: how its weights came about.
+        provenance: facts; the base's name is put to them.
+        audit: how it compares with the model as trained; None where that was not asked for.
+        sums: of the files of weights.
+    """
+    facts = {"base": model.config._name_or_path, **provenance}
+    sections = {
+        "Provenance": facts,
+        **made.sections,
+        "Audit: as trained against this export": audit or {"result": "not audited"},
+    }
+    task = "text-classification" if head_of(model) == "classification" else "text-generation"
+    write_card(folder, made.title, facts["base"], made.library, ["qlora-kit", made.tag, task], sections)
+    comparisons = {} if audit is None else {kind: audit}
+    return seal(folder, {"kind": kind, "comparisons": comparisons, "provenance": facts, **made.facts}, sums)
 
 
 def write_card(

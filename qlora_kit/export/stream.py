@@ -100,24 +100,33 @@ def write_weights(
     """Write a model's tensors as one safetensors file, or as several with an index.
 
     Args:
-        tensors: in the order of the model's state dict.
+        tensors: in the order of the model's state dict; those of a file are held until it is written, and no others.
         folder: gets `model.safetensors`, or `model-00001-of-0000N.safetensors` and `model.safetensors.index.json`.
         shard_bytes: of tensors in one file.
 
     Returns:
         the files of weights, each with its sha256.
     """
-    shards = _shards(tensors, shard_bytes)
-    if len(shards) == 1:
-        return {folder / WEIGHTS: write_safetensors(folder / WEIGHTS, shards[0], {"format": "pt"})}
-    paths = [folder / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    sums = {path: write_safetensors(path, shard, {"format": "pt"}) for path, shard in zip(paths, shards, strict=True)}
-    index = {
-        "metadata": {"total_size": sum(tensor.stored_bytes for shard in shards for tensor in shard)},
-        "weight_map": {t.name: path.name for path, shard in zip(paths, shards, strict=True) for t in shard},
-    }
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    return sums
+    sums: list[str] = []
+    held: list[dict[str, int]] = []
+    for shard in _shards(tensors, shard_bytes):
+        sums.append(write_safetensors(_part(folder, len(sums)), shard, {"format": "pt"}))
+        held.append({tensor.name: tensor.stored_bytes for tensor in shard})
+    count = len(sums)  # which only now is known, and is part of the files' names
+    names = [WEIGHTS] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    for number, name in enumerate(names):
+        _part(folder, number).rename(folder / name)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": sum(sum(sizes.values()) for sizes in held)},
+            "weight_map": {tensor: name for sizes, name in zip(held, names, strict=True) for tensor in sizes},
+        }
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return {folder / name: digest for name, digest in zip(names, sums, strict=True)}
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"model.{number}.part"
 
 
 def write_safetensors(path: Path, tensors: Sequence[StreamedTensor], metadata: Mapping[str, str]) -> str:
@@ -141,16 +150,16 @@ def write_safetensors(path: Path, tensors: Sequence[StreamedTensor], metadata: M
     return digest.hexdigest()
 
 
-def _shards(tensors: Iterable[StreamedTensor], shard_bytes: int) -> list[list[StreamedTensor]]:
-    shards: list[list[StreamedTensor]] = [[]]
+def _shards(tensors: Iterable[StreamedTensor], shard_bytes: int) -> Iterator[list[StreamedTensor]]:
+    shard: list[StreamedTensor] = []
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.stored_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
+        if shard and filled + tensor.stored_bytes > shard_bytes:
+            yield shard
+            shard, filled = [], 0
+        shard.append(tensor)
         filled += tensor.stored_bytes
-    return shards
+    yield shard
 
 
 def _header(tensors: Sequence[StreamedTensor], metadata: Mapping[str, str]) -> bytes:

@@ -29,7 +29,6 @@ from qlora_kit.base.dense import QuantizedWeight, decode
 from qlora_kit.base.experts import ExpertStack
 from qlora_kit.base.load import original_weights
 from qlora_kit.base.record import base_record
-from qlora_kit.base.vocabulary import extend_vocabulary
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import Adapter
 
@@ -59,7 +58,6 @@ class Start:
             if base_record(model).quantization.kind == "none":
                 raise AdapterError("lora.init=loftq makes up for what quantising lost, and this base is not quantised")
             self.originals = original_weights(model)
-            extend_vocabulary(self.originals, base_record(model).vocabulary)
 
     def check(self, layer_name: str, shape: Sequence[int], rank: int) -> None:
         """Refuse what an approximation cannot be.

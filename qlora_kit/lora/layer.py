@@ -164,17 +164,19 @@ class Adapter(nn.Module):
         return self.scale * (b_OR.float() @ a_RI.float())
 
     @torch.no_grad()
-    def row_factors(self, weight_OI: Tensor) -> Tensor | None:
+    def row_factors(self, weight_OI: Tensor, square_O: Tensor | None = None) -> Tensor | None:
         """What DoRA multiplies the rows of W + scale B A by, (out,), fp32; None for plain LoRA.
 
         Args:
             weight_OI: the frozen weight.
+            square_O: squared norms of its rows, (out,), fp32; by default those of the base that the adapter is on.
         """
         if self.magnitude_O is None or self.square_O is None:
             return None
         a_RI, b_OR = self.matrices
         aw_RO = F.linear(a_RI.float(), weight_OI.float())
-        return self.magnitude_O / row_norms(self.square_O, aw_RO, a_RI, b_OR, self.scale)
+        square_O = self.square_O if square_O is None else square_O
+        return self.magnitude_O / row_norms(square_O, aw_RO, a_RI, b_OR, self.scale)
 
 
 class Carrier(nn.Module):

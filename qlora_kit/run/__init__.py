@@ -6,15 +6,17 @@ and what a finished run is used for. What a person sees goes through `Watch`; wh
 """
 
 from qlora_kit.run.ask import Speaker, answer, load_speaker
+from qlora_kit.run.export import Asked, compare_exports, export_run
 from qlora_kit.run.plan import check_budget, plan_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.preview import preview
 from qlora_kit.run.talk import Conversation
 from qlora_kit.run.train import Result, train
-from qlora_kit.run.use import evaluate, export_run, load_run
+from qlora_kit.run.use import evaluate, load_run
 from qlora_kit.run.verify import Verified, verify, verify_resume
 
 __all__ = [
+    "Asked",
     "Conversation",
     "Prepared",
     "Result",
@@ -22,6 +24,7 @@ __all__ = [
     "Verified",
     "answer",
     "check_budget",
+    "compare_exports",
     "evaluate",
     "export_run",
     "load_run",

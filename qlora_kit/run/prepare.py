@@ -254,6 +254,14 @@ def held_out_rows(
     return _read_rows(recipe, tokenizer, config)[1]
 
 
+def training_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, count: int
+) -> list[Encoded]:
+    """Some of the run's training rows, as far apart as they can be."""
+    rows = _read_rows(recipe, tokenizer, config)[0].rows
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
+
+
 def eval_batches(rows: Sequence[Encoded], pad: int, device: torch.device) -> list[Batch]:
     """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
     return [collate_rows([[row] for row in group], pad).to(device) for group in _groups(rows)]

@@ -1,22 +1,20 @@
-"""What a finished run is good for: load it, evaluate it, export it; `ask.py` and `talk.py` let it speak."""
+"""What a finished run is good for: load it, evaluate it; `ask.py` and `talk.py` let it speak, `export.py` writes it."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
-from qlora_kit.base.load import Watching, head_of, stored_head
+from qlora_kit.base.load import Watching, head_of, stored_as, stored_head
 from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
-from qlora_kit.export import check_request, export_adapter, export_merged
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     DATA,
     RECIPE,
-    provenance_of,
     recorded_classes,
     recorded_date,
     recorded_reference,
@@ -124,7 +122,8 @@ def load_any(
             "`qlora-kit train` or of an export"
         )
     head = stored_head(folder)
-    model = load_base(folder, quantization="none", head=head, trust_remote_code=trust_remote_code)
+    stored = stored_as(folder, head=head, trust_remote_code=trust_remote_code)
+    model = load_base(folder, **stored, head=head, trust_remote_code=trust_remote_code)
     return model, load_tokenizer(folder, trust_remote_code=trust_remote_code), None
 
 
@@ -201,45 +200,6 @@ def _recipe_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     if task == "sft":
         set_template(tokenizer, recipe, None)
     return recipe
-
-
-def export_run(
-    folder: Path, out: Path, *, to: str, onto: str, dtype: str, force: bool, trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Write a run's weights for other programs.
-
-    Args:
-        folder: of the run.
-        out: the new folder.
-        to: merged or adapter.
-        onto: what the adapter is merged into; dequantized is built.
-        dtype: of merged weights.
-        force: take the adapter although its base's fingerprint differs.
-        trust_remote_code: let the model's own code run.
-
-    Returns:
-        What export.json holds.
-    """
-    if to not in ("merged", "adapter"):
-        raise RunError(f"--to {to} is not built yet in this version; built: merged, adapter")
-    if onto != "dequantized":
-        raise RunError(f"--onto {onto} is not built yet in this version; built: dequantized")
-    check_request(out, dtype)
-    if to == "adapter" and (folder / RECIPE).is_file() and read_recipe(folder / RECIPE).train.full_finetune:
-        raise RunError(f"{folder} trained every weight and has no adapter; export --to merged")
-    model, tokenizer, recipe = load_run(folder, force=force, trust_remote_code=trust_remote_code)
-    if to == "adapter":
-        return export_adapter(model, out, tokenizer=tokenizer, provenance=provenance_of(recipe))
-    rows, is_causal = held_out_rows(recipe, tokenizer, model.config, None).rows, head_for(recipe.train.task) == "causal"
-    return export_merged(
-        model,
-        tokenizer,
-        out,
-        dtype=dtype,
-        audit_batches=eval_batches(rows, pad_id(tokenizer), model.device) if rows and is_causal else None,
-        provenance=provenance_of(recipe),
-        is_whole=recipe.train.full_finetune,
-    )
 
 
 def load_recipe_base(

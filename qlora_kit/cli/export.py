@@ -1,0 +1,99 @@
+"""`qlora-kit export`: weights for other programs, and a table of what each kind costs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlora_kit.cli.options import AsJson, RunFolder, TrustRemoteCode
+from qlora_kit.errors import RunError
+from qlora_kit.units import format_bytes
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="The new folder.", show_default=False)] = None,
+    to: Annotated[str, typer.Option(help="merged, quantized, adapter, gguf or gguf-adapter.")] = "merged",
+    onto: Annotated[
+        str, typer.Option(help="What an adapter is merged into: dequantized (as it was trained) or original.")
+    ] = "dequantized",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of merged weights, and of what stays dense: bfloat16 (default), float16 or float32. Of a GGUF: f32, "
+            "f16, bf16, q8_0, q4_0, q4_k_m (default), q5_k_m or q6_k.",
+            show_default=False,
+        ),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="With --to quantized: nf4, fp4 or int8; default: the base's.", show_default=False)
+    ] = None,
+    calibration_rows: Annotated[
+        int,
+        typer.Option(min=0, help="With --to quantized: training rows on which codes are chosen; 0 rounds plainly."),
+    ] = 128,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Largest mean KL, in nats a token, to the model as trained; default: 0.01 for merged onto "
+            "dequantized, any for the rest.",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="A table of all kinds; --out keeps them, otherwise none is kept.")
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Take an adapter that was trained on another base; keep an export above its largest KL."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Weights for other programs, compared with the model as it was trained."""
+    from qlora_kit.cli.show import audit_lines, import_libraries
+
+    if out is None and not compare:
+        raise RunError("--out is missing: say which folder the export is to be, or ask for --compare")
+    import_libraries()
+    from qlora_kit.run import Asked, compare_exports, export_run
+
+    asked = Asked(to, onto, dtype, quantization, calibration_rows, max_kl, force)
+    if compare:
+        rows = compare_exports(run, out, asked, trust_remote_code=trust_remote_code)
+        typer.echo(json.dumps({"schema": 1, "exports": rows}, indent=2) if as_json else comparison_lines(rows))
+        return
+    assert out is not None
+    exported = export_run(run, out, asked, trust_remote_code=trust_remote_code)
+    typer.echo(json.dumps(exported, indent=2) if as_json else audit_lines(exported, out))
+
+
+def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line an export: its size, and how it compares with the model as trained."""
+    head = ("export", "size", "mean KL", "largest KL", "same top token", "loss as trained", "loss")
+    cells = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    lines = ["  ".join(each.ljust(width) for each, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    lines += [f"{row['name']}: {row['refused']}" for row in rows if "refused" in row]
+    return "\n".join([*lines, "KL in nats a token, of the model as trained to the export, on the held-out rows"])
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if "refused" in row:
+        return (row["name"], "-", "-", "-", "-", "-", "-")
+    if "mean_kl" not in row:
+        return (row["name"], format_bytes(row["bytes"]), "not audited", "-", "-", "-", "-")
+    return (
+        row["name"],
+        format_bytes(row["bytes"]),
+        f"{row['mean_kl']:.2e}",
+        f"{row['max_kl']:.2e}",
+        f"{row['top1_agreement']:.2%}",
+        f"{row['loss_as_trained']:.4f}",
+        f"{row['loss_export']:.4f}",
+    )

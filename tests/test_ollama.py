@@ -1,0 +1,82 @@
+"""Claims about the Modelfile: its template writes chats as the tokenizer's own does, or none is given."""
+
+import re
+
+import pytest
+from chat_templates import FAMILIES, tokenizer_of
+
+from qlora_kit.export.gguf.ollama import chat_shape, modelfile
+
+CHATS = [
+    [("user", "Where is the key?")],
+    [("system", "Be brief."), ("user", "Where?")],
+    [("user", "A?"), ("assistant", "B."), ("user", "C?"), ("assistant", "D."), ("user", "E?")],
+    [("system", "Be brief."), ("user", "A?"), ("assistant", "B."), ("user", "C?")],
+]
+
+
+def run_go(template, chat):
+    """The few actions of Go's templates that a Modelfile of ours has."""
+    tokens = re.split(r"{{ (.*?) }}", template)
+
+    def walk(at, message, is_on):
+        """Text from a token on to the end of its block, and where that is."""
+        text, was_on = "", is_on
+        while at < len(tokens):
+            if at % 2 == 0:
+                text += tokens[at] if is_on else ""
+            elif tokens[at] == "end":
+                return text, at
+            elif tokens[at].startswith("else if eq .Role"):
+                is_on = not was_on and message[0] == tokens[at].split('"')[1]
+                was_on = was_on or is_on
+            elif tokens[at] == ".Content":
+                text += message[1] if is_on else ""
+            elif tokens[at] == "range .Messages":
+                parts = [walk(at + 1, each, True) for each in chat]
+                text, at = text + "".join(part for part, _ in parts), parts[0][1]
+            else:
+                is_true = {"if not .System": chat[0][0] != "system"}.get(tokens[at])
+                is_true = message[0] == tokens[at].split('"')[1] if is_true is None else is_true
+                part, at = walk(at + 1, message, is_true)
+                text += part
+            at += 1
+        return text, at
+
+    return walk(0, None, True)[0]
+
+
+def rendered(tokenizer, chat):
+    messages = [{"role": role, "content": content} for role, content in chat]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token or "")
+
+
+def template_in(text):
+    return re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)
+
+
+def test_some_families_have_a_template_and_some_do_more_than_put_words_around_messages():
+    found = {name for name in FAMILIES if chat_shape(tokenizer_of(FAMILIES[name])) is not None}
+    # Mistral's and Gemma's write the system's words into a question.
+    assert found == set(FAMILIES) - {"mistral", "gemma"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_template_writes_chats_as_the_tokenizer_does_or_is_left_to_ollama(name):
+    tokenizer = tokenizer_of(FAMILIES[name])
+    text = modelfile("model.gguf", tokenizer, [tokenizer.eos_token_id])
+    assert text.startswith("FROM ./model.gguf\n")
+    assert f'PARAMETER stop "{tokenizer.eos_token}"' in text
+    found = template_in(text)
+    if found is None:
+        assert "# The chat template is more than" in text
+        return
+    for chat in CHATS:
+        assert run_go(found[1], chat) == rendered(tokenizer, chat)
+
+
+def test_a_model_of_texts_is_given_the_prompt_alone():
+    tokenizer = tokenizer_of(FAMILIES["phi3"])
+    tokenizer.chat_template = None
+    assert template_in(modelfile("model.gguf", tokenizer, []))[1] == "{{ .Prompt }}"
