@@ -259,7 +259,7 @@ def freeze_and_quantize(
     skipped = _resolve_skip(model, skip)
     keep_record(model, quantization, dtype)
     new = tuple(f"{name}." for name in base_record(model).untrained)
-    skipped |= {name for name, _ in body_linears(model) if name.startswith(new)}  # they are trained whole
+    skipped |= {name for name, _ in body_linears(model) if f"{name}.".startswith(new)}  # they are trained whole
     if quantization.kind != "none" and quantize_body:
         for name, module in list(body_linears(model)):
             if name not in skipped:

@@ -115,7 +115,7 @@ def add_lora(
     record = base_record(model)
     weights = adaptable_weights(model)
     chosen = match_targets(model, weights, targets, untie_head=untie_head)
-    chosen = {each for each in chosen if not each.startswith(tuple(f"{new}." for new in record.untrained))}
+    chosen = {each for each in chosen if not f"{each}.".startswith(tuple(f"{new}." for new in record.untrained))}
     ranks = _ranks(model, weights, chosen, rank, rank_pattern or {})
     alphas = pattern_values(weights, alpha_pattern or {}, "alpha_pattern")
     named = [also_train] if isinstance(also_train, str) else also_train

@@ -55,7 +55,10 @@ def train_module(model: PreTrainedModel, module_name: str, name: str) -> nn.Modu
     if not isinstance(module, WholeModule):
         module = WholeModule(module).train(module.training)
         model.set_submodule(module_name, module)
-    trained = copy.deepcopy(module.base).requires_grad_(True).train(module.training)
+    # A tensor copies itself by its address, which one in a dry run has not: all are cloned before.
+    tensors: dict[int, Any] = {id(parameter): nn.Parameter(parameter.clone()) for parameter in module.base.parameters()}
+    tensors |= {id(buffer): buffer.clone() for buffer in module.base.buffers()}
+    trained = copy.deepcopy(module.base, tensors).requires_grad_(True).train(module.training)
     module.adapters[name] = trained
     return trained
 

@@ -48,7 +48,7 @@ from qlora_kit.recipe.schema import DataName, Sources
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.task import check_task
-from qlora_kit.train.classes import head_for, known_classes, name_classes
+from qlora_kit.train.classes import classes_in, head_for, known_classes, name_classes
 from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, Rate, room_of, set_pace
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
@@ -128,6 +128,7 @@ def gather(
     check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
+    _check_pad(tokenizer, config)
     train_rows, eval_rows, date = _read_rows(recipe, tokenizer, config, watch, today)
     if train_rows.counts.turns:
         watch.note(
@@ -245,7 +246,8 @@ def held_out_rows(
 ) -> EncodedSet:
     """The run's held-out rows, or those of another file encoded as the run's own are."""
     if data is not None:
-        rows = _encode_sets([], _open_sources(recipe, str(data)), [], EncodedSet(), recipe, tokenizer, config)
+        none = EncodedSet(classes=classes_in(config) if recipe.train.task == "classify" else None)
+        rows = _encode_sets([], _open_sources(recipe, str(data)), [], none, recipe, tokenizer, config)
         rows.faults.stop()
         rows.check_left(recipe.data.max_tokens)
         return rows
@@ -298,6 +300,21 @@ def positions_for(task: str, tokenizer: PreTrainedTokenizerBase, config: Pretrai
     if task != "classify" or positions is None:
         return positions
     return min(positions, tokenizer.model_max_length)
+
+
+def _check_pad(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """See that the model has the token that rows are filled with.
+
+    Raises:
+        DataError: it has not.
+    """
+    pad, rows = pad_id(tokenizer), config.get_text_config().vocab_size
+    if pad >= rows:
+        raise DataError(
+            f"rows would be filled with {tokenizer.convert_ids_to_tokens(pad)!r}, number {pad}, which is beyond the "
+            f"model's vocabulary of {rows}: name it in lora.added_tokens, or give tokenizer_config.json a pad_token "
+            "that the model has"
+        )
 
 
 def _read_rows(
