@@ -84,7 +84,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line_and_the_last_checkpoint_goe
 
 def test_an_export_to_a_full_disk_leaves_nothing(words, small_disk, tmp_path):
     assert call("train", *words, "train.steps=1", f"output={tmp_path}/run").exit_code == 0
-    for kind in ("merged", "adapter"):
+    for kind in ("merged", "adapter", "quantized", "gguf", "gguf-adapter"):
         told = call("export", tmp_path / "run", "--to", kind, "--out", small_disk / "out")
         assert told.exit_code == 2
         assert "on the disk of" in told.stderr
