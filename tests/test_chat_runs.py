@@ -17,7 +17,8 @@ from qlora_kit.errors import DataError
 from qlora_kit.export import merge
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import Asked, export_run, load_run, train
-from qlora_kit.run.prepare import load_tokenizer, prepare, set_template
+from qlora_kit.run.prepare import prepare
+from qlora_kit.run.tokenizer import load_tokenizer, set_template
 from qlora_kit.storage import read_json
 from qlora_kit.train.generate import end_tokens
 from qlora_kit.watch import Watch
@@ -104,7 +105,7 @@ def day(*numbers):
             return date(*numbers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlora_kit.run.prepare.Date", Fake)
+        patch.setattr("qlora_kit.run.rows.Date", Fake)
         patch.setattr("transformers.utils.chat_template_utils.datetime", Fake)
         yield
 

@@ -23,7 +23,7 @@ from qlora_kit.plan import Workload
 from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
 from qlora_kit.recipe import TASKS, Lora, Train
-from qlora_kit.run.prepare import eval_batches, largest_eval_shape
+from qlora_kit.run.rows import eval_batches, largest_eval_shape
 from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses

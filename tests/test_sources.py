@@ -33,7 +33,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run import prepare as prepare_module
+from qlora_kit.run import rows as rows_module
 from qlora_kit.run.prepare import prepare
 from qlora_kit.run.train import train
 from qlora_kit.train import loop
@@ -300,11 +300,11 @@ def kept(tmp_path, monkeypatch):
     folder = tmp_path / "xdg" / "qlora_kit" / "data"
     encoded = []
 
-    def counted(examples, tokenizer, encode=prepare_module.encode_rows, **how):
+    def counted(examples, tokenizer, encode=rows_module.encode_rows, **how):
         encoded.append(how["onto"])
         return encode(examples, tokenizer, **how)
 
-    monkeypatch.setattr(prepare_module, "encode_rows", counted)
+    monkeypatch.setattr(rows_module, "encode_rows", counted)
     return SimpleNamespace(folder=folder, encoded=encoded, entries=lambda: sorted(folder.glob("*")))
 
 
@@ -474,7 +474,7 @@ def test_an_evaluation_finds_the_rows_of_its_run_though_the_template_is_settled_
     times = len(kept.encoded)
     assert found.date == date(2024, 5, 6)
     assert "strftime_now(format)" in found.tokenizer.chat_template, "the template is no longer what it was"
-    held = prepare_module.held_out_rows(asked, found.tokenizer, found.config, None)
+    held = rows_module.held_out_rows(asked, found.tokenizer, found.config, None)
     assert (len(kept.encoded), held.rows) == (times, found.eval.rows)
     prepare(asked, Watch(), weights=False, today=date(2024, 5, 7))
     assert len(kept.encoded) > times, "another day, other words"

@@ -24,7 +24,7 @@ from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.run import Conversation, load_run, load_speaker
-from qlora_kit.run.prepare import eval_batches
+from qlora_kit.run.rows import eval_batches
 from qlora_kit.run.score import score_rows
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text

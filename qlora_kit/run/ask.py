@@ -11,7 +11,7 @@ from qlora_kit.base.load import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.run.folder import DATA, recorded_classes
-from qlora_kit.run.prepare import positions_of
+from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_any, run_of
 from qlora_kit.storage import read_json
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts

@@ -18,7 +18,8 @@ from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.export import check_request, export_adapter, export_merged, export_quantized
 from qlora_kit.recipe import Recipe, read_recipe
 from qlora_kit.run.folder import RECIPE, provenance_of
-from qlora_kit.run.prepare import eval_batches, held_out_rows, pad_id, training_rows
+from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
+from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_run
 
 KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")

@@ -23,7 +23,8 @@ from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.recipe import TASKS, Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
-from qlora_kit.run.prepare import Prepared, largest_eval_shape, positions_of, prepare
+from qlora_kit.run.prepare import Prepared, prepare
+from qlora_kit.run.rows import largest_eval_shape, positions_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints

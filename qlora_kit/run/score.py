@@ -9,7 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.lora import adapters_off
-from qlora_kit.run.prepare import Prepared, eval_batches, pad_id, positions_of
+from qlora_kit.run.prepare import Prepared
+from qlora_kit.run.rows import eval_batches, positions_of
+from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.evaluate import Score, evaluate_loss, exact_match, f1_score
 from qlora_kit.train.generate import generate_texts

@@ -17,7 +17,7 @@ from qlora_kit.lora.several import adapter_names
 from qlora_kit.recipe import Recipe, read_recipe
 from qlora_kit.run.ask import Speaker, has_chats, load_speaker
 from qlora_kit.run.folder import RECIPE, trained_folder
-from qlora_kit.run.prepare import positions_of
+from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_run_tokenizer, run_of
 from qlora_kit.train.generate import Sampling, stream_text
 

@@ -41,16 +41,11 @@ from qlora_kit.run.folder import (
     write_memory,
 )
 from qlora_kit.run.plan import check_budget, check_weights, one_line_if_it_does_not_fit, plan_prepared
-from qlora_kit.run.prepare import (
-    Prepared,
-    added_ids,
-    eval_batches,
-    pad_id,
-    positions_of,
-    prepare,
-)
+from qlora_kit.run.prepare import Prepared, prepare
+from qlora_kit.run.rows import eval_batches, positions_of
 from qlora_kit.run.score import questions, score
 from qlora_kit.run.start import as_it_starts, check_reference
+from qlora_kit.run.tokenizer import added_ids, pad_id
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import check_room, checksums, read_json, write_json
@@ -124,20 +119,7 @@ def train(
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
-    if resume:
-        check_reference(recipe, recorded_reference(folder))
-    begun = _as_begun(recipe, folder) if resume else recipe
-    today, rate = (recorded_date(folder), recorded_rate(folder)) if resume else (None, None)
-    prepared = prepare(begun, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code)
-    fingerprints = {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
-    if resume and not force:
-        check_unchanged(folder, fingerprints)
-    check_weights(begun, prepared.config)
-    plan = plan_prepared(begun, prepared)
-    watch.planned(plan)
-    check_budget(plan)
-    chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
-    prepared = replace(prepared, pace=replace(prepared.pace, **chosen))
+    prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code)
     recipe = _with_head(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
@@ -146,22 +128,23 @@ def train(
         check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
-        fingerprints["base"] = base_record(model).mark
+        made_from = _fingerprints(prepared) | {"base": base_record(model).mark}
         if resume and not force:
-            check_unchanged(folder, fingerprints)
+            check_unchanged(folder, made_from)
         unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
         if unlearnt is not None:
             watch.note(unlearnt)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task = task_of(recipe.train, has_reference=has_reference(recipe))
-        asked = plan["loss_chunk"] if task.answers else None
-        loss_chunk, why_whole = settled_chunk(model, prepared.train.rows[0].input_ids, asked)
+        loss_chunk, why_whole = settled_chunk(
+            model, prepared.train.rows[0].input_ids, plan["loss_chunk"] if task.answers else None
+        )
         if why_whole is not None:
             watch.note(why_whole)
         earlier = [] if resume else files_of_run(folder)
         with _tracking(recipe, prepared, folder, device) as track:
             clear_run_folder(folder, earlier)
-            describe_run(recipe, prepared, plan, fingerprints, folder)
+            describe_run(recipe, prepared, plan, made_from, folder)
             end = _train(recipe, prepared, plan, model, task, loss_chunk, ledger, folder, watch, track, resume, limit)
         _save(model, recipe, prepared, folder, end)
         scores = None
@@ -173,6 +156,30 @@ def train(
             watch.scored(scores)
         write_report(folder)
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
+
+
+def _prepared(
+    recipe: Recipe, resume: bool, force: bool, watch: Watch, trust_remote_code: bool
+) -> tuple[Prepared, dict[str, Any]]:
+    """Rows and plan, before any weight is read; those of a resumed run are as it began."""
+    folder, today, rate = Path(recipe.output), None, None
+    if resume:
+        check_reference(recipe, recorded_reference(folder))
+        recipe, today, rate = _as_begun(recipe, folder), recorded_date(folder), recorded_rate(folder)
+    prepared = prepare(recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code)
+    if resume and not force:
+        check_unchanged(folder, _fingerprints(prepared))
+    check_weights(recipe, prepared.config)
+    plan = plan_prepared(recipe, prepared)
+    watch.planned(plan)
+    check_budget(plan)
+    chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
+    return replace(prepared, pace=replace(prepared.pace, **chosen)), plan
+
+
+def _fingerprints(prepared: Prepared) -> dict[str, str]:
+    """Which rows a run has."""
+    return {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:

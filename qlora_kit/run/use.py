@@ -20,18 +20,10 @@ from qlora_kit.run.folder import (
     recorded_reference,
     trained_folder,
 )
-from qlora_kit.run.prepare import (
-    added_ids,
-    eval_batches,
-    held_out_rows,
-    load_tokenizer,
-    pad_id,
-    positions_for,
-    rows_needed,
-    set_template,
-)
+from qlora_kit.run.rows import eval_batches, held_out_rows, positions_for
 from qlora_kit.run.score import of_base, score_rows
 from qlora_kit.run.start import check_reference
+from qlora_kit.run.tokenizer import added_ids, load_tokenizer, pad_id, rows_needed, set_template
 from qlora_kit.storage import check_folder, read_json
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
 from qlora_kit.train.classes import head_for, name_classes

@@ -1,0 +1,213 @@
+"""The rows of a run: sources opened, read, encoded and split; and the batches that are evaluated."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import date as Date
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from qlora_kit.data import (
+    Batch,
+    Classes,
+    Encoded,
+    EncodedSet,
+    Example,
+    Part,
+    Reader,
+    Scan,
+    cache_key,
+    cached,
+    classes_of,
+    collate_rows,
+    encode_rows,
+    fixed_templates,
+    held_out,
+    open_sources,
+    scan,
+    swap_answers,
+)
+from qlora_kit.errors import AdapterError, listed
+from qlora_kit.recipe import Recipe
+from qlora_kit.recipe.schema import DataName, Sources
+from qlora_kit.run.start import classes_at_start
+from qlora_kit.run.tokenizer import pad_id, settle_template
+from qlora_kit.train.classes import classes_in, known_classes, name_classes
+from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH
+from qlora_kit.watch import Watch
+
+
+def held_out_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, data: Path | None
+) -> EncodedSet:
+    """The run's held-out rows, or those of another file encoded as the run's own are."""
+    if data is not None:
+        none = EncodedSet(classes=classes_in(config) if recipe.train.task == "classify" else None)
+        rows = _encode_sets([], _open_sources(recipe, str(data)), [], none, recipe, tokenizer, config)
+        rows.faults.stop()
+        rows.check_left(recipe.data.max_tokens)
+        return rows
+    return read_rows(recipe, tokenizer, config)[1]
+
+
+def training_rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, count: int
+) -> list[Encoded]:
+    """Some of the run's training rows, as far apart as they can be."""
+    rows = read_rows(recipe, tokenizer, config)[0].rows
+    return rows[:: max(1, len(rows) // max(1, count))][:count]
+
+
+def read_rows(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    watch: Watch | None = None,
+    today: Date | None = None,
+) -> tuple[EncodedSet, EncodedSet, Date | None]:
+    """Training rows, held-out rows, and the date that their template writes; a classifier's `config` is told its
+    classes."""
+    data = recipe.data
+    readers = _open_sources(recipe, data.train)
+    eval_readers = [] if data.eval in ("auto", None) else _open_sources(recipe, data.eval)
+    today = today or Date.today()
+    settle = cache(partial(settle_template, tokenizer, recipe, today, watch or Watch()))
+
+    def encode(train_rows: EncodedSet) -> EncodedSet:
+        """Read the sources twice: what there is, and what becomes of it."""
+        found, eval_found = scan(readers), scan(eval_readers)
+        unread = found.faults + eval_found.faults
+        if data.on_error == "stop" or unread.hides_rows:
+            unread.stop()  # before the rows are encoded, which may take minutes
+        if recipe.train.task == "classify":
+            train_rows.classes = _classes(recipe, found, config)
+        if found.has_chats or eval_found.has_chats:
+            settle()
+        is_held = held_out(found.digests) if data.eval == "auto" else [False] * len(found.digests)
+        eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config)
+        train_rows.check_left(data.max_tokens)
+        if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
+            eval_rows.check_left(data.max_tokens)
+        if data.on_error == "stop":
+            (train_rows.faults + eval_rows.faults).stop()
+        return eval_rows
+
+    decides = {
+        "data": data.model_dump(exclude={"train", "packing", "template"}),
+        "task": recipe.train.task,
+        "sizes": (config.get_text_config().vocab_size, positions_for(recipe.train.task, tokenizer, config)),
+        "classes": (known_classes(config), classes_at_start(recipe)),
+        "templates": fixed_templates(tokenizer, data.thinking, today),
+    }
+    train_rows, eval_rows = cached(cache_key([*readers, *eval_readers], tokenizer, decides), encode)
+    for part, reader in zip(train_rows.parts, readers, strict=True):
+        part.weight = reader.source.weight
+    if train_rows.classes is not None:
+        name_classes(config, train_rows.classes, pad_id(tokenizer))
+    date = settle() if train_rows.has_chats or eval_rows.has_chats else None
+    return train_rows, eval_rows, date
+
+
+def eval_batches(rows: Sequence[Encoded], pad: int, device: torch.device) -> list[Batch]:
+    """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
+    return [collate_rows([[row] for row in group], pad).to(device) for group in _groups(rows)]
+
+
+def largest_eval_shape(rows: Sequence[Encoded]) -> tuple[int, int] | None:
+    """Rows and tokens of the largest of `eval_batches`; None where there are no rows."""
+    shapes = ((len(group), group[-1].longest) for group in _groups(rows))
+    return max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
+
+
+def _groups(rows: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Rows of a batch each, the longest of them last; answers with a verdict each with the one that they are swapped
+    with."""
+    if rows and rows[0].is_good is not None:
+        rows = swap_answers(rows)
+    groups: list[list[Encoded]] = [[]]
+    for row in sorted(rows, key=lambda row: row.longest):
+        tokens = (len(groups[-1]) + 1) * row.longest * (1 if row.other is None else 2)
+        if groups[-1] and (tokens > TOKENS_A_MICRO_BATCH or len(groups[-1]) == ROWS_A_STEP):
+            groups.append([])
+        groups[-1].append(row)
+    return groups if rows else []
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The longest row that the model was made for; None if it has no such limit."""
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
+def positions_for(task: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+    """The longest row of a task; of a model that classifies, which its tokenizer says, too: RoBERTa's kind has two
+    positions that no token can take."""
+    positions = positions_of(config)
+    if task != "classify" or positions is None:
+        return positions
+    return min(positions, tokenizer.model_max_length)
+
+
+def _classes(recipe: Recipe, found: Scan, config: PretrainedConfig) -> Classes:
+    """The classes of a run.
+
+    Raises:
+        AdapterError: it goes on from an adapter that tells others apart.
+        DataError: as `classes_of`.
+    """
+    start = classes_at_start(recipe)
+    strange = sorted(found.labels - set(found.labels if start is None else start.names))
+    if start is not None and strange:
+        raise AdapterError(
+            f"lora.from={recipe.lora.from_} tells {listed(start.names)} apart; the rows have {listed(strange)}; give "
+            "rows of its classes, or leave out lora.from"
+        )
+    return classes_of(found.labels, found.is_multi, known_classes(config) if start is None else start.names)
+
+
+def _open_sources(recipe: Recipe, sources: DataName | Sources) -> list[Reader]:
+    data = recipe.data
+    listed = [sources] if isinstance(sources, str) else sources
+    named = [each if isinstance(each, str) else each.model_dump(exclude_none=True) for each in listed]
+    return open_sources(named, format=data.format, columns=data.columns, task=recipe.train.task)
+
+
+def _encode_sets(
+    readers: Sequence[Reader],
+    eval_readers: Sequence[Reader],
+    is_held: Sequence[bool],
+    train_rows: EncodedSet,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+) -> EncodedSet:
+    """Read all sources and encode each row as it comes: those to train on into their set, and those held out."""
+    encode = partial(
+        encode_rows,
+        tokenizer=tokenizer,
+        loss_on="all" if recipe.train.task == "pretrain" else recipe.data.loss_on,
+        max_tokens=recipe.data.max_tokens,
+        over_length=recipe.data.over_length,
+        thinking=recipe.data.thinking,
+        vocab_size=config.get_text_config().vocab_size,
+        max_positions=positions_for(recipe.train.task, tokenizer, config),
+        classes=train_rows.classes,
+    )
+    eval_rows, held, sides = EncodedSet(), list[Example](), iter(is_held)
+    for reader in readers:
+        rows = _kept(reader.read(train_rows.faults), sides, held)
+        encode(rows, onto=train_rows, part=Part(reader.source.path))
+    encode(held, onto=eval_rows)
+    for reader in eval_readers:
+        encode(reader.read(eval_rows.faults), onto=eval_rows, part=Part(reader.source.path))
+    return eval_rows
+
+
+def _kept(rows: Iterable[Example], is_held: Iterator[bool], held: list[Example]) -> Iterator[Example]:
+    """The rows to train on; the few that are held out are put aside."""
+    for row in rows:
+        if next(is_held):
+            held.append(row)
+        else:
+            yield row
