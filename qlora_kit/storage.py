@@ -108,6 +108,17 @@ def staged_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+@contextmanager
+def passing_folder(beside: Path) -> Iterator[Path]:
+    """A folder that is gone when the block ends, hidden beside the name that is given."""
+    folder = _beside(beside, "tmp")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder if it is there: renamed first, so that no half-empty folder ever bears its name."""
     if folder.exists():

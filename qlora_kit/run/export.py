@@ -1,6 +1,5 @@
 """A finished run as weights for other programs, and what each kind of export costs, side by side."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from qlora_kit.run.folder import RECIPE, provenance_of
 from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_run
+from qlora_kit.storage import passing_folder
 
 KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")
 FORMATS = ("nf4", "fp4", "int8")
@@ -220,5 +220,5 @@ def _place(folder: Path, out: Path | None, name: str) -> Iterator[Path]:
     if out is not None:
         yield out / name
         return
-    with tempfile.TemporaryDirectory(prefix=".compare-", dir=folder) as passing:
-        yield Path(passing) / name
+    with passing_folder(folder / "compare") as passing:
+        yield passing / name

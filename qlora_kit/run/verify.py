@@ -1,7 +1,6 @@
 """Verify: whether files still have the bytes that were written, and whether a run that is resumed is exact here."""
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from qlora_kit.export.sealed import MANIFEST as EXPORT
 from qlora_kit.recipe import Recipe, read_recipe
 from qlora_kit.run.folder import CHECKPOINTS, RECIPE, RESULT
 from qlora_kit.run.train import train
-from qlora_kit.storage import changed_files, checksums, read_json
+from qlora_kit.storage import changed_files, checksums, passing_folder, read_json
 from qlora_kit.train.checkpoint import MANIFEST, checkpoint_of, checkpoints
 from qlora_kit.watch import Watch
 
@@ -102,8 +101,8 @@ def verify_resume(folder: Path, watch: Watch | None = None, *, trust_remote_code
         QloraKitError: as `train`.
     """
     watch, recipe = watch or Watch(), read_recipe(folder / RECIPE)
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=folder.absolute().parent) as place:
-        whole, parts = (_short(recipe, Path(place) / name) for name in ("whole", "parts"))
+    with passing_folder(folder.absolute().with_name(f"{folder.absolute().name}-verify")) as place:
+        whole, parts = (_short(recipe, place / name) for name in ("whole", "parts"))
         train(whole, watch=_Stopping(watch, STEPS), trust_remote_code=trust_remote_code)
         train(parts, watch=_Stopping(watch, STOP), trust_remote_code=trust_remote_code)
         train(parts, watch=_Stopping(watch, STEPS), resume=True, trust_remote_code=trust_remote_code)
