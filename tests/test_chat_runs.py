@@ -130,6 +130,7 @@ def said(model, tokenizer, asked, generation_config=None):
     return out[0, prompt["input_ids"].shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_a_set_learnt_by_heart_is_said_word_for_word_and_every_answer_stops_at_its_end_token(learnt):
     folder, _ = learnt
     scores = read_json(folder / "run" / "scores.json")
@@ -147,6 +148,7 @@ def test_a_set_learnt_by_heart_is_said_word_for_word_and_every_answer_stops_at_i
         assert len(said(model, tokenizer, asked)) > len(told), "told of the end of text alone, it goes on"
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_a_token_that_its_base_has_not_learnt(learnt):
     _, watch = learnt
     told = [note for note in watch.notes if "learnt nothing" in note]
@@ -154,6 +156,7 @@ def test_a_run_tells_of_a_token_that_its_base_has_not_learnt(learnt):
     assert "'lora.added_tokens=[<|im_end|>]'" in told[0]
 
 
+@pytest.mark.slow
 def test_exports_stop_at_the_end_token_and_render_what_training_rendered(learnt, tmp_path):
     folder, watch = learnt
     export_run(folder / "run", tmp_path / "merged", Asked(dtype="float32"))
@@ -172,6 +175,7 @@ def test_exports_stop_at_the_end_token_and_render_what_training_rendered(learnt,
             assert told == tokenizer(answer + "<|im_end|>")["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_date_that_a_template_writes_is_the_runs_own_whatever_day_it_is(learnt):
     folder, watch = learnt
     assert read_json(folder / "run" / "data.json")["date"] == "2024-05-06"

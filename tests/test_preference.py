@@ -571,6 +571,7 @@ def answered(tmp_path_factory, model_folder):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_preferences_go_on_from_an_adapter_and_hold_to_it(answered, rows_of_a_run, tmp_path, model_folder):
     result = call("train", write_recipe(tmp_path, model_folder, task="dpo", steps=2), f"data.train={rows_of_a_run}",
                   f"data.eval={rows_of_a_run}", f"lora.from={answered}")  # fmt: skip

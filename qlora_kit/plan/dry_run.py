@@ -164,12 +164,8 @@ def _added(config: PretrainedConfig, work: Workload) -> int:
 def _told(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:
     """What a part of a run takes: its step, or where `after` is given the rest. Whoever plans, then runs, or runs one
     model many times, asks for the same parts again: they are remembered."""
-    key = (
-        type(config),
-        config.to_json_string(use_diff=False),
-        repr(work),
-        None if after is None else tuple(after.items()),
-    )
+    described = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    key = type(config), repr(described), repr(work), None if after is None else tuple(after.items())
     if key not in _REMEMBERED:
         if len(_REMEMBERED) == MOST_REMEMBERED:
             del _REMEMBERED[next(iter(_REMEMBERED))]  # the oldest

@@ -72,6 +72,7 @@ def losses(line):
     return row["step"], row["loss"], row["grad_norm"]
 
 
+@pytest.mark.slow
 def test_a_folder_that_a_killed_run_had_locked_is_free(tmp_path, model_folder):
     run = recipe(tmp_path, model_folder, "run")
     assert killed(run, resume=False, after=0)

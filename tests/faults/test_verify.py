@@ -69,6 +69,7 @@ def test_resuming_is_proved_on_the_runs_own_recipe_and_leaves_nothing(run):
     assert sorted(path for path in run.parent.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_resume_that_forgets_something_is_told(run, monkeypatch):
     from qlora_kit.train import checkpoint
 
