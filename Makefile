@@ -28,7 +28,7 @@ quickstart: $(STAMP)  ## train, score, export and look at a QLoRA adapter: no GP
 	@echo '  $(BIN)/qlora-kit train qlora-7b-8gb data.train=chats.jsonl'
 
 test: $(STAMP)  ## the default tests, at most 5 minutes on two cores
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: $(STAMP)  ## the virtual environment alone
 
