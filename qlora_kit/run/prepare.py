@@ -7,12 +7,12 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_kit.base import locate_model
-from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.hub import is_folder
 from qlora_kit.base.load import read_config, resolve_device
+from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     FALLBACK,
@@ -186,15 +186,13 @@ def load_tokenizer(
 
     Raises:
         DataError: there is no tokenizer in the folder, no such template, or it has not the tokens that one needs.
+        ModelError: the tokenizer cannot be read.
     """
-    if not has_tokenizer(folder):
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
         raise DataError(
             f"{folder} has no tokenizer (tokenizer.json or the like); put the model's own beside its config"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     if recipe is None:
         return tokenizer
     tokenizer.add_tokens(recipe.lora.added_tokens)  # those that are there already stay as they are
