@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from qlora_kit.errors import RunError
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # thousands of open brackets are the last
         raise RunError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} holds a {type(content).__name__}, wanted a JSON object")
@@ -232,6 +232,21 @@ def checksums(folder: Path) -> dict[str, str]:
     """Checksum of every file of a folder, by its name in it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def read_checksums(manifest: Path) -> dict[str, str]:
+    """The checksums that a JSON file holds under `files`, of files below a folder by their name in it.
+
+    Raises:
+        RunError: it cannot be read, holds none, or names a file elsewhere.
+    """
+    expected = read_json(manifest).get("files")
+    if not isinstance(expected, dict) or not all(isinstance(checksum, str) for checksum in expected.values()):
+        raise RunError(f"{manifest} is malformed: it needs `files`, from names of files to checksums")
+    outside = [name for name in expected if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    if outside:
+        raise RunError(f"{manifest} names {outside[0]!r}, which leads out of its folder: refused")
+    return expected
 
 
 def changed_files(folder: Path, expected: Mapping[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ import fnmatch
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -123,7 +124,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     if len(raw) < header_bytes:
         raise ModelError(f"{path} is cut short: expected more than {8 + header_bytes} bytes, found {file_bytes}")
-    header = _parse_json(raw, path)
+    header = _parse_json(raw, path, one_of_each=True)
     header.pop("__metadata__", None)
     entries = [(name, _entry(path, name, spec, 8 + header_bytes)) for name, spec in header.items()]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
@@ -181,6 +182,9 @@ def listing_faults(names: Iterable[str], where: str, weights: bool) -> Iterator[
     if _CONFIG not in names and "adapter_config.json" in names:
         yield f"{where} is an adapter, not a base model: give it as lora.from, and its base as base.model"
         return
+    if "adapter_config.json" in names:
+        # transformers would load the base that the adapter names, from wherever that is, in place of these weights
+        yield f"{where} holds an adapter (adapter_config.json) beside a base model: put each in a folder of its own"
     if _CONFIG not in names:
         yield f"{where} has no {_CONFIG}: wanted a model as transformers' save_pretrained writes it"
     if weights and not names & {WEIGHTS, _INDEX}:
@@ -295,12 +299,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return _parse_json(raw, path)
 
 
-def _parse_json(raw: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `raw`, which comes from `path`."""
+def _parse_json(raw: bytes, path: Path, *, one_of_each: bool = False) -> dict[str, Any]:
+    """The JSON object in `raw`, which comes from `path`; with `one_of_each` no name in it may be there twice."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, object_pairs_hook=_without_doubles if one_of_each else None)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, or a number of too many digits
         raise ModelError(f"{path} is damaged: its JSON cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is damaged: expected a JSON object, found a {type(value).__name__}")
     return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two tensors of one name every reader would take another."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found

@@ -11,6 +11,7 @@ One that is damaged is made again. Where the folder cannot be written, or QLORA_
 """
 
 import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -131,14 +132,15 @@ def _save(folder: Path, sets: Sets) -> None:
         }
     write_tensors(folder / "index.safetensors", index)
     sums = {file.name: sha256_file(file) for file in folder.iterdir()}
-    write_json(folder / "set.json", {**told, "sha256": sums})
+    write_json(folder / "set.json", {**told, "sha256": {**sums, "told": _mark(told)}})
 
 
 def _load(folder: Path) -> Sets | None:
     """The sets of an entry; None where there is none, or one that is damaged."""
     try:
         told = read_json(folder / "set.json")
-        if any(sha256_file(folder / name) != told["sha256"][name] for name in _FILES):
+        sums = told["sha256"]
+        if any(sha256_file(folder / name) != sums[name] for name in _FILES) or _mark(told) != sums["told"]:
             return None
         index = {name: tensor.tolist() for name, tensor in load_file(folder / "index.safetensors").items()}
         train, held = (_read_set(folder, side, told[side], index) for side in _SIDES)
@@ -147,6 +149,11 @@ def _load(folder: Path) -> Sets | None:
         return None
     held.rows = list(held.rows)  # an evaluation holds them all in any case
     return train, held
+
+
+def _mark(told: Mapping[str, Any]) -> str:
+    """Checksum of what set.json says of both sides, by its text there."""
+    return hashlib.sha256(json.dumps([told[side] for side in _SIDES]).encode()).hexdigest()
 
 
 def _read_set(folder: Path, side: str, told: dict[str, Any], index: Mapping[str, Sequence[int]]) -> EncodedSet:

@@ -36,6 +36,12 @@ _TODAY = "strftime_now"
 _DIRECTIVES = ("-d", "-m", *"aAbBcdeHIjmMpSuUVwWxXyYzZ")
 """Of `strftime`, what today's date is asked for in; %% is a percent sign."""
 
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
+                    MemoryError)  # fmt: skip
+"""What a template raises: Jinja's own errors, among them what its sandbox forbids, and those of Python that its
+expressions lead to: it adds text to something else that a message holds, asks for a range above 100,000 or calls
+itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
@@ -52,9 +58,8 @@ class Renderer:
                 messages, tools=self.tools, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
             )
             return str(text)
-        # A TypeError is the template's too: it adds text to something else that a message holds.
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template refuses the chat: {error}") from error
+        except _TEMPLATE_FAULTS as error:
+            raise DataError(f"the chat template refuses the chat: {' '.join(str(error).split())}") from error
 
 
 # ---- which template ------------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base.experts import stack_experts
-from qlora_kit.base.files import has_tokenizer
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
 from qlora_kit.base.load import brings_code, head_of, load_base, original_weights
+from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, ModelError, RunError
 from qlora_kit.export.audit import check_audit, compare, limit_of
@@ -98,7 +98,7 @@ def merge(
     load_adapter(model, adapter, force=force)
     provenance = {"base": str(base), "adapter": str(adapter)} | ({"revision": revision} if revision else {})
     # An exported adapter brings its tokenizer along, whose chat template the base need not have.
-    tokenizer = _tokenizer(adapter) or _tokenizer(locate_model(str(base), revision))
+    tokenizer = read_tokenizer(adapter) or read_tokenizer(locate_model(str(base), revision))
     if tokenizer is not None:
         tokenizer.add_tokens(read_added_tokens(adapter))
     export_merged(
@@ -280,10 +280,3 @@ def audit_device(model: PreTrainedModel, export: PreTrainedModel) -> torch.devic
         return model.device
     free, _ = torch.cuda.mem_get_info(model.device)
     return model.device if sum(p.nbytes for p in export.parameters()) < AUDIT_SHARE * free else torch.device("cpu")
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a base, or None where its folder has none."""
-    if not has_tokenizer(folder):
-        return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import decode, device_of
 from qlora_kit.base.experts import expert_stacks, stack_experts
+from qlora_kit.base.files import read_header
 from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.base.vocabulary import row_width
-from qlora_kit.errors import AdapterError, listed
+from qlora_kit.errors import AdapterError, ModelError, listed
 from qlora_kit.lora.inject import LoraReport, lora_report, wrap
 from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, row_squares, weight_shape
 from qlora_kit.lora.peft_config import (
@@ -231,10 +232,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise AdapterError(f"{path} is missing; pickled adapters (.bin) are not read: save it as safetensors")
     try:
+        read_header(path)  # it names the tensor that is wrong, and nothing is allocated for one that is not there
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} ({path.stat().st_size} bytes) is damaged: {error}") from error
+    except (ModelError, SafetensorError, OSError) as error:
+        raise AdapterError(f"the adapter in {path.parent} is damaged: {error}") from error
 
 
 @dataclass(slots=True)

@@ -73,6 +73,8 @@ _INERT: dict[str, tuple[object, ...]] = {
     "qalora_group_size": (16,),
     "megatron_core": ("megatron.core",),
 }
+_MOST_REPEATS = 5
+"""In one pattern; those of PEFT and of programs around it have up to 4."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Starts of PEFT that take something out of the base, so that the file is half of what was trained."""
 
@@ -197,11 +199,17 @@ def _are_ids(value: object) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
+    """Whether this is a pattern that is matched in little time, whatever the name.
+
+    Python's matching has no limit: a group that is repeated, or repeats by the dozen, would take it years.
+    """
     try:
         re.compile(value)
-    except (re.error, TypeError):
+    except (re.error, TypeError, OverflowError, RecursionError):
         return False
-    return True
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?", "x", value, flags=re.DOTALL)  # no escapes, classes or marks of groups
+    repeats = re.findall(r"(.)[*+?{]", bare, flags=re.DOTALL)
+    return len(repeats) <= _MOST_REPEATS and not re.search(r"\)[*+{]", bare)
 
 
 def _is_choice(value: object) -> bool:

@@ -3,9 +3,9 @@
 from datetime import date as Date
 from pathlib import Path
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from qlora_kit.base.files import has_tokenizer
+from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data import (
     FALLBACK,
     check_turn_tokens,
@@ -24,15 +24,13 @@ def load_tokenizer(
 
     Raises:
         DataError: there is no tokenizer in the folder, no such template, or it has not the tokens that one needs.
+        ModelError: the tokenizer cannot be read.
     """
-    if not has_tokenizer(folder):
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
         raise DataError(
             f"{folder} has no tokenizer (tokenizer.json or the like); put the model's own beside its config"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     if recipe is None:
         return tokenizer
     tokenizer.add_tokens(recipe.lora.added_tokens)  # those that are there already stay as they are

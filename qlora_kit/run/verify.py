@@ -9,9 +9,9 @@ from typing import Any
 from qlora_kit.errors import RunError
 from qlora_kit.export.sealed import MANIFEST as EXPORT
 from qlora_kit.recipe import Recipe, read_recipe
-from qlora_kit.run.folder import CHECKPOINTS, RECIPE, RESULT
+from qlora_kit.run.folder import ADAPTER, CHECKPOINTS, MODEL, RECIPE, RESULT
 from qlora_kit.run.train import train
-from qlora_kit.storage import changed_files, checksums, passing_folder, read_json
+from qlora_kit.storage import changed_files, checksums, passing_folder, read_checksums, read_json
 from qlora_kit.train.checkpoint import MANIFEST, checkpoint_of, checkpoints
 from qlora_kit.watch import Watch
 
@@ -51,7 +51,7 @@ def verify(folder: Path) -> Verified:
     verified = Verified()
     for place, manifest in _manifests(folder):
         try:
-            verified.look_at(place, read_json(manifest).get("files", {}))
+            verified.look_at(place, read_checksums(manifest))
         except RunError as error:
             verified.files[str(place)] = 0
             verified.faults.append(str(error))
@@ -69,7 +69,8 @@ def _manifests(folder: Path) -> Iterator[tuple[Path, Path]]:
         for checkpoint in checkpoints(folder / CHECKPOINTS):
             yield checkpoint, checkpoint / MANIFEST
         if (folder / RESULT).is_file():
-            yield folder / str(read_json(folder / RESULT).get("folder")), folder / RESULT
+            trained = read_json(folder / RESULT).get("folder")
+            yield folder / (trained if trained in (ADAPTER, MODEL) else ADAPTER), folder / RESULT
 
 
 class _Stopping(Watch):

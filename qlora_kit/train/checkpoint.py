@@ -25,6 +25,7 @@ from qlora_kit.storage import (
     changed_files,
     check_room,
     checksums,
+    read_checksums,
     read_json,
     remove_folder,
     staged_folder,
@@ -140,9 +141,9 @@ def checkpoints(folder: Path) -> list[Path]:
 def verify_checkpoint(folder: Path) -> list[str]:
     """What is wrong with a folder that has a manifest: files missing or changed since it was written."""
     try:
-        expected: dict[str, str] = read_json(folder / MANIFEST)["files"]
-    except (RunError, KeyError) as error:
-        return [f"{folder / MANIFEST} cannot be used: {error}"]
+        expected = read_checksums(folder / MANIFEST)
+    except RunError as error:
+        return [str(error)]
     return changed_files(folder, expected)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_kit.errors import RunError
 from qlora_kit.storage import write_text
+from qlora_kit.units import is_number
 
 
 class MetricsLog:
@@ -59,9 +60,9 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and is_number(row.get("step")):
             rows.append(row)
         elif number < len(lines):
             raise RunError(f"{path}:{number} is no row of a step; take that line out, or start again with --overwrite")
