@@ -272,9 +272,8 @@ def test_a_resumed_run_that_is_stopped_leaves_no_scores_of_its_earlier_end(recip
     monkeypatch.setattr("qlora_kit.cli.show.Screen.stop_requested", lambda screen: True)
     assert call("train", recipe, "train.eval_every=1", "train.steps=8", "--resume").exit_code != 2
     assert not (run / "scores.json").exists()
-    assert json.loads((run / "result.json").read_text()) == {
-        "schema": 1, "folder": "adapter", "step": 5, "finished": False,
-    }  # fmt: skip
+    result = json.loads((run / "result.json").read_text())
+    assert (result["folder"], result["step"], result["finished"]) == ("adapter", 5, False)
     assert "is kept as a checkpoint, the end is step 5" in json.loads(call("report", run, "--json").stdout)["verdict"]
 
 

@@ -40,7 +40,9 @@ class Workspace:
         buffer = self._idle.pop(key, None)  # in one move, so that of two threads only one gets it
         if buffer is None or buffer.numel() < rows * columns:
             buffer = None  # freed before the larger one is made
-            with torch.inference_mode(False):  # or training could not write where an evaluation wrote first
+            # Or training could not write where an evaluation wrote first. That alone would turn gradients on, and the
+            # buffer be taken for something that a backward pass computes again.
+            with torch.inference_mode(False), torch.no_grad():
                 buffer = torch.empty(rows * columns, dtype=dtype, device=like.device)
         lent = buffer.as_strided(shape, (columns, 1))
         weakref.finalize(lent, self._idle.__setitem__, key, buffer)
