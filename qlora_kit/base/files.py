@@ -261,12 +261,13 @@ def _inside(folder: Path, name: str) -> Path:
     """The file `name` of a model folder.
 
     Raises:
-        ModelError: if it is absolute, climbs or links out of the folder, does not exist, or is not a regular file.
+        ModelError: if it is absolute, climbs or links out of the folder, holds characters that cannot be shown, does
+            not exist, or is not a regular file.
     """
     path = folder / name
     is_relative = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    if not is_relative or "\\" in name or "\0" in name:
-        raise ModelError(f"{name!r} leads out of the model folder {folder}: refused")
+    if not is_relative or "\\" in name or not name.isprintable():
+        raise ModelError(f"{name!r} leads out of the model folder {folder}, or is no name that can be shown: refused")
     target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise ModelError(f"{path} links to {target}, out of its folder: refused; put the file itself there")
