@@ -7,9 +7,11 @@ import time
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.base.files import check_model_folder
 from qlora_kit.base.load import load_base, read_config
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.errors import AdapterError, ModelError, RecipeError
@@ -199,6 +201,31 @@ def test_a_tokenizer_that_is_none_is_a_line(model_folder, tmp_path, name):
         with pytest.raises(ModelError, match="tokenizer") as caught:
             read_tokenizer(folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/a.jinja"])
+def test_no_template_is_taken_from_elsewhere_into_an_export(model_folder, adapter, tmp_path, name):
+    """A link in a folder that was cloned would put a file of its reader into what the reader publishes."""
+    (tmp_path / "secret").write_text("{{ 'secret' }}")
+    shutil.copytree(model_folder, adapter, dirs_exist_ok=True, ignore=lambda *_: ["config.json", "model.safetensors"])
+    (adapter / name).parent.mkdir(exist_ok=True)
+    (adapter / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=f"{name} links to .*secret, out of its folder: refused"):
+        read_tokenizer(adapter)
+    shutil.copytree(adapter, tmp_path / "base", symlinks=True, ignore=lambda *_: [CONFIG, FILE])
+    (tmp_path / "base" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="links to"):
+        check_model_folder(tmp_path / "base", weights=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_of_a_base_that_are_no_fractions_are_refused(tmp_path, dtype):
+    tiny.llama().save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(file)
+    save_file(weights | {name: weights[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="up_proj"):
+        load_base(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a\nb", "\ud800"])
