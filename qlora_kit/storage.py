@@ -243,9 +243,10 @@ def read_checksums(manifest: Path) -> dict[str, str]:
     expected = read_json(manifest).get("files")
     if not isinstance(expected, dict) or not all(isinstance(checksum, str) for checksum in expected.values()):
         raise RunError(f"{manifest} is malformed: it needs `files`, from names of files to checksums")
-    outside = [name for name in expected if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
-    if outside:
-        raise RunError(f"{manifest} names {outside[0]!r}, which leads out of its folder: refused")
+    for name in expected:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not name.isprintable():
+            raise RunError(f"{manifest} names {name!r}, which leads out of its folder or cannot be shown: refused")
     return expected
 
 

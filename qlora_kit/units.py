@@ -1,7 +1,7 @@
 """Bytes, tokens and seconds: how numbers with units are read and written. GiB is 2**30 bytes, GB is 10**9."""
 
-import math
 import re
+import sys
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 _FACTORS = {
@@ -84,5 +84,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def is_number(value: object) -> bool:
-    """Whether this is a finite number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether this is a finite number, no larger than a float can be, and not a truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

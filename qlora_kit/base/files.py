@@ -28,6 +28,7 @@ MAX_HEADER_BYTES = 100_000_000
 _CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"
 TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 _LFS_POINTER = b"version https://git-lfs"
@@ -79,7 +80,7 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
         names = os.listdir(folder)
     except OSError as error:
         raise ModelError(f"{folder} cannot be read: {error.strerror}") from error
-    faults = [*listing_faults(names, str(folder), weights), *_text_faults(folder, names)]
+    faults = [*listing_faults(names, str(folder), weights), *text_faults(folder)]
     if weights:
         faults += [fault for fault in _weight_faults(folder) if fault not in faults]
     if len(faults) == 1:
@@ -142,6 +143,21 @@ def tensor_names(folder: Path) -> set[str]:
     return {name for file, promised in shards.items() for name in promised or read_header(_inside(folder, file))}
 
 
+def check_weights_are_fractions(folder: Path) -> None:
+    """Refuse a dense model with weights in whole numbers, truth values or complex ones: a reader would round them off.
+
+    Raises:
+        ModelError: names the file, the first such tensor and its dtype; or as `read_header`.
+    """
+    for path in weight_files(folder):
+        for name, entry in read_header(path).items():
+            if name.endswith(".weight") and not entry.dtype.startswith(("F", "BF")):
+                raise ModelError(
+                    f"{path}: tensor {name!r} is in {entry.dtype}, which is no dtype of dense weights, and config.json "
+                    "says nothing of a quantization: give the 16-bit model"
+                )
+
+
 def _entry(path: Path, name: str, spec: object, data_begin: int) -> TensorEntry:
     """One tensor of a header, with offsets from the start of the file."""
     match spec:
@@ -201,9 +217,10 @@ def listing_faults(names: Iterable[str], where: str, weights: bool) -> Iterator[
             yield f"{where} has no weights: wanted {WEIGHTS}, or {_INDEX} and the files that it names{instead}"
 
 
-def _text_faults(folder: Path, names: list[str]) -> Iterator[str]:
-    """What is wrong with the config, and which of the small files link out of the folder."""
-    for name in sorted(name for name in names if is_text(name)):
+def text_faults(folder: Path) -> Iterator[str]:
+    """What is wrong with the config of a model or adapter, and which of the small files link out of the folder."""
+    paths = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
+    for name in sorted(path.relative_to(folder).as_posix() for path in paths if is_text(path.name)):
         try:
             path = _inside(folder, name)
             if name == _CONFIG and not isinstance(_read_json(path).get("model_type"), str):
@@ -261,12 +278,13 @@ def _inside(folder: Path, name: str) -> Path:
     """The file `name` of a model folder.
 
     Raises:
-        ModelError: if it is absolute, climbs or links out of the folder, does not exist, or is not a regular file.
+        ModelError: if it is absolute, climbs or links out of the folder, holds characters that cannot be shown, does
+            not exist, or is not a regular file.
     """
     path = folder / name
     is_relative = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-    if not is_relative or "\\" in name or "\0" in name:
-        raise ModelError(f"{name!r} leads out of the model folder {folder}: refused")
+    if not is_relative or "\\" in name or not name.isprintable():
+        raise ModelError(f"{name!r} leads out of the model folder {folder}, or is no name that can be shown: refused")
     target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise ModelError(f"{path} links to {target}, out of its folder: refused; put the file itself there")

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
-from qlora_kit.base.files import tensor_names
+from qlora_kit.base.files import check_weights_are_fractions, tensor_names
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.fuse import fuse
 from qlora_kit.base.hub import locate_model
@@ -379,7 +379,9 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
 def _load(
     folder: Path, config: PretrainedConfig, attention: str, head: Head
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The dense model in the checkpoint's own dtype, off its mapped file, and its modules that are new."""
+    """The model as it is stored, in its own dtype, off its mapped file, and its modules that are new."""
+    if stored_quantization(config) is None:
+        check_weights_are_fractions(folder)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # a new classifier starts the same at every load

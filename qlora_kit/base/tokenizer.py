@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_kit.base.files import has_tokenizer
+from qlora_kit.base.files import has_tokenizer, text_faults
 from qlora_kit.errors import ModelError
 
 
@@ -16,10 +16,12 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         trust_remote_code: run code that the folder brings. Where this is left to transformers, it asks on the terminal.
 
     Raises:
-        ModelError: it cannot be read, or needs code that may not run.
+        ModelError: it cannot be read, needs code that may not run, or a file of it lies elsewhere.
     """
     if not has_tokenizer(folder):
         return None
+    for fault in text_faults(folder):
+        raise ModelError(fault)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # of a damaged tokenizer.json the library raises an Exception and none of its kinds

@@ -23,6 +23,7 @@ from qlora_kit.cli.guard import DEBUG, reports_errors
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.verify import verify
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, RecipeError
 
 app = typer.Typer(
@@ -226,7 +227,8 @@ def report(
         compared = compare_runs(runs)
         path = write_comparison(compared, out or Path("report.html"))
         text, facts = f"{comparison_text(compared)}\n\n{path}", comparison_facts(compared) if as_json else {}
-    typer.echo(json.dumps({"schema": 1, "report": str(path), **facts}, indent=2) if as_json else text)
+    shown = json.dumps({"schema": 1, "report": str(path), **facts}, indent=2) if as_json else visible(text, keep="\n")
+    typer.echo(shown)
 
 
 @app.command()

@@ -39,7 +39,7 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if DEBUG["on"] or error.errno not in _DISK_FAULTS:
                 raise
-            typer.echo(f"error: {error.filename or 'the disk'}: {error.strerror}", err=True)
+            typer.echo(visible(f"error: {error.filename or 'the disk'}: {error.strerror}"), err=True)
             raise typer.Exit(QloraKitError.exit_code) from None
 
     return guarded

@@ -208,18 +208,18 @@ class Screen(Watch):
         if not result.finished:
             self.console.print(
                 f"\nstopped after step {result.step}; the state is saved. Go on with:\n"
-                f"  qlora-kit train {escape(shlex.quote(str(shown / 'recipe.yaml')))} --resume"
+                f"  qlora-kit train {_shown(shlex.quote(str(shown / 'recipe.yaml')))} --resume"
             )
             return
         self.console.print(f"\n[bold]memory[/] planned beside measured\n{escape(_memory_text(folder))}")
         self.console.print(f"\n[green]done[/] in {format_seconds(result.seconds)}")
         if self._trains_all:
-            self.console.print(f"  model    {shown / 'model'}  (plain transformers weights)")
-            self.console.print(f"  report   {shown / 'report.html'}")
+            self.console.print(f"  model    {_shown(shown / 'model')}  (plain transformers weights)")
+            self.console.print(f"  report   {_shown(shown / 'report.html')}")
             return
-        self.console.print(f"  adapter  {shown / 'adapter'}  (PEFT's format)")
-        self.console.print(f"  report   {shown / 'report.html'}")
-        self.console.print(f"  merge    qlora-kit export {shown} --to merged --out {shown / 'merged'}")
+        self.console.print(f"  adapter  {_shown(shown / 'adapter')}  (PEFT's format)")
+        self.console.print(f"  report   {_shown(shown / 'report.html')}")
+        self.console.print(f"  merge    qlora-kit export {_shown(shown)} --to merged --out {_shown(shown / 'merged')}")
 
     @property
     def _trained_name(self) -> str:
@@ -283,6 +283,11 @@ def audit_lines(exported: Mapping[str, Any], out: Path) -> str:
     caution = exported.get("quantization", {}).get("caution")
     lines += [f"caution: {caution}"] if caution else []
     return "\n".join(lines)
+
+
+def _shown(name: Path | str) -> str:
+    """A name that is neither rich's markup nor a command to the terminal."""
+    return escape(visible(str(name)))
 
 
 def _memory_text(folder: Path) -> str:

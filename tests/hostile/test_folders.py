@@ -1,0 +1,238 @@
+"""Folders of models and adapters from anywhere: nothing of them runs, asks, leads elsewhere or is made up."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_kit.base.files import check_model_folder
+from qlora_kit.base.load import load_base, read_config
+from qlora_kit.base.tokenizer import read_tokenizer
+from qlora_kit.errors import AdapterError, ModelError, RecipeError
+from qlora_kit.export import merge
+from qlora_kit.lora import add_lora, load_adapter, lora_layers, save_adapter
+from qlora_kit.lora.peft_config import _is_pattern
+from qlora_kit.recipe import read_recipe
+from qlora_kit.run.verify import verify
+
+CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+A, B = LAYER + "A.weight", LAYER + "B.weight"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny.quantized(tiny.llama())
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    model = tiny.quantized(tiny.llama())
+    add_lora(model, rank=2, targets=["q_proj"])
+    return save_adapter(model, tmp_path / "adapter")
+
+
+def refusal(base, adapter):
+    start = time.perf_counter()
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(base, adapter)
+    assert time.perf_counter() - start < 0.5
+    assert not list(lora_layers(base))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- an adapter's tensors ---------------------------------------------------------------------------------------------
+
+
+def change_header(adapter, change):
+    """Put another header before the same data; `change` takes and gives its text."""
+    whole = (adapter / FILE).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = change(whole[8:end].decode().rstrip()).encode()
+    (adapter / FILE).write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
+
+
+def with_entry(name, **changes):
+    def change(text):
+        header = json.loads(text)
+        header[name] |= changes
+        return json.dumps(header)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_entry(B, data_offsets=[0, 192]), r"tensor .*lora_[AB].weight' overlaps the one before it"),
+        (with_entry(A, shape=[2, 49]), r"lora_A.weight', BF16 of shape \[2, 49\], takes 196 bytes.*gives it 192"),
+        (with_entry(A, shape=[10**9, 10**9]), r"lora_A.weight'.*takes 2000000000000000000 bytes"),
+        (with_entry(A, dtype="F32"), r"lora_A.weight', F32.*takes 384 bytes"),
+        (with_entry(A, dtype="I16"), r"lora_A.weight is in torch.int16, which is no dtype of weights"),
+        (with_entry(A, dtype="PICKLE"), r"tensor .*lora_A.weight' in a way that the format does not know"),
+        (lambda text: text[:-1] + f', "{A}": {json.dumps(json.loads(text)[A])}}}', r"lora_A.weight' is there twice"),
+    ],
+)  # fmt: skip
+def test_a_false_header_is_told_by_file_and_tensor(adapter, base, change, said):
+    change_header(adapter, change)
+    message = refusal(base, adapter)
+    assert str(adapter) in message
+    assert re.search(said, message), message
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, -1])
+def test_a_file_that_is_cut_is_told_by_name(adapter, base, length):
+    (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:length])
+    assert str(adapter / FILE) in refusal(base, adapter)
+
+
+ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"r": 10**9}, "wanted"),
+        ({"r": 10**400}, "wanted"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "wanted"),
+        ({"lora_alpha": 10**400}, "impossible value: lora_alpha"),
+        ({"lora_alpha": float("nan")}, "impossible value: lora_alpha"),
+        ({"lora_dropout": float("inf")}, "impossible value: lora_dropout"),
+        ({"trainable_token_indices": [10**30]}, "no tensors for"),
+        *(({"target_modules": pattern}, "impossible value: target_modules") for pattern in ENDLESS),
+        *(({"rank_pattern": {pattern: 2}}, "impossible value: rank_pattern") for pattern in ENDLESS[:2]),
+    ],
+)
+def test_a_config_that_would_take_all_memory_or_time_is_refused_at_once(adapter, base, changes, said):
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | changes))
+    assert said in refusal(base, adapter)
+
+
+@pytest.mark.parametrize("pattern", [
+    r".*\.(q|v)_proj",
+    r".*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj|up_proj).*?",
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention)\.(?:(?:q_proj|k_proj)))",
+])  # fmt: skip
+def test_the_patterns_of_programs_around_peft_are_read(pattern):
+    assert _is_pattern(pattern)
+
+
+# --- what transformers would do by itself -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Questions that were put to a person."""
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "y")
+    return questions
+
+
+def change(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_code_of_a_folder_neither_runs_nor_is_asked_about(model_folder, adapter, asked, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own")
+    for read in (lambda: read_tokenizer(folder), lambda: merge(adapter, folder, tmp_path / "out", force=True)):
+        with pytest.raises(ModelError, match="custom code"):
+            read()
+    code = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    change(folder / "config.json", auto_map=code, model_type="own")
+    for read in (read_config, lambda folder: load_base(folder, device="cpu")):
+        with pytest.raises(ModelError, match="custom code"):
+            read(folder)
+    assert asked == []
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["trust_remote_code", "base.trust_remote_code", "base.auto_map"])
+def test_no_recipe_and_no_override_asks_for_code(key):
+    with pytest.raises(RecipeError, match=f"{key} is not a key"):
+        read_recipe("default", ["base.model=a/b", "data.train=c.jsonl", f"{key}=true"])
+
+
+def test_an_adapter_beside_a_base_does_not_put_another_base_in_its_place(tmp_path):
+    tiny.llama(seed=1).save_pretrained(tmp_path / "other")
+    tiny.llama().save_pretrained(tmp_path / "model")
+    named = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "other"), "target_modules": ["q_proj"]}
+    (tmp_path / "model" / CONFIG).write_text(json.dumps(named))
+    with pytest.raises(ModelError, match=r"an adapter .* beside a base model: put each in a folder of its own"):
+        load_base(tmp_path / "model", device="cpu")
+
+
+def test_a_stored_checkpoint_without_one_of_its_tensors_is_refused(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "dense")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=four_bit).save_pretrained(
+        tmp_path / "a"
+    )
+    file = tmp_path / "a" / "model.safetensors"
+    whole = load_file(file)
+    for lost in [name for name in whole if "layers.0.mlp.up_proj" in name] + ["model.norm.weight"]:
+        save_file({name: tensor for name, tensor in whole.items() if name != lost}, file, metadata={"format": "pt"})
+        with pytest.raises(ModelError):
+            load_base(tmp_path / "a", double_quant=False, device="cpu")
+
+
+SPOILED = {
+    "tokenizer.json": (b"", b"{}", b"[]", b"[" * 100_000, b'{"added_tokens": [], "model": {"type": "XXX"}}'),
+    "tokenizer_config.json": (b"null", b'{"tokenizer_class": 3}', b'{"added_tokens_decoder": {"x": {}}}',
+                              b'{"chat_template": 3}', b'{"chat_template": [{"name": "default", "template": 3}]}',
+                              b'{"extra_special_tokens": 7}'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_tokenizer_that_is_none_is_a_line(model_folder, tmp_path, name):
+    for content in SPOILED[name]:
+        folder = shutil.copytree(model_folder, tmp_path / "model", dirs_exist_ok=True)
+        (folder / name).write_bytes(content)
+        with pytest.raises(ModelError, match="tokenizer") as caught:
+            read_tokenizer(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/a.jinja"])
+def test_no_template_is_taken_from_elsewhere_into_an_export(model_folder, adapter, tmp_path, name):
+    """A link in a folder that was cloned would put a file of its reader into what the reader publishes."""
+    (tmp_path / "secret").write_text("{{ 'secret' }}")
+    shutil.copytree(model_folder, adapter, dirs_exist_ok=True, ignore=lambda *_: ["config.json", "model.safetensors"])
+    (adapter / name).parent.mkdir(exist_ok=True)
+    (adapter / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=f"{name} links to .*secret, out of its folder: refused"):
+        read_tokenizer(adapter)
+    shutil.copytree(adapter, tmp_path / "base", symlinks=True, ignore=lambda *_: [CONFIG, FILE])
+    (tmp_path / "base" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="links to"):
+        check_model_folder(tmp_path / "base", weights=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
+def test_weights_of_a_base_that_are_no_fractions_are_refused(tmp_path, dtype):
+    tiny.llama().save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(file)
+    save_file(weights | {name: weights[name].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="up_proj"):
+        load_base(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a\nb", "\ud800"])
+def test_no_manifest_has_files_elsewhere_read(tmp_path, name):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "export.json").write_text(json.dumps({"files": {name: "00"}}))
+    found = verify(tmp_path / "export")
+    assert len(found.faults) == 1
+    assert "refused" in found.faults[0]
+    assert found.faults[0].isprintable()
