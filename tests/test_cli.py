@@ -420,6 +420,7 @@ def test_a_family_whose_logits_are_its_own_affair_is_trained_with_whole_ones_and
     assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in again if "loss" in row]
 
 
+@pytest.mark.slow
 def test_added_tokens_and_all_else_that_an_adapter_trains_go_through_every_verb(recipe):
     """New tokens, a norm trained whole, a PiSSA start and a quantised head: planned, resumed, exported."""
     run, rows = recipe.parent / "run", recipe.parent / "rows.jsonl"

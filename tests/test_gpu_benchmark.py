@@ -69,7 +69,7 @@ def test_the_floor_of_its_speed_is_what_was_computed_by_hand(gpu, again, wanted)
     assert floor == pytest.approx(wanted, rel=0.01)  # the sums by hand have three digits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_of_it_runs(gpu, monkeypatch, capsys):
     rows = run(gpu, monkeypatch, capsys, "--dry")
     assert not any("error" in row for each in rows.values() for row in each)

@@ -82,7 +82,7 @@ def test_a_plan_is_its_step_for_a_few_classifications(case):
     assert_close([case], [text_gap(case)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_is_its_step_for_all_of_the_grid(family, kind, tmp_path):

@@ -253,6 +253,7 @@ def test_every_card_of_the_table_finds_itself():
         assert dataclasses.astuple(find_card(name))[0] == name
 
 
+@pytest.mark.slow
 def test_plan_for_a_card_that_is_not_here(tmp_path):
     tiny.llama(**SIZES).config.save_pretrained(tmp_path)
     command = ["plan", "default", f"base.model={tmp_path}", f"data.train={tmp_path / 'none.jsonl'}",

@@ -34,6 +34,7 @@ def test_rows_are_grouped_by_what_they_tell_of():
     assert as_tracked({"step": 3, "eval_loss": 2.0}) == {"eval/loss": 2.0}
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_rows_of_metrics_and_the_settings_of_the_recipe(recipe, monkeypatch):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     result = call("train", recipe, "train.trackers=[tensorboard]", "train.lr=auto")

@@ -29,7 +29,7 @@ class Gauge(Watch):
             self.files[row["step"]] = len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_steps_with_evaluations_checkpoints_and_samples_take_no_more_than_a_few_hundred(
     tmp_path, model_folder
 ):
