@@ -7,6 +7,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from qlora_kit.base.files import has_tokenizer, text_faults
 from qlora_kit.errors import ModelError
 
+_MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
+"""What transformers raises over files that describe no tokenizer. Where tokenizer.json is JSON and still none, the library
+below it raises an `Exception` and none of its kinds, which is not caught here."""
+
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model or adapter; None where its folder has none.
@@ -24,7 +28,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise ModelError(fault)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of a damaged tokenizer.json the library raises an Exception and none of its kinds
+    except _MALFORMED as error:
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ModelError(f"{folder} has no tokenizer that can be read: {why}") from error
     held = tokenizer.chat_template

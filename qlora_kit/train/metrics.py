@@ -45,6 +45,12 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
+def _read_float(digits: str) -> float | None:
+    """What `add` writes of such a number."""
+    value: float | None = _finite(float(digits))
+    return value
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -59,7 +65,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_float=_read_float, parse_constant=_read_float)
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and is_number(row.get("step")):
