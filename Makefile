@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHMARKS := quickstart learning_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_gguf packing growth
 
-.PHONY: help quickstart test setup lint types slow llamacpp gpu bench format clean
+.PHONY: help quickstart test setup lint types slow long llamacpp gpu bench format clean
 
 help:  ## list these verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -46,6 +46,9 @@ llamacpp: $(STAMP)  ## build llama.cpp (6 to 15 minutes, once; needs cmake and a
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python==0.3.36
 	@$(BIN)/python -m pytest tests/test_llamacpp.py -m slow -rs
+
+long: $(STAMP)  ## the tests that are too long for continuous integration too: a quarter of an hour
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'long and not gpu'
 
 gpu: $(STAMP)  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -82,6 +82,11 @@ def test_a_plan_is_its_step_for_a_few_classifications(case):
     assert_close([case], [text_gap(case)])
 
 
+@pytest.mark.slow
+def test_a_plan_is_its_step_for_a_seventh_of_the_grid(tmp_path):
+    assert_close(GRID[::7], [causal_gap(case, tmp_path) for case in GRID[::7]])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("kind", KINDS)

@@ -135,7 +135,7 @@ class Page:
         return int(text[-1])
 
 
-EACH = pytest.mark.parametrize("kind", [Checkpoint, AdapterFolder, Export, Page])
+EACH = pytest.mark.parametrize("kind", [Checkpoint, AdapterFolder, Page, pytest.param(Export, marks=pytest.mark.slow)])
 
 
 @EACH
