@@ -8,8 +8,8 @@ from qlora_kit.base.files import has_tokenizer, text_faults
 from qlora_kit.errors import ModelError
 
 _MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
-"""What transformers raises over files that describe no tokenizer. Where tokenizer.json is JSON and still none, the library
-below it raises an `Exception` and none of its kinds, which is not caught here."""
+"""What transformers raises over files that describe no tokenizer. Where tokenizer.json is JSON and still none, the
+library below it raises an `Exception` and none of its kinds, which is not caught here."""
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
