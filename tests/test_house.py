@@ -163,11 +163,17 @@ def test_only_the_command_line_prints():
     assert wrong == []
 
 
+RAISES_NOTHING_ELSE = ("base/tokenizer.py",)
+"""Where a library raises `Exception` itself; its kinds are raised again there."""
+
+
 def test_no_handler_catches_everything():
     """`suppress` counts as a handler: what it is given is what it swallows."""
     too_broad = {"Exception", "BaseException"}
     wrong = []
     for path in FILES:
+        if where(path) in RAISES_NOTHING_ELSE:
+            continue
         for node in ast.walk(tree(path)):
             caught: list[ast.AST] = []
             if isinstance(node, ast.ExceptHandler):

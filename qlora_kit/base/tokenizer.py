@@ -8,8 +8,7 @@ from qlora_kit.base.files import has_tokenizer, text_faults
 from qlora_kit.errors import ModelError
 
 _MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
-"""What transformers raises over files that describe no tokenizer. Where tokenizer.json is JSON and still none, the
-library below it raises an `Exception` and none of its kinds, which is not caught here."""
+"""What transformers raises over files that describe no tokenizer."""
 
 
 def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
@@ -28,7 +27,11 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise ModelError(fault)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except _MALFORMED as error:
+    except Exception as error:
+        # Where tokenizer.json is JSON and still no tokenizer, such as one of a newer version, the library that reads it
+        # raises an `Exception` and none of its kinds.
+        if type(error) is not Exception and not isinstance(error, _MALFORMED):
+            raise
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ModelError(f"{folder} has no tokenizer that can be read: {why}") from error
     held = tokenizer.chat_template

@@ -186,7 +186,7 @@ def test_a_stored_checkpoint_without_one_of_its_tensors_is_refused(tmp_path):
 
 
 SPOILED = {
-    "tokenizer.json": (b"", b"{}", b"[]", b"[" * 100_000, b"\xff"),
+    "tokenizer.json": (b"", b"{}", b"[]", b"[" * 100_000, b"\xff", b'{"version": "9.0", "model": {"type": "New"}}'),
     "tokenizer_config.json": (b"null", b'{"tokenizer_class": 3}', b'{"added_tokens_decoder": {"x": {}}}',
                               b'{"chat_template": 3}', b'{"chat_template": [{"name": "default", "template": 3}]}',
                               b'{"extra_special_tokens": 7}'),
