@@ -326,6 +326,7 @@ def test_a_best_checkpoint_that_is_damaged_is_told_and_the_end_is_left(recipe, m
     assert json.loads((recipe.parent / "run" / "result.json").read_text())["step"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe):
     free = ["train.micro_batch=auto", "train.accumulation=auto"]
     ample = json.loads(call("plan", recipe, *free, "--json").stdout)
@@ -523,6 +524,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_a_models_own_code_runs_through_every_verb_if_allowed_and_never_otherwise(recipe, model_folder, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(model_folder, own)

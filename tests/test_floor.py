@@ -147,6 +147,7 @@ RECIPE = ("base.model=./nowhere", "data.train=rows.jsonl", "base.device=cpu", "b
 PACE = Pace(200, 2, 2, 20, None, 2e-4, "the test", 5000, 1000)
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_far_from_its_floor_it_is():
     config = LlamaConfig(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False)  # fmt: skip

@@ -93,6 +93,7 @@ def test_a_compiler_that_gives_other_bits_is_not_used(fresh, monkeypatch, tmp_pa
     assert quantizer.c_functions() is None
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_several_that_compile_at_the_same_time_end_with_one_library(fresh):
     folder = private_folder("compiled")

@@ -62,6 +62,7 @@ def assert_mistake(result, *words, code=2):
         assert word in lines[0]
 
 
+@pytest.mark.slow
 def test_a_sound_model_within_its_budget_is_planned(tmp_path):
     """What the other tests ask of is there: without a fault the way leads to the dry run."""
     folder = model_folder(tmp_path, SOUND)

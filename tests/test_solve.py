@@ -206,6 +206,7 @@ def test_a_plan_within_its_budget_is_the_fastest_of_the_recipe():
     assert short["next"]["peak_bytes"] > short["budget"]
 
 
+@pytest.mark.slow
 def test_what_the_recipe_says_is_not_changed():
     for size, helps in (({"vocab_size": 97}, False), ({"vocab_size": 16384, "hidden_size": 1024}, True)):
         config = LlamaConfig(**{**tiny.LLAMA, **SIZES, **size})
