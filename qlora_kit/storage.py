@@ -228,10 +228,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """Checksum of every file of a folder, by its name in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+def checksums(folder: Path, known: Mapping[Path, str] | None = None) -> dict[str, str]:
+    """Checksum of every file of a folder, by its name in it.
+
+    Args:
+        folder: to read.
+        known: checksums of files that need not be read, since they were taken while they were written.
+    """
+    files, known = sorted(path for path in folder.rglob("*") if path.is_file()), known or {}
+    return {path.relative_to(folder).as_posix(): known.get(path) or sha256_file(path) for path in files}
 
 
 def read_checksums(manifest: Path) -> dict[str, str]:

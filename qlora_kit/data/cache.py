@@ -32,6 +32,7 @@ from qlora_kit.data.load import Reader
 from qlora_kit.data.table import RowTable
 from qlora_kit.errors import RunError
 from qlora_kit.storage import (
+    checksums,
     private_folder,
     read_json,
     remove_folder,
@@ -131,8 +132,7 @@ def _save(folder: Path, sets: Sets) -> None:
             "places": rows.places,
         }
     write_tensors(folder / "index.safetensors", index)
-    sums = {file.name: sha256_file(file) for file in folder.iterdir()}
-    write_json(folder / "set.json", {**told, "sha256": {**sums, "told": _mark(told)}})
+    write_json(folder / "set.json", {**told, "sha256": {**checksums(folder), "told": _mark(told)}})
 
 
 def _load(folder: Path) -> Sets | None:

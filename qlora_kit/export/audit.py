@@ -72,14 +72,21 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
     }
 
 
-def limit_of(kind: str, onto: str, asked: float | None) -> float | None:
-    """The largest mean KL that an export of this kind may have; None where it may have any."""
-    return asked if asked is not None or onto != "dequantized" else LIMITS.get(kind)
+def check_audit(kind: str, found: Mapping[str, float] | None, onto: str, max_kl: float | None, *, force: bool) -> None:
+    """Refuse an export that is too far from what was trained.
 
+    Args:
+        kind: of the export.
+        found: what `compare` told; None where nothing was compared.
+        onto: what an adapter was merged into: no other weights are expected to be near those that were trained.
+        max_kl: largest mean KL asked for, in nats a token; None takes the kind's own, or any.
+        force: let it pass all the same.
 
-def check_audit(kind: str, found: Mapping[str, float], limit: float | None, *, force: bool) -> None:
-    """Refuse an export that is too far from what was trained, unless that is forced (RunError)."""
-    if limit is not None and found["mean_kl"] > limit and not force:
+    Raises:
+        RunError: it is farther off.
+    """
+    limit = max_kl if max_kl is not None or onto != "dequantized" else LIMITS.get(kind)
+    if found is not None and limit is not None and found["mean_kl"] > limit and not force:
         raise RunError(
             f"the {kind} export is {found['mean_kl']:.2g} nats a token (mean KL) from the model as trained, above "
             f"{limit:.2g}, and is not kept; see whether the dtype is too narrow, or export with --force"

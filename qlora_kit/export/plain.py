@@ -18,7 +18,7 @@ from qlora_kit.base.load import brings_code, head_of, load_base, original_weight
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, ModelError, RunError
-from qlora_kit.export.audit import check_audit, compare, limit_of
+from qlora_kit.export.audit import check_audit, compare
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
 from qlora_kit.export.sealed import (
@@ -38,7 +38,7 @@ from qlora_kit.export.trained_against import (
     trained_against,
 )
 from qlora_kit.lora.adapters import load_adapter
-from qlora_kit.storage import staged_folder
+from qlora_kit.storage import checksums, staged_folder
 
 FORMULAS = {
     "dequantized": "W' = decode(Wq) + scale B A, in fp32",
@@ -153,12 +153,11 @@ def export_merged(
     with staged_folder(out) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
         found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches)
-        if found is not None:
-            check_audit("merged", found, limit_of("merged", onto, max_kl), force=force)
+        check_audit("merged", found, onto, max_kl, force=force)
         return finish(model, staged, "merged", made, provenance or {}, found, sums)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> dict[str, str]:
     """Write a dense model as it stands, in its own dtype, as a plain transformers checkpoint and nothing else.
 
     Args:
@@ -166,13 +165,17 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         tokenizer: saved with its chat template; None where there is none.
         folder: complete or absent; one that stands there is replaced.
 
+    Returns:
+        checksums of its files by their names.
+
     Raises:
         ModelError: a weight is NaN or infinite.
         RunError: the disk has no room, or the model runs code of its own.
     """
     tensors = _checked_tensors(model, folder, model.dtype)
     with staged_folder(folder) as staged:
-        _write_checkpoint(model, tokenizer, staged, tensors, model.dtype, SHARD_BYTES)
+        sums = _write_checkpoint(model, tokenizer, staged, tensors, model.dtype, SHARD_BYTES)
+        return checksums(staged, sums)
 
 
 def original_of(model: PreTrainedModel, *, is_whole: bool) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from qlora_kit.base.record import base_record
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
-from qlora_kit.export.audit import check_audit, compare, limit_of
+from qlora_kit.export.audit import check_audit, compare
 from qlora_kit.export.compensate import Compensation, Stored
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
@@ -116,8 +116,7 @@ def export_quantized(
         config = _config(how, dtype, dense)
         write_model_files(model, tokenizer, staged, dtype=torch_dtype(dtype), tensor_names=written, quantization=config)
         found = None if audit_batches is None else _audit(model, staged, how, dtype, audit_batches)
-        if found is not None:
-            check_audit("quantized", found, limit_of("quantized", onto, max_kl), force=force)
+        check_audit("quantized", found, onto, max_kl, force=force)
         widths = {width for tensor in tensors if (width := _width(tensor, names)) is not None}
         made = _requantized(made, how, calibration, widths)
         return finish(model, staged, "quantized", made, provenance or {}, found, sums)

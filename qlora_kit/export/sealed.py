@@ -17,7 +17,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX
 from qlora_kit.lora.layer import Adapter
-from qlora_kit.storage import check_room, clear_abandoned, read_json, sha256_file, write_json, write_text
+from qlora_kit.storage import check_room, checksums, clear_abandoned, read_json, write_json, write_text
 from qlora_kit.units import MIB
 
 ONTO = ("dequantized", "original")
@@ -94,9 +94,7 @@ def seal(folder: Path, content: dict[str, Any], sums: Mapping[Path, str] | None 
         content: of export.json, but for the files and versions.
         sums: checksums that are known already.
     """
-    sums = sums or {}
-    there = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    files = {str(file.relative_to(folder)): sums[file] if file in sums else sha256_file(file) for file in there}
+    files = checksums(folder, sums)
     write_json(folder / MANIFEST, {**content, "versions": library_versions(), "files": files})
     return read_json(folder / MANIFEST)
 

@@ -128,9 +128,9 @@ def train(
         check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
         model = _load(recipe, prepared, ledger, watch, trust_remote_code)
-        made_from = _fingerprints(prepared) | {"base": base_record(model).mark}
+        base = {"base": base_record(model).mark}
         if resume and not force:
-            check_unchanged(folder, made_from)
+            check_unchanged(folder, base)
         unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
         if unlearnt is not None:
             watch.note(unlearnt)
@@ -144,14 +144,14 @@ def train(
         earlier = [] if resume else files_of_run(folder)
         with _tracking(recipe, prepared, folder, device) as track:
             clear_run_folder(folder, earlier)
-            describe_run(recipe, prepared, plan, made_from, folder)
+            describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
             end = _train(recipe, prepared, plan, model, task, loss_chunk, ledger, folder, watch, track, resume, limit)
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
             is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
-            base = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(model, prepared, task, base, loss_chunk)
+            again = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
+            scores = score(model, prepared, task, again, loss_chunk)
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
@@ -257,11 +257,11 @@ def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Pa
     for name in (SCORES, RESULT):
         (folder / name).unlink(missing_ok=True)
     if recipe.train.full_finetune:
-        save_model(model, prepared.tokenizer, trained)
+        files = save_model(model, prepared.tokenizer, trained)
     else:
-        save_adapter(model, trained, provenance=trained_against(model) | provenance_of(recipe))
+        files = checksums(save_adapter(model, trained, provenance=trained_against(model) | provenance_of(recipe)))
     ended = {"folder": trained.name, "step": end.left, "finished": end.finished}
-    write_json(folder / RESULT, {**ended, "files": checksums(trained)})
+    write_json(folder / RESULT, {**ended, "files": files})
 
 
 def _train(

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import tiny
 from safetensors.torch import load_file
 
 from qlora_kit.errors import RunError
@@ -78,14 +79,6 @@ def test_a_folder_that_a_killed_run_had_locked_is_free(tmp_path, model_folder):
     assert killed(run, resume=False, after=0)
     with pytest.raises(RunError, match="holds a run already"):
         train(run)
-    (tmp_path / "run" / "checkpoints" / f".step-000001.{dead_process()}.old").mkdir()
+    (tmp_path / "run" / "checkpoints" / f".step-000001.{tiny.dead_process()}.old").mkdir()
     assert killed(run, resume=True, after=0), "the dead one's lock held"
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-000001.*"))
-
-
-def dead_process():
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child

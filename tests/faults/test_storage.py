@@ -198,17 +198,9 @@ def left_over(folder):
 
 
 def test_a_file_of_a_living_process_is_left_alone(tmp_path):
-    mine, dead = (tmp_path / f".page.{number}.tmp" for number in (os.getppid(), dead_process()))
+    mine, dead = (tmp_path / f".page.{number}.tmp" for number in (os.getppid(), tiny.dead_process()))
     mine.touch()
     dead.touch()
     write_text(tmp_path / "page", "text")
     assert mine.exists()
     assert not dead.exists()
-
-
-def dead_process():
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child

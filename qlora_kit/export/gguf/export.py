@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.base.record import base_record
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
-from qlora_kit.export.audit import check_audit, limit_of
+from qlora_kit.export.audit import check_audit
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.gguf.families import Family, Value, family_of, head_width, metadata
 from qlora_kit.export.gguf.mixture import FILE_TYPES, Mixture, encode, stored_bytes
@@ -105,8 +105,7 @@ def export_gguf(
             sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, tensors)}
         write_text(staged / MODELFILE, modelfile(WEIGHTS, tokenizer, end_tokens(model, tokenizer)))
         found = None if audit_batches is None else _audit(model, staged, places, audited_in, audit_batches)
-        if found is not None:
-            check_audit("gguf", found, limit_of("gguf", onto, max_kl), force=force)
+        check_audit("gguf", found, onto, max_kl, force=force)
         return finish(model, staged, "gguf", _in_one_file(made, dtype, tensors), provenance or {}, found, sums)
 
 
