@@ -176,7 +176,15 @@ def _has_run(folder: Path) -> bool:
 def describe_run(
     recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fingerprints: Mapping[str, str], folder: Path
 ) -> None:
-    """Write recipe.yaml, plan.json, env.json and data.json."""
+    """Write recipe.yaml, plan.json, env.json and data.json.
+
+    Args:
+        recipe: as the plan settled it.
+        prepared: rows and pace.
+        plan: as plan.json has it.
+        fingerprints: of what the run is made from, by train, eval and base, for `check_unchanged`.
+        folder: of the run.
+    """
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / PLAN, dict(plan))
     write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))

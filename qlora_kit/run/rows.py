@@ -66,8 +66,18 @@ def read_rows(
     watch: Watch | None = None,
     today: Date | None = None,
 ) -> tuple[EncodedSet, EncodedSet, Date | None]:
-    """Training rows, held-out rows, and the date that their template writes; a classifier's `config` is told its
-    classes."""
+    """Training rows, held-out rows, and the date that their template writes.
+
+    Args:
+        recipe: the run.
+        tokenizer: that encodes; it is given the template that the run writes.
+        config: of the base; a classifier's is told its classes.
+        watch: is told what a person would not expect of the template.
+        today: the date that a template may write; None asks the clock.
+
+    Raises:
+        DataError: rows cannot be read or used, each by its place; or none is left.
+    """
     data = recipe.data
     readers = _open_sources(recipe, data.train)
     eval_readers = [] if data.eval in ("auto", None) else _open_sources(recipe, data.eval)

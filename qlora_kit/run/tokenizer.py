@@ -64,7 +64,14 @@ def set_template(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, today: Date
 def settle_template(
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, today: Date | None, watch: Watch
 ) -> Date | None:
-    """`set_template`, and say of it what a person would not expect."""
+    """`set_template`, and say of it what a person would not expect.
+
+    Args:
+        tokenizer: gets the template.
+        recipe: that names it.
+        today: as for `set_template`.
+        watch: is told.
+    """
     if tokenizer.chat_template is None:
         watch.note(
             f"the tokenizer has no chat template: chats are written by the shipped template {FALLBACK}, in words and "
