@@ -31,6 +31,12 @@ class Watch:
     def scored(self, scores: Mapping[str, Any]) -> None:
         """scores.json is known."""
 
+    def run_begins(self, name: str, number: int, runs: int) -> None:
+        """Of a sweep's `runs` the one `number`, counted from 1."""
+
+    def run_ended(self, outcome: Any) -> None:
+        """What became of it: a `run.Outcome`."""
+
     def stop_requested(self) -> bool:
         """Whether to save and end after this step."""
         return False

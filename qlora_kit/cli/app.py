@@ -22,6 +22,7 @@ from qlora_kit.cli.generate import generate
 from qlora_kit.cli.guard import DEBUG, reports_errors
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
+from qlora_kit.cli.sweep import sweep
 from qlora_kit.cli.verify import verify
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import FitError, RecipeError
@@ -189,9 +190,8 @@ def evaluate(
 
 app.command()(reports_errors(generate))
 app.command()(reports_errors(chat))
+app.command()(reports_errors(sweep))
 app.command()(reports_errors(verify))
-
-
 app.command()(reports_errors(export))
 
 

@@ -15,6 +15,7 @@ from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.html import render, write_report
 from qlora_kit.report.judge import LossWatch, judge_curve
 from qlora_kit.report.lines import Series, line_chart
+from qlora_kit.report.sweep import SWEEP, read_sweep, sweep_facts, sweep_text, write_sweep
 from qlora_kit.report.text import (
     memory_check_table,
     memory_check_text,
@@ -25,6 +26,7 @@ from qlora_kit.report.text import (
 )
 
 __all__ = [
+    "SWEEP",
     "LossWatch",
     "PhaseBar",
     "RunFolder",
@@ -42,13 +44,17 @@ __all__ = [
     "phase_bars",
     "plan_text",
     "read_run",
+    "read_sweep",
     "render",
     "render_comparison",
     "report_facts",
     "scores_table",
     "scores_text",
     "stacked_bars",
+    "sweep_facts",
+    "sweep_text",
     "timeline",
     "write_comparison",
     "write_report",
+    "write_sweep",
 ]

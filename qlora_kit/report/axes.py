@@ -62,18 +62,30 @@ def stretched(height: int, *parts: Markup) -> Markup:
     )
 
 
-def axes(frame: Frame, x_ticks: list[float], y_ticks: list[float], x_label: str, y_label: str) -> Markup:
-    """Lines across at `y_ticks` with their numbers, the numbers of `x_ticks`, and what both are."""
+def axes(
+    frame: Frame,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_label: str,
+    y_label: str,
+    x_names: Sequence[str] = (),
+) -> Markup:
+    """Lines across at `y_ticks` with their numbers, the numbers of `x_ticks`, and what both are.
+
+    With `x_names` the places 0, 1, ... have those names instead.
+    """
+    places = range(len(x_names)) if x_names else x_ticks
+    below_x = list(zip(places, x_names or [_tick_text(tick, x_ticks) for tick in x_ticks], strict=True))
     drawn = [element("text", clipped(y_label, 32), class_="label", x=-56, y=-14)]
     for tick in y_ticks:
         y = percent(frame.down(tick))
         drawn.append(element("line", class_="grid", x1=0, x2="100%", y1=y, y2=y))
         drawn.append(element("text", _tick_text(tick, y_ticks), x=-10, y=y, dy="0.32em", text_anchor="end"))
-    for tick in x_ticks:
+    for tick, name in below_x:
         if frame.x_low <= tick <= frame.x_high:
             x = percent(frame.across(tick))
-            drawn.append(element("text", _tick_text(tick, x_ticks), x=x, y="100%", dy=20, text_anchor="middle"))
-    below = 40 if x_ticks else 22
+            drawn.append(element("text", clipped(name, 16), x=x, y="100%", dy=20, text_anchor="middle"))
+    below = 40 if below_x else 22
     label = element("text", clipped(x_label, 48), class_="label", x="50%", y="100%", dy=below, text_anchor="middle")
     return element("g", *drawn, label, class_="axes")
 

@@ -55,8 +55,8 @@ def write_comparison(runs: Sequence[RunFolder], out: str | Path) -> Path:
     return path
 
 
-def render_comparison(runs: Sequence[RunFolder]) -> str:
-    """The page for `runs`.
+def render_comparison(runs: Sequence[RunFolder], top: Markup | None = None) -> str:
+    """The page for `runs`, with what belongs `top` under its headline.
 
     Raises:
         RunError: a recipe cannot be read.
@@ -80,6 +80,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         "comparison",
         clipped(f"{', '.join(names)}: compared", 120),
         head,
+        top or Markup(),
         section("Scores and memory", wide(table(runs_table(runs), "scores and memory of each run", kind="runs"))),
         _differences(runs),
         section("Training", element("dl", *verdicts, class_="verdicts"), *_charts(runs, names)),

@@ -165,14 +165,14 @@ def read_run(folder: str | Path) -> RunFolder:
     folder = Path(folder)
     check_folder(folder)
     optional = {
-        name: _document(folder / f"{name}.json", shape) if (folder / f"{name}.json").exists() else None
+        name: document(folder / f"{name}.json", shape) if (folder / f"{name}.json").exists() else None
         for name, shape in (("memory", MEMORY), ("result", RESULT), ("scores", SCORES), ("data", DATA), ("env", ENV))
     }
     recipe, rows = folder / "recipe.yaml", _metrics_rows(folder / "metrics.jsonl")
     left = _left_step(folder, rows, optional.pop("result"))
     return RunFolder(
         path=folder,
-        plan=_document(folder / "plan.json", PLAN),
+        plan=document(folder / "plan.json", PLAN),
         rows=rows,
         recipe=_text(recipe) if recipe.exists() else None,
         kept_steps=_checkpoint_steps(folder) | ({left} if left is not None else set()),
@@ -206,7 +206,12 @@ def _text(path: Path) -> str:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _document(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+def document(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object whose values are what `shape` says.
+
+    Raises:
+        RunError: it is missing, or something else; one line names the file and the key.
+    """
     value = _parsed(_text(path), str(path))
     _check(value, shape, str(path))
     if value.get("schema", SCHEMA) != SCHEMA:

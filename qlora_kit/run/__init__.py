@@ -10,6 +10,7 @@ from qlora_kit.run.export import Asked, compare_exports, export_run
 from qlora_kit.run.plan import check_budget, plan_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.preview import preview
+from qlora_kit.run.sweep import Outcome, sweep
 from qlora_kit.run.talk import Conversation
 from qlora_kit.run.train import Result, train
 from qlora_kit.run.use import evaluate, load_run
@@ -18,6 +19,7 @@ from qlora_kit.run.verify import Verified, verify, verify_resume
 __all__ = [
     "Asked",
     "Conversation",
+    "Outcome",
     "Prepared",
     "Result",
     "Speaker",
@@ -31,6 +33,7 @@ __all__ = [
     "load_speaker",
     "plan_memory",
     "preview",
+    "sweep",
     "train",
     "verify",
     "verify_resume",

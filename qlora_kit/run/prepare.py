@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from datetime import date as Date
+from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -20,6 +21,7 @@ from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.rows import read_rows
+from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.task import check_task
 from qlora_kit.run.tokenizer import check_pad, load_tokenizer, rows_needed
 from qlora_kit.train.classes import head_for
@@ -64,12 +66,13 @@ def prepare(
     today: Date | None = None,
     rate: Rate | None = None,
     trust_remote_code: bool = False,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """`gather`, and tell what became of the rows and what is odd about them.
 
     A run that is resumed keeps the learning `rate` that it began with: of more steps `auto` would make another.
     """
-    prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code)
+    prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code, shelf=shelf)
     if rate is not None:
         prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
     watch.prepared(prepared)
@@ -84,7 +87,13 @@ def prepare(
 
 
 def gather(
-    recipe: Recipe, watch: Watch, *, weights: bool, today: Date | None = None, trust_remote_code: bool = False
+    recipe: Recipe,
+    watch: Watch,
+    *,
+    weights: bool,
+    today: Date | None = None,
+    trust_remote_code: bool = False,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
@@ -94,12 +103,34 @@ def gather(
         weights: whether a model folder is asked for sound weights, too.
         today: the date that a chat template may write; None asks the clock.
         trust_remote_code: let the model's own code run.
+        shelf: where runs of one process leave their rows for each other.
     """
+    check_task(recipe)
+
+    def read() -> _Material:
+        return _read(recipe, watch, weights, today, trust_remote_code)
+
+    material = read() if shelf is None else shelf.take("rows", _decides_rows(recipe), read)
+    config, tokenizer, train_rows, eval_rows, date = material
+    check_full_finetune(recipe, config, watch)
+    pace, packed = pace_of(recipe, train_rows, config)
+    return Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
+
+
+class _Material(NamedTuple):
+    """What `Prepared` says of it, before there is a pace."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train: EncodedSet
+    eval: EncodedSet
+    date: Date | None
+
+
+def _read(recipe: Recipe, watch: Watch, weights: bool, today: Date | None, trust_remote_code: bool) -> _Material:
     name, weights_now = recipe.base.model, weights and is_folder(recipe.base.model)
     folder = locate_model(name, recipe.base.revision, weights=weights_now, code=trust_remote_code, notify=watch.note)
-    check_task(recipe)
     config = read_config(folder, head=head_for(recipe.train.task), trust_remote_code=trust_remote_code)
-    check_full_finetune(recipe, config, watch)
     tokenizer = load_tokenizer(folder, recipe, trust_remote_code=trust_remote_code)
     config = longer_config(config, rows_needed(tokenizer, recipe))
     check_pad(tokenizer, config)
@@ -109,8 +140,12 @@ def gather(
             "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
             f"{counted(train_rows.counts.turns, 'row')} more"
         )
-    pace, packed = pace_of(recipe, train_rows, config)
-    return Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
+    return _Material(config, tokenizer, train_rows, eval_rows, date)
+
+
+def _decides_rows(recipe: Recipe) -> tuple[object, ...]:
+    """All of a recipe that its rows may depend on."""
+    return recipe.base, recipe.data, recipe.train.task, recipe.lora.from_, recipe.lora.added_tokens
 
 
 def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple[Pace, int | None]:

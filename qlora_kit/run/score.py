@@ -23,13 +23,16 @@ SAMPLES = 4
 SHORT_ANSWER = 32
 """Tokens up to which every answer is generated and compared: above that exact match says little and costs much."""
 
+Scored = tuple[Score, list[str]]
+"""A score, and what the model says to the rows that it was asked for."""
+
 
 def score(
     model: PreTrainedModel,
     prepared: Prepared,
     task: Task = LIKELIHOOD,
-    base_model: PreTrainedModel | None = None,
     loss_chunk: int | None = None,
+    of_its_base: Scored | None = None,
 ) -> dict[str, Any]:
     """The base and what was trained on the held-out rows: losses, exact match where it says something, a few answers.
 
@@ -37,13 +40,13 @@ def score(
         model: as trained; under `adapter` in the result, be it an adapter or every weight.
         prepared: the rows.
         task: whose losses are meant.
-        base_model: the base as it was, where training changed the base; None takes the model without its adapters.
         loss_chunk: tokens whose logits stand at one time, or None.
+        of_its_base: by `score_base`, where training changed the base or it is known already; None asks the model
+            without its adapters.
     """
     tokenizer, rows = prepared.tokenizer, prepared.eval.rows
     batches = eval_batches(rows, pad_id(tokenizer), model.device)
-    with adapters_off(model):
-        base, base_texts = score_rows(base_model or model, tokenizer, rows, batches, task, loss_chunk)
+    base, base_texts = of_its_base or score_base(model, prepared, task, loss_chunk)
     adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
     asked = questions(tokenizer, rows) if task.answers else classified(model, tokenizer, rows)
     samples = [
@@ -63,6 +66,19 @@ def score(
     }
 
 
+def score_base(
+    model: PreTrainedModel, prepared: Prepared, task: Task = LIKELIHOOD, loss_chunk: int | None = None
+) -> Scored:
+    """What `score` tells of the base, with its answers: of the model without its adapters.
+
+    The arguments are those of `score`.
+    """
+    rows = prepared.eval.rows
+    batches = eval_batches(rows, pad_id(prepared.tokenizer), model.device)
+    with adapters_off(model):
+        return score_rows(model, prepared.tokenizer, rows, batches, task, loss_chunk)
+
+
 def of_base(score: Score) -> Score:
     """The score of a base, which has not moved, without the measures that say how far a model has."""
     own = {name: value for name, value in score.measures.items() if name not in AGAINST_REFERENCE}
@@ -76,7 +92,7 @@ def score_rows(
     batches: list[Batch],
     task: Task = LIKELIHOOD,
     loss_chunk: int | None = None,
-) -> tuple[Score, list[str]]:
+) -> Scored:
     """Loss of the model on `rows`, and its answers: to all rows where answers are short, to the first few otherwise."""
     if not task.answers:
         return _told_apart(model, rows, batches, task)
@@ -96,9 +112,7 @@ def score_rows(
     return replace(measured, exact_match=right), texts
 
 
-def _told_apart(
-    model: PreTrainedModel, rows: Sequence[Encoded], batches: list[Batch], task: Task
-) -> tuple[Score, list[str]]:
+def _told_apart(model: PreTrainedModel, rows: Sequence[Encoded], batches: list[Batch], task: Task) -> Scored:
     """The score of a classification with its F1, and what the model says of the first few rows."""
     losses: list[Loss] = []
     measured = evaluate_loss(model, batches, task, see=losses.append)

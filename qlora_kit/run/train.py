@@ -18,7 +18,7 @@ from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.report import LossWatch, write_report
 from qlora_kit.run.folder import (
     CHECKPOINTS,
@@ -43,7 +43,8 @@ from qlora_kit.run.folder import (
 from qlora_kit.run.plan import check_budget, check_weights, one_line_if_it_does_not_fit, plan_prepared
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.rows import eval_batches, positions_of
-from qlora_kit.run.score import questions, score
+from qlora_kit.run.score import Scored, questions, score, score_base
+from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.tokenizer import added_ids, pad_id
 from qlora_kit.run.unlearnt import unlearnt_note
@@ -99,6 +100,7 @@ def train(
     force: bool = False,
     watch: Watch | None = None,
     trust_remote_code: bool = False,
+    shelf: Shelf | None = None,
 ) -> Result:
     """Run a recipe and fill its run folder.
 
@@ -109,17 +111,18 @@ def train(
         force: resume though the recipe, the rows or the base are others than the run was begun with.
         watch: is told what happens.
         trust_remote_code: let the model folder's own code run.
+        shelf: where runs of one process leave their rows and their base for each other.
 
     Raises:
         QloraKitError: anything that the user can mend, one line each; a `FitError` if the plan is above the budget.
     """
-    started, watch, folder = time.monotonic(), watch or Watch(), Path(recipe.output)
+    started, watch, shelf, folder = time.monotonic(), watch or Watch(), shelf or Shelf(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
     recipe = as_it_starts(recipe)
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
-    prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code)
+    prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, shelf)
     recipe = _with_head(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
@@ -127,7 +130,7 @@ def train(
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
         check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
-        model = _load(recipe, prepared, ledger, watch, trust_remote_code)
+        model = _base(recipe, prepared, ledger, watch, trust_remote_code, shelf)
         base = {"base": base_record(model).mark}
         if resume and not force:
             check_unchanged(folder, base)
@@ -149,9 +152,14 @@ def train(
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
-            is_changed = recipe.train.full_finetune  # then the base is read again, where the optimizer's state stood
-            again = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else None
-            scores = score(model, prepared, task, again, loss_chunk)
+
+            def of_its_base() -> Scored:
+                is_changed = recipe.train.full_finetune  # then it is read again, where the optimizer's state stood
+                its = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else model
+                return score_base(its, prepared, task, loss_chunk)
+
+            which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, loss_chunk)
+            scores = score(model, prepared, task, loss_chunk, shelf.take("score of the base", which, of_its_base))
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
@@ -159,14 +167,16 @@ def train(
 
 
 def _prepared(
-    recipe: Recipe, resume: bool, force: bool, watch: Watch, trust_remote_code: bool
+    recipe: Recipe, resume: bool, force: bool, watch: Watch, trust_remote_code: bool, shelf: Shelf
 ) -> tuple[Prepared, dict[str, Any]]:
     """Rows and plan, before any weight is read; those of a resumed run are as it began."""
     folder, today, rate = Path(recipe.output), None, None
     if resume:
         check_reference(recipe, recorded_reference(folder))
         recipe, today, rate = _as_begun(recipe, folder), recorded_date(folder), recorded_rate(folder)
-    prepared = prepare(recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code)
+    prepared = prepare(
+        recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, shelf=shelf
+    )
     if resume and not force:
         check_unchanged(folder, _fingerprints(prepared))
     check_weights(recipe, prepared.config)
@@ -199,6 +209,17 @@ def _with_head(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
         return recipe
     base = recipe.base.model_copy(update={"quantize_head": plan["quantize_head"]})
     return recipe.model_copy(update={"base": base})
+
+
+def _base(
+    recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool, shelf: Shelf
+) -> PreTrainedModel:
+    """The base, from the shelf where it will be as it was."""
+    if recipe.train.full_finetune:
+        shelf.clear("base")
+        return _load(recipe, prepared, ledger, watch, trust_remote_code)
+    mark = (recipe.base, recipe.lora.added_tokens, recipe.train.task == "classify" and classes_in(prepared.config))
+    return shelf.take_base(mark, lambda: _load(recipe, prepared, ledger, watch, trust_remote_code))
 
 
 def _load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool) -> PreTrainedModel:
