@@ -105,7 +105,7 @@ def read_sweep(folder: str | Path) -> Swept:
     groups: dict[tuple[str, ...], tuple[list[RunFolder], list[str]]] = {}
     runs = []
     for each in found["runs"]:
-        if Path(each["name"]).name != each["name"] or set(each["settings"]) != set(found["axes"]):
+        if not each["name"] or Path(each["name"]).name != each["name"] or set(each["settings"]) != set(found["axes"]):
             raise RunError(f"{folder / SWEEP}: the run {clipped(each['name'], 40)} is none of this sweep's")
         done, failed = groups.setdefault(tuple(each["settings"][key] for key in shown), ([], []))
         if each.get("failed"):

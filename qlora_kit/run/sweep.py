@@ -57,6 +57,8 @@ def sweep(
     """
     watch, shelf = watch or Watch(), Shelf()
     known = _known(grid, resume, overwrite)
+    if overwrite:
+        (grid.folder / SWEEP).unlink(missing_ok=True)  # or it would tell of runs that are gone
     outcomes, faults = list[Outcome](), list[QloraKitError]()
     for number, cell in enumerate(grid.cells, start=1):
         if cell.name in known:
@@ -74,10 +76,10 @@ def sweep(
             return outcomes
         failed = None if result is not None else str(faults[-1]).splitlines()[0]
         outcomes.append(Outcome(cell.name, cell.settings, failed, 0.0 if result is None else result.seconds))
-        if len(faults) < len(grid.cells):
+        if len(faults) < len(outcomes):
             _record(grid, outcomes)
         watch.run_ended(outcomes[-1])
-    if len(faults) == len(grid.cells):
+    if outcomes and len(faults) == len(outcomes):
         raise faults[0]
     return outcomes
 
