@@ -20,7 +20,7 @@ from qlora_kit.train.optim import AdapterOptimizer, MasterWeights
 from qlora_kit.train.step import accumulate_gradients
 
 BASE = RECIPES.parent / "quickstart" / "base"
-STEPS, ROWS = 60, 8
+STEPS, ROWS, SPARE = 60, 8, 200
 KINDS: dict[str, tuple[torch.dtype, MasterWeights]] = {
     "fp32 adapter": (torch.float32, "none"),
     "bf16, fp32 copies": (torch.bfloat16, "fp32"),
@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[torch.dtype, MasterWeights]] = {
 def encoded(name: str) -> list[Encoded]:
     """Rows as the kit trains on them: their tokens and the end token."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
+    lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()[: STEPS * ROWS + SPARE]
     ids = ([*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines)
     return [Encoded(each, [True] * len(each)) for each in ids if len(each) <= 256]
 

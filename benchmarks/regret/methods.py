@@ -14,13 +14,13 @@ from peft import IA3Config, PeftModel, PromptTuningConfig, TaskType, get_peft_mo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = RECIPES.parent / "quickstart" / "base"
-STEPS, ROWS = 150, 8
+STEPS, ROWS, SPARE = 150, 8, 200
 
 
 def encoded(name: str) -> list[torch.Tensor]:
     """Rows as the kit trains on them: their tokens and the end token."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()
+    lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()[: STEPS * ROWS + SPARE]
     ids = (tokenizer(json.loads(line)["text"]).input_ids for line in lines)
     return [torch.tensor([*each, tokenizer.eos_token_id]) for each in ids if len(each) < 256]
 
