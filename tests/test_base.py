@@ -560,6 +560,18 @@ def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path):
         load_base(tmp_path, device="cpu")
 
 
+def test_a_tensor_that_the_model_has_no_place_for_is_left_out_and_told(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_base(tmp_path, compute_dtype="float32", device="cpu")
+    assert add_lora(whole, rank=2).notes == ()
+    save_file(load_file(file) | {"vision.tower.weight": torch.ones(3)}, file, metadata={"format": "pt"})
+    more = load_base(tmp_path, compute_dtype="float32", device="cpu")
+    (note,) = add_lora(more, rank=2).notes
+    assert note == "the base's checkpoint holds tensors that the model has no place for, left out: vision.tower.weight"
+    assert torch.equal(tiny.logits(more), tiny.logits(whole))
+
+
 @pytest.mark.parametrize(
     "spoil", [lambda f: shutil.rmtree(f), lambda f: (f / "config.json").write_text("{"),
               lambda f: (f / "config.json").write_text(json.dumps({"model_type": "no-such-family"})),

@@ -12,7 +12,7 @@ from qlora_kit.base.dense import device_of, parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
 from qlora_kit.base.load import left_dense
 from qlora_kit.base.record import base_record
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, listed
 from qlora_kit.lora.init import Init, Start
 from qlora_kit.lora.layer import (
     LARGEST_ALPHA,
@@ -226,6 +226,8 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
             f"rank {full[0][1]} is above the smaller width of {full[0][0]} (and of {len(full) - 1} more layers): as "
             "much can be done there with a rank of that width"
         )
+    if unused := base_record(model).unused:
+        yield f"the base's checkpoint holds tensors that the model has no place for, left out: {listed(unused)}"
     dense = left_dense(model)
     share = sum(parameter.numel() for parameter in dense.values()) / total
     if base_record(model).quantization.kind != "none" and share >= WORTH_SAYING:
