@@ -23,7 +23,7 @@ FLOORS = {
     "base": 1.5,
     "ops": 1, "memory": 1,
     "recipe": 0.5, "storage": 0.5,
-    "errors": 0, "units": 0,
+    "errors": 0, "interrupt": 0, "units": 0,
 }  # fmt: skip
 HIGHEST_IMPORT = {"report": 1.5}
 """Rooms that are kept further from the rest than their floor does: a report is made from files alone."""
