@@ -42,6 +42,7 @@ from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_qu
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
 from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.memory.limit import whose_memory_ran_out
 from qlora_kit.storage import read_json
 
 Head = Literal["causal", "classification"]
@@ -397,6 +398,8 @@ def _load(
                 output_loading_info=True,
             )
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
+        if whose_memory_ran_out(error) is not None:
+            raise  # the folder is not to blame
         why = _first_line(error)
         if "mismatched" in why:
             why = "its tensors have other shapes than its config.json says"
