@@ -537,6 +537,7 @@ def test_rotary_frequencies_stay_fp32_under_bf16(tmp_path):
     model = load_base(tmp_path, compute_dtype="bfloat16", device="cpu")
     buffers = dict(model.named_buffers())
     assert {t.dtype for name, t in buffers.items() if "inv_freq" in name} == {torch.float32}
+    assert {t.dtype for t in model.parameters() if t.is_floating_point()} == {torch.bfloat16}, "nothing else is lifted"
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"])

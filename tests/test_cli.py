@@ -111,6 +111,7 @@ def test_a_packed_run_takes_the_memory_that_was_planned_for_it(recipe):
 def test_a_run_fills_its_folder_as_documented(finished):
     run, _ = finished
     assert {path.name for path in run.iterdir()} - {".lock"} == RUN_FILES
+    assert json.loads((run / "env.json").read_text())["optimizer"] == "adamw_8bit", "no pages without CUDA"
     assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     plan = json.loads((run / "plan.json").read_text())
     assert plan.keys() >= PLAN_KEYS
@@ -125,7 +126,8 @@ def test_a_run_fills_its_folder_as_documented(finished):
 
 def test_a_run_shows_plan_scores_and_where_everything_lies(finished):
     _, output = finished
-    for words in ("full fine-tuning", "QLoRA needs", "step 4/4", "exact match", "adapter", "report.html", "export"):
+    for words in ("full fine-tuning", "QLoRA needs", "step 4/4", "exact match", "adapter", "report.html", "export",
+                  "scale 8"):  # fmt: skip
         assert words in output
     assert "warn" not in output.lower().replace("warning", "warn") or "hardly learns" in output
 

@@ -46,6 +46,7 @@ class LoraReport:
         unmatched: layers that could and do not, the head among them.
         trainable: parameters of the adapter.
         total: parameters of the base, quantised ones counted by their true shape.
+        scales: by which updates are multiplied, alpha over rank or over its root; more than one under patterns.
         notes: what a person should know, a line each.
     """
 
@@ -53,6 +54,7 @@ class LoraReport:
     unmatched: tuple[str, ...]
     trainable: int
     total: int
+    scales: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -203,10 +205,12 @@ def wrap(model: PreTrainedModel, layer_name: str) -> LoraLayer:
 
 def lora_report(model: PreTrainedModel, name: str) -> LoraReport:
     """What the adapter `name` covers on this model."""
-    matched = tuple(layer_name for layer_name, layer in lora_layers(model) if name in layer.adapters)
-    unmatched = tuple(layer_name for layer_name in adaptable_weights(model) if layer_name not in set(matched))
+    layers = {layer_name: layer for layer_name, layer in lora_layers(model) if name in layer.adapters}
+    matched = tuple(layers)
+    unmatched = tuple(layer_name for layer_name in adaptable_weights(model) if layer_name not in layers)
     trainable = sum(parameter.numel() for _, parameter in adapter_parameters(model, name))
-    return LoraReport(matched, unmatched, trainable, base_parameter_count(model))
+    scales = tuple(sorted({layer.adapter(name).scale for layer in layers.values()}))
+    return LoraReport(matched, unmatched, trainable, base_parameter_count(model), scales)
 
 
 def base_parameter_count(model: PreTrainedModel) -> int:

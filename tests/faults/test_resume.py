@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import train
+from qlora_kit.train.checkpoint import newest_checkpoint
 from qlora_kit.watch import Watch
 
 WORDS = ("cat", "dog", "owl", "bee", "ant", "elk", "fox", "hen")
@@ -71,6 +72,14 @@ def test_rows_in_another_file_of_the_same_content_are_the_same_rows(recipe, tmp_
     with pytest.raises(RunError, match=r"data.train was .*rows.jsonl, is .*renamed.jsonl"):
         train(moved, resume=True)
     assert train(moved, resume=True, force=True).step == 4
+
+
+def test_a_resume_without_anything_to_resume_is_one_line(tmp_path):
+    recipe = read_recipe("default", ["base.model=a/b", "data.train=c/d", f"output={tmp_path}/run"])
+    with pytest.raises(RunError, match="run holds no run to resume; start it without --resume"):
+        train(recipe, resume=True)
+    with pytest.raises(RunError, match="no complete checkpoint to resume from; start again with --overwrite"):
+        newest_checkpoint(tmp_path)
 
 
 class StopAfter(Watch):
