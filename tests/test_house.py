@@ -188,6 +188,22 @@ def test_no_handler_catches_everything():
     assert wrong == []
 
 
+def test_nothing_is_kept_or_read_as_a_pickle():
+    pickling = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    wrong = [
+        f"{where(path)}:{line}" for path in FILES for line, name in imports(path) if name.split(".")[0] in pickling
+    ]
+    wrong += [
+        f"{where(path)}:{node.lineno}"
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("save", "load")
+        and ast.unparse(node) in ("torch.save", "torch.load", "numpy.load", "np.load")
+    ]
+    assert wrong == []
+
+
 def test_no_file_is_longer_than_500_lines():
     lengths = {where(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
