@@ -2,11 +2,8 @@
 
 import ast
 import re
-import tomllib
 from functools import cache
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT / "docs" / "failure-cases.md"

@@ -131,13 +131,14 @@ def assert_8_bit(checkpoint):
 @pytest.fixture
 def mixed(tmp_path, model_folder, monkeypatch):
     """Makes the recipe of a packed run of three sources in other shares than they have, with all that goes between."""
-    for index, (count, words) in enumerate([(12, 1), (5, 4), (7, 2)]):
+    for index, (count, words) in enumerate([(12, 1), (5, 4), (7, 2), (2, 1)]):
         rows = [{"prompt": f"say {n} ", "completion": " ".join(WORDS[:words])} for n in range(count)]
         (tmp_path / f"{index}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shares = [{"path": f"{tmp_path}/{index}.jsonl", "weight": weight} for index, weight in enumerate((0.5, 2, 1))]
+    memory = "memory.activations=keep", "memory.loss_chunk=64"  # one plan is enough
     settings = [
-        f"base.model={model_folder}", f"data.train={json.dumps(shares)}", f"data.eval={tmp_path}/2.jsonl",
-        "data.max_tokens=64", "data.packing=true", "lora.rank=128", "lora.dropout=0.1", "train.micro_batch=2",
+        f"base.model={model_folder}", f"data.train={json.dumps(shares)}", f"data.eval={tmp_path}/3.jsonl",
+        *memory, "data.max_tokens=64", "data.packing=true", "lora.rank=128", "lora.dropout=0.1", "train.micro_batch=2",
         "train.accumulation=2", "train.optimizer=adamw_8bit", "train.schedule=cosine", "train.eval_every=2",
         "train.sample_every=3", "train.save_every=1", "train.keep_checkpoints=99",
     ]  # fmt: skip
@@ -146,12 +147,12 @@ def mixed(tmp_path, model_folder, monkeypatch):
 
 
 def test_a_packed_run_of_several_sources_goes_on_to_the_bit(mixed, tmp_path):
-    whole, parts = mixed(4, tmp_path / "whole"), mixed(4, tmp_path / "parts")
-    train(whole)
+    whole, parts = mixed(9, tmp_path / "whole"), mixed(9, tmp_path / "parts")
+    train(whole, watch=StopAfter(4))
     packing = json.loads((tmp_path / "whole" / "data.json").read_text())["packing"]
     assert packing["sequences"] < 6 + 10 + 7, "rows share a sequence"
     train(parts, watch=StopAfter(3))
-    train(parts, resume=True)
+    train(parts, resume=True, watch=StopAfter(4))
     assert_same(tmp_path / "parts", tmp_path / "whole", 4)
     assert_8_bit(tmp_path / "whole" / "checkpoints" / "step-000004")
 
