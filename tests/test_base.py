@@ -537,6 +537,7 @@ def test_rotary_frequencies_stay_fp32_under_bf16(tmp_path):
     model = load_base(tmp_path, compute_dtype="bfloat16", device="cpu")
     buffers = dict(model.named_buffers())
     assert {t.dtype for name, t in buffers.items() if "inv_freq" in name} == {torch.float32}
+    assert {t.dtype for t in model.parameters() if t.is_floating_point()} == {torch.bfloat16}, "nothing else is lifted"
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"])
@@ -558,6 +559,18 @@ def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelError):
         load_base(tmp_path, device="cpu")
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_left_out_and_told(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_base(tmp_path, compute_dtype="float32", device="cpu")
+    assert add_lora(whole, rank=2).notes == ()
+    save_file(load_file(file) | {"vision.tower.weight": torch.ones(3)}, file, metadata={"format": "pt"})
+    more = load_base(tmp_path, compute_dtype="float32", device="cpu")
+    (note,) = add_lora(more, rank=2).notes
+    assert note == "the base's checkpoint holds tensors that the model has no place for, left out: vision.tower.weight"
+    assert torch.equal(tiny.logits(more), tiny.logits(whole))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from qlora_kit.cli.show import Screen
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
-from qlora_kit.run import Asked, load_run
+from qlora_kit.run import Asked, load_run, verify
 from qlora_kit.train import loop as train_loop
 from qlora_kit.train.optim import AdapterOptimizer
 
@@ -111,6 +111,7 @@ def test_a_packed_run_takes_the_memory_that_was_planned_for_it(recipe):
 def test_a_run_fills_its_folder_as_documented(finished):
     run, _ = finished
     assert {path.name for path in run.iterdir()} - {".lock"} == RUN_FILES
+    assert json.loads((run / "env.json").read_text())["optimizer"] == "adamw_8bit", "no pages without CUDA"
     assert {path.name for path in (run / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     plan = json.loads((run / "plan.json").read_text())
     assert plan.keys() >= PLAN_KEYS
@@ -125,7 +126,8 @@ def test_a_run_fills_its_folder_as_documented(finished):
 
 def test_a_run_shows_plan_scores_and_where_everything_lies(finished):
     _, output = finished
-    for words in ("full fine-tuning", "QLoRA needs", "step 4/4", "exact match", "adapter", "report.html", "export"):
+    for words in ("full fine-tuning", "QLoRA needs", "step 4/4", "exact match", "adapter", "report.html", "export",
+                  "scale 8"):  # fmt: skip
         assert words in output
     assert "warn" not in output.lower().replace("warning", "warn") or "hardly learns" in output
 
@@ -363,6 +365,27 @@ def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_
     gone_on = call("train", recipe, *settings, "--resume")
     assert gone_on.exit_code == 0, gone_on.output
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_a_run_that_is_out_of_memory_in_the_middle_keeps_its_checkpoint_and_is_told_what_takes_less(
+    recipe, tmp_path, monkeypatch
+):
+    """The third step asks for a PiB."""
+    run, step, steps = tmp_path / "run", AdapterOptimizer.step, []
+
+    def fails(*given):
+        steps.append(1)
+        return step(*given) if len(steps) < 3 else torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(AdapterOptimizer, "step", fails)
+    result = call("train", recipe, "train.micro_batch=auto", "train.save_every=1")
+    assert_mistake(
+        result, "the host ran out of memory in step 3; step-000002 is kept: go on with --resume and "
+        "memory.activations=recompute, or start again with --overwrite and memory.activations=recompute "
+        "train.micro_batch=1, which is planned for ", " KiB, or a lower data.max_tokens", code=3,
+    )  # fmt: skip
+    assert verify(run).faults == []
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
 def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_less(recipe, monkeypatch):

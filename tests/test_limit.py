@@ -1,6 +1,7 @@
 """A budget holds: on a card the allocator refuses more, on a CPU the run ends, and freed memory goes back."""
 
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import qlora_kit
 from qlora_kit.errors import FitError
 from qlora_kit.memory import Limit, counter
 from qlora_kit.memory.counter import resident_bytes
-from qlora_kit.memory.limit import BESIDE_TENSORS_BYTES, CUDA_RESERVE_BYTES
+from qlora_kit.memory.limit import BESIDE_TENSORS_BYTES, CUDA_RESERVE_BYTES, whose_memory_ran_out
 
 GIB, MIB = 2**30, 2**20
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -118,6 +119,23 @@ def test_under_the_policy_what_is_freed_goes_back_and_under_glibcs_default_it_st
     assert default > 95 * MIB, "100 MiB were freed, and the heap holds them"
     assert after_trim < 5 * MIB
     assert kept < 5 * MIB
+
+
+def fails(ask):
+    """The error that a request for more than there is ends in."""
+    with pytest.raises((MemoryError, RuntimeError, OSError)) as caught:
+        ask()
+    return caught.value
+
+
+def test_whose_memory_ran_out_is_told_by_kind_and_words():
+    assert whose_memory_ran_out(fails(lambda: torch.empty(2**60, dtype=torch.uint8))) == "host"
+    assert whose_memory_ran_out(fails(lambda: bytearray(2**60))) == "host"
+    assert whose_memory_ran_out(fails(lambda: mmap.mmap(-1, 2**60))) == "host"
+    assert whose_memory_ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) == "device"
+    assert whose_memory_ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it")) == "device"
+    assert whose_memory_ran_out(fails(lambda: torch.ones(2) @ torch.ones(3))) is None
+    assert whose_memory_ran_out(fails(lambda: os.stat("/nowhere/at/all"))) is None
 
 
 # --- on a card --------------------------------------------------------------------------------------------------------

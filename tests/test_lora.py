@@ -31,6 +31,7 @@ from qlora_kit.lora import (
     use_adapter,
 )
 from qlora_kit.lora import adapters as adapters_module
+from qlora_kit.lora.inject import lora_report
 from qlora_kit.recipe import Lora
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -138,6 +139,7 @@ def test_checkpointing_a_whole_model_changes_no_gradient(reentrant):
 ])  # fmt: skip
 def test_the_scale_is_alpha_over_rank_or_over_its_root(scaling, rank, alpha, wanted):
     model = tuned(rank=rank, alpha=alpha, scaling=scaling)
+    assert lora_report(model, "default").scales == (wanted,)
     for _, layer in lora_layers(model):
         adapter = layer.adapters["default"]
         assert adapter.scale == wanted

@@ -345,6 +345,12 @@ def test_attention_that_trains_on_cards_alone_is_refused_on_a_cpu_and_what_it_tr
     assert load_base(model_folder, attention=asked, device="cpu").config._attn_implementation == "sdpa"
 
 
+def test_attention_whose_package_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr("qlora_kit.base.attention.is_flash_attn_2_available", lambda: False)
+    with pytest.raises(DeviceError, match=r"wants the package flash-attn, .* not installed; set base.attention=sdpa"):
+        check_attention("flash", torch.device("cuda"), torch.bfloat16)
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,8 @@ def test_it_is_the_fastest_that_fits_by_trying_all(budget, has_host):
     if fitting:
         assert solution.setting.cost(512) == min(each.cost(512) for each in fitting)
         assert solution.planned["needs_bytes"] <= budget
+        least = choices.smallest(), by_hand(choices.smallest())["needs_bytes"]
+        assert solution.least == (least if least[1] < solution.planned["needs_bytes"] else None)
     else:
         assert solution.setting == choices.smallest()
     assert solution.planned == by_hand(solution.setting)

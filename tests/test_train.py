@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from qlora_kit.base import decode
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.data import Encoded, Sampler, collate
-from qlora_kit.errors import ModelError, RunError, TrainingError
+from qlora_kit.errors import DeviceError, ModelError, RunError, TrainingError
 from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapter
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
@@ -39,7 +39,7 @@ from qlora_kit.train.checkpoint import (
 )
 from qlora_kit.train.evaluate import evaluate_loss, exact_match
 from qlora_kit.train.generate import generate_texts
-from qlora_kit.train.loop import Job, rehearse, train_loop
+from qlora_kit.train.loop import Job, make_accelerator, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer, definite_masters, round_stochastically
 from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
@@ -371,6 +371,20 @@ def test_a_rehearsal_leaves_no_trace(tmp_path):
     assert tiny.stored(model) == base
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in job.parameters.values())
+
+
+def test_a_rehearsal_names_the_parameters_that_no_gradient_reaches(tmp_path):
+    model = adapted("nf4")
+    job = job_of(model, tmp_path)
+    assert rehearse(job, Ledger(model)) == []
+    model.model.layers[1].forward = lambda hidden, **_: hidden
+    assert rehearse(job, Ledger(model)) == [name for name in job.parameters if ".layers.1." in name] != []
+
+
+def test_a_second_process_is_refused(monkeypatch):
+    monkeypatch.setattr("qlora_kit.train.loop.Accelerator.num_processes", 2)
+    with pytest.raises(DeviceError, match="2 processes were launched, and this version trains on one device"):
+        make_accelerator(torch.device("cpu"))
 
 
 # --- fine-tunes -------------------------------------------------------------------------------------------------------

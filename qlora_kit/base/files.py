@@ -41,6 +41,8 @@ _DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+_DENSE = ("F64", "F32", "F16", "BF16")
+_NARROW = tuple(dtype for dtype in _DTYPE_BITS if dtype.startswith(("F8", "F6", "F4")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +145,18 @@ def tensor_names(folder: Path) -> set[str]:
     return {name for file, promised in shards.items() for name in promised or read_header(_inside(folder, file))}
 
 
-def check_weights_are_fractions(folder: Path) -> None:
-    """Refuse a dense model with weights in whole numbers, truth values or complex ones: a reader would round them off.
+def check_weights_are_dense(folder: Path) -> None:
+    """Refuse weights that say nothing by themselves, where config.json names no quantization that they belong to.
+
+    Whole numbers, truth values and complex numbers a reader would round off. Fractions of 8 bits and less mean
+    something times the scales that lie beside them, and a reader would leave the scales out.
 
     Raises:
         ModelError: names the file, the first such tensor and its dtype; or as `read_header`.
     """
     for path in weight_files(folder):
         for name, entry in read_header(path).items():
-            if name.endswith(".weight") and not entry.dtype.startswith(("F", "BF")):
+            if entry.dtype in _NARROW or (name.endswith(".weight") and entry.dtype not in _DENSE):
                 raise ModelError(
                     f"{path}: tensor {name!r} is in {entry.dtype}, which is no dtype of dense weights, and config.json "
                     "says nothing of a quantization: give the 16-bit model"

@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
-from qlora_kit.base.files import check_weights_are_fractions, tensor_names
+from qlora_kit.base.files import check_weights_are_dense, tensor_names
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.fuse import fuse
 from qlora_kit.base.hub import locate_model
@@ -42,6 +42,7 @@ from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_qu
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
 from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.memory.limit import whose_memory_ran_out
 from qlora_kit.storage import read_json
 
 Head = Literal["causal", "classification"]
@@ -120,8 +121,8 @@ def load_base(
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
     with quantized_on_arrival(asked, dtype, target) if is_dense else nullcontext():
-        loaded, untrained = _load(folder, config, implementation(attention, target, dtype), head)
-    keep_record(loaded, asked, dtype, folder, untrained, vocabulary)
+        loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
+    keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
     let_go_of_clean_files()  # some rows of every matrix were read
     with nullcontext() if watching is None else watching(loaded):
         extend_vocabulary(loaded, vocabulary)
@@ -378,10 +379,11 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
 
 def _load(
     folder: Path, config: PretrainedConfig, attention: str, head: Head
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model as it is stored, in its own dtype, off its mapped file, and its modules that are new."""
+) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
+    """The model as it is stored, in its own dtype, off its mapped file; its modules that are new; tensors that it has
+    no place for."""
     if stored_quantization(config) is None:
-        check_weights_are_fractions(folder)
+        check_weights_are_dense(folder)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # a new classifier starts the same at every load
@@ -396,6 +398,8 @@ def _load(
                 output_loading_info=True,
             )
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
+        if whose_memory_ran_out(error) is not None:
+            raise  # the folder is not to blame
         why = _first_line(error)
         if "mismatched" in why:
             why = "its tensors have other shapes than its config.json says"
@@ -410,7 +414,8 @@ def _load(
             f"{folder} has no tensor for {listed(lost)}: its weights are incomplete, and a base is never filled up at "
             "random"
         )
-    return model, untrained
+    unused = tuple(sorted(info["unexpected_keys"])) if head == "causal" else ()  # a classifier leaves a head out
+    return model, untrained, unused
 
 
 def _untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:

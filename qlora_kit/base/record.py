@@ -25,6 +25,7 @@ class BaseRecord:
         untrained: modules that the checkpoint has no weights for, such as a new classifier.
         vocabulary: rows that embedding and head were asked to have, 0 where they are the checkpoint's.
         weights_mark: which weights its linear layers have; empty in a dry run, and where they were stored quantised.
+        unused: tensors of the checkpoint that the model has no place for.
     """
 
     quantization: Quantization
@@ -34,6 +35,7 @@ class BaseRecord:
     untrained: tuple[str, ...] = ()
     vocabulary: int = 0
     weights_mark: str = ""
+    unused: tuple[str, ...] = ()
 
     @property
     def mark(self) -> str:
@@ -48,6 +50,7 @@ def keep_record(
     folder: Path | None = None,
     untrained: tuple[str, ...] = (),
     vocabulary: int = 0,
+    unused: tuple[str, ...] = (),
 ) -> None:
     """Note the facts while the model is still as it was read; a record that stands is kept.
 
@@ -58,11 +61,12 @@ def keep_record(
         folder: likewise.
         untrained: likewise.
         vocabulary: likewise.
+        unused: likewise.
     """
     if _KEY not in vars(model):
         is_fake = isinstance(next(model.parameters()), FakeTensor)
         marks = ("", "") if is_fake else (fingerprint(model), weights_mark(model))
-        record = BaseRecord(quantization, dtype, marks[0], folder, untrained, vocabulary, marks[1])
+        record = BaseRecord(quantization, dtype, marks[0], folder, untrained, vocabulary, marks[1], unused)
         setattr(model, _KEY, record)
 
 

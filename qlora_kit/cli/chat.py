@@ -2,12 +2,11 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +25,7 @@ from qlora_kit.cli.options import (
 )
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import QloraKitError, RunError
+from qlora_kit.interrupt import first_interrupt
 from qlora_kit.storage import write_text
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ class _Terminal:
 
     def __init__(self, conversation: "Conversation") -> None:
         self._conversation = conversation
-        self._is_stopped = False
         self._commands: dict[str, Callable[[str], None]] = {
             "new": self._new,
             "undo": self._undo,
@@ -100,10 +99,8 @@ class _Terminal:
                 raise RunError(f"there is no /{name}; /help lists commands, and //{name} says /{name}")
             self._commands[name](rest.strip())
         elif line.strip():
-            with self._stopping():
-                self._conversation.answer(
-                    line.removeprefix("/"), tell=_show, note=_note, stopped=lambda: self._is_stopped
-                )
+            with first_interrupt() as stopped:
+                self._conversation.answer(line.removeprefix("/"), tell=_show, note=_note, stopped=stopped)
             typer.echo("\n" if sys.stdin.isatty() else "")
 
     def _new(self, _: str) -> None:
@@ -156,22 +153,6 @@ class _Terminal:
         _say(f"adapters: {said}{'; the bare base speaks' if speaks is None else ''}")
         if not self._conversation.is_chat:
             _note("it was trained on prompts and completions: each line is put to it by itself, without those before")
-
-    @contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Inside the block SIGINT ends the answer after the token at hand, and the second time the program."""
-
-        def stop(number: int, frame: Any) -> None:
-            if self._is_stopped:
-                raise KeyboardInterrupt
-            self._is_stopped = True
-
-        self._is_stopped = False
-        before = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
 
 def _read() -> str | None:

@@ -134,7 +134,8 @@ class Screen(Watch):
         left = f", not on {_leaves(report.unmatched)}" if report.unmatched else ""
         self.console.print(
             f"[bold]lora[/]   {len(report.matched)} layers ({_leaves(report.matched)}){left}; "
-            f"{format_count(report.trainable)} of {format_count(report.total)} parameters train ({report.share:.2%})"
+            f"{format_count(report.trainable)} of {format_count(report.total)} parameters train ({report.share:.2%}), "
+            f"scale {' and '.join(f'{scale:g}' for scale in report.scales)}"
         )
         for note in report.notes:
             self.note(note)

@@ -12,7 +12,7 @@ from qlora_kit.base.dense import device_of, parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
 from qlora_kit.base.load import left_dense
 from qlora_kit.base.record import base_record
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, listed
 from qlora_kit.lora.init import Init, Start
 from qlora_kit.lora.layer import (
     LARGEST_ALPHA,
@@ -46,6 +46,7 @@ class LoraReport:
         unmatched: layers that could and do not, the head among them.
         trainable: parameters of the adapter.
         total: parameters of the base, quantised ones counted by their true shape.
+        scales: by which updates are multiplied, alpha over rank or over its root; more than one under patterns.
         notes: what a person should know, a line each.
     """
 
@@ -53,6 +54,7 @@ class LoraReport:
     unmatched: tuple[str, ...]
     trainable: int
     total: int
+    scales: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -203,10 +205,12 @@ def wrap(model: PreTrainedModel, layer_name: str) -> LoraLayer:
 
 def lora_report(model: PreTrainedModel, name: str) -> LoraReport:
     """What the adapter `name` covers on this model."""
-    matched = tuple(layer_name for layer_name, layer in lora_layers(model) if name in layer.adapters)
-    unmatched = tuple(layer_name for layer_name in adaptable_weights(model) if layer_name not in set(matched))
+    layers = {layer_name: layer for layer_name, layer in lora_layers(model) if name in layer.adapters}
+    matched = tuple(layers)
+    unmatched = tuple(layer_name for layer_name in adaptable_weights(model) if layer_name not in layers)
     trainable = sum(parameter.numel() for _, parameter in adapter_parameters(model, name))
-    return LoraReport(matched, unmatched, trainable, base_parameter_count(model))
+    scales = tuple(sorted({layer.adapter(name).scale for layer in layers.values()}))
+    return LoraReport(matched, unmatched, trainable, base_parameter_count(model), scales)
 
 
 def base_parameter_count(model: PreTrainedModel) -> int:
@@ -226,6 +230,8 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
             f"rank {full[0][1]} is above the smaller width of {full[0][0]} (and of {len(full) - 1} more layers): as "
             "much can be done there with a rank of that width"
         )
+    if unused := base_record(model).unused:
+        yield f"the base's checkpoint holds tensors that the model has no place for, left out: {listed(unused)}"
     dense = left_dense(model)
     share = sum(parameter.numel() for parameter in dense.values()) / total
     if base_record(model).quantization.kind != "none" and share >= WORTH_SAYING:

@@ -9,8 +9,10 @@ On a CPU a budget brings an allocation policy with it, that of `allocator.py`, w
 there is neither.
 """
 
+import errno
 import gc
 from types import TracebackType
+from typing import Literal
 
 import torch
 
@@ -25,6 +27,27 @@ CUDA_RESERVE_BYTES = 600 * 2**20
 BESIDE_TENSORS_BYTES = 64 * 2**20
 """What a process on a CPU may take beside its tensors and outside the budget, as the context is on a card: Python's
 objects, library workspaces, threads, what is free in the heap."""
+
+
+_HOST_WORDS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def whose_memory_ran_out(error: BaseException) -> Literal["device", "host"] | None:
+    """Whose memory an error is about; None where it is about something else.
+
+    PyTorch has a kind of its own where a card's allocator gives no more. A library that asks the card by itself, and
+    the allocator of the CPU, raise what they raise for anything, and only their words tell.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return "host"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_WORDS):
+        return "host"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_WORDS):
+        return "device"
+    return None
 
 
 class Limit:
@@ -58,6 +81,13 @@ class Limit:
         """The budget that would have held so far, on a CPU."""
         return self.counter.taken_bytes - BESIDE_TENSORS_BYTES
 
+    @property
+    def is_passed(self) -> bool:
+        """Whether more than the budget, and than may lie beside it, was seen to be taken, on a CPU."""
+        if self.device.type == "cuda" or self.budget_bytes is None:
+            return False
+        return self.needed_bytes > self.budget_bytes
+
     def check(self, step: int) -> None:
         """To be asked before each micro-batch.
 
@@ -71,7 +101,7 @@ class Limit:
         if self.device.type == "cuda" or budget is None:
             return
         self.counter.sample()
-        if self.needed_bytes > budget:
+        if self.is_passed:
             raise FitError(
                 f"memory.budget is {format_bytes(budget)}, and {format_bytes(self.counter.taken_bytes)} were taken by "
                 f"step {step} ({format_bytes(BESIDE_TENSORS_BYTES)} of it may lie outside the budget)"

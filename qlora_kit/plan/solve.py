@@ -166,6 +166,7 @@ class Solution:
         fits: whether it does.
         fastest: of all, with the bytes that it needs; None where that is the setting itself, and where none fits.
         more: what the next GiB would buy, or else the least that buys anything, with what it needs (an estimate).
+        least: the smallest there is, with what it needs; None where that is the setting itself, or takes no less.
     """
 
     setting: Setting
@@ -173,6 +174,7 @@ class Solution:
     fits: bool
     fastest: tuple[Setting, int] | None = None
     more: tuple[Setting, int] | None = None
+    least: tuple[Setting, int] | None = None
 
 
 def solve(choices: Choices, tokens: int, budget: int, plan: Callable[[Setting], dict[str, Any]]) -> Solution:
@@ -190,8 +192,9 @@ def solve(choices: Choices, tokens: int, budget: int, plan: Callable[[Setting], 
     if least["needs_bytes"] > budget and smallest.accumulation == fastest.accumulation:
         return Solution(smallest, least, fits=False)
     planned = plan(fastest)
+    below = smallest, least["needs_bytes"]
     if planned["needs_bytes"] <= budget:
-        return Solution(fastest, planned, fits=True)
+        return Solution(fastest, planned, fits=True, least=below if below[1] < planned["needs_bytes"] else None)
     if least["needs_bytes"] > budget:  # and gradients that stand from one micro-batch to the next may be the reason
         least, smallest = min((least, smallest), (planned, fastest), key=lambda each: each[0]["needs_bytes"])
         return Solution(smallest, least, fits=False)
@@ -205,7 +208,9 @@ def solve(choices: Choices, tokens: int, budget: int, plan: Callable[[Setting], 
             break
         planned = plan(chosen)
         if planned["needs_bytes"] <= budget:
-            return Solution(chosen, planned, fits=True, fastest=above, more=_more(candidates, chosen, tokens, budget))
+            more = _more(candidates, chosen, tokens, budget)
+            smaller = below if below[1] < planned["needs_bytes"] else None
+            return Solution(chosen, planned, fits=True, fastest=above, more=more, least=smaller)
         aim -= planned["needs_bytes"] - budget
     return Solution(smallest, least, fits=True, fastest=above, more=_more(candidates, smallest, tokens, budget))
 

@@ -53,7 +53,8 @@ def plan_methods(
         plan the run is held to; `savings_vs_full` is QLoRA's against full fine-tuning, whichever it is.
         `activations`, `micro_batch` and `accumulation` say what the recipe's `auto` became: the fastest that fits the
         budget. `floor` says how far the step is from the least possible, `next` what more memory would buy, `traded`
-        what was given up, and `with_quantized_head` what the smallest would take so, where nothing fits.
+        what was given up, `least` the smallest setting that the recipe allows, where that is another, and
+        `with_quantized_head` what the smallest would take so, where nothing fits.
     """
     device = resolve_device(recipe.base.device)
     on_card = card is not None or device.type == "cuda"
@@ -99,6 +100,7 @@ def plan_methods(
         "cards": fitting_cards({name: needed_on_card(method["peak_bytes"]) for name, method in methods.items()}),
         "next": _other(solution, solution.more, tokens),
         "traded": _other(solution, solution.fastest, tokens),
+        "least": _other(solution, solution.least, tokens),
         "with_quantized_head": chosen.with_quantized_head,
     }
 

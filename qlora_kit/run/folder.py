@@ -27,6 +27,7 @@ from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
 from qlora_kit.storage import clear_abandoned, read_json, remove_folder, write_json, write_text
 from qlora_kit.train.classes import classes_in
+from qlora_kit.train.optim import effective_kind
 from qlora_kit.train.pace import Rate
 from qlora_kit.train.trackers import PROJECT
 
@@ -187,7 +188,9 @@ def describe_run(
     """
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / PLAN, dict(plan))
-    write_json(folder / "env.json", _environment(resolve_device(recipe.base.device)))
+    device = resolve_device(recipe.base.device)
+    optimizer = effective_kind(recipe.train.optimizer, device)
+    write_json(folder / "env.json", _environment(device) | {"optimizer": optimizer})
     train = prepared.train
     data: dict[str, Any] = {"chats": train.has_chats, "train": asdict(train.counts)}
     data["fingerprints"] = dict(fingerprints)

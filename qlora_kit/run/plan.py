@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from qlora_kit.base import locate_model
@@ -17,6 +16,7 @@ from qlora_kit.data import check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge
 from qlora_kit.memory import Limit
+from qlora_kit.memory.limit import whose_memory_ran_out
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.plan.choose import may_quantize_head
@@ -182,24 +182,32 @@ def one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: P
     """Say what a run that met its limit had taken, and the way on."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        when = f"in step {limit.step}" if limit.step else "while loading"
-        room = "" if limit.budget_bytes is None else f" of {format_bytes(limit.budget_bytes)}"
-        raise FitError(f"{limit.device} ran out of memory{room} {when}; {_way_on(limit, plan, folder)}") from error
     except FitError as error:
         raise FitError(f"{error}; {_way_on(limit, plan, folder)}") from error
+    except (MemoryError, RuntimeError, OSError) as error:
+        ran_out = whose_memory_ran_out(error)
+        if ran_out is None:
+            raise
+        whose = limit.device if ran_out == "device" else "the host"
+        when = f"in step {limit.step}" if limit.step else "while loading"
+        budget = limit.budget_bytes if ran_out == "device" else None
+        room = "" if budget is None else f" of {format_bytes(budget)}"
+        raise FitError(f"{whose} ran out of memory{room} {when}; {_way_on(limit, plan, folder)}") from error
 
 
 def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path) -> str:
     """The settings that would take less, and how a run that has come so far is given them."""
     least = "recompute" if limit.device.type == "cpu" else "offload"  # on a CPU the host is the device
     changes = [] if plan["activations"] in (least, "offload") else [f"memory.activations={least}"]
-    if limit.device.type == "cpu" and limit.needed_bytes > 0:
+    if limit.is_passed:
         enough = math.ceil(1.05 * limit.needed_bytes / MIB)  # what was seen may not have been the most
         changes.insert(0, f"memory.budget={enough}MiB")
     smaller = f"a lower train.micro_batch (now {plan['micro_batch']}) or data.max_tokens"
+    if least := plan["least"]:
+        planned = format_bytes(least["peak_bytes"])
+        smaller = f"{least['settings']}, which is planned for {planned}, or a lower data.max_tokens"
     kept = checkpoints(folder / CHECKPOINTS) if limit.step else []  # before, they are those of an earlier run
     if not kept:
         return f"start again with {', '.join([*changes, smaller])}"
-    resumed = f"go on with --resume and {' or '.join(changes)}, or " if changes else ""
-    return f"{kept[-1].name} is kept: {resumed}start again with --overwrite and {smaller}"
+    how = f"and {' or '.join(changes)}" if changes else "where more is free"
+    return f"{kept[-1].name} is kept: go on with --resume {how}, or start again with --overwrite and {smaller}"

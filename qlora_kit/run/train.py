@@ -16,6 +16,7 @@ from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.load import resolve_device, resolve_dtype
 from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
+from qlora_kit.interrupt import first_interrupt
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe, base_as_held
@@ -115,6 +116,8 @@ def train(
 
     Raises:
         QloraKitError: anything that the user can mend, one line each; a `FitError` if the plan is above the budget.
+        KeyboardInterrupt: Ctrl-C, or a notebook's interrupt, once the step at hand is done and saved; the second one
+            at once. Where the program has a handler of its own for SIGINT, that one is left in charge.
     """
     started, watch, shelf, folder = time.monotonic(), watch or Watch(), shelf or Shelf(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
@@ -163,6 +166,8 @@ def train(
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
+    if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
+        raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) goes on from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
 
 
@@ -265,11 +270,13 @@ def _make_trainable(
 
 
 class _End(NamedTuple):
-    """How training ended: whether it came to its end, its last step, and the step that the model is left at."""
+    """How training ended: whether it came to its end, its last step, the step that the model is left at, and whether
+    an interrupt came."""
 
     finished: bool
     step: int
     left: int
+    interrupted: bool
 
 
 def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Path, end: _End) -> None:
@@ -326,7 +333,6 @@ def _train(
         task=task,
         loss_chunk=loss_chunk,
         folder=folder,
-        stop_requested=watch.stop_requested,
         packed_tokens=prepared.packed_tokens,
         check_memory=limit.check,
     )
@@ -346,13 +352,16 @@ def _train(
             untouched = rehearse(job, ledger)
         if untouched:
             watch.note(f"no gradient reaches {len(untouched)} of {len(parameters)} tensors, first {untouched[0]}")
-        finished = train_loop(job, metrics, limit.counter, ledger)
+        with first_interrupt() as interrupted:
+            job.stop_requested = lambda: interrupted() or watch.stop_requested()
+            finished = train_loop(job, metrics, limit.counter, ledger)
     finally:
         metrics.close()
         if samples is not None:
             samples.close()
         write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
-    return _End(finished, job.progress.step, _left_at(job, watch) if finished else job.progress.step)
+    left = _left_at(job, watch) if finished else job.progress.step
+    return _End(finished, job.progress.step, left, interrupted())
 
 
 def _check_disk(job: Job) -> None:

@@ -34,6 +34,11 @@ LIFTED_ELEMENTS = 2**24
 _Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
+def effective_kind(kind: str, device: torch.device) -> str:
+    """What an optimizer is on a device: none but CUDA pages its state."""
+    return kind if device.type == "cuda" else kind.removeprefix("paged_")
+
+
 class AdapterOptimizer:
     """Steps a list of parameters and holds all the state that a resumed run needs.
 
@@ -60,7 +65,7 @@ class AdapterOptimizer:
         self.parameters = [parameter for _, parameter in parameters]
         device = self.parameters[0].device
         self.kind = kind
-        self.effective_kind = kind if device.type == "cuda" else kind.removeprefix("paged_")
+        self.effective_kind = effective_kind(kind, device)
         self.master_weights = master_weights
         self._generator = torch.Generator(device).manual_seed(seed)
         self._stepped = [self._stepped_form(parameter) for parameter in self.parameters]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import train, verify
+from qlora_kit.run.folder import run_folder
 from qlora_kit.train.checkpoint import newest_checkpoint
 
 STEPS, KILLS = 200, 30
@@ -71,6 +72,12 @@ def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_
 def losses(line):
     row = json.loads(line)
     return row["step"], row["loss"], row["grad_norm"]
+
+
+def test_a_second_run_in_a_folder_that_is_being_written_to_is_refused(tmp_path):
+    refused = pytest.raises(RunError, match=f"another run is writing to {tmp_path}/run; wait for it")
+    with run_folder(tmp_path / "run"), refused, run_folder(tmp_path / "run"):
+        pytest.fail("both have it")
 
 
 @pytest.mark.slow

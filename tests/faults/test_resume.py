@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_kit.data import cache
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import train
+from qlora_kit.train.checkpoint import newest_checkpoint
 from qlora_kit.watch import Watch
 
 WORDS = ("cat", "dog", "owl", "bee", "ant", "elk", "fox", "hen")
@@ -73,6 +75,14 @@ def test_rows_in_another_file_of_the_same_content_are_the_same_rows(recipe, tmp_
     assert train(moved, resume=True, force=True).step == 4
 
 
+def test_a_resume_without_anything_to_resume_is_one_line(tmp_path):
+    recipe = read_recipe("default", ["base.model=a/b", "data.train=c/d", f"output={tmp_path}/run"])
+    with pytest.raises(RunError, match="run holds no run to resume; start it without --resume"):
+        train(recipe, resume=True)
+    with pytest.raises(RunError, match="no complete checkpoint to resume from; start again with --overwrite"):
+        newest_checkpoint(tmp_path)
+
+
 class StopAfter(Watch):
     """Asks for a stop when a step is done, as a signal does."""
 
@@ -95,21 +105,74 @@ def test_a_run_that_is_resumed_twice_at_any_step_is_the_run_that_went_through(op
     train(recipe(7, "whole", *more))
     for index, step in enumerate((1, 4, 7)):
         train(recipe(7, "parts", *more), resume=index > 0, watch=StopAfter(step))
-    whole, parts = (
-        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("whole", "parts")
-    )
-    assert seen(parts) == seen(whole)
-    for step in range(1, 8):
+    assert_same(tmp_path / "parts", tmp_path / "whole", 7)
+    if "8bit" in optimizer:
+        assert_8_bit(tmp_path / "whole" / "checkpoints" / "step-000007")
+
+
+def assert_same(parts, whole, steps):
+    """Every row of metrics, and every tensor of every checkpoint, are the same to the bit."""
+    ours, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (parts, whole))
+    assert seen(ours) == seen(theirs)
+    for step in range(1, steps + 1):
         for name in ("parameters", "optimizer", "random"):
             ours, theirs = (
-                load_file(tmp_path / run / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors")
-                for run in ("whole", "parts")
+                load_file(run / "checkpoints" / f"step-{step:06d}" / f"{name}.safetensors") for run in (parts, whole)
             )
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(as_bytes(ours[key]), as_bytes(theirs[key])) for key in ours)
-    if "8bit" in optimizer:
-        states = load_file(tmp_path / "whole" / "checkpoints" / "step-000007" / "optimizer.safetensors")
-        assert any(tensor.dtype == torch.uint8 for tensor in states.values()), "every state is below the 8-bit minimum"
+
+
+def assert_8_bit(checkpoint):
+    states = load_file(checkpoint / "optimizer.safetensors").values()
+    assert any(tensor.dtype == torch.uint8 for tensor in states), "every state is below the 8-bit minimum"
+
+
+@pytest.fixture
+def mixed(tmp_path, model_folder, monkeypatch):
+    """Makes the recipe of a packed run of three sources in other shares than they have, with all that goes between."""
+    for index, (count, words) in enumerate([(12, 1), (5, 4), (7, 2), (2, 1)]):
+        rows = [{"prompt": f"say {n} ", "completion": " ".join(WORDS[:words])} for n in range(count)]
+        (tmp_path / f"{index}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shares = [{"path": f"{tmp_path}/{index}.jsonl", "weight": weight} for index, weight in enumerate((0.5, 2, 1))]
+    memory = "memory.activations=keep", "memory.loss_chunk=64"  # one plan is enough
+    settings = [
+        f"base.model={model_folder}", f"data.train={json.dumps(shares)}", f"data.eval={tmp_path}/3.jsonl",
+        *memory, "data.max_tokens=64", "data.packing=true", "lora.rank=128", "lora.dropout=0.1", "train.micro_batch=2",
+        "train.accumulation=2", "train.optimizer=adamw_8bit", "train.schedule=cosine", "train.eval_every=2",
+        "train.sample_every=3", "train.save_every=1", "train.keep_checkpoints=99",
+    ]  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return lambda steps, output: read_recipe("default", [*settings, f"train.steps={steps}", f"output={output}"])
+
+
+def test_a_packed_run_of_several_sources_goes_on_to_the_bit(mixed, tmp_path):
+    whole, parts = mixed(9, tmp_path / "whole"), mixed(9, tmp_path / "parts")
+    train(whole, watch=StopAfter(4))
+    packing = json.loads((tmp_path / "whole" / "data.json").read_text())["packing"]
+    assert packing["sequences"] < 6 + 10 + 7, "rows share a sequence"
+    train(parts, watch=StopAfter(3))
+    train(parts, resume=True, watch=StopAfter(4))
+    assert_same(tmp_path / "parts", tmp_path / "whole", 4)
+    assert_8_bit(tmp_path / "whole" / "checkpoints" / "step-000004")
+
+
+@pytest.mark.slow
+def test_a_packed_run_of_several_sources_goes_on_to_the_bit_from_any_step(mixed, tmp_path, monkeypatch):
+    """Over an epoch's end, begun with rows in memory and gone on with rows read off a file one by one, as a large set's
+    are. No processes load rows beside the run: what is read is what is trained on, and nothing is ahead of it."""
+    steps = 9
+    train(mixed(steps, tmp_path / "whole"))
+    rows = seen([json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").open()])
+    assert {int(row["epoch"]) for row in rows if "epoch" in row} == {0, 1}, "an epoch ends on the way"
+    for step in range(1, steps):
+        output = tmp_path / f"parts-{step}"
+        train(mixed(steps, output), watch=StopAfter(step))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "LARGE_BYTES", 1)
+            train(mixed(steps, output), resume=True)
+        assert_same(output, tmp_path / "whole", steps)
+    assert list((tmp_path / "cache").rglob("train.rows")), "rows were read off a file"
 
 
 def seen(rows):

@@ -228,6 +228,19 @@ def test_weights_of_a_base_that_are_no_fractions_are_refused(tmp_path, dtype):
         load_base(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"])
+def test_weights_in_8_bits_whose_scales_nothing_names_are_refused(tmp_path, dtype, name):
+    """transformers casts them and leaves the scales beside them out."""
+    tiny.llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    narrow = {name: torch.ones(176, 48, dtype=dtype), f"{name}_scale_inv": torch.ones(1, 1)}
+    save_file(load_file(file) | narrow, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name}' is in F8_E.*says nothing of a quant") as told:
+        load_base(tmp_path, device="cpu")
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a\nb", "\ud800"])
 def test_no_manifest_has_files_elsewhere_read(tmp_path, name):
     (tmp_path / "export").mkdir()
