@@ -59,6 +59,7 @@ PLAN = {
     "methods": {"qlora": METHOD, "lora_16bit?": METHOD, "full_finetune?": METHOD},
     "parameters?": {"total": COUNT, "trainable": COUNT, "quantized": COUNT},
     "bits_per_quantized_parameter?": MAYBE_COUNT,
+    "capacity?": Maybe({"reason": TEXT, "warning?": SCALAR}),
     "savings_vs_full?": MAYBE_NUMBER,
     "budget?": MAYBE_COUNT,
     "activations?": SCALAR,
