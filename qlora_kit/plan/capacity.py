@@ -62,7 +62,7 @@ def with_rank(recipe: Recipe, config: PretrainedConfig, data_bits: float | None)
     return _ranked(recipe, rank)
 
 
-def capacity(recipe: Recipe, asked: int | str, trained: int, data_bits: float | None) -> Capacity:
+def capacity_of(recipe: Recipe, asked: int | str, trained: int, data_bits: float | None) -> Capacity:
     """What the adapter of a recipe holds, with the reason for its rank.
 
     Args:

@@ -162,7 +162,7 @@ def adapter_size(config: PretrainedConfig, work: Workload) -> tuple[int, list[in
     assert work.lora is not None
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         model = _dense(config, work).requires_grad_(False)
-        report = _add_adapter(model, work.lora)
+        report = _add_adapter(model, work.lora.model_copy(update={"init": "default"}))  # a start that takes any rank
         return report.trainable, [min(layer.shape[-2:]) for _, layer in lora_layers(model)]
 
 

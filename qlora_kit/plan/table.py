@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
-from qlora_kit.plan.capacity import capacity, with_rank
+from qlora_kit.plan.capacity import capacity_of, with_rank
 from qlora_kit.plan.cards import fitting_cards
 from qlora_kit.plan.choose import Workloads, choose, needed_on_card
 from qlora_kit.plan.depths import count_layers
@@ -74,7 +74,7 @@ def plan_methods(
     methods = _methods(recipe, config, work, adapters, solution.planned, after)
     own, parameters = methods[method_of(recipe)], solution.planned["parameters"]
     speed = _tokens_per_s(work, setting.blocks, parameters["total"], device) if card is None else None
-    held = None if work.lora is None else capacity(recipe, asked.lora.rank, parameters["trainable"], data_bits)
+    held = None if work.lora is None else capacity_of(recipe, asked.lora.rank, parameters["trainable"], data_bits)
     return {
         "method": method_of(recipe),
         "parameters": parameters,

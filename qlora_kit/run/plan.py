@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from qlora_kit.base import locate_model
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.load import read_config, resolve_device, resolve_dtype
-from qlora_kit.data import check_lengths, information
+from qlora_kit.data import bits_to_learn, check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge
 from qlora_kit.memory import Limit
@@ -99,7 +99,7 @@ def plan_prepared(recipe: Recipe, prepared: Prepared, card: str | None = None) -
         card,
         eval_shape=largest_eval_shape(prepared.eval.rows),
         after=_AFTER,
-        data_bits=information(train, recipe.train.task, pace.steps * pace.rows_a_step / train.epoch.rows),
+        data_bits=bits_to_learn(train, recipe.train.task, pace.steps * pace.rows_a_step / train.epoch.rows),
     )
 
 
