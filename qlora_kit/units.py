@@ -61,6 +61,16 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def format_bits(count: float) -> str:
+    """`count` bits with three significant digits and a decimal unit.
+
+    >>> format_bits(83_886_080), format_bits(950), format_bits(0)
+    ('83.9 Mbit', '950 bit', '0 bit')
+    """
+    number, _, suffix = format_count(count).partition(" ")
+    return f"{number} {suffix.replace('B', 'G')}bit"
+
+
 def counted(count: float, thing: str) -> str:
     """`count` things, as one says it.
 

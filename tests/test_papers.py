@@ -1,24 +1,33 @@
-"""The papers' own numbers of memory and of parameters, out of the kit's own plan and injection; their slips asserted.
+"""The papers' own numbers and identities, out of the kit's own plan, injection, layer and optimizer; slips asserted.
 
 `printed` is what a paper says, `exact` what its formula gives. Sources: LoRA, arXiv 2106.09685v2; QLoRA, arXiv
 2305.14314; LoRA Without Regret, doi 10.64434/tml.20250929. GB is 10**9 bytes, M is 10**6.
 """
 
 import math
+from statistics import NormalDist, fmean
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, OPTConfig
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.formats import quantize
+from qlora_kit.base.formats import decode_4bit, quantize
+from qlora_kit.base.kernels import table_4bit
 from qlora_kit.base.load import build_model
 from qlora_kit.lora import adapter_parameters, add_lora
+from qlora_kit.lora.layer import Adapter, LoraLinear
+from qlora_kit.ops import lora_linear
 from qlora_kit.plan import Workload, dry_run, plan_methods
-from qlora_kit.recipe import Lora, read_recipe
-from qlora_kit.train.pace import Pace
+from qlora_kit.plan.capacity import BITS_A_PARAMETER, LEAST_RANK
+from qlora_kit.recipe import Lora, Train, read_recipe
+from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.train.pace import ROWS_A_STEP, Pace
+from qlora_kit.train.schedule import LORA_FACTOR, automatic_rate
 
 GB = 10**9
 
@@ -134,6 +143,79 @@ def test_erratum_the_papers_7b_footprint_has_two_values_and_no_formula(plans):
 )
 def test_rank_64_on_all_linear_layers_trains_what_the_released_scripts_train(plans, name, trained):
     assert plans[name]["parameters"]["trainable"] == trained
+
+
+# --- QLoRA: its data type ---
+
+
+def test_the_nf4_codebook_is_made_of_quantiles_of_the_normal_distribution():
+    """Nine quantiles from the middle up and eight from the middle down, evenly spaced in probability; the middle is
+    there once. The outermost is halfway between those of 1/32 and 1/30, and everything is over the largest."""
+    quantile, end = NormalDist().inv_cdf, 1 - (1 / 32 + 1 / 30) / 2
+    upper = [quantile(0.5 + (end - 0.5) * place / 8) for place in range(9)]
+    lower = [-quantile(0.5 + (end - 0.5) * place / 7) for place in range(8)]
+    wanted = torch.tensor(sorted({*upper, *lower})) / upper[-1]
+    found = table_4bit("nf4", torch.device("cpu"))
+    assert len(found) == 16
+    assert torch.equal(found, found.sort().values)
+    assert (found == 0).sum() == 1
+    assert (found - wanted).abs().max() < 2e-7, "two roundings of fp32"
+
+
+def test_nf4_has_the_least_error_of_the_4_bit_types_on_normal_weights():
+    """The order of the others is not table 2's, which is of perplexities: only that NF4 is best may be asserted."""
+    weight = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
+    error = {"int4": absmax_int4(weight) - weight}
+    for kind, is_double in (("nf4", False), ("nf4", True), ("fp4", False)):
+        how = Quantization(kind, double_quant=is_double)
+        stored = quantize(weight, how)
+        constants = (stored.get(name) for name in ("absmax_scale", "absmax_offset"))
+        read = decode_4bit(stored["codes"], stored["absmax"], *constants, how, torch.empty_like(weight))
+        error[f"{kind}{'+DQ' * is_double}"] = read - weight
+    found = {name: (each.norm() / weight.norm()).item() for name, each in error.items()}
+    wanted = {"nf4": 0.0920, "nf4+DQ": 0.0920, "int4": 0.1076, "fp4": 0.1219}
+    assert found == pytest.approx(wanted, rel=0.01)
+
+
+def absmax_int4(weight, block=64):
+    """Fifteen steps of one size, from the largest of a block down to its opposite."""
+    blocks = weight.view(-1, block)
+    step = blocks.abs().amax(1, keepdim=True) / 7
+    return ((blocks / step).round() * step).view_as(weight)
+
+
+# --- QLoRA: its figures ---
+
+
+def test_the_defaults_are_those_of_the_released_scripts():
+    """Erratum: the paper says that 33B and 65B double the batch; the scripts have 16 rows for every size."""
+    train = Train()
+    assert (train.max_grad_norm, train.warmup, train.schedule, ROWS_A_STEP) == (0.3, 0.03, "constant", 16)
+    assert train.optimizer.startswith("paged_adamw")
+    optimizer = AdapterOptimizer([("a", nn.Parameter(torch.zeros(2, 2)))], "adamw_32bit")
+    assert [group["betas"][1] for group in optimizer.inner.param_groups] == [0.999]
+
+
+TABLE_4 = {  # MMLU of LLaMA 7B, 13B, 33B and 65B, each after Alpaca and after FLAN v2; the mean as printed
+    "BF16": ((38.4, 45.6, 47.2, 50.6, 57.7, 60.5, 61.8, 62.5), 53.0),
+    "FP4": ((37.2, 44.0, 47.3, 50.0, 55.9, 58.5, 61.3, 63.3), 52.2),
+    "NF4+DQ": ((39.0, 44.5, 47.5, 50.7, 57.3, 59.2, 61.8, 63.9), 53.1),
+}
+
+
+def test_table_4_has_the_means_of_its_rows():
+    for name in ("BF16", "FP4"):
+        scores, printed = TABLE_4[name]
+        assert fmean(scores) == pytest.approx(printed, abs=0.05)
+
+
+def test_erratum_table_4_prints_a_mean_of_nf4_above_16_bits_and_its_rows_have_one_below():
+    """Each entry is rounded to 0.1, and so their mean is off by 0.05 at most."""
+    mean = {name: fmean(scores) for name, (scores, _) in TABLE_4.items()}
+    assert TABLE_4["NF4+DQ"][1] - mean["NF4+DQ"] > 0.05 + 0.05
+    assert mean["NF4+DQ"] == pytest.approx(52.9875)
+    assert mean["NF4+DQ"] - mean["BF16"] == pytest.approx(-0.05)
+    assert TABLE_4["NF4+DQ"][1] - TABLE_4["BF16"][1] == pytest.approx(0.1), "as printed"
 
 
 # --- LoRA: what it trains ---
@@ -284,3 +366,224 @@ def test_llama_8b_at_rank_1_trains_3_million(llama_8b):
     assert HEAD == 132_352
     assert report.trainable - HEAD == 2_621_440
     assert round(report.trainable / 1e6) == round((report.trainable - HEAD) / 1e6) == 3
+
+
+# --- LoRA: its figures ---
+
+
+def test_rank_4_on_query_and_value_makes_a_checkpoint_of_36_mib_of_350_gb():
+    """Printed: 35 MB, about a 10,000th, and 354 GB for 100 tasks."""
+    checkpoint, model = 2 * trained_by(*GPT3, 4, "qv"), 350 * GB
+    assert checkpoint / 2**20 == 36.0
+    assert 9_000 < model / checkpoint < 10_000
+    assert round((model + 100 * 35e6) / GB) == 354
+    assert round(1200 / 350, 2) == 3.43, "the third of the memory: 1.2 TB over 350 GB"
+
+
+def test_erratum_a_speedup_of_25_percent_is_of_time_and_33_percent_of_throughput():
+    full, lora = 32.5, 43.1  # tokens/s on a V100
+    assert round(lora / full - 1, 3) == 0.326
+    assert round(1 - full / lora, 3) == 0.246
+
+
+def test_the_least_rank_that_auto_takes_is_the_first_of_table_18_with_the_lowest_loss():
+    losses = [1.23, 1.21, 1.18, 1.17, 1.16, 1.16, 1.16, 1.16, 1.16, 1.16, 1.17]  # GPT-2 M, ranks 1 to 1,024
+    assert LEAST_RANK == 2 ** losses.index(min(losses)) == 16
+
+
+def similarity(first_RI, second_RI):
+    """phi of the LoRA paper, equation 4: how far the rows of one lie in what those of the other span."""
+    bases = [torch.linalg.svd(each, full_matrices=False).Vh for each in (first_RI, second_RI)]
+    return ((bases[0] @ bases[1].T).norm() ** 2 / min(map(len, bases))).item()
+
+
+def test_the_similarity_of_subspaces_is_between_0_and_1():
+    started = {}
+    for rank, seed in ((8, 0), (64, 1)):
+        model = build_model(llama(128, 64, 1, 2, words=64), torch.float32, "sdpa").requires_grad_(False)
+        add_lora(model, rank=rank, targets=["q_proj"], dtype=torch.float64, seed=seed)
+        started[rank] = dict(adapter_parameters(model))["model.layers.0.self_attn.q_proj.a_RI"].detach()
+    narrow, wide = started[8], started[64]
+    assert similarity(narrow, narrow) == pytest.approx(1)
+    assert similarity(wide[:4], wide) == pytest.approx(1), "it lies in the other"
+    assert similarity(narrow, torch.linalg.svd(narrow).Vh[8:]) == pytest.approx(0, abs=1e-12)
+    assert 0 < similarity(narrow, wide) < 1
+    assert similarity(narrow, wide) == pytest.approx(64 / 128, abs=0.1), "of two starts by chance"
+
+
+def test_erratum_table_12_has_rates_40_times_apart_where_the_kit_takes_the_10_that_were_found_later():
+    """GPT-3: 2e-4 for LoRA and 5e-6 for full fine-tuning. LoRA Without Regret's fit over 14 models has 9.8."""
+    lora, full = (automatic_rate("llama", 4096, 1000, full_finetune=full)[0] for full in (False, True))
+    assert round(2e-4 / 5e-6) == 40
+    assert round(9.8) == LORA_FACTOR
+    assert lora / full == pytest.approx(LORA_FACTOR)
+
+
+# --- LoRA Without Regret: capacity ---
+
+
+def test_a_preference_set_is_far_below_what_rank_1_holds():
+    """MATH has about 10,000 problems with 32 samples each, a bit an episode; R1-Zero had 5.3M episodes (printed)."""
+    math_bits, episodes = 10_000 * 32, 10_400 * 32 * 16
+    assert (math_bits, episodes) == (320_000, 5_324_800)
+    assert round(episodes / 1e6, 1) == 5.3
+    rank_1 = BITS_A_PARAMETER * 2_621_440  # Llama-3.1-8B, as above
+    assert rank_1 > 16 * math_bits
+    assert 0.98 < rank_1 / episodes < 1
+    assert round(math.log(2), 2) == 0.69, "nats of the bit a token"
+
+
+# --- LoRA Without Regret: FLOPs ---
+
+
+IN_PLACE = {torch.ops.aten.addmm_: lambda to, left, right, **_: 2 * left[0] * left[1] * right[1]}
+"""torch counts this product only where its result is new (2.13)."""
+
+
+def counted(N, R, T, dtype=torch.float32):
+    """FLOPs of a forward and backward pass through one matrix that trains, and through a frozen one with an adapter."""
+    with FakeTensorMode():
+        x = torch.randn(T, N, dtype=dtype, requires_grad=True)
+        whole, frozen = nn.Linear(N, N, bias=False, dtype=dtype), torch.randn(N, N, dtype=dtype)
+        a_RI, b_OR = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((R, N), (N, R)))
+        found = []
+        for act in (lambda: whole(x), lambda: lora_linear(x, lambda _: frozen, None, a_RI, b_OR, 32 / R)):
+            with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+                act().sum().backward()
+            found.append(counter.get_total_flops())
+    return found
+
+
+@pytest.mark.parametrize(("rank", "ratio"), [(1, 0.667), (64, 0.698), (256, 0.792)])
+def test_lora_takes_2_of_3_flops_and_those_of_the_adapter(rank, ratio):
+    """2 N^2 + 6 N R multiplications and additions for a token in place of 3 N^2, which are two FLOPs each."""
+    N, T = 4096, 4
+    whole, lora = counted(N, rank, T)
+    assert whole == 2 * T * 3 * N**2
+    assert lora == 2 * T * (2 * N**2 + 6 * N * rank)
+    assert lora / whole == pytest.approx(2 / 3 + 2 * rank / N)
+    assert round(lora / whole, 3) == ratio
+
+
+def test_in_16_bits_the_kit_takes_small_products_again_for_what_rounding_cut_off():
+    """x A^T and g B twice, and what they are multiplied with: 4 N R more, which the paper's count does not have."""
+    N, R, T = 4096, 64, 4
+    _, lora = counted(N, R, T, torch.bfloat16)
+    assert lora == 2 * T * (2 * N**2 + 10 * N * R)
+
+
+# --- LoRA Without Regret: what leaves the trajectory as it is ---
+
+
+class Layers(nn.Module):
+    """Two layers of the kit with a bend between them, float64: 12 -> 16 -> 4."""
+
+    def __init__(self, alpha, spread_a):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in (("first", (16, 12)), ("second", (4, 16))):
+            linear = nn.Linear(shape[1], shape[0], dtype=torch.float64).requires_grad_(False)
+            nn.init.normal_(linear.weight, std=0.3, generator=generator)
+            nn.init.zeros_(linear.bias)
+            layer, adapter = LoraLinear(linear), Adapter(shape, 3, alpha, dtype=torch.float64)
+            bound = spread_a / math.sqrt(shape[1])
+            nn.init.uniform_(adapter.a_RI, -bound, bound, generator=generator)
+            layer.adapters["default"], layer.active = adapter, "default"
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+LR, EPS, STEPS = 3e-2, 1e-8, 40
+
+
+def losses(*, alpha=32.0, spread_a=1.0, lr_a=LR, lr_b=LR, eps_a=EPS, eps_b=EPS):
+    """Of a run by the kit's optimizer, Adam in float64, step by step."""
+    model, generator = Layers(alpha, spread_a), torch.Generator().manual_seed(1)
+    x, y = (torch.randn(32, width, generator=generator, dtype=torch.float64) for width in (12, 4))
+    optimizer = AdapterOptimizer(list(adapter_parameters(model)), "adamw", master_weights="none", lr_ratio=lr_b / lr_a)
+    for group in optimizer.inner.param_groups:
+        group["eps"] = eps_a if group["ratio"] == 1 else eps_b
+    found = []
+    for _ in range(STEPS):
+        loss = (model(x) - y).square().mean()
+        found.append(loss.item())
+        loss.backward()
+        optimizer.step(lr_a)
+    return found
+
+
+@pytest.fixture(scope="module")
+def unscaled():
+    return losses()
+
+
+def rescaled(p, q, **left):
+    """The post's rule, Adam's epsilon among it: the gradient of A is 1 / p of what it was, that of B 1 / q."""
+    ruled = {"alpha": 32 / (p * q), "spread_a": p, "lr_a": p * LR, "lr_b": q * LR, "eps_a": EPS / p, "eps_b": EPS / q}
+    return losses(**ruled | left)
+
+
+@pytest.mark.parametrize(("p", "q"), [(2, 3), (0.5, 4), (7, 0.25)])
+def test_alpha_start_and_rates_rescaled_together_leave_adam_where_it_was(p, q, unscaled):
+    assert unscaled[-1] < 0.7 * unscaled[0], "it learns"
+    assert difference(rescaled(p, q), unscaled) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("left", "least"),
+    [({"alpha": 32.0}, 1), ({"spread_a": 1.0}, 0.05), ({"lr_a": LR}, 0.05), ({"lr_b": LR}, 0.05),
+     ({"eps_a": EPS}, 1e-6), ({"eps_b": EPS}, 1e-6)],
+    ids=["alpha", "start", "rate of A", "rate of B", "epsilon of A", "epsilon of B"],
+)  # fmt: skip
+def test_one_of_them_left_as_it_was_makes_another_run(left, least, unscaled):
+    assert difference(rescaled(2, 3, **left), unscaled) > least
+
+
+def difference(found, wanted):
+    return max(abs(one - other) for one, other in zip(found, wanted, strict=True))
+
+
+# --- LoRA Without Regret: ranks begin alike ---
+
+SEEDS, RANKS = 16, (1, 4, 16, 64)
+
+
+def gained(rank, scaling="standard", steps=100):
+    """By how much the loss has fallen after each step, the mean of all seeds: each has its data and its start, of which
+    a lower rank has the first rows. Seeds stand side by side, since Adam goes element by element."""
+    width, out, generator = 32, 16, torch.Generator().manual_seed(0)
+    x = torch.randn(SEEDS, 128, width, generator=generator, dtype=torch.float64)
+    y = x @ torch.randn(SEEDS, width, out, generator=generator, dtype=torch.float64) / math.sqrt(width)
+    adapter = Adapter((SEEDS, out, width), rank, 32, scaling=scaling, dtype=torch.float64)
+    start = torch.empty(SEEDS, max(RANKS), width, dtype=torch.float64)
+    start.uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
+    adapter.a_RI.data = start[:, :rank].clone()
+    optimizer = AdapterOptimizer(list(adapter.named_parameters()), "adamw", master_weights="none")
+    found = []
+    for _ in range(steps + 1):
+        loss = (adapter.scale * (x @ adapter.a_RI.mT @ adapter.b_OR.mT) - y).square().mean((1, 2))
+        found.append(loss.mean().item())
+        loss.sum().backward()
+        optimizer.step(3e-4)
+    return [found[0] - each for each in found]
+
+
+def apart(gains, step):
+    """How far ranks are from each other, over their mean."""
+    at = [gain[step] for gain in gains]
+    return (max(at) - min(at)) / fmean(at)
+
+
+def test_runs_of_all_ranks_begin_alike_and_part_later():
+    gains = [gained(rank) for rank in RANKS]
+    assert all(gain[5] > 0 for gain in gains)
+    assert max(apart(gains, step) for step in range(1, 6)) < 0.1
+    last = [gain[100] for gain in gains]
+    assert apart(gains, 100) > 5 * 0.1
+    assert last == sorted(last), "the higher the rank, the more is learnt"
+
+
+def test_scaled_by_the_root_of_the_rank_they_would_not_begin_alike():
+    assert apart([gained(rank, "rslora", steps=5) for rank in RANKS], 3) > 0.5

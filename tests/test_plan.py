@@ -338,7 +338,7 @@ def plan():
 def test_a_plan_holds_what_the_run_folder_promises(plan):
     assert set(plan) >= {
         "parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
-        "device_profile", "steps", "tokens_per_s", "hours",
+        "device_profile", "steps", "tokens_per_s", "hours", "rank", "capacity",
     }  # fmt: skip
     assert set(plan["parameters"]) == {"total", "trainable", "quantized"}
     assert set(plan["methods"]) == {"qlora", "lora_16bit", "full_finetune"}
@@ -364,6 +364,7 @@ def test_a_plans_numbers_agree_with_each_other(plan):
     assert plan["bits_per_quantized_parameter"] == 4 + (8 + 32 / 256) / 64
     assert plan["hours"] == pytest.approx(PACE.tokens / plan["tokens_per_s"] / 3600)  # not as if all rows were longest
     assert (plan["steps"], plan["budget"]) == (200, None)
+    assert (plan["rank"], plan["capacity"]["held_bits"]) == (8, 2 * plan["parameters"]["trainable"])
     assert plan["methods"]["lora_16bit"]["by_category"]["quantization_state"] == 0
     quantized = plan["parameters"]["quantized"]
     dense = 2 * (plan["parameters"]["total"] - quantized)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from qlora_kit.data import FORMATS
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import Base, Data, Lora, Recipe, Train, dump_recipe, names, not_yet, read_recipe, schema_text
+from qlora_kit.recipe import Base, Data, Lora, Recipe, Train, dump_recipe, names, read_recipe, schema_text
 from qlora_kit.recipe import find as find_shipped
 from qlora_kit.recipe import summary as summary_of
 from qlora_kit.recipe.tasks import TASKS, TaskName
@@ -113,10 +113,6 @@ WORDS = {
     "train.trackers": "[tensorboard,wandb,mlflow,trackio]",
     "memory.activations": "auto keep selective recompute offload",
     "memory.budget": "24GiB 512MiB 8GB 0.5GiB null",
-}
-
-NOT_BUILT = {
-    "lora.rank": ["auto"],
 }
 
 
@@ -251,10 +247,7 @@ def test_words_of_yaml_1_1_stay_text_in_both_directions(read, word):
 @pytest.mark.parametrize("key", WORDS)
 def test_every_word_of_the_design_is_known(read, refused, key):
     for word in WORDS[key].split():
-        if word in NOT_BUILT.get(key, []):
-            assert "is not built yet" in refused(MINIMAL, f"{key}={word}")
-        else:
-            assert value_at(read(MINIMAL, f"{key}={word}"), key) == yaml.safe_load(word)
+        assert value_at(read(MINIMAL, f"{key}={word}"), key) == yaml.safe_load(word)
 
 
 def test_override_beats_the_file_and_the_last_override_of_a_key_wins(read):
@@ -483,26 +476,6 @@ def test_override_into_a_section_that_is_no_mapping_leaves_the_mistake_to_the_fi
     assert refused(MINIMAL + "lora: 5\n", "lora.rank=3").startswith(
         "recipe.yaml:3: lora must be a mapping of from, rank"
     )
-
-
-@pytest.mark.parametrize(("key", "values"), NOT_BUILT.items())
-def test_what_is_not_built_is_refused_with_what_works(refused, key, values):
-    for value in values:
-        message = refused(MINIMAL, f"{key}={value}")
-        assert message.startswith(f"override {key}={value}: {key}")
-        assert " is not built yet in this version; " in message
-
-
-def test_every_row_of_what_is_not_built_names_a_key_and_is_tried_above():
-    assert len(not_yet.ROWS) == len(not_yet.BY_KEY)
-    assert not_yet.BY_KEY.keys() <= SLOTS.keys()
-    assert {key.partition("[]")[0] for key in not_yet.BY_KEY} == NOT_BUILT.keys()
-
-
-def test_defaults_are_all_built(read):
-    for key, row in not_yet.BY_KEY.items():
-        field = SLOTS[key].field
-        assert field is None or row.is_built(field.default)
 
 
 # Files that are no recipes

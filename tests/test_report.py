@@ -142,6 +142,7 @@ def full_documents():
     plan["methods"]["qlora"] |= {"host_peak_bytes": 2 * GIB, "paged_bytes": 256 * MIB}
     plan |= {"activations": "recompute 30, keep 2", "blocks": {"keep": 2, "recompute": 30, "offload": 0}}
     plan |= {"loss_chunk": 1024, "micro_batch": 2, "accumulation": 8, "floor": {"bytes": 6 * GIB, "ratio": 1.38}}
+    plan |= {"rank": 16, "capacity": {"held_bits": 9e7, "reason": "rank 16 holds", "warning": "the data tell more"}}
     plan["allocator"] = {"rounding_bytes": 64 * MIB, "library_bytes": 96 * MIB, "context_bytes": 480 * MIB}
     plan["cards"] = [
         {"name": name, "usable_bytes": int(usable * GIB), "qlora": usable > 9, "lora_16bit": usable > 20,
@@ -352,6 +353,8 @@ def test_a_folder_with_every_key_has_every_section(tmp_path):
     for said in (
         "Setting: activations kept in 2, recomputed in 30 blocks; 2 rows at a time, 8 times a step; the loss in chunks",
         "The step takes 1.38 times the least that the mathematics needs (6.00 GiB)",
+        "Rank 16 holds.",
+        "The data tell more.",
         "CUDA adds about 480 MiB for the driver's context, 96.0 MiB for libraries, 64.0 MiB for rounding (estimates",
         "Of the optimizer's state 256 MiB are paged",
         "The host's memory holds up to 2.00 GiB: offloaded activations",
@@ -375,6 +378,7 @@ def test_what_is_null_reads_as_what_is_not_there(run, document):
     [
         ("plan.json", {"cards": [{"name": "T4"}]}, "cards[0].usable_bytes is missing"),
         ("plan.json", {"cards": [{"name": "T4", "usable_bytes": 1, "qlora": 1}]}, "wanted true, false or null"),
+        ("plan.json", {"capacity": {"reason": "", "warning": 1}}, "capacity.warning is 1, wanted text or null"),
         ("memory.json", {"timeline": [{"phase": "load"}]}, "timeline[0].bytes is missing"),
         ("memory.json", {"largest": [{"bytes": -1}]}, "largest[0].bytes is -1, wanted"),
         ("memory.json", {"largest": {}}, "largest is {}, wanted a list"),

@@ -39,7 +39,9 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Settings such as lora.rank=32.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings such as lora.rank=32, or lora.rank=auto.", show_default=False)
+]
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encod
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS
+from qlora_kit.data.information import bits_to_learn
 from qlora_kit.data.load import Reader, Scan, Source, held_out, load_rows, open_sources, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, count_classes, fill, measure_lengths, show_rows
@@ -71,6 +72,7 @@ __all__ = [
     "arrange",
     "ask",
     "best_fit",
+    "bits_to_learn",
     "cache_key",
     "cached",
     "check_lengths",

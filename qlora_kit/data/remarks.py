@@ -78,7 +78,7 @@ def _look(rows: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> _Seen:
     cut = {*rows.places["truncated"], *rows.places["split"]}  # these have no end for a reason
     seen = _Seen([], [], [])
     for row in rows.rows:
-        seen.said.append((row.where, _contents(row)))
+        seen.said.append((row.where, contents(row)))
         if row.where not in cut and not _all_end(row, ends, tokenizer):
             seen.endless.append(row.where)
         if _begins_with(row, [bos, bos]):
@@ -163,7 +163,7 @@ def _begins_with(row: Encoded, ids: list[int]) -> bool:
     return any(side.input_ids[: len(ids)] == ids for side in sides(row).values())
 
 
-def _contents(row: Encoded) -> int:
+def contents(row: Encoded) -> int:
     """A hash of what a row says; 64 bits, so that of a million rows two that differ hardly ever have the same."""
     return hash(tuple((name, *side.input_ids) for name, side in sides(row).items()))
 

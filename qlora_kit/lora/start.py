@@ -59,7 +59,7 @@ def shaped(lora: Lora, added_tokens: Sequence[str] = ()) -> Lora:
     brought: dict[str, Any] = _shape(config) | {"added_tokens": list(added_tokens)}
     if "dropout" not in lora.model_fields_set:
         brought["dropout"] = config.get("lora_dropout") or 0.0
-    asked = lora.model_fields_set - set(_OF_THE_RUN)
+    asked = {key for key in lora.model_fields_set - set(_OF_THE_RUN) if getattr(lora, key) != "auto"}
     other = sorted(key for key in asked if getattr(lora, key) != brought.get(key, getattr(lora, key)))
     if other:
         key = other[0]

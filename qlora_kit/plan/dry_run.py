@@ -27,7 +27,15 @@ from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.load import body_linears, build_model, expected_untrained, freeze_and_quantize
 from qlora_kit.base.record import keep_record
-from qlora_kit.lora import REFERENCE, adapter_constants, adapter_parameters, add_recipe_lora, base_parameter_count
+from qlora_kit.lora import (
+    REFERENCE,
+    LoraReport,
+    adapter_constants,
+    adapter_parameters,
+    add_recipe_lora,
+    base_parameter_count,
+    lora_layers,
+)
 from qlora_kit.memory import PHASES, History, Ledger
 from qlora_kit.memory.caching import replay
 from qlora_kit.plan.depths import (
@@ -42,7 +50,7 @@ from qlora_kit.plan.depths import (
     with_depth,
 )
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import TASKS, Train
+from qlora_kit.recipe import TASKS, Lora, Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.classes import head_for
@@ -139,6 +147,23 @@ def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         model = _as_loaded(_dense(config, work), work)
         return sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def adapter_size(config: PretrainedConfig, work: Workload) -> tuple[int, list[int]]:
+    """What the adapter of a workload is made of, by the injection of the run itself.
+
+    Args:
+        config: of the model.
+        work: whose `lora` is meant.
+
+    Returns:
+        The parameters that train, and of each layer that gets an update its smaller width, above which no rank helps.
+    """
+    assert work.lora is not None
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        model = _dense(config, work).requires_grad_(False)
+        report = _add_adapter(model, work.lora.model_copy(update={"init": "default"}))  # a start that takes any rank
+        return report.trainable, [min(layer.shape[-2:]) for _, layer in lora_layers(model)]
 
 
 def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
@@ -283,20 +308,23 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
             torch.empty_like(max(linears, key=torch.numel))
     with ledger, ledger.phase("load/adapters"):
         if work.lora is not None:
-            # What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
-            lora = work.lora.model_copy(update={"init": "default"}) if work.lora.init == "loftq" else work.lora
-            tokens = range(len(lora.added_tokens))
             if work.has_reference:
-                add_recipe_lora(model, lora, token_ids=tokens, name=REFERENCE)
+                _add_adapter(model, work.lora, REFERENCE)
                 for _, parameter in adapter_parameters(model, REFERENCE):
                     parameter.requires_grad_(False)
-            add_recipe_lora(model, lora, token_ids=tokens)
+            _add_adapter(model, work.lora)
     del linears
     ledger.adopt(model, activation_blocks(model))
     if work.lora is None:
         model.requires_grad_(True)
     set_activation_policy(model, work.activations)
     return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
+
+
+def _add_adapter(model: PreTrainedModel, lora: Lora, name: str = "default") -> LoraReport:
+    """What is weighed is how many tokens are added, and not which; and there are no values for loftq to read."""
+    lora = lora.model_copy(update={"init": "default"}) if lora.init == "loftq" else lora
+    return add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)), name=name)
 
 
 def _second(config: PretrainedConfig, work: Workload, ledger: Ledger) -> PreTrainedModel | None:

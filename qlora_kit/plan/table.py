@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import resolve_device
+from qlora_kit.plan.capacity import capacity_of, with_rank
 from qlora_kit.plan.cards import fitting_cards
 from qlora_kit.plan.choose import Workloads, choose, needed_on_card
 from qlora_kit.plan.depths import count_layers
@@ -36,6 +37,7 @@ def plan_methods(
     *,
     eval_shape: tuple[int, int] | None = None,
     after: Mapping[str, After] | None = None,
+    data_bits: float | None = None,
 ) -> dict[str, Any]:
     """All that plan.json holds.
 
@@ -47,15 +49,18 @@ def plan_methods(
         card: for which the plan is made, where that is not this machine's device.
         eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
         after: what else is done with the trained model, as `dry_run` takes it.
+        data_bits: that the rows tell; None where there are none to look at.
 
     Returns:
         The object described under plan.json in the documentation of the run folder. `method` is the recipe's own, whose
         plan the run is held to; `savings_vs_full` is QLoRA's against full fine-tuning, whichever it is.
+        `rank` says what `lora.rank: auto` became, and `capacity` why, where there is an adapter.
         `activations`, `micro_batch` and `accumulation` say what the recipe's `auto` became: the fastest that fits the
         budget. `floor` says how far the step is from the least possible, `next` what more memory would buy, `traded`
         what was given up, `least` the smallest setting that the recipe allows, where that is another, and
         `with_quantized_head` what the smallest would take so, where nothing fits.
     """
+    asked, recipe = recipe, with_rank(recipe, config, data_bits)
     device = resolve_device(recipe.base.device)
     on_card = card is not None or device.type == "cuda"
     budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)
@@ -70,10 +75,13 @@ def plan_methods(
     methods = _methods(recipe, config, work, adapters, solution.planned, after)
     own, parameters = methods[method_of(recipe)], solution.planned["parameters"]
     speed = _tokens_per_s(work, setting.blocks, parameters["total"], device) if card is None else None
+    held = None if work.lora is None else capacity_of(recipe, asked.lora.rank, parameters["trainable"], data_bits)
     return {
         "method": method_of(recipe),
         "parameters": parameters,
         "bits_per_quantized_parameter": _bits(adapters.quantization, config),
+        "rank": recipe.lora.rank,
+        "capacity": None if held is None else asdict(held),
         "methods": {name: _public(method) for name, method in methods.items()},
         "savings_vs_full": 1 - methods["qlora"]["peak_bytes"] / methods["full_finetune"]["peak_bytes"],
         "floor": _floor(config, work, own),

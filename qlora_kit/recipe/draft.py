@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_kit.recipe import not_yet, paths, yaml12
+from qlora_kit.recipe import paths, yaml12
 from qlora_kit.recipe.schema import Recipe
 from qlora_kit.recipe.words import SLOTS, Trail, brief, dotted, nearest, slot_at
 
@@ -76,19 +76,12 @@ class Draft:
             self._values["output"] = paths.absolute("output", f"runs/{name}", self._file.folder)
 
     def check(self) -> Recipe | None:
-        """The recipe, if every value fits the schema; what does not fit, or is not built yet, joins the mistakes."""
-        recipe, wrong = None, set[Trail]()
+        """The recipe, if every value fits the schema; what does not fit joins the mistakes."""
         try:
-            recipe = Recipe.model_validate(self._values)
+            return Recipe.model_validate(self._values)
         except ValidationError as error:
-            wrong = self._explain(error.errors(include_url=False, include_input=False))
-        for trail, spot in self._spots.items():
-            slot = slot_at(trail)
-            row = not_yet.BY_KEY.get(slot.key) if slot and trail not in wrong else None
-            if row and not row.is_built(spot.value):
-                text = f"{dotted(trail)}: {spot.written} is not built yet in this version; {row.instead}"
-                self._note(spot.origin, spot.line, text)
-        return recipe
+            self._explain(error.errors(include_url=False, include_input=False))
+            return None
 
     def mistakes(self) -> list[str]:
         """One line a mistake: those in the file by line, then those in the overrides."""
@@ -142,8 +135,8 @@ class Draft:
                 values[key.value] = self._take(item, inner, origin, line)
         return values
 
-    def _explain(self, errors: Iterable[ErrorDetails]) -> set[Trail]:
-        """Say in the schema's words what pydantic found, and return where.
+    def _explain(self, errors: Iterable[ErrorDetails]) -> None:
+        """Say in the schema's words what pydantic found.
 
         A union of types yields an error for each of its members; the one that reaches deepest into the value belongs to
         the member that the user meant.
@@ -155,7 +148,6 @@ class Draft:
         for trail in [trail for trail in found if trail not in outer]:
             spot = self._spots.get(trail) or self._spots.get(trail[:-1]) or Spot(None, "", self._file, 0)
             self._note(spot.origin, spot.line, _sentence(trail, found[trail], spot))
-        return set(found)
 
     def _trail(self, error: ErrorDetails) -> Trail:
         """Where in the values an error is: pydantic's location less the names that it gives to members of unions."""

@@ -128,7 +128,7 @@ class Lora(Section):
     from_: AdapterName | None = Field(default=None, alias="from")
     """An adapter or run to continue from; the optimizer starts new."""
     rank: Count | Auto = 16
-    """Rank of the update B A; on all linear layers the rank hardly changes the result (QLoRA, section 4)."""
+    """Rank of the update B A, of little effect (QLoRA, section 4); auto: 16 to 256, the least that holds the data."""
     alpha: Number = 32
     """The update is multiplied by alpha / rank; 32 as in LoRA Without Regret."""
     targets: Layers | Expression | LayerNames = "all-linear"

@@ -40,6 +40,7 @@ class Maybe(NamedTuple):
 TEXT = Leaf("text", lambda value: isinstance(value, str))
 NUMBER = Leaf("a number", _is_number)
 COUNT = Leaf("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+MAYBE_TEXT = Leaf("text or null", lambda value: value is None or isinstance(value, str))
 MAYBE_NUMBER = Leaf("a number or null", lambda value: value is None or _is_number(value))
 MAYBE_COUNT = Leaf("a number of 0 or more, or null", lambda value: value is None or COUNT.accepts(value))
 FLAG = Leaf("true, false or null", lambda value: value is None or isinstance(value, bool))
@@ -59,6 +60,7 @@ PLAN = {
     "methods": {"qlora": METHOD, "lora_16bit?": METHOD, "full_finetune?": METHOD},
     "parameters?": {"total": COUNT, "trainable": COUNT, "quantized": COUNT},
     "bits_per_quantized_parameter?": MAYBE_COUNT,
+    "capacity?": Maybe({"reason": TEXT, "warning?": MAYBE_TEXT}),
     "savings_vs_full?": MAYBE_NUMBER,
     "budget?": MAYBE_COUNT,
     "activations?": SCALAR,

@@ -99,6 +99,7 @@ def plan_sentences(plan: dict[str, Any]) -> list[str]:
     return [
         *_parameters(plan),
         *setting_sentences(plan),
+        *_capacity(plan),
         *_rate(plan),
         *_room(plan),
         *_beside_the_peak(own_plan(plan), plan.get("allocator") or {}),
@@ -134,6 +135,13 @@ def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
         said.append(f"the loss in chunks of {chunk:,.0f} tokens")
     if said:
         yield f"Setting: {'; '.join(said)}."
+
+
+def _capacity(plan: dict[str, Any]) -> Iterator[str]:
+    """What the adapter holds beside what there is to learn, and whether that is too much for it."""
+    for said in ((plan.get("capacity") or {}).get(key) for key in ("reason", "warning")):
+        if said:
+            yield f"{said[:1].upper()}{said[1:]}."
 
 
 def _rate(plan: dict[str, Any]) -> Iterator[str]:

@@ -37,7 +37,7 @@ RESULT, SCORES, SAMPLES = "result.json", "scores.json", "samples.jsonl"
 FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES, "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
-_SETTLED = ("base.quantize_head", "auto")
+_SETTLED = ("base.quantize_head=auto", "lora.rank=auto")
 """What a run's folder holds as it was settled."""
 
 _MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every",
@@ -159,7 +159,7 @@ def _changes(before: Recipe, now: Recipe) -> list[str]:
     return [
         f"{key} was {old[key]}, is {new[key]}"
         for key in new
-        if old[key] != new[key] and not key.startswith(_MAY_CHANGE) and (key, new[key]) != _SETTLED
+        if old[key] != new[key] and not key.startswith(_MAY_CHANGE) and f"{key}={new[key]}" not in _SETTLED
     ]
 
 

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from qlora_kit.base import locate_model
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.load import read_config, resolve_device, resolve_dtype
-from qlora_kit.data import check_lengths
+from qlora_kit.data import bits_to_learn, check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge
 from qlora_kit.memory import Limit
@@ -23,7 +23,7 @@ from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.recipe import TASKS, Recipe, base_as_held
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
-from qlora_kit.run.prepare import Prepared, prepare
+from qlora_kit.run.prepare import Prepared, note_large_steps, prepare
 from qlora_kit.run.rows import largest_eval_shape, positions_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
@@ -82,6 +82,7 @@ def plan_memory(
         trained_tokens=ROWS_A_STEP * tokens,
         config=config,
     )
+    note_large_steps(recipe, pace, watch)
     eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
     planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after=_AFTER)
     return planned | {"steps": None, "hours": None}
@@ -89,6 +90,7 @@ def plan_memory(
 
 def plan_prepared(recipe: Recipe, prepared: Prepared, card: str | None = None) -> dict[str, Any]:
     """The plan of a run whose rows are known."""
+    train, pace = prepared.train, prepared.pace
     return plan_methods(
         recipe,
         prepared.config,
@@ -97,6 +99,7 @@ def plan_prepared(recipe: Recipe, prepared: Prepared, card: str | None = None) -
         card,
         eval_shape=largest_eval_shape(prepared.eval.rows),
         after=_AFTER,
+        data_bits=bits_to_learn(train, recipe.train.task, pace.steps * pace.rows_a_step / train.epoch.rows),
     )
 
 

@@ -83,7 +83,14 @@ def prepare(
         watch.note("train.early_stopping has no effect: no rows are held out; set data.eval")
     if prepared.pace.warning is not None:
         watch.note(prepared.pace.warning)
+    note_large_steps(recipe, prepared.pace, watch)
     return prepared
+
+
+def note_large_steps(recipe: Recipe, pace: Pace, watch: Watch) -> None:
+    """Tell of steps that have more rows than adapters make good use of."""
+    if pace.warning_of_lora is not None and not recipe.train.full_finetune:
+        watch.note(pace.warning_of_lora)
 
 
 def gather(

@@ -126,7 +126,7 @@ def train(
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
     prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, shelf)
-    recipe = _with_head(recipe, plan)
+    recipe = _settled(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
@@ -198,22 +198,24 @@ def _fingerprints(prepared: Prepared) -> dict[str, str]:
 
 
 def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the head, the micro-batches and the loss that its run began with: in others the same sums would
-    be rounded otherwise."""
+    """The recipe with the rank, the head, the micro-batches and the loss that its run began with: in others the same
+    sums would be rounded otherwise."""
     plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
         memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
-    return _with_head(recipe, plan).model_copy(update={"train": train, "memory": memory})
+    return _settled(recipe, plan).model_copy(update={"train": train, "memory": memory})
 
 
-def _with_head(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with `base.quantize_head: auto` as the plan settled it."""
-    if recipe.base.quantize_head != "auto":
-        return recipe
-    base = recipe.base.model_copy(update={"quantize_head": plan["quantize_head"]})
-    return recipe.model_copy(update={"base": base})
+def _settled(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with `base.quantize_head: auto` and `lora.rank: auto` as the plan settled them."""
+    base, lora = recipe.base, recipe.lora
+    if base.quantize_head == "auto":
+        base = base.model_copy(update={"quantize_head": plan["quantize_head"]})
+    if lora.rank == "auto":
+        lora = lora.model_copy(update={"rank": plan["rank"]})
+    return recipe.model_copy(update={"base": base, "lora": lora})
 
 
 def _base(

@@ -16,6 +16,9 @@ ROWS_A_STEP = 16
 """Rows that `accumulation: auto` aims at, as in QLoRA's scripts; LoRA pays for larger batches (LoRA Without Regret)."""
 TOKENS_A_MICRO_BATCH = 2048
 """Tokens that `micro_batch: auto` aims at: enough to keep matrix products busy, few enough for the smallest cards."""
+MANY_ROWS = 32
+"""Rows a step up to which LoRA keeps up with full fine-tuning; beyond, the more the larger the step, whatever the rank
+(LoRA Without Regret)."""
 FEW_STEPS = SHORT_RUN
 """Below this the optimizer hardly gets anywhere (LoRA Without Regret's short runs)."""
 EVALUATIONS_A_RUN = 10
@@ -67,13 +70,27 @@ class Pace:
         """What a person should know about a run this short."""
         if self.steps >= FEW_STEPS:
             return None
-        smaller = f", or lower train.accumulation (now {self.accumulation})" if self.accumulation > 1 else ""
-        if not smaller and self.micro_batch > 1:
-            smaller = f", or lower train.micro_batch (now {self.micro_batch})"
+        smaller = f", or {self._smaller}" if self.rows_a_step > 1 else ""
         return (
             f"only {counted(self.steps, 'optimizer step')}: a run of fewer than {FEW_STEPS} seldom gets far; raise "
             f"train.epochs or train.steps{smaller}"
         )
+
+    @property
+    def warning_of_lora(self) -> str | None:
+        """What a person should know about steps this large, where adapters are trained."""
+        if self.rows_a_step <= MANY_ROWS:
+            return None
+        return (
+            f"{self.rows_a_step} rows a step: above {MANY_ROWS} LoRA falls behind full fine-tuning, at any rank; "
+            f"{self._smaller}"
+        )
+
+    @property
+    def _smaller(self) -> str:
+        """The way to smaller steps."""
+        setting = "accumulation" if self.accumulation > 1 else "micro_batch"
+        return f"lower train.{setting} (now {getattr(self, setting)})"
 
 
 def room_of(train: Train, pace: Pace, longest: int, device: torch.device) -> Room:
