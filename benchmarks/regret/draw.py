@@ -1,0 +1,222 @@
+"""The drawings and tables of docs/without-regret.md, from the experiments' rows.
+
+    python benchmarks/regret/draw.py       write docs/without-regret/*.svg, and the tables in docs/without-regret.md
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import HERE, read
+
+from qlora_kit import report
+from qlora_kit.report import Series, line_chart
+from qlora_kit.report.markup import Markup, element
+
+DOCS = HERE.parent.parent / "docs"
+PAGE, DRAWINGS = DOCS / "without-regret.md", DOCS / "without-regret"
+WIDTH, HEIGHT, LEFT, TOP = 760, 300, 64, 78
+Row = dict[str, Any]
+
+
+def standing_alone(title: str, series: Sequence[Series], **options: Any) -> str:
+    """A drawing as a file of its own, with its legend and the report's colours, for light and dark pages."""
+    style = Path(report.__file__).with_name("page.css").read_text(encoding="utf-8")
+    own = f".chart {{ width: {WIDTH - LEFT - 24}px; margin: 0; }} text {{ font-family: system-ui, sans-serif; }}"
+    chart = line_chart(series, title=title, height=HEIGHT, **options)
+    names, across = [], LEFT
+    for one in series:
+        names += [
+            element("line", class_=f"line {one.style}", x1=across, x2=across + 18, y1=40, y2=40),
+            element("text", one.name, x=across + 24, y=44),
+        ]
+        across += 44 + round(7.2 * len(one.name))
+    return element(
+        "svg",
+        element("style", Markup(style + own)),
+        element("rect", width=WIDTH, height=HEIGHT + TOP + 52, fill="var(--paper)"),
+        element("text", title, class_="name", x=LEFT, y=20),
+        *names,
+        element("g", chart, transform=f"translate({LEFT} {TOP})"),
+        xmlns="http://www.w3.org/2000/svg",
+        width=WIDTH,
+        height=HEIGHT + TOP + 52,
+        viewBox=f"0 0 {WIDTH} {HEIGHT + TOP + 52}",
+    )
+
+
+def losses(rows: Iterable[Row], **wanted: Any) -> list[float]:
+    """Held-out losses of the arms that have all of `wanted`; nothing where one of them failed."""
+    found = [row["held_out_loss"] for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    return [] if None in found else found
+
+
+def over(rows: Sequence[Row], name: str, key: str, places: Sequence[Any], style: str, **wanted: Any) -> Series:
+    """A line over the values of `key`: means over the seeds, with the lowest and the highest."""
+    found = [(place, values) for place, at in enumerate(places) if (values := losses(rows, **wanted, **{key: at}))]
+    means = [(place, fmean(values)) for place, values in found]
+    return Series(name, means, style, marked=True, spread=[(place, min(v), max(v)) for place, v in found if len(v) > 1])
+
+
+def best(rows: Sequence[Row], key: str = "lr", **wanted: Any) -> tuple[Any, list[float]]:
+    """The value of `key` with the lowest mean loss, and the losses there."""
+    values = {row[key] for row in rows if all(row.get(name) == value for name, value in wanted.items())}
+    ranked = [(fmean(found), at) for at in values if (found := losses(rows, **wanted, **{key: at}))]
+    at = min(ranked)[1]
+    return at, losses(rows, **wanted, **{key: at})
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean with half of its span."""
+    return f"{fmean(values):.3f}" + (f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else "")
+
+
+def markdown(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def draw_rate() -> str:
+    rows = read("rate")
+    rates = sorted({row["lr"] for row in rows})
+    series = [over(rows, f"rank {rank}", "lr", rates, f"run-{place}", method="lora", rank=rank)
+              for place, rank in enumerate((1, 4, 16, 128))]  # fmt: skip
+    series.append(over(rows, "full fine-tuning", "lr", rates, "run-6 broken", method="full"))
+    write("rate", "Held-out loss after 60 steps, by learning rate", series, x_label="learning rate",
+          y_label="held-out loss, nats", x_names=[f"{rate:g}" for rate in rates], top=3.4)  # fmt: skip
+    full, at_full = best(rows, method="full")
+    table = [["full fine-tuning", f"{full:g}", spread(at_full), "1"]]
+    for rank in (1, 4, 16, 128):
+        lr, values = best(rows, method="lora", rank=rank)
+        table.append([f"LoRA, rank {rank}", f"{lr:g}", spread(values), f"{lr / full:g}"])
+    return markdown(["", "best rate", "held-out loss there", "rate over full fine-tuning's"], table)
+
+
+def draw_capacity() -> str:
+    rows = read("capacity")
+    series, table = [], []
+    for place, rank in enumerate(sorted({row["rank"] for row in rows if "rank" in row})):
+        lr, _ = best(rows, rank=rank)
+        (row,) = [row for row in rows if row.get("rank") == rank and row["lr"] == lr]
+        series.append(Series(f"rank {rank}", [tuple(point) for point in row["curve"]], f"run-{place}"))
+        table.append([f"rank {rank}", f"{row['trainable']:,}", f"{2 * row['trainable'] / 1e3:,.0f} kbit", f"{lr:g}",
+                      *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (100, 250, 500))])  # fmt: skip
+    lr, _ = best(rows, method="full")
+    (row,) = [row for row in rows if row["method"] == "full" and row["lr"] == lr]
+    series.append(Series("full fine-tuning", [tuple(point) for point in row["curve"]], "run-6 broken"))
+    table.append(["full fine-tuning", f"{row['trainable']:,}", "", f"{lr:g}",
+                  *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (100, 250, 500))])  # fmt: skip
+    write("capacity", "Held-out loss over steps, by rank", series, x_label="step", y_label="held-out loss, nats")
+    return markdown(["", "trained", "holds at 2 bits", "rate", "step 100", "step 250", "step 500"], table)
+
+
+def draw_layers() -> str:
+    rows = read("layers")
+    table = []
+    for targets in ("attention", "mlp", "all-linear"):
+        lr, values = best(rows, targets=targets)
+        row = next(row for row in rows if row["targets"] == targets)
+        table.append([targets, row["rank"], f"{row['trainable']:,}", f"{lr:g}", spread(values)])
+    return markdown(["layers", "rank", "trained", "best rate", "held-out loss"], table)
+
+
+def draw_batch() -> str:
+    rows = read("batch")
+    table = []
+    for batch in sorted({row["batch"] for row in rows}):
+        (lora_lr, lora), (full_lr, full) = (best(rows, method=method, batch=batch) for method in ("lora", "full"))
+        steps = next(row["steps"] for row in rows if row["batch"] == batch)
+        table.append([batch, steps, f"{fmean(lora):.3f} ({lora_lr:g})", f"{fmean(full):.3f} ({full_lr:g})",
+                      f"{fmean(lora) - fmean(full):+.3f}"])  # fmt: skip
+    return markdown(["rows a step", "steps", "LoRA, rank 16 (rate)", "full fine-tuning (rate)", "gap"], table)
+
+
+def draw_quantised() -> str:
+    rows = read("quantised")
+    full = fmean(losses(rows, method="full"))
+    whole = next(row for row in rows if row["method"] == "full")
+    table = []
+    for method, base in (("full", "none"), *(("lora", base) for base in ("none", "nf4", "fp4", "int8"))):
+        own = [row for row in rows if row["method"] == method and row["base"] == base]
+        values = [row["held_out_loss"] for row in own]
+        table.append([
+            "full fine-tuning" if method == "full" else f"LoRA on {base if base != 'none' else 'a dense base'}",
+            spread(values), f"{100 * (fmean(values) / full - 1):+.1f} %",
+            f"{100 * own[0]['trainable'] / whole['parameters']:.1f} %", f"{own[0]['peak_bytes'] / 2**20:.0f} MiB",
+            f"{own[0]['trained_bytes'] / 2**20:.1f} MiB", f"{own[0]['cpu_s'] / whole['cpu_s']:.2f}",
+        ])  # fmt: skip
+    return markdown(["", "held-out loss", "against full", "trained", "peak", "stored", "time"], table)
+
+
+def draw_flops() -> str:
+    rows = [row for row in read("flops") if row["size"] == 4096]
+    return markdown(["rank", "full, a token", "LoRA, a token", "share", "2/3 + 2R/N"],
+                    [[row["rank"], f"{row['full']:,}", f"{row['lora']:,}", row["share"], row["formula"]]
+                     for row in rows])  # fmt: skip
+
+
+def draw_adapters() -> str:
+    return markdown(["", "tokens", "ms", "middle half"],
+                    [[row["what"], row.get("tokens", ""), row["ms"], f"{row['ms_from']} to {row['ms_to']}"]
+                     for row in read("adapters")])  # fmt: skip
+
+
+def draw_masters() -> str:
+    rows = read("masters")
+    kinds, rates = list(dict.fromkeys(row["kind"] for row in rows)), sorted({row["lr"] for row in rows})
+    cells: Mapping[tuple[str, float], Row] = {(row["kind"], row["lr"]): row for row in rows}
+    return markdown(["", *(f"{rate:g}" for rate in rates)],
+                    [[kind, *(f"{cells[kind, lr]['held_out_loss']:.3f} ({cells[kind, lr]['moved']:.0%})"
+                              for lr in rates)] for kind in kinds])  # fmt: skip
+
+
+def draw_data() -> str:
+    table = []
+    for row in read("data"):
+        lowest = min(row["curve"], key=lambda point: point[1])
+        more = {"dropout": "dropout", "weight_decay": "weight decay"}
+        said = ", ".join(f"{words} {row[key]}" for key, words in more.items() if key in row)
+        table.append([row["kind"], f"{row['rows']:,}", row["rank"], said, f"{row['base_loss']:.3f}",
+                      f"{lowest[1]:.3f} ({lowest[0]})", f"{row['held_out_loss']:.3f}", f"{row['train_loss']:.3f}"])  # fmt: skip
+    return markdown(["text", "rows", "rank", "", "base", "lowest (step)", "last", "training"], table)
+
+
+def draw_continual() -> str:
+    rows = read("continual")
+    table = []
+    for how in dict.fromkeys(row["how"] for row in rows):
+        own = [row for row in rows if row["how"] == how]
+        table.append([how, *(spread([row[kind] for row in own]) for kind in ("near", "far"))])
+    return markdown(["", "loss on A (near)", "loss on B (far)"], table)
+
+
+def draw_methods() -> str:
+    rows = read("methods")
+    table = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lr, values = best(rows, method=method)
+        row = next(row for row in rows if row["method"] == method)
+        table.append([method, f"{row['trainable']:,}", f"{lr:g}", spread(values)])
+    return markdown(["", "trained", "best rate", "held-out loss"], table)
+
+
+def write(name: str, title: str, series: Sequence[Series], **options: Any) -> None:
+    DRAWINGS.mkdir(exist_ok=True)
+    (DRAWINGS / f"{name}.svg").write_text(standing_alone(title, series, **options) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Every experiment that has rows; its table stands in the page between two comments."""
+    text = PAGE.read_text(encoding="utf-8")
+    for name in re.findall(r"<!-- table (\w+) -->", text):
+        if (HERE / f"{name}.jsonl").exists():
+            table = globals()[f"draw_{name}"]()
+            text = re.sub(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
