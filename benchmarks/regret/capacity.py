@@ -11,7 +11,7 @@ from common import arms, record
 
 
 def main() -> None:
-    """500 steps of 8 rows; every rank at one rate, full fine-tuning at the better of two."""
+    """500 steps of 8 rows; each at the better of two rates."""
     torch.set_num_threads(1)
     steps = ("train.steps=500", "train.eval_every=50")
     rows = arms({"method": "full"}, "train.full_finetune=true", "train.lr=5e-4,1e-3", *steps)

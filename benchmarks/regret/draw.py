@@ -1,6 +1,6 @@
 """The drawings and tables of docs/without-regret.md, from the experiments' rows.
 
-    python benchmarks/regret/draw.py       write docs/without-regret/*.svg, and the tables in docs/without-regret.md
+python benchmarks/regret/draw.py       write docs/without-regret/*.svg, and the tables in docs/without-regret.md
 """
 
 import re
@@ -79,7 +79,7 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def draw_rate() -> str:
+def _rate() -> str:
     rows = read("rate")
     rates = sorted({row["lr"] for row in rows})
     series = [over(rows, f"rank {rank}", "lr", rates, f"run-{place}", method="lora", rank=rank)
@@ -95,7 +95,7 @@ def draw_rate() -> str:
     return markdown(["", "best rate", "held-out loss there", "rate over full fine-tuning's"], table)
 
 
-def draw_capacity() -> str:
+def _capacity() -> str:
     rows = read("capacity")
     series, table = [], []
     for place, rank in enumerate(sorted({row["rank"] for row in rows if "rank" in row})):
@@ -113,7 +113,7 @@ def draw_capacity() -> str:
     return markdown(["", "trained", "holds at 2 bits", "rate", "step 100", "step 250", "step 500"], table)
 
 
-def draw_layers() -> str:
+def _layers() -> str:
     rows = read("layers")
     table = []
     for targets in ("attention", "mlp", "all-linear"):
@@ -123,7 +123,7 @@ def draw_layers() -> str:
     return markdown(["layers", "rank", "trained", "best rate", "held-out loss"], table)
 
 
-def draw_batch() -> str:
+def _batch() -> str:
     rows = read("batch")
     table = []
     for batch in sorted({row["batch"] for row in rows}):
@@ -134,7 +134,7 @@ def draw_batch() -> str:
     return markdown(["rows a step", "steps", "LoRA, rank 16 (rate)", "full fine-tuning (rate)", "gap"], table)
 
 
-def draw_quantised() -> str:
+def _quantised() -> str:
     rows = read("quantised")
     full = fmean(losses(rows, method="full"))
     whole = next(row for row in rows if row["method"] == "full")
@@ -151,20 +151,20 @@ def draw_quantised() -> str:
     return markdown(["", "held-out loss", "against full", "trained", "peak", "stored", "time"], table)
 
 
-def draw_flops() -> str:
+def _flops() -> str:
     rows = [row for row in read("flops") if row["size"] == 4096]
     return markdown(["rank", "full, a token", "LoRA, a token", "share", "2/3 + 2R/N"],
                     [[row["rank"], f"{row['full']:,}", f"{row['lora']:,}", row["share"], row["formula"]]
                      for row in rows])  # fmt: skip
 
 
-def draw_adapters() -> str:
+def _adapters() -> str:
     return markdown(["", "tokens", "ms", "middle half"],
                     [[row["what"], row.get("tokens", ""), row["ms"], f"{row['ms_from']} to {row['ms_to']}"]
                      for row in read("adapters")])  # fmt: skip
 
 
-def draw_masters() -> str:
+def _masters() -> str:
     rows = read("masters")
     kinds, rates = list(dict.fromkeys(row["kind"] for row in rows)), sorted({row["lr"] for row in rows})
     cells: Mapping[tuple[str, float], Row] = {(row["kind"], row["lr"]): row for row in rows}
@@ -173,18 +173,19 @@ def draw_masters() -> str:
                               for lr in rates)] for kind in kinds])  # fmt: skip
 
 
-def draw_data() -> str:
+def _data() -> str:
     table = []
     for row in read("data"):
         lowest = min(row["curve"], key=lambda point: point[1])
         more = {"dropout": "dropout", "weight_decay": "weight decay"}
         said = ", ".join(f"{words} {row[key]}" for key, words in more.items() if key in row)
         table.append([row["kind"], f"{row['rows']:,}", row["rank"], said, f"{row['base_loss']:.3f}",
-                      f"{lowest[1]:.3f} ({lowest[0]})", f"{row['held_out_loss']:.3f}", f"{row['train_loss']:.3f}"])  # fmt: skip
+                      f"{lowest[1]:.3f} ({lowest[0]})", f"{row['held_out_loss']:.3f}",
+                      f"{row['train_loss']:.3f}"])  # fmt: skip
     return markdown(["text", "rows", "rank", "", "base", "lowest (step)", "last", "training"], table)
 
 
-def draw_continual() -> str:
+def _continual() -> str:
     rows = read("continual")
     table = []
     for how in dict.fromkeys(row["how"] for row in rows):
@@ -193,7 +194,20 @@ def draw_continual() -> str:
     return markdown(["", "loss on A (near)", "loss on B (far)"], table)
 
 
-def draw_methods() -> str:
+def _kinds() -> str:
+    rows = read("kinds")
+    table = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for method, words in (("full", "full fine-tuning"), ("lora", "LoRA, rank 16")):
+            lr, values = best(rows, kind=kind, method=method)
+            own = [row for row in rows if row["kind"] == kind and row["method"] == method and row["lr"] == lr]
+            right = [row["accuracy"] for row in own if "accuracy" in row]
+            table.append([kind, words, f"{lr:g}", f"{own[0]['base_loss']:.3f}", spread(values),
+                          f"{100 * fmean(right):.1f} %" if right else ""])  # fmt: skip
+    return markdown(["", "", "best rate", "base", "held-out loss", "accuracy"], table)
+
+
+def _methods() -> str:
     rows = read("methods")
     table = []
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -208,12 +222,28 @@ def write(name: str, title: str, series: Sequence[Series], **options: Any) -> No
     (DRAWINGS / f"{name}.svg").write_text(standing_alone(title, series, **options) + "\n", encoding="utf-8")
 
 
+TABLES = {
+    "rate": _rate,
+    "capacity": _capacity,
+    "layers": _layers,
+    "batch": _batch,
+    "quantised": _quantised,
+    "flops": _flops,
+    "adapters": _adapters,
+    "masters": _masters,
+    "data": _data,
+    "continual": _continual,
+    "kinds": _kinds,
+    "methods": _methods,
+}
+
+
 def main() -> None:
     """Every experiment that has rows; its table stands in the page between two comments."""
     text = PAGE.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- table (\w+) -->", text):
         if (HERE / f"{name}.jsonl").exists():
-            table = globals()[f"draw_{name}"]()
+            table = TABLES[name]()
             text = re.sub(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", rf"\1\n{table}\n\n\2", text, flags=re.DOTALL)
     PAGE.write_text(text, encoding="utf-8")
 

@@ -1,0 +1,113 @@
+"""GPT-2's and BERT's kinds beside Llama's: the first goes on with far text, the second tells files apart.
+
+    python benchmarks/regret/kinds.py       write benchmarks/regret/kinds.jsonl
+
+Both are pretrained here for minutes, with 2.4 M parameters, on the corpus and the tokenizer of the quickstart's base.
+The classes are the packages of torch that a piece of Python comes from; whole files are held out.
+"""
+
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from common import RECIPES, SEEDS, arms, record, rows_ready
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+sys.path[:0] = [str(RECIPES), str(RECIPES.parent / "quickstart")]
+make_rows, pretraining = import_module("make_rows"), import_module("pretrain")
+
+BASE = RECIPES.parent / "quickstart" / "base"
+STEPS, BATCH, TOKENS = 400, 16, 128
+CLASSES = ("_inductor", "ao", "distributed", "fx", "nn", "onnx", "testing", "utils")
+HIDDEN_SHARE = 0.15
+"""Of tokens that BERT is to tell (Devlin et al. 2018, arXiv 1810.04805, section 3.1, without its further cases)."""
+
+
+def gpt2_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Of the next tokens."""
+    return model(input_ids=ids, labels=ids).loss
+
+
+def bert_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Of hidden tokens; the end token stands in their place."""
+    is_hidden = torch.rand(ids.shape) < HIDDEN_SHARE
+    return model(input_ids=ids.masked_fill(is_hidden, 0), labels=ids.masked_fill(~is_hidden, -100)).loss
+
+
+def pretrain(model: PreTrainedModel, loss_of: Callable[..., torch.Tensor], folder: Path) -> Path:
+    """A base that has learnt something, with its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    documents = [document for document in pretraining.gather_corpus() if not document.is_held_out]
+    stream = torch.cat(pretraining.encode(tokenizer, documents))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    for step in range(STEPS):
+        starts = torch.randint(0, len(stream) - TOKENS, (BATCH,))
+        loss = loss_of(model, torch.stack([stream[start : start + TOKENS] for start in starts.tolist()]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 40, (STEPS - step) / 80)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"  {folder.name}: loss {loss.item():.3f} after {STEPS} steps", file=sys.stderr, flush=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def labelled(folder: Path) -> tuple[Path, Path]:
+    """Pieces of Python with the package that they come from."""
+    root, sides = Path(torch.__file__).parent, ([], [])
+    for label in CLASSES:
+        for path in sorted((root / label).rglob("*.py")):
+            text = make_rows.body(path.read_text(encoding="utf-8", errors="replace"))
+            side = make_rows.is_held_out(path.relative_to(root).as_posix())
+            sides[side] += [
+                {"text": piece, "label": label} for piece in make_rows.pieces(text, 200) if len(piece.strip()) > 100
+            ]
+    paths = folder / "packages.jsonl", folder / "packages-held-out.jsonl"
+    for path, rows, count in zip(paths, sides, (4000, 400), strict=True):
+        random.Random(0).shuffle(rows)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+    return paths
+
+
+def main() -> None:
+    """LoRA of rank 16 and full fine-tuning, three rates each, two seeds."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows_ready()
+    sizes = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    gpt2 = GPT2Config(n_embd=192, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
+                      attn_pdrop=0.0, **sizes)  # fmt: skip
+    bert = BertConfig(hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768,
+                      max_position_embeddings=256, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                      **sizes)  # fmt: skip
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        trained, held_out = labelled(folder)
+        kinds = {
+            "GPT-2, far text": (pretrain(GPT2LMHeadModel(gpt2), gpt2_loss, folder / "gpt2"), ()),
+            "BERT, packages": (
+                pretrain(BertForMaskedLM(bert), bert_loss, folder / "bert"),
+                ("train.task=classify", f"data.train={trained}", f"data.eval={held_out}"),
+            ),
+        }
+        for kind, (base, more) in kinds.items():
+            common = (f"base.model={base}", "train.steps=120", "train.eval_every=120", *more)
+            for method, setting, rates in (
+                ("lora", "lora.rank=16", "train.lr=2e-3,4e-3,8e-3"),
+                ("full", "train.full_finetune=true", "train.lr=2e-4,4e-4,8e-4"),
+            ):
+                rows += arms({"kind": kind, "method": method}, setting, rates, SEEDS, *common)
+                record("kinds", rows)
+
+
+if __name__ == "__main__":
+    main()
