@@ -85,7 +85,7 @@ def _rate() -> str:
     series = [over(rows, f"rank {rank}", "lr", rates, f"run-{place}", method="lora", rank=rank)
               for place, rank in enumerate((1, 4, 16, 128))]  # fmt: skip
     series.append(over(rows, "full fine-tuning", "lr", rates, "run-6 broken", method="full"))
-    write("rate", "Held-out loss after 60 steps, by learning rate", series, x_label="learning rate",
+    _write("rate", "Held-out loss after 60 steps, by learning rate", series, x_label="learning rate",
           y_label="held-out loss, nats", x_names=[f"{rate:g}" for rate in rates], top=3.4)  # fmt: skip
     full, at_full = best(rows, method="full")
     table = [["full fine-tuning", f"{full:g}", spread(at_full), "1"]]
@@ -109,7 +109,7 @@ def _capacity() -> str:
     series.append(Series("full fine-tuning", [tuple(point) for point in row["curve"]], "run-6 broken"))
     table.append(["full fine-tuning", f"{row['trainable']:,}", "", f"{lr:g}",
                   *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (100, 250, 500))])  # fmt: skip
-    write("capacity", "Held-out loss over steps, by rank", series, x_label="step", y_label="held-out loss, nats")
+    _write("capacity", "Held-out loss over steps, by rank", series, x_label="step", y_label="held-out loss, nats")
     return markdown(["", "trained", "holds at 2 bits", "rate", "step 100", "step 250", "step 500"], table)
 
 
@@ -217,7 +217,7 @@ def _methods() -> str:
     return markdown(["", "trained", "best rate", "held-out loss"], table)
 
 
-def write(name: str, title: str, series: Sequence[Series], **options: Any) -> None:
+def _write(name: str, title: str, series: Sequence[Series], **options: Any) -> None:
     DRAWINGS.mkdir(exist_ok=True)
     (DRAWINGS / f"{name}.svg").write_text(standing_alone(title, series, **options) + "\n", encoding="utf-8")
 
