@@ -561,6 +561,14 @@ def test_a_tensor_of_the_wrong_shape_is_refused(tmp_path):
         load_base(tmp_path, device="cpu")
 
 
+def test_memory_that_runs_out_in_loading_is_no_fault_of_the_folder(tmp_path, monkeypatch):
+    tiny.llama().save_pretrained(tmp_path)
+    asks = lambda *_, **__: torch.empty(2**60, dtype=torch.uint8)  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", asks)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        load_base(tmp_path, device="cpu")
+
+
 def test_a_tensor_that_the_model_has_no_place_for_is_left_out_and_told(tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -662,6 +662,12 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
 
 
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)])
+def test_a_verb_that_runs_out_of_memory_says_so_in_a_line(finished, ask, monkeypatch):
+    monkeypatch.setattr("qlora_kit.run.use.score_rows", lambda *_, **__: ask())
+    assert_mistake(call("eval", finished[0]), "the host ran out of memory", code=3)
+
+
 def test_ctrl_c_before_any_verb_has_begun_is_no_traceback(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt

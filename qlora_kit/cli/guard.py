@@ -11,7 +11,7 @@ import typer
 
 from qlora_kit.cli.pipe import leave
 from qlora_kit.cli.visible import visible
-from qlora_kit.errors import QloraKitError
+from qlora_kit.errors import FitError, QloraKitError
 
 DEBUG = {"on": False}
 """Whether errors show their traceback."""
@@ -36,6 +36,16 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(128 + signal.SIGINT) from None
         except BrokenPipeError:  # whoever read it has seen enough
             leave(sys.stdout)
+        except typer.Exit:
+            raise
+        except (MemoryError, RuntimeError) as error:
+            from qlora_kit.memory.limit import whose_memory_ran_out
+
+            whose = whose_memory_ran_out(error)
+            if DEBUG["on"] or whose is None:
+                raise
+            typer.echo(f"error: the {whose} ran out of memory; free some, or take a smaller model or device", err=True)
+            raise typer.Exit(FitError.exit_code) from None
         except OSError as error:
             if DEBUG["on"] or error.errno not in _DISK_FAULTS:
                 raise

@@ -97,11 +97,14 @@ class StopAfter(Watch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"])
-def test_a_run_that_is_resumed_twice_at_any_step_is_the_run_that_went_through(optimizer, recipe, tmp_path):
+@pytest.mark.parametrize(("optimizer", "masters"), [
+    ("adamw", "fp32"), ("adamw_8bit", "fp32"), ("paged_adamw_8bit", "fp32"), ("lion_8bit", "fp32"),
+    ("adamw_8bit", "stochastic"),
+])  # fmt: skip
+def test_a_run_that_is_resumed_twice_at_any_step_is_the_run_that_went_through(optimizer, masters, recipe, tmp_path):
     more = ["lora.rank=128", "lora.dropout=0.1", "train.accumulation=2", f"train.optimizer={optimizer}",
             "train.eval_every=2", "train.sample_every=3", "train.save_every=1", "train.keep_checkpoints=9",
-            "train.schedule=cosine"]  # fmt: skip
+            "train.schedule=cosine", f"train.master_weights={masters}"]  # fmt: skip
     train(recipe(7, "whole", *more))
     for index, step in enumerate((1, 4, 7)):
         train(recipe(7, "parts", *more), resume=index > 0, watch=StopAfter(step))

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
+from qlora_kit.run import verify
 
 
 def call(*arguments):
@@ -53,6 +54,24 @@ def test_a_changed_byte_in_any_file_of_a_checkpoint_or_an_adapter_is_found(run):
     assert "adapter_config.json is missing" in call("verify", run).stdout
     (run / "hidden").rename(run / "adapter" / "adapter_config.json")
     assert call("verify", run).exit_code == 0
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "gguf", pytest.param("quantized", marks=pytest.mark.slow)])
+def test_a_changed_byte_in_any_file_of_an_export_is_found(run, kind, tmp_path):
+    told = call("export", run, "--to", kind, "--out", tmp_path / "out")
+    assert told.exit_code == 0, told.output
+    assert verify(tmp_path / "out").faults == []
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "export.json"]
+    assert len(files) >= 2
+    for file in files:
+        before = file.read_bytes()
+        for place in (0, len(before) // 2, len(before) - 1):
+            changed = bytearray(before)
+            changed[place] ^= 1
+            file.write_bytes(changed)
+            (fault,) = verify(tmp_path / "out").faults
+            assert file.name in fault
+        file.write_bytes(before)
 
 
 def test_a_folder_without_checksums_is_one_line(tmp_path):
