@@ -10,8 +10,9 @@ TORCH_INDEX ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHMARKS := quickstart exports learning_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_gguf packing growth
+EXPERIMENTS := rate capacity layers batch quantised flops adapters masters kinds continual data methods
 
-.PHONY: help quickstart test setup lint types slow long llamacpp gpu bench format clean
+.PHONY: help quickstart test setup lint types slow long llamacpp gpu bench regret format clean
 
 help:  ## list these verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -55,6 +56,10 @@ gpu: $(STAMP)  ## the tests that need a CUDA device
 
 bench: $(STAMP)  ## the benchmarks (an hour and a half on two cores); rows go to benchmarks/results/
 	@for each in $(BENCHMARKS); do $(BIN)/python benchmarks/$$each.py; done
+
+regret: $(STAMP)  ## the experiments of docs/without-regret.md, two at a time (two hours on two cores)
+	@printf '%s\n' $(EXPERIMENTS) | xargs -P 2 -I NAME $(BIN)/python benchmarks/regret/NAME.py
+	@$(BIN)/python benchmarks/regret/draw.py
 
 format: $(STAMP)  ## put the code in shape
 	@$(BIN)/ruff format .
