@@ -68,7 +68,7 @@ def main() -> None:
             second = learn(folder / "b", "far", *lora)
             rows.append({"how": "new adapter", "seed": seed, **losses(second)})
             rows.append({"how": "both added", "seed": seed, **added(first, second)})
-            export_run(first, Asked("merged"), folder / "merged")
+            export_run(first, folder / "merged", Asked("merged"))
             on_top = learn(folder / "merged-b", "far", *lora, f"base.model={folder / 'merged'}")
             rows.append({"how": "merged, then new", "seed": seed, **losses(on_top)})
             whole = learn(folder / "full-a", "near", *full)

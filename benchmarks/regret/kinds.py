@@ -67,9 +67,10 @@ def labelled(folder: Path) -> tuple[Path, Path]:
         for path in sorted((root / label).rglob("*.py")):
             text = make_rows.body(path.read_text(encoding="utf-8", errors="replace"))
             side = make_rows.is_held_out(path.relative_to(root).as_posix())
-            sides[side] += [
+            rows = (
                 {"text": piece, "label": label} for piece in make_rows.pieces(text, 200) if len(piece.strip()) > 100
-            ]
+            )
+            sides[side].extend(rows)
     paths = folder / "packages.jsonl", folder / "packages-held-out.jsonl"
     for path, rows, count in zip(paths, sides, (4000, 400), strict=True):
         random.Random(0).shuffle(rows)
