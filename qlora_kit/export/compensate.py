@@ -174,6 +174,13 @@ class Piece:
     """(B, T), int64."""
     lengths: tuple[int, ...]
     """Tokens of each row without padding."""
+    is_masked: bool
+    """Whether the model reads both ways, and is to be told what is padding."""
+
+    @property
+    def structure(self) -> dict[str, Tensor]:
+        """What the model must be told beside the tokens."""
+        return {"attention_mask": self.is_real.view(self.input_ids.shape)} if self.is_masked else {}
 
     @property
     def is_real(self) -> Tensor:
@@ -188,8 +195,8 @@ def calibration_pieces(batches: Iterable[Batch]) -> list[Piece]:
         ids = batch.input_ids[:, :PIECE_TOKENS]
         lengths = [min(length, PIECE_TOKENS) for length in batch.lengths]
         for rows in row_slices(ids.shape, PIECE_TOKENS):
-            longest = max(lengths[rows])
-            pieces.append(Piece(ids[rows, :longest], tuple(lengths[rows])))
+            longest, is_masked = max(lengths[rows]), batch.attention_mask is not None
+            pieces.append(Piece(ids[rows, :longest], tuple(lengths[rows]), is_masked))
     return pieces
 
 
@@ -284,7 +291,8 @@ def _record(
         with ExitStack() as hooks:
             for name, block in activation_blocks(model).items():
                 hooks.callback(block.register_forward_hook(partial(noted.see, name), with_kwargs=True).remove)
-            model.base_model(input_ids=piece.input_ids.to(model.device), use_cache=False)
+            told = {name: each.to(model.device) for name, each in piece.structure.items()}
+            model.base_model(input_ids=piece.input_ids.to(model.device), **told, use_cache=False)
         if not noted.is_chain or noted.first is None:
             raise RunError(
                 f"the blocks of a {model.config.model_type} do not hand on what they make, so codes cannot be chosen "

@@ -39,7 +39,7 @@ from qlora_kit.export.audit import check_audit, compare
 from qlora_kit.export.compensate import Compensation, Piece, Stored, calibration_pieces, quantized_onto
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
-from qlora_kit.export.plain import check_audit_rows, check_own_code, made_of, original_of
+from qlora_kit.export.plain import check_own_code, made_of, original_of
 from qlora_kit.export.sealed import Made, check_disk, check_request, finish, torch_dtype
 from qlora_kit.export.shelf import Shelf
 from qlora_kit.export.stream import StreamedTensor, streamed, write_weights
@@ -74,7 +74,7 @@ def export_quantized(
     """Write the model as trained as a bitsandbytes checkpoint; the model itself is not changed.
 
     Args:
-        model: a causal model as for `export_merged`.
+        model: as for `export_merged`.
         tokenizer: as there.
         out: as there.
         quantization: nf4, fp4 or int8; None takes the base's format, or nf4 for a dense one, in blocks of 64.
@@ -99,7 +99,6 @@ def export_quantized(
     """
     check_request(out, dtype, onto)
     check_own_code(model)
-    check_audit_rows(model, audit_batches)
     made, how = made_of(model, dtype, onto, is_whole=is_whole), quantization or default_format(model)
     names, dense = _layers(model)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
@@ -271,6 +270,7 @@ def _audit(
         quantization=how.kind,
         double_quant=how.double_quant,
         compute_dtype=dtype,
+        head=head_of(model),
         device=str(model.device),
         attention=model.config._attn_implementation,
     )
