@@ -232,6 +232,25 @@ def test_compensated_codes_keep_the_outputs_where_nearest_ones_do_not(tmp_path, 
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_an_update_below_the_steps_of_the_format_is_lost_to_nearest_codes_and_most_of_it_kept_by_chosen_ones(tmp_path):
+    """Each weight is nearest to the code that it had: what a short training did is undone, not blurred."""
+    how, inputs = Quantization(), correlated(256)
+    before = quantize(matrix((96, 256)), how)
+    base = QuantizedLinear.from_stored((96, 256), before, None, how).dense(torch.float32)
+    update = matrix((96, 4), seed=2) @ matrix((4, 256), seed=3)
+    update *= 0.02 * base.norm() / update.norm()
+    kept = {}
+    for name, stored in (
+        ("nearest", quantize(base + update, how)), ("chosen", chosen(base + update, inputs, how, tmp_path))
+    ):  # fmt: skip
+        moved = QuantizedLinear.from_stored((96, 256), stored, None, how).dense(torch.float32) - base
+        wanted, found = inputs @ update.T, inputs @ moved.T
+        kept[name] = ((wanted * found).sum() / wanted.square().sum()).item()
+    assert (quantize(base + update, how)["codes"] == before["codes"]).float().mean() > 0.9
+    assert kept["nearest"] < 0.3
+    assert 0.5 < kept["chosen"] < 1.2
+
+
 def test_inputs_that_nothing_comes_into_are_rounded_to_the_nearest(tmp_path):
     how, weight = Quantization(double_quant=False), matrix((8, 64))
     assert torch.equal(chosen(weight, torch.zeros(3, 64), how, tmp_path)["codes"], quantize(weight, how)["codes"])
