@@ -118,17 +118,17 @@ def export_quantized(
         found = None if audit_batches is None else _audit(model, staged, how, dtype, audit_batches)
         check_audit("quantized", found, onto, max_kl, force=force)
         widths = {width for tensor in tensors if (width := _width(tensor, names)) is not None}
-        made = _requantized(made, how, pieces, widths)
+        made = _requantized(made, how, widths, sum(batch.rows for batch in calibration), pieces)
         return finish(model, staged, "quantized", made, provenance or {}, found, sums)
 
 
-def _requantized(made: Made, how: Quantization, pieces: Sequence[Piece], widths: Collection[int]) -> Made:
+def _requantized(made: Made, how: Quantization, widths: Collection[int], rows: int, pieces: Sequence[Piece]) -> Made:
     """How the weights came about, with what was made of them here, and what to know of who reads them."""
     facts: dict[str, Any] = {"format": how.kind}
     if how.is_4bit:
         facts |= {"double_quant": how.double_quant, "block_size": how.block_size}
     facts["codes"] = "chosen for the layers' outputs on calibration rows" if pieces else "nearest of each weight"
-    facts["calibration_rows"] = sum(len(piece.lengths) for piece in pieces)
+    facts["calibration_rows"] = rows
     facts["calibration_tokens"] = sum(sum(piece.lengths) for piece in pieces)
     odd = [width for width in sorted(widths) if how.is_4bit and width % 64]
     if odd:
