@@ -41,14 +41,14 @@ def trained(seed: int, folder: Path) -> Path:
 
 def measure(run: Path, name: str, asked: Asked, folder: Path) -> dict[str, Any]:
     """The row of one export of a run."""
-    started, out = time.process_time(), folder / f"{name} {asked.dtype}".replace(" ", "-")
+    started, out = time.process_time(), folder / f"{name} {asked.written_in}".replace(" ", "-")
     exported = export_run(run, out, asked)
     (audit,) = exported["comparisons"].values()
     return {
         "benchmark": "requantize",
         "seed": read_recipe(run / "recipe.yaml").train.seed,
         "export": name,
-        "dtype": asked.dtype,
+        "dtype": asked.written_in,
         "kl": audit["mean_kl"],
         "max_kl": audit["max_kl"],
         "top1_agreement": audit["top1_agreement"],

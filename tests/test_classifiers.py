@@ -21,7 +21,7 @@ from qlora_kit.base.load import freeze_and_quantize, load_base
 from qlora_kit.base.record import base_record
 from qlora_kit.data import collate_texts
 from qlora_kit.errors import ModelError
-from qlora_kit.export import export_merged
+from qlora_kit.export import compare, export_merged, export_quantized
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.train.forward import no_phase
 from qlora_kit.train.step import accumulate_gradients
@@ -113,6 +113,54 @@ def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert tiny.relative(answers(export), answers(model)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_multi", [False, True])
+def test_an_audit_compares_the_classes_of_texts_as_float64_does(is_multi):
+    ours, export = dense_model("bert"), dense_model("bert", seed=1)
+    targets = [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0)] if is_multi else [2, 0, 1]
+    batches = [collate_texts([[5, 6, 7, 8], [9, 10]], targets[:2], 0), collate_texts([[11, 12, 13]], targets[2:], 0)]
+    found = compare(ours, export, batches)
+    texts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]  # each alone, so that no padding is
+    p, q = (
+        torch.cat([each(input_ids=torch.tensor([text])).logits for text in texts]).double() for each in (ours, export)
+    )
+    # (texts, questions, answers): three questions with two answers each, or one with three
+    p, q = ((torch.stack([x.sigmoid(), 1 - x.sigmoid()], -1) if is_multi else x.softmax(1)[:, None]) for x in (p, q))
+    kl = (p * (p / q).log()).sum((1, 2))
+    assert kl.min() > 1e-4
+    assert found["mean_kl"] == pytest.approx(kl.mean().item(), rel=1e-3)
+    assert found["max_kl"] == pytest.approx(kl.max().item(), rel=1e-3)
+    assert found["top1_agreement"] == (p.argmax(-1) == q.argmax(-1)).all(1).double().mean()
+    right = 1 - torch.tensor(targets).long() if is_multi else torch.tensor(targets)[:, None]
+    for said, name in ((p, "loss_as_trained"), (q, "loss_export")):
+        loss = -said.gather(2, right[..., None]).log().mean()
+        assert found[name] == pytest.approx(loss.item(), rel=1e-4)
+    assert found["texts"] == 3
+    assert "tokens" not in found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifier_is_quantised_again_block_by_block(family, tmp_path):
+    model = tiny.quantized(dense_model(family))
+    add_lora(model, rank=4, alpha=8, dtype=torch.float32, also_train=["classifier"])
+    tiny.wake(model)
+    torch.manual_seed(3)
+    texts = [torch.randint(3, 97, (5 + row % 9,)).tolist() for row in range(48)]
+    states, bodies = {}, {"trained": model}
+    for name, rows in (("plain", ()), ("chosen", [collate_texts(texts[:24], [row % 3 for row in range(24)], 0)])):
+        export_quantized(model, None, tmp_path / name, calibration=rows, dtype="float32")
+        bodies[name] = load_base(tmp_path / name, head="classification", compute_dtype="float32", device="cpu")
+    for name, body in bodies.items():
+        with torch.no_grad():
+            held = [body.base_model(input_ids=torch.tensor([text]))[0][0] for text in texts[24:]]
+        states[name] = torch.cat(held)
+    plain, found = (tiny.relative(states[name], states["trained"]) for name in ("plain", "chosen"))
+    assert plain > 1e-3
+    assert found < 0.8 * plain, (found, plain)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "chosen")
+    assert sum(type(each).__name__ == "Linear4bit" for each in loaded.modules()) == len(list(lora_layers(model)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -244,6 +244,14 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "eval")
     exported = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
+    assert "same label 100.00%" in exported.output
+    audit = json.loads((tmp_path / "merged/export.json").read_text())["comparisons"]["merged"]
+    assert (audit["texts"], audit["top1_agreement"]) == (len(rows()), 1.0)
+    assert audit["mean_kl"] < 1e-8
+    assert audit["loss_export"] == pytest.approx(scores["adapter"]["loss"], abs=1e-5)
+    quantized = json.loads(call("export", run, "--to", "quantized", "--out", tmp_path / "nf4", "--json").stdout)
+    assert quantized["quantization"]["calibration_rows"] == len(rows())
+    assert 1e-8 < quantized["comparisons"]["quantized"]["mean_kl"] < 0.1
     found = json.loads(call("eval", tmp_path / "merged", "--data", tmp_path / "rows.jsonl", "--json").stdout)
     assert {key: found[key] for key in ("accuracy", "f1")} == {
         key: scores["adapter"][key] for key in ("accuracy", "f1")
@@ -379,6 +387,9 @@ def test_a_text_may_have_several_classes(tmp_path, bert_folder):
     assert call("export", tmp_path / "run", "--to", "merged", "--out", tmp_path / "merged").exit_code == 0
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
+    audit = json.loads((tmp_path / "merged/export.json").read_text())["comparisons"]["merged"]
+    assert audit["texts"] == len(given)
+    assert 0 <= audit["mean_kl"] < 1e-3
 
 
 def test_a_preview_counts_the_classes_and_names_those_of_each_row(tmp_path, bert_folder):

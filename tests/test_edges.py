@@ -21,7 +21,7 @@ from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.load import load_base
 from qlora_kit.base.record import base_record
 from qlora_kit.base.vocabulary import QuantizedTable
-from qlora_kit.errors import AdapterError, ModelError, RunError
+from qlora_kit.errors import AdapterError, DataError, ModelError
 from qlora_kit.export import export_adapter, export_merged, merge
 from qlora_kit.lora import (
     adapter_parameters,
@@ -341,7 +341,7 @@ def test_a_classifiers_adapter_is_merged_from_its_folder(tmp_path):
         found, wanted = (each(input_ids=tiny.tokens()).logits for each in (export.eval(), model.eval()))
     assert tiny.relative(found, wanted) < 1e-5
     assert "text-classification" in (tmp_path / "out" / "README.md").read_text()
-    with pytest.raises(RunError, match="audit of a classifier"):
+    with pytest.raises(DataError, match="no labelled token"):
         export_merged(model, None, tmp_path / "audited", audit_batches=[])
 
 

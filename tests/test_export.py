@@ -368,7 +368,7 @@ def test_row_slices_cover_every_row_once_and_stay_small(shape, elements):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operators make, and their peak."""
+    """Bytes of the storages that operators make, and their peak; those in files are not memory."""
 
     def __init__(self, model):
         super().__init__()
@@ -377,6 +377,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.from_file.default:
+            key = result.untyped_storage().data_ptr()
+            self.own.add(key)
+            weakref.finalize(result.untyped_storage(), self.own.discard, key)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.own:
                 key = tensor.untyped_storage().data_ptr()

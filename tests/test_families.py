@@ -1,11 +1,13 @@
 """Every family by the general rule: quantised, adapted, trained, merged, and in agreement with PEFT."""
 
 import copy
+import math
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel
+from test_export import LiveBytes
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -21,7 +23,7 @@ from transformers import (
 
 from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.load import left_dense
-from qlora_kit.export import export_merged
+from qlora_kit.export import export_merged, merged_tensors
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
 
 COMMON = {
@@ -102,6 +104,23 @@ def test_peft_says_the_same(tuned, tmp_path):
     theirs = PeftModel.from_pretrained(tiny.read_out(dense_model(family), model), tmp_path / "adapter")
     assert tiny.relative(tiny.logits(model), base) > 0.01
     assert tiny.relative(tiny.logits(model), tiny.logits(theirs)) < 1e-5  # fp32, in another order
+
+
+@pytest.mark.parametrize(
+    ("family", "dora"), [*((family, False) for family in FAMILIES), ("llama", True), ("gpt2", True)]
+)
+def test_a_merge_holds_one_matrix_of_any_family_at_a_time(family, dora):
+    """At this size a matrix leaves in one slice: two of 16 bits, the last and the next, beside what is decoded."""
+    model = tiny.quantized(dense_model(family))
+    add_lora(model, rank=2, alpha=8, dora=dora)
+    tensors = list(merged_tensors(model, torch.bfloat16))
+    matrices = [math.prod(tensor.shape[-2:]) for tensor in tensors if len(tensor.shape) > 1]
+    with LiveBytes(model) as live:
+        for tensor in tensors:
+            for part in tensor.slices():
+                assert part.dtype == torch.bfloat16
+    assert max(matrices) < 0.3 * sum(matrices)
+    assert live.peak < 2.5 * 4 * max(matrices)
 
 
 def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):

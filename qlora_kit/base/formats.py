@@ -137,10 +137,11 @@ class Grid:
         if quantization.is_4bit:
             self.constants = constants_4bit(absmax, stored.get("absmax_scale"), stored.get("absmax_offset"))
 
-    def nearest(self, w_O: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Codes, one a byte, and what they are read as, (out,) fp32, of the weights nearest to `w_O` in a column."""
-        how = self.quantization
-        blocks_O = (self.rows_O * self.in_features + column) // how.block_size if how.is_4bit else self.rows_O
+    def nearest(self, w_O: Tensor, column: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Codes, one a byte, and what they are read as, fp32, of the weights nearest to `w_O` in some rows of a
+        column."""
+        how, rows_O = self.quantization, self.rows_O[rows]
+        blocks_O = (rows_O * self.in_features + column) // how.block_size if how.is_4bit else rows_O
         constants_O = self.constants[blocks_O]
         x_O = torch.where(constants_O == 0, 0, w_O / constants_O)
         if how.is_4bit:

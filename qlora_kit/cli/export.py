@@ -38,8 +38,8 @@ def export(
         float | None,
         typer.Option(
             min=0.0,
-            help="Largest mean KL, in nats a token, to the model as trained; default: 0.01 for merged onto "
-            "dequantized, any for the rest.",
+            help="Largest mean KL, in nats a token (of a classifier, a text), to the model as trained; default: 0.01 "
+            "for merged onto dequantized, any for the rest.",
             show_default=False,
         ),
     ] = None,
@@ -75,12 +75,13 @@ def export(
 
 def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line an export: its size, and how it compares with the model as trained."""
-    head = ("export", "size", "mean KL", "largest KL", "same top token", "loss as trained", "loss")
+    unit, same = ("text", "same label") if any("texts" in row for row in rows) else ("token", "same top token")
+    head = ("export", "size", "mean KL", "largest KL", same, "loss as trained", "loss")
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     lines = ["  ".join(each.ljust(width) for each, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     lines += [f"{row['name']}: {row['refused']}" for row in rows if "refused" in row]
-    return "\n".join([*lines, "KL in nats a token, of the model as trained to the export, on the held-out rows"])
+    return "\n".join([*lines, f"KL in nats a {unit}, of the model as trained to the export, on the held-out rows"])
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -275,10 +275,11 @@ def audit_lines(exported: Mapping[str, Any], out: Path) -> str:
     """What an export holds and how it compares with the model as trained."""
     lines = [f"{len(exported['files'])} files in {out}"]
     for name, numbers in exported.get("comparisons", {}).items():
+        same = "label" if "texts" in numbers else "top token"
         lines.append(
             f"{name} against the model as trained: "
             f"mean KL {numbers['mean_kl']:.2e}, largest {numbers['max_kl']:.2e} nats; "
-            f"same top token {numbers['top1_agreement']:.2%}; loss {numbers['loss_as_trained']:.4f} -> "
+            f"same {same} {numbers['top1_agreement']:.2%}; loss {numbers['loss_as_trained']:.4f} -> "
             f"{numbers['loss_export']:.4f}"
         )
     caution = exported.get("quantization", {}).get("caution")

@@ -2,29 +2,35 @@
 
     KL(p || q) = sum over the vocabulary of p (log p - log q),   p as trained, q exported, both in fp32, in nats
 
+Of a classifier it is text by text, and the sum goes over the classes; where a text may have several, each is a question
+of its own, with two answers, and the text's divergence is their sum.
+
 Only the predictions count that training would have counted: those of labelled tokens. Two models with the same loss can
 still differ at every token, so the loss alone is no audit. Logits are compared a few tokens at a time, so an audit
 takes no more of a card's memory than an evaluation.
 
-Axes: N predictions, C of a chunk, V vocabulary.
+Axes: N predictions, C of a chunk, V vocabulary, B texts, L classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora_kit.base.load import head_of
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.ops import IGNORED
 from qlora_kit.train.evaluate import evaluation_mode
+from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.head import head_logits
 from qlora_kit.train.probe import settled_chunk
+from qlora_kit.train.tasks import said_classes
 
 LIMITS = {"merged": 0.01}
-"""Mean KL in nats a token that an export may have, by its kind. On the quickstart, bf16 costs 1.5e-5; what is
+"""Mean KL in nats a token or text that an export may have, by its kind. On the quickstart, bf16 costs 1.5e-5; what is
 re-quantised, or leaves the quantised base, is another model, and its audit says how much of one."""
 
 CHUNK = 64
@@ -41,20 +47,16 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
 
     Returns:
         `mean_kl` and `max_kl` in nats a token, `top1_agreement` (share of tokens with the same likeliest successor),
-        `loss_as_trained` and `loss_export` in nats a token, and `tokens`, how many were compared.
+        `loss_as_trained` and `loss_export` in nats a token, and `tokens`, how many were compared. Of a classifier the
+        same a text, `top1_agreement` being the share of texts that are said to be the same, and `texts`.
 
     Raises:
-        DataError: no token of the batches is labelled.
+        DataError: no token of the batches is labelled, or there is no text.
         RunError: one of the models gives logits that are not finite.
     """
-    parts: list[Tensor] = []
-    heads: list[bool] = []
+    is_classifier = head_of(as_trained) == "classification"
     with evaluation_mode(as_trained), evaluation_mode(export):
-        for batch in batches:
-            heads = heads or [_has_head_to_call(model, batch) for model in (as_trained, export)]
-            labels_N = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED].to(as_trained.device)
-            both = (_predictions(*each, batch) for each in zip((as_trained, export), heads, strict=True))
-            parts += map(_by_token, *both, labels_N.split(CHUNK))
+        parts = list((_texts if is_classifier else _tokens)((as_trained, export), batches))
     kl_N, loss_p_N, loss_q_N, same_N = torch.cat(parts, dim=1) if parts else torch.empty(4, 0)
     if len(kl_N) == 0:
         raise DataError("the rows to audit the export on hold no labelled token; give rows with answers")
@@ -68,7 +70,7 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
         "top1_agreement": same_N.mean().item(),
         "loss_as_trained": loss_p_N.mean().item(),
         "loss_export": loss_q_N.mean().item(),
-        "tokens": len(kl_N),
+        "texts" if is_classifier else "tokens": len(kl_N),
     }
 
 
@@ -79,7 +81,7 @@ def check_audit(kind: str, found: Mapping[str, float] | None, onto: str, max_kl:
         kind: of the export.
         found: what `compare` told; None where nothing was compared.
         onto: what an adapter was merged into: no other weights are expected to be near those that were trained.
-        max_kl: largest mean KL asked for, in nats a token; None takes the kind's own, or any.
+        max_kl: largest mean KL asked for, in nats a token or text; None takes the kind's own, or any.
         force: let it pass all the same.
 
     Raises:
@@ -88,17 +90,48 @@ def check_audit(kind: str, found: Mapping[str, float] | None, onto: str, max_kl:
     limit = max_kl if max_kl is not None or onto != "dequantized" else LIMITS.get(kind)
     if found is not None and limit is not None and found["mean_kl"] > limit and not force:
         raise RunError(
-            f"the {kind} export is {found['mean_kl']:.2g} nats a token (mean KL) from the model as trained, above "
-            f"{limit:.2g}, and is not kept; see whether the dtype is too narrow, or export with --force"
+            f"the {kind} export is {found['mean_kl']:.2g} nats a {'text' if 'texts' in found else 'token'} (mean KL) "
+            f"from the model as trained, above {limit:.2g}, and is not kept; see whether the dtype is too narrow, or "
+            "export with --force"
         )
 
 
-def _by_token(p_CV: Tensor, q_CV: Tensor, label_C: Tensor) -> Tensor:
+def _tokens(models: Sequence[PreTrainedModel], batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """What `_by_label` says of the labelled tokens, some at a time."""
+    heads: list[bool] = []
+    for batch in batches:
+        heads = heads or [_has_head_to_call(model, batch) for model in models]
+        labels_N = batch.labels[:, 1:][batch.labels[:, 1:] != IGNORED].to(models[0].device)
+        both = (_predictions(*each, batch) for each in zip(models, heads, strict=True))
+        yield from map(_by_label, *both, labels_N.split(CHUNK))
+
+
+def _texts(models: Sequence[PreTrainedModel], batches: Iterable[Batch]) -> Iterator[Tensor]:
+    """What `_by_label` says of the texts, a batch at a time."""
+    for batch in batches:
+        p_BL, q_BL = (whole_logits(model, batch.to(model.device)) for model in models)
+        labels = batch.labels.to(p_BL.device)
+        yield (_by_labels if labels.is_floating_point() else _by_label)(p_BL, q_BL, labels)
+
+
+def _by_label(p_CV: Tensor, q_CV: Tensor, label_C: Tensor) -> Tensor:
     """Of every prediction: divergence, both losses, and 1 where both find the same token likeliest; (4, C) fp64."""
     log_p, log_q = p_CV.float().log_softmax(-1), q_CV.to(p_CV.device).float().log_softmax(-1)
     kl_C = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     losses_C = [F.nll_loss(log, label_C, reduction="none") for log in (log_p, log_q)]
     return torch.stack([kl_C, *losses_C, log_p.argmax(-1) == log_q.argmax(-1)]).double().cpu()
+
+
+def _by_labels(p_BL: Tensor, q_BL: Tensor, labels_BL: Tensor) -> Tensor:
+    """The same of texts that may have several classes; the loss is a mean over these, as in training; (4, B) fp64."""
+    p_BL, q_BL = p_BL.float(), q_BL.to(p_BL.device).float()
+    log_p, log_q = (F.logsigmoid(torch.stack([logits, -logits])) for logits in (p_BL, q_BL))
+    kl_B = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum((0, 2))
+    losses_B = [
+        F.binary_cross_entropy_with_logits(logits, labels_BL, reduction="none").mean(1) for logits in (p_BL, q_BL)
+    ]
+    said_p, said_q = (said_classes(logits, is_multi=True) for logits in (p_BL, q_BL))
+    return torch.stack([kl_B, *losses_B, (said_p == said_q).all(1)]).double().cpu()
 
 
 def _has_head_to_call(model: PreTrainedModel, batch: Batch) -> bool:

@@ -2,35 +2,42 @@
 
     min over codes of  tr((W - Q) H (W - Q)^T),   H = X^T X   of the layer's inputs X on calibration rows
 
-Column by column: what rounding one input's weights loses is taken up by the weights that are not rounded yet, as far as
-the inputs go together. The constants are those of plain rounding, double quantisation included, so every weight is
-rounded to what will be read. Columns with the strongest inputs come first.
+Input by input: what rounding the weights of one has lost is taken up by those that are not rounded yet, as far as the
+inputs go together. The constants are those of plain rounding, double quantisation included, so every weight is rounded
+to what will be read. The strongest inputs come first.
 
 Layers go in the order in which they run, and X is what the layers before, re-quantised already, hand on: they make up
 for those, too. The model runs a block at a time, on rows of its training; the rows of the audit are others. When a
 block is done, nothing of it has changed.
 
-In memory beside the model: of one matrix its weight three times in fp32, and H, which for a wide input is larger, twice
-in fp32 and twice in fp64; the codes of one block; the inputs of one block on all calibration rows.
+Memory beside the model does not grow with it: H is formed of some inputs at a time, which take up each other's losses
+alone, and weights are rounded tile by tile. A whole weight, codes, and what a block is given on all calibration rows
+wait on a shelf of files; a piece of those rows is as much as runs through a block at once.
 
-Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1.
+Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1, in the form that needs no inverse: the nearest plane
+of Babai, as Chen et al. 2025, arXiv 2507.18553, found it to be.
 
-Axes: I in, O out, C columns of a part, B sequences, T tokens, S all of their tokens.
+Axes: I in, O out, P inputs of a part, R outputs of a tile, C inputs of a batch of them, B sequences, T tokens, S all of
+their tokens.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import Linear, QuantizedLinear, is_transposed, linear_shape
+from qlora_kit.base.dense import Linear, QuantizedLinear, device_of, is_transposed, linear_shape
 from qlora_kit.base.formats import Grid, Quantization, quantize
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
+from qlora_kit.export.shelf import Shelf
+from qlora_kit.export.stream import row_slices
 from qlora_kit.lora.layer import LoraLinear, bare
 from qlora_kit.train.activations import activation_blocks
 from qlora_kit.train.evaluate import evaluation_mode
@@ -40,7 +47,16 @@ DAMPING = 0.01
 (quickstart, one seed)."""
 
 COLUMNS = 128
-"""Columns whose errors reach those behind them in one product."""
+"""Inputs whose losses reach those behind them in one product."""
+
+PART = 2048
+"""Inputs at most of which H is formed at one time: 16 MiB, and 32 twice over while it is factored."""
+
+TILE_ELEMENTS = 2**22
+"""Weights that are rounded at one time: 16 MiB."""
+
+PIECE_TOKENS = 512
+"""Tokens that go through a block together."""
 
 Stored = dict[str, Tensor]
 """Codes and constants of a matrix, as `quantize` names them."""
@@ -50,42 +66,138 @@ _More = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @torch.no_grad()
-def compensated(w_OI: Tensor, gram_II: Tensor, quantization: Quantization) -> Stored:
-    """Codes and constants of a matrix for inputs that go together in a known way.
+def compensated(
+    weights: Sequence[Tensor],
+    gram: Callable[[slice], Tensor],
+    quantization: Quantization,
+    shelf: Shelf,
+    device: torch.device,
+) -> list[Stored]:
+    """Codes and constants of matrices for inputs that go together in a known way.
 
     Args:
-        w_OI: the weight, (out, in), fp32.
-        gram_II: H, the sum of x^T x over inputs x, (in, in), fp32.
+        weights: of layers with the same inputs, (out, in) each, fp32, contiguous.
+        gram: gives H of some neighbouring inputs, (P, P), fp32, to be written over.
         quantization: the format.
+        shelf: where the codes are kept.
+        device: on which it is computed.
 
     Returns:
-        the constants that `quantize` gives, with other codes.
+        of each the constants that `quantize` gives, with other codes.
     """
-    stored = quantize(w_OI.contiguous(), quantization)
-    if not gram_II.diagonal().any():
-        return stored  # nothing came in, so nothing comes out wrong
-    grid = Grid(stored, w_OI.shape, quantization)
-    order = gram_II.diagonal().argsort(descending=True, stable=True).tolist()
-    factor_II, left_OI = _factor(gram_II[order][:, order]), w_OI[:, order]
-    codes_OI = torch.empty(w_OI.shape, dtype=stored["codes"].dtype, device=w_OI.device)
-    for begin in range(0, len(order), COLUMNS):
-        end = min(begin + COLUMNS, len(order))
-        errors_OC = left_OI.new_empty(len(left_OI), end - begin)
-        for column in range(begin, end):
-            codes_OI[:, order[column]], read_O = grid.nearest(left_OI[:, column], order[column])
-            error_O = errors_OC[:, column - begin] = (left_OI[:, column] - read_O) / factor_II[column, column]
-            left_OI[:, column:end].addr_(error_O, factor_II[column, column:end], alpha=-1)
-        left_OI[:, end:].addmm_(errors_OC, factor_II[begin:end, end:], alpha=-1)
-    return {**stored, "codes": grid.packed(codes_OI)}
+    chosen = [_Choice(w_OI, quantization, shelf, device) for w_OI in weights]
+    for inputs in _parts(weights[0].shape[1]):
+        order_P, shares_PP = _shares(gram(inputs))
+        for each in chosen:
+            each.choose(inputs, order_P, shares_PP)
+    return [each.stored() for each in chosen]
 
 
-def _factor(gram_II: Tensor) -> Tensor:
-    """The upper triangle U with U^T U = (H + damping)^-1, fp32; each step is written over the last."""
-    factor_II = gram_II.double()
-    factor_II.diagonal().add_(DAMPING * factor_II.diagonal().mean())
-    torch.linalg.cholesky(factor_II, out=factor_II)
-    torch.cholesky_inverse(factor_II, out=factor_II)
-    return torch.linalg.cholesky(factor_II, upper=True, out=factor_II).float()
+def quantized_onto(shelf: Shelf, w_OI: Tensor, quantization: Quantization) -> Stored:
+    """Codes and constants of a matrix, each weight rounded for itself."""
+    return {name: shelf.keep(each) for name, each in quantize(w_OI, quantization).items()}
+
+
+def _parts(width: int) -> Iterator[slice]:
+    """Inputs in parts of about one size, none above `PART`."""
+    step = -(-width // -(-width // PART))
+    for begin in range(0, width, step):
+        yield slice(begin, min(begin + step, width))
+
+
+def _shares(gram_PP: Tensor) -> tuple[Tensor, Tensor]:
+    """In which order inputs are rounded, and how much each is to take up of what rounding the ones before has lost.
+
+    With H = U U^T, U upper triangular, what is lost at all outputs is |(W - Q) U|^2; its column of one input is zero
+    where that takes up U[before, input] / U[input, input] of theirs.
+
+    Returns:
+        order (P,) and shares (P before, P), fp32.
+    """
+    diagonal_P = gram_PP.diagonal().clone()
+    order_P = diagonal_P.argsort(descending=True, stable=True)
+    gram_PP.diagonal().add_(DAMPING * diagonal_P.mean() if diagonal_P.any() else 1)
+    # A Cholesky factor is a lower triangle: so it is taken backwards. Each copy is gone before the next is made.
+    gram_PP = gram_PP[order_P.flip(0)]
+    gram_PP = gram_PP[:, order_P.flip(0)]
+    factor_PP = gram_PP.double().t()  # the library works on columns, and on these in place
+    del gram_PP
+    torch.linalg.cholesky(factor_PP, out=factor_PP)
+    factor_PP /= factor_PP.diagonal().clone()
+    shares_PP = factor_PP.float()
+    del factor_PP
+    return order_P, shares_PP.flip(0, 1).contiguous()
+
+
+class _Choice:
+    """Codes of one matrix while they are chosen, some inputs after others."""
+
+    def __init__(self, w_OI: Tensor, quantization: Quantization, shelf: Shelf, device: torch.device) -> None:
+        self.w_OI, self.shelf = w_OI, shelf
+        self.constants = quantize(w_OI.to(device), quantization)
+        plain = self.constants.pop("codes")
+        self.grid = Grid(self.constants, w_OI.shape, quantization)
+        self.codes_OI = shelf.empty(w_OI.shape, plain.dtype)
+
+    def choose(self, inputs: slice, order_P: Tensor, shares_PP: Tensor) -> None:
+        """Choose those of the inputs in a part, as many outputs at a time as a tile holds."""
+        device = shares_PP.device
+        for rows in row_slices((len(self.w_OI), len(order_P)), TILE_ELEMENTS):
+            w_PR = self.w_OI[rows, inputs].t().to(device)[order_P]
+            codes_PR = self._tile(w_PR, rows, (order_P + inputs.start).tolist(), shares_PP)
+            self.codes_OI[rows, inputs] = codes_PR[order_P.argsort()].t().cpu()
+
+    def _tile(self, w_PR: Tensor, rows: slice, columns: list[int], shares_PP: Tensor) -> Tensor:
+        """Codes, one a byte; in the place of the weights stands then what each has lost."""
+        codes_PR = torch.empty(w_PR.shape, dtype=self.codes_OI.dtype, device=w_PR.device)
+        for begin in range(0, len(columns), COLUMNS):
+            end = min(begin + COLUMNS, len(columns))
+            wanted_CR = torch.addmm(w_PR[begin:end], shares_PP[:begin, begin:end].t(), w_PR[:begin])
+            for place in range(begin, end):
+                wanted_R = wanted_CR[place - begin]
+                wanted_R.addmv_(w_PR[begin:place].t(), shares_PP[begin:place, place])
+                codes_PR[place], read_R = self.grid.nearest(wanted_R, columns[place], rows)
+                w_PR[place] -= read_R
+        return codes_PR
+
+    def stored(self) -> Stored:
+        """All of them, with the constants."""
+        kept = {name: self.shelf.keep(each) for name, each in self.constants.items()}
+        return {**kept, "codes": self.shelf.keep(self.grid.packed(self.codes_OI))}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Calibration rows that go through a block together."""
+
+    input_ids: Tensor
+    """(B, T), int64."""
+    lengths: tuple[int, ...]
+    """Tokens of each row without padding."""
+    is_masked: bool
+    """Whether the model reads both ways, and is to be told what is padding."""
+
+    @property
+    def structure(self) -> dict[str, Tensor]:
+        """What the model must be told beside the tokens."""
+        return {"attention_mask": self.is_real.view(self.input_ids.shape)} if self.is_masked else {}
+
+    @property
+    def is_real(self) -> Tensor:
+        """Which places hold a token and no padding, (B * T,)."""
+        return (torch.arange(self.input_ids.shape[1]) < torch.tensor(self.lengths)[:, None]).view(-1)
+
+
+def calibration_pieces(batches: Iterable[Batch]) -> list[Piece]:
+    """Rows in pieces of at most `PIECE_TOKENS` tokens; of a longer row the beginning."""
+    pieces = []
+    for batch in batches:
+        ids = batch.input_ids[:, :PIECE_TOKENS]
+        lengths = [min(length, PIECE_TOKENS) for length in batch.lengths]
+        for rows in row_slices(ids.shape, PIECE_TOKENS):
+            longest, is_masked = max(lengths[rows]), batch.attention_mask is not None
+            pieces.append(Piece(ids[rows, :longest], tuple(lengths[rows]), is_masked))
+    return pieces
 
 
 class Compensation:
@@ -93,10 +205,11 @@ class Compensation:
 
     Args:
         model: as trained; it is unchanged whenever nothing is being asked.
-        weight: gives what is to be stored of a layer, (out, in), fp32.
+        weight: gives what is to be stored of a layer, (out, in), fp32, contiguous, in no memory of the model's.
         names: of the layers that will be asked for.
         quantization: the format.
-        batches: calibration rows.
+        pieces: calibration rows.
+        shelf: where what waits is kept.
 
     Raises:
         RunError: the model's blocks do not hand their output on to each other.
@@ -108,19 +221,22 @@ class Compensation:
         weight: Callable[[str], Tensor],
         names: Collection[str],
         quantization: Quantization,
-        batches: Sequence[Batch],
+        pieces: Sequence[Piece],
+        shelf: Shelf,
     ) -> None:
         self.model, self.weight, self.names, self.quantization = model, weight, names, quantization
-        self._padding = [_is_real(batch).to(model.device) for batch in batches]
+        self.shelf, self._pieces = shelf, pieces
         with evaluation_mode(model):
-            self._inputs, self._more = _record(model, batches)
+            self._inputs, self._more = _record(model, pieces, shelf)
         self._done: dict[str, Stored] = {}
 
     def __call__(self, name: str) -> Stored:
         """Codes and constants of one layer; plainly rounded if it is in no block, or nothing comes in."""
         while any(name.startswith(f"{block}.") for block in self._more):
             self._done = self._block(next(iter(self._more)))
-        return self._done.pop(name) if name in self._done else quantize(self.weight(name), self.quantization)
+        if name in self._done:
+            return self._done.pop(name)
+        return quantized_onto(self.shelf, self.weight(name).to(self.model.device), self.quantization)
 
     def _block(self, name: str) -> dict[str, Stored]:
         """All layers of a block; what it makes of its inputs with them becomes the inputs of the next."""
@@ -128,65 +244,89 @@ class Compensation:
         leaves = [each.removeprefix(f"{name}.") for each in self.names if each.startswith(f"{name}.")]
         more = self._more.pop(name)
         with evaluation_mode(self.model), _alone(block), ExitStack() as swapped:
-            for group in _groups(block, leaves, partial(_run, block, more[:1], self._inputs[:1])):
-                gram_II = self._gram(block, group[0], more)
-                if not torch.isfinite(gram_II).all():
-                    raise RunError(f"{name}.{group[0]} gets NaN or infinite inputs on the calibration rows")
-                for leaf in group:
-                    stored = compensated(self.weight(f"{name}.{leaf}"), gram_II, self.quantization)
+            for group in _groups(block, leaves, lambda: self._run(block, 0, more)):
+                gram = partial(self._gram, block, name, group[0], more)
+                weights = [self.weight(f"{name}.{leaf}") for leaf in group]
+                chosen = compensated(weights, gram, self.quantization, self.shelf, self.model.device)
+                for leaf, stored in zip(group, chosen, strict=True):
                     swapped.enter_context(_in_place(block, leaf, stored, self.quantization))
                     made[f"{name}.{leaf}"] = stored
-            self._inputs = _run(block, more, self._inputs)
+            for number in range(len(self._inputs)):
+                self._inputs[number] = self.shelf.keep(self._run(block, number, more))
         return made
 
-    def _gram(self, block: nn.Module, leaf: str, more: Sequence[_More]) -> Tensor:
-        """H of a layer over the tokens of all batches, without padding."""
-        layer = block.get_submodule(leaf)
-        width = linear_shape(bare(layer))[1]
-        gram_II = torch.zeros(width, width, device=self.model.device)
+    def _run(self, block: nn.Module, number: int, more: Sequence[_More]) -> Tensor:
+        """What a block makes of its input on one piece."""
+        x, args, kwargs = tree_map_only(
+            Tensor, lambda each: each.to(self.model.device), (self._inputs[number], *more[number])
+        )
+        return _first(block(x, *args, **kwargs))
+
+    def _gram(self, block: nn.Module, name: str, leaf: str, more: Sequence[_More], inputs: slice) -> Tensor:
+        """H of some inputs of a layer over the tokens of all pieces, without padding."""
+        layer, device, width = block.get_submodule(leaf), self.model.device, inputs.stop - inputs.start
+        gram_PP = torch.zeros(width, width, device=device)
 
         def add(is_real_S: Tensor, x: Tensor) -> None:
-            x_SI = x.reshape(-1, width).float()
-            x_SI = x_SI[is_real_S] if len(x_SI) == len(is_real_S) else x_SI
-            gram_II.addmm_(x_SI.t(), x_SI)
+            x_SP = x.flatten(0, -2)[:, inputs].float()
+            x_SP = x_SP[is_real_S] if len(x_SP) == len(is_real_S) else x_SP
+            gram_PP.addmm_(x_SP.t(), x_SP)
 
-        for x, is_real_S, each in zip(self._inputs, self._padding, more, strict=True):
-            with _before(layer, partial(add, is_real_S)):
-                _run(block, [each], [x])
-        return gram_II
+        for number, piece in enumerate(self._pieces):
+            with _before(layer, partial(add, piece.is_real.to(device))):
+                self._run(block, number, more)
+        if not torch.isfinite(gram_PP).all():
+            raise RunError(f"{name}.{leaf} gets NaN or infinite inputs on the calibration rows")
+        return gram_PP
 
 
-def _record(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, list[_More]]]:
-    """What goes into the first block, batch by batch; and by block, what else each is given."""
+def _record(
+    model: PreTrainedModel, pieces: Sequence[Piece], shelf: Shelf
+) -> tuple[list[Tensor], dict[str, list[_More]]]:
+    """What goes into the first block, piece by piece; and by block, what else each is given."""
     inputs: list[Tensor] = []
     more: dict[str, list[_More]] = {}
-    for batch in batches:
-        calls: list[tuple[str, tuple[Any, ...], dict[str, Any], Any]] = []
+    for piece in pieces:
+        noted = _Noted(shelf)
         with ExitStack() as hooks:
             for name, block in activation_blocks(model).items():
-                note = partial(_note, calls, name)
-                hooks.callback(block.register_forward_hook(note, with_kwargs=True).remove)
-            model.base_model(input_ids=batch.input_ids.to(model.device), use_cache=False)
-        given = [args[:1] for _, args, _, _ in calls]
-        made = [_first(output) for *_, output in calls]
-        if not all(given) or any(x is not y for (x,), y in zip(given[1:], made, strict=False)) or not calls:
+                hooks.callback(block.register_forward_hook(partial(noted.see, name), with_kwargs=True).remove)
+            told = {name: each.to(model.device) for name, each in piece.structure.items()}
+            model.base_model(input_ids=piece.input_ids.to(model.device), **told, use_cache=False)
+        if not noted.is_chain or noted.first is None:
             raise RunError(
                 f"the blocks of a {model.config.model_type} do not hand on what they make, so codes cannot be chosen "
                 "block by block; export with --calibration-rows 0, which rounds each weight for itself"
             )
-        inputs.append(given[0][0])
-        for name, args, kwargs, _ in calls:
-            more.setdefault(name, []).append((args[1:], kwargs))
+        inputs.append(noted.first)
+        for name, each in noted.more.items():
+            more.setdefault(name, []).append(each)
     return inputs, more
 
 
-def _note(calls: list[Any], name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    calls.append((name, args, kwargs, output))
+class _Noted:
+    """What the blocks are given in one pass; of their outputs only the last is held."""
 
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf, self.is_chain = shelf, True
+        self.first: Tensor | None = None
+        self.more: dict[str, _More] = {}
+        self._last: Tensor | None = None
+        self._kept: dict[Tensor, Tensor] = {}
 
-def _run(block: nn.Module, more: Sequence[_More], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What a block makes of its inputs, batch by batch."""
-    return [_first(block(x, *args, **kwargs)) for x, (args, kwargs) in zip(inputs, more, strict=True)]
+    def see(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A forward hook of the block of that name."""
+        self.is_chain &= bool(args) and name not in self.more and (self._last is None or args[0] is self._last)
+        if self.first is None and args:
+            self.first = self.shelf.keep(args[0])
+        self.more[name] = tree_map_only(Tensor, self._keep, (args[1:], kwargs))
+        self._last = _first(output)
+
+    def _keep(self, given: Tensor) -> Tensor:
+        """Positions and masks are the same for all blocks, and kept once."""
+        if given not in self._kept:
+            self._kept[given] = self.shelf.keep(given)
+        return self._kept[given]
 
 
 def _first(output: Any) -> Tensor:
@@ -211,11 +351,6 @@ def _groups(block: nn.Module, leaves: Sequence[str], run: Callable[[], object]) 
             groups.append([leaf])
         last = x
     return groups
-
-
-def _is_real(batch: Batch) -> Tensor:
-    """Which places of a batch hold a token and no padding, (B * T,)."""
-    return (torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]).view(-1)
 
 
 @contextmanager
@@ -250,8 +385,9 @@ def _in_place(block: nn.Module, leaf: str, stored: Stored, quantization: Quantiz
     """In the block, a layer as it will be read, in the place of the one that was trained."""
     layer = block.get_submodule(leaf)
     base: Linear = bare(layer)
+    held = {name: each.to(device_of(base)) for name, each in stored.items()}
     twin = QuantizedLinear.from_stored(
-        linear_shape(base), stored, base.bias, quantization, is_transposed=is_transposed(base)
+        linear_shape(base), held, base.bias, quantization, is_transposed=is_transposed(base)
     )
     block.set_submodule(leaf, twin)
     try:

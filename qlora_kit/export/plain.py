@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qlora_kit.base.experts import stack_experts
 from qlora_kit.base.formats import Kind
@@ -148,7 +153,6 @@ def export_merged(
     check_request(out, dtype, onto)
     made = made_of(model, dtype, onto, is_whole=is_whole)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
-    check_audit_rows(model, audit_batches)
     tensors = _checked_tensors(model, out, torch_dtype(dtype), original)
     with staged_folder(out) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
@@ -243,12 +247,6 @@ def check_own_code(model: PreTrainedModel) -> None:
         )
 
 
-def check_audit_rows(model: PreTrainedModel, batches: Iterable[Batch] | None) -> None:
-    """Refuse to audit what has no next token (RunError)."""
-    if head_of(model) == "classification" and batches is not None:
-        raise RunError("the audit of a classifier is not built yet in this version; leave out its rows")
-
-
 def _write_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -268,7 +266,8 @@ def _write_checkpoint(
 def audit_checkpoint(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
     """Compare the model with the folder as another program loads it: in the dtype of its own weights."""
     attention = model.config._attn_implementation
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForSequenceClassification if head_of(model) == "classification" else AutoModelForCausalLM
+    loaded: Any = auto.from_pretrained(
         folder, dtype="auto", attn_implementation=attention, local_files_only=True, output_loading_info=True
     )
     export, info = loaded

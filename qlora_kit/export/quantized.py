@@ -8,7 +8,7 @@ What was trained is no number of the format any more, so it is rounded a second 
 
 Quantised is what transformers quantises: the linear layers of the body that were quantised in training, or all of them
 where the base was dense. Embeddings, heads and layers of `base.skip` are dense, in `dtype`. Files are written as layers
-are done: in memory stand the packed tensors of one file, and one layer in fp32.
+are done: in memory stands one layer in fp32; the packed tensors of one file wait on a shelf.
 
 The audit reads the folder with the kit's own decoder. bitsandbytes' layers compute otherwise: int8 ones round their
 inputs, too, and some 4-bit ones decode wrongly on some processors (see `base/kernels.py`).
@@ -16,6 +16,8 @@ inputs, too, and some 4-bit ones decode wrongly on some processors (see `base/ke
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.experts import expert_stacks
-from qlora_kit.base.formats import Quantization, quantize
+from qlora_kit.base.formats import Quantization
 from qlora_kit.base.load import body_linears, build_model, head_of, load_base
 from qlora_kit.base.prequantized import packed
 from qlora_kit.base.record import base_record
@@ -34,18 +36,20 @@ from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
 from qlora_kit.export.audit import check_audit, compare
-from qlora_kit.export.compensate import Compensation, Stored
+from qlora_kit.export.compensate import Compensation, Piece, Stored, calibration_pieces, quantized_onto
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
-from qlora_kit.export.plain import check_audit_rows, check_own_code, made_of, original_of
+from qlora_kit.export.plain import check_own_code, made_of, original_of
 from qlora_kit.export.sealed import Made, check_disk, check_request, finish, torch_dtype
+from qlora_kit.export.shelf import Shelf
 from qlora_kit.export.stream import StreamedTensor, streamed, write_weights
 from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.storage import staged_folder
+from qlora_kit.train.activations import activation_blocks
 from qlora_kit.units import MIB
 
 SHARD_BYTES = 256 * MIB
-"""Bytes of tensors in one file: packed ones are held until their file is written."""
+"""Bytes of tensors in one file: packed ones wait on the shelf until their file is written."""
 
 STATE_BYTES = 4096
 """Room for what a quantised layer has beside its codes and constants: two tables, and its state in words."""
@@ -70,7 +74,7 @@ def export_quantized(
     """Write the model as trained as a bitsandbytes checkpoint; the model itself is not changed.
 
     Args:
-        model: a causal model as for `export_merged`.
+        model: as for `export_merged`.
         tokenizer: as there.
         out: as there.
         quantization: nf4, fp4 or int8; None takes the base's format, or nf4 for a dense one, in blocks of 64.
@@ -95,22 +99,18 @@ def export_quantized(
     """
     check_request(out, dtype, onto)
     check_own_code(model)
-    check_audit_rows(model, audit_batches)
     made, how = made_of(model, dtype, onto, is_whole=is_whole), quantization or default_format(model)
     names, dense = _layers(model)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
     tensors = list(merged_tensors(model, torch_dtype(dtype), original))
     exact = {tensor.name.removesuffix(".weight"): tensor for tensor in merged_tensors(model, torch.float32, original)}
-    check_disk(out, sum(_bytes(tensor, names, how) for tensor in tensors))
-
-    def weight(name: str) -> Tensor:
-        """(out, in), fp32, where the model is."""
-        stored = exact[name].read().to(model.device)
-        return stored.t().contiguous() if names[name] else stored
-
+    pieces = calibration_pieces(calibration)
+    packed_bytes = sum(_bytes(tensor, names, how) for tensor in tensors)
+    check_disk(out, packed_bytes + min(packed_bytes, shard_bytes) + _waiting_bytes(model, tensors, names, pieces))
     with staged_folder(out) as staged:
+        shelf = Shelf(staged)
+        choose = _chooser(model, partial(_weight, model, exact, names, shelf), names, how, pieces, shelf)
         with empty_workspaces(model):
-            choose = _chooser(model, weight, names, how, calibration)
             sums = write_weights(_packed(tensors, names, choose, how), staged, shard_bytes=shard_bytes)
         written = {tensor.name for tensor in tensors}
         config = _config(how, dtype, dense)
@@ -118,18 +118,18 @@ def export_quantized(
         found = None if audit_batches is None else _audit(model, staged, how, dtype, audit_batches)
         check_audit("quantized", found, onto, max_kl, force=force)
         widths = {width for tensor in tensors if (width := _width(tensor, names)) is not None}
-        made = _requantized(made, how, calibration, widths)
+        made = _requantized(made, how, widths, sum(batch.rows for batch in calibration), pieces)
         return finish(model, staged, "quantized", made, provenance or {}, found, sums)
 
 
-def _requantized(made: Made, how: Quantization, calibration: Sequence[Batch], widths: Collection[int]) -> Made:
+def _requantized(made: Made, how: Quantization, widths: Collection[int], rows: int, pieces: Sequence[Piece]) -> Made:
     """How the weights came about, with what was made of them here, and what to know of who reads them."""
     facts: dict[str, Any] = {"format": how.kind}
     if how.is_4bit:
         facts |= {"double_quant": how.double_quant, "block_size": how.block_size}
-    facts["codes"] = "chosen for the layers' outputs on calibration rows" if calibration else "nearest of each weight"
-    facts["calibration_rows"] = sum(batch.rows for batch in calibration)
-    facts["calibration_tokens"] = sum(sum(batch.lengths) for batch in calibration)
+    facts["codes"] = "chosen for the layers' outputs on calibration rows" if pieces else "nearest of each weight"
+    facts["calibration_rows"] = rows
+    facts["calibration_tokens"] = sum(sum(piece.lengths) for piece in pieces)
     odd = [width for width in sorted(widths) if how.is_4bit and width % 64]
     if odd:
         facts["caution"] = (
@@ -176,17 +176,45 @@ def _layers(model: PreTrainedModel) -> tuple[dict[str, bool], list[str]]:
     return names, [name for name in linears if name not in names]
 
 
+def _weight(
+    model: PreTrainedModel, exact: Mapping[str, StreamedTensor], names: Mapping[str, bool], shelf: Shelf, name: str
+) -> Tensor:
+    """What is to be stored of a layer, (out, in), fp32, on the shelf."""
+    tensor = exact[name]
+    made = shelf.empty(tensor.shape, torch.float32)
+    with empty_workspaces(model):
+        begin = 0
+        for part in tensor.slices():
+            made[begin : begin + len(part)] = part
+            begin += len(part)
+    return shelf.empty(tensor.shape[::-1], torch.float32).copy_(made.t()) if names[name] else made
+
+
 def _chooser(
     model: PreTrainedModel,
     weight: Callable[[str], Tensor],
     names: Mapping[str, bool],
     how: Quantization,
-    calibration: Sequence[Batch],
+    pieces: Sequence[Piece],
+    shelf: Shelf,
 ) -> Callable[[str], Stored]:
     """What gives the codes and constants of a layer by name."""
-    if calibration:
-        return Compensation(model, weight, names, how, calibration)
-    return lambda name: quantize(weight(name), how)
+    if pieces:
+        return Compensation(model, weight, names, how, pieces, shelf)
+    return lambda name: quantized_onto(shelf, weight(name).to(model.device), how)
+
+
+def _waiting_bytes(
+    model: PreTrainedModel, tensors: Sequence[StreamedTensor], names: Mapping[str, bool], pieces: Sequence[Piece]
+) -> int:
+    """Bytes that wait on the shelf beside what is packed, at most."""
+    counts = [prod(tensor.shape) for tensor in tensors if _width(tensor, names) is not None]
+    if not pieces:
+        return 8 * max(counts)
+    tokens = sum(piece.input_ids.numel() for piece in pieces)
+    # Of layers with one input, at most all of a block, their weights and codes; of all rows what a block is given.
+    block = sum(counts) // max(1, len(activation_blocks(model))) + max(counts)
+    return 6 * block + 16 * tokens * model.config.get_text_config().hidden_size
 
 
 def _packed(
@@ -242,6 +270,7 @@ def _audit(
         quantization=how.kind,
         double_quant=how.double_quant,
         compute_dtype=dtype,
+        head=head_of(model),
         device=str(model.device),
         attention=model.config._attn_implementation,
     )

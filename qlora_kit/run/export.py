@@ -11,7 +11,6 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base.formats import Kind, Quantization
-from qlora_kit.base.load import head_of
 from qlora_kit.data import Batch, Encoded
 from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.export import check_request, export_adapter, export_merged, export_quantized
@@ -102,14 +101,12 @@ class _Loaded:
 
     @cached_property
     def held_out(self) -> list[Batch] | None:
-        """Rows of the audit; None where nothing was held out, or what the model says is no next token."""
-        if head_of(self.model) == "classification":
-            return None
+        """Rows of the audit; None where nothing was held out."""
         return self._batches(held_out_rows(self.recipe, self.tokenizer, self.model.config, None).rows) or None
 
     def calibration(self, count: int) -> list[Batch]:
         """Some training rows."""
-        if count == 0 or head_of(self.model) == "classification":
+        if count == 0:
             return []
         return self._batches(training_rows(self.recipe, self.tokenizer, self.model.config, count))
 

@@ -32,7 +32,7 @@ from qlora_kit.export.gguf.tensors import Place, place, placed
 from qlora_kit.export.gguf.vocabulary import vocabulary_keys
 from qlora_kit.export.gguf.writer import StoredTensor, write_gguf
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
-from qlora_kit.export.plain import audit_checkpoint, check_audit_rows, made_of, original_of
+from qlora_kit.export.plain import audit_checkpoint, made_of, original_of
 from qlora_kit.export.sealed import Made, check_disk, check_place, finish
 from qlora_kit.export.stream import StreamedTensor, row_slices, streamed, write_weights
 from qlora_kit.storage import remove_folder, staged_folder, write_text
@@ -90,7 +90,6 @@ def export_gguf(
     """
     check_gguf_request(out, dtype, onto)
     made, family = made_of(model, dtype, onto, is_whole=is_whole), family_of(model)
-    check_audit_rows(model, audit_batches)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
     merged = list(merged_tensors(model, torch.float32, original))
     places = [place(tensor.name, tensor.shape, model.config, family) for tensor in merged]
