@@ -48,6 +48,7 @@ def recipe(tmp_path, model_folder):
         "lora": {"rank": 2, "dropout": 0.2},
         "data": {"train": "rows.jsonl", "eval": "rows.jsonl", "max_tokens": 32},
         "train": {"steps": 8, "micro_batch": 2, "accumulation": 1, "eval_every": 8, "optimizer": "adamw"},
+        "memory": {"activations": "keep"},  # planned in less time
         "output": str(tmp_path / "run"),
     }
     path = tmp_path / "recipe.yaml"
@@ -175,12 +176,13 @@ def test_a_rate_that_comes_apart_is_out_and_a_best_at_the_end_is_looked_beyond(r
 
 def test_a_search_that_finds_no_end_or_no_rate_says_so(recipe, pretended):
     pretended(near(1e-9))
-    picked = pick_rate(read_recipe(recipe, ["train.steps=400", "data.eval=null"]), most_steps=4)
+    picked = pick_rate(read_recipe(recipe, ["train.steps=400", "train.lr=0.01", "data.eval=null"]), most_steps=4)
     assert len(picked.tried) == len(RATES) + picking.MOST_FURTHER
     assert picked.best == picked.tried[0].rate
     assert picked.tried[0].loss == near(1e-9)(picked.best, 4), "the mean of the last quarter of the training losses"
     text = " ".join(rates_text(picked.as_json()).split())
     assert "has the lowest training loss after 4 steps" in text
+    assert "auto means 0.0025, and the recipe has 0.01." in text
     assert "That is the end of the rates tried: lower ones may be better still." in text
     assert "about 1.5 times that of longer ones (LoRA Without Regret), and this run has 400" in text
     pretended(lambda rate, step: math.nan)

@@ -42,11 +42,12 @@ def rates_sentences(search: Mapping[str, Any]) -> Iterator[str]:
         yield "The search was stopped before its end: no rate is picked."
         return
     loss = next(each["loss"] for each in tried if each["rate"] == best)
-    rows = search["held_out"]
+    rows, asked = search["held_out"], search["asked"]
+    others = f"auto means {search['automatic']:g}" + ("" if asked is None else f", and the recipe has {asked:g}")
     what = f"held-out loss on {counted(rows, 'row')}" if rows else "training loss"
     yield (
         f"Of {len(tried)} rates, {tried[0]['rate']:g} to {tried[-1]['rate']:g}, {best:g} has the lowest {what} after "
-        f"{counted(steps, 'step')} at a constant rate: {loss:.4f}. train.lr=auto would be {search['automatic']:g}."
+        f"{counted(steps, 'step')} at a constant rate: {loss:.4f}; {others}."
     )
     if search["at_end"]:
         side = "lower" if best == tried[0]["rate"] else "higher"

@@ -86,6 +86,7 @@ class PickedRate:
         steps: that the best candidates got.
         run_steps: of the run itself.
         automatic: what `train.lr: auto` means for the run.
+        asked: the rate that the recipe has; None where that is auto.
         held_out: rows that they were judged by; 0 where that was the training loss.
     """
 
@@ -94,6 +95,7 @@ class PickedRate:
     steps: int
     run_steps: int
     automatic: float
+    asked: float | None
     held_out: int
 
     def as_json(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class PickedRate:
             "best": self.best,
             "at_end": self.best in (self.tried[0].rate, self.tried[-1].rate),
             "candidates": [{key: getattr(each, key) for key in Tried.__slots__} for each in self.tried],
-            **{key: getattr(self, key) for key in ("steps", "run_steps", "automatic", "held_out")},
+            **{key: getattr(self, key) for key in ("steps", "run_steps", "automatic", "asked", "held_out")},
         }
 
 
@@ -112,7 +114,7 @@ def pick_rate(
     """Find the learning rate of a run among multiples of the automatic one. Nothing is written to disk.
 
     Args:
-        recipe: the run; its own `train.lr`, schedule and warmup are not looked at.
+        recipe: the run; what it says of rate, schedule and warmup has no effect.
         most_steps: that a candidate gets, of a run that has as many.
         watch: is told what happens; a stop that it requests ends the search after the step at hand, without a pick.
         trust_remote_code: let the model folder's own code run.
@@ -129,6 +131,7 @@ def pick_rate(
         )
     watch, device = watch or Watch(), resolve_device(recipe.base.device)
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
+    asked = None if recipe.train.lr == "auto" else recipe.train.lr
     recipe = _with_constant_rate(as_it_starts(recipe))
     prepared = prepare(recipe, watch, weights=True, trust_remote_code=trust_remote_code)
     prepared, plan = plan_run(recipe, prepared, watch)
@@ -138,7 +141,7 @@ def pick_rate(
         race = _Race(settle(recipe, plan), prepared, plan, model, limit, watch, steps)
         best = _search(race, prepared.pace.lr, _side_by_side(plan))
     tried = sorted(race.tried, key=lambda each: each.rate)
-    return PickedRate(tried, best, steps, prepared.pace.steps, prepared.pace.lr, len(race.held_out))
+    return PickedRate(tried, best, steps, prepared.pace.steps, prepared.pace.lr, asked, len(race.held_out))
 
 
 def _with_constant_rate(recipe: Recipe) -> Recipe:
