@@ -39,9 +39,7 @@ RATES = [float(f"{AUTO * factor:.1e}") for factor in picking.FACTORS]
 
 @pytest.fixture
 def recipe(tmp_path, model_folder):
-    rows = [
-        {"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk", "hen")
-    ]
+    rows = [{"text": f"say {word} {word}"} for word in ("cat", "dog", "owl", "bee", "ant", "elk", "hen")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     content = {
         "base": {"model": str(model_folder), "compute_dtype": "float32", "device": "cpu"},
