@@ -6,10 +6,6 @@ from typing import Any
 from qlora_kit.report.text import Table, aligned, wrapped
 from qlora_kit.units import counted
 
-SHORT_RUN, SHORT_OVER_LONG = 100, 1.5
-"""In runs of fewer steps the best rate of LoRA is higher by as much (LoRA Without Regret: 15 to 10 times that of full
-fine-tuning)."""
-
 
 def rates_text(search: Mapping[str, Any]) -> str:
     """For a terminal; the last line is the setting to paste, if there is one."""
@@ -52,11 +48,10 @@ def rates_sentences(search: Mapping[str, Any]) -> Iterator[str]:
     if search["at_end"]:
         side = "lower" if best == tried[0]["rate"] else "higher"
         yield f"That is the end of the rates tried: {side} ones may be better still."
-    if steps <= SHORT_RUN < search["run_steps"]:
+    if search["in_longer_run"] is not None:
         yield (
-            f"In runs of fewer than {SHORT_RUN} steps the best rate is about {SHORT_OVER_LONG:g} times that of longer "
-            f"ones (LoRA Without Regret), and this run has {search['run_steps']:,}: {best / SHORT_OVER_LONG:.2g} may "
-            "be better in it."
+            "In runs of fewer than 100 steps the best rate is about 1.5 times that of longer ones (LoRA Without "
+            f"Regret), and this run has {search['run_steps']:,}: {search['in_longer_run']:g} may be better in it."
         )
 
 

@@ -42,7 +42,7 @@ from qlora_kit.train.checkpoint import random_states, set_random_states
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, Steps, rehearse
-from qlora_kit.train.schedule import SHORT_RUN
+from qlora_kit.train.schedule import LORA_FACTOR, SHORT_FACTOR, SHORT_RUN
 from qlora_kit.train.tasks import Task
 from qlora_kit.watch import Watch
 
@@ -98,11 +98,19 @@ class PickedRate:
     asked: float | None
     held_out: int
 
+    @property
+    def in_longer_run(self) -> float | None:
+        """What the pick of a short search is worth in the run; None where that is short as well."""
+        if self.best is None or not self.steps <= SHORT_RUN < self.run_steps:
+            return None
+        return _rounded(self.best * LORA_FACTOR / SHORT_FACTOR)
+
     def as_json(self) -> dict[str, Any]:
         """For a person's table, and for other programs."""
         return {
             "best": self.best,
             "at_end": self.best in (self.tried[0].rate, self.tried[-1].rate),
+            "in_longer_run": self.in_longer_run,
             "candidates": [{key: getattr(each, key) for key in Tried.__slots__} for each in self.tried],
             **{key: getattr(self, key) for key in ("steps", "run_steps", "automatic", "asked", "held_out")},
         }
