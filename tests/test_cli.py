@@ -413,7 +413,7 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_be
     assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
     assert short["loss_chunk"] == 3 < before["loss_chunk"]
     assert_mistake(call(*command, "--resume"), "64.0 KiB are free here", code=3)
-    monkeypatch.setattr(train_run, "check_budget", lambda plan: None)
+    monkeypatch.setattr("qlora_kit.run.build.check_budget", lambda plan: None)
     result = call(*command, "--resume")
     assert result.exit_code == 0, result.output
     after = json.loads((run / "plan.json").read_text())
@@ -526,7 +526,7 @@ def test_weights_are_asked_for_only_when_the_plan_fits(recipe, monkeypatch):
         asked.append(weights)
         return Path(folder)
 
-    for module in ("prepare", "train"):
+    for module in ("prepare", "build"):
         monkeypatch.setattr(import_module(f"qlora_kit.run.{module}"), "locate_model", locate)
     assert call("train", recipe, "base.model=someone/small", "memory.budget=64KiB").exit_code == 3
     assert asked == [False]
@@ -703,7 +703,7 @@ def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monke
             pytest.fail(f"a library would have taken the signal for an error of its own: {error!r}")
         pytest.fail("the signal did not end it")
 
-    monkeypatch.setattr(import_module("qlora_kit.run.train"), place, interrupted)
+    monkeypatch.setattr(f"qlora_kit.run.build.{place}", interrupted)
     result = call("train", recipe)
     assert result.exit_code == 143
     assert "before training" in result.output

@@ -1,4 +1,4 @@
-"""The verb that trains a grid of recipes."""
+"""The verb that trains a grid of recipes, or with no axis picks the learning rate."""
 
 import json
 from typing import Annotated
@@ -23,14 +23,33 @@ def sweep(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a grid of settings, a run folder each; one table and one page. Rows and base are read once."""
+    """Train a grid of settings, a run folder each; one table and one page. Rows and base are read once.
+
+    Without an axis: pick the learning rate in short runs, side by side on one base. That leaves nothing on disk.
+    """
+    from qlora_kit.recipe import has_axes
+
+    if resume and overwrite:
+        raise RecipeError("--resume goes on with a sweep and --overwrite removes it; give one of them")
+    if has_axes(overrides or []):
+        _train_grid(recipe, overrides or [], resume, overwrite, as_json, trust_remote_code)
+        return
+    if resume or overwrite:
+        raise RecipeError(
+            f"{'--resume' if resume else '--overwrite'} is for a sweep over an axis, such as train.lr=1e-4,2e-4; "
+            "without one the learning rate is picked, which leaves nothing on disk: leave it out, or give an axis"
+        )
+    _pick_rate(recipe, overrides or [], as_json, trust_remote_code)
+
+
+def _train_grid(
+    recipe: str, overrides: list[str], resume: bool, overwrite: bool, as_json: bool, trust_remote_code: bool
+) -> None:
     from qlora_kit.cli.show import import_libraries
     from qlora_kit.cli.sweeping import SweepScreen
     from qlora_kit.recipe import read_grid
 
-    if resume and overwrite:
-        raise RecipeError("--resume goes on with a sweep and --overwrite removes it; give one of them")
-    grid = read_grid(recipe, overrides or [])
+    grid = read_grid(recipe, overrides)
     screen = SweepScreen(to_stderr=as_json)
     screen.opened(grid)
     with screen.catching_signals(), screen.showing():
@@ -46,4 +65,22 @@ def sweep(
         typer.echo(f"\n{visible(sweep_text(swept), keep=chr(10))}\n\n{visible(str(grid.folder / 'report.html'))}")
     if screen.signal is not None and swept.missing:
         typer.echo("stopped; the state is saved. Go on with the same command and --resume", err=True)
+        raise typer.Exit(128 + screen.signal)
+
+
+def _pick_rate(recipe: str, overrides: list[str], as_json: bool, trust_remote_code: bool) -> None:
+    from qlora_kit.cli.show import import_libraries
+    from qlora_kit.cli.sweeping import SweepScreen
+    from qlora_kit.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides)
+    screen = SweepScreen(to_stderr=as_json)
+    with screen.catching_signals(), screen.showing():
+        import_libraries()
+        from qlora_kit import run
+        from qlora_kit.report import rates_text
+
+        search = run.pick_rate(checked, watch=screen, trust_remote_code=trust_remote_code).as_json()
+    typer.echo(json.dumps({"schema": 1, **search}, indent=2) if as_json else f"\n{rates_text(search)}")
+    if screen.signal is not None and search["best"] is None:
         raise typer.Exit(128 + screen.signal)

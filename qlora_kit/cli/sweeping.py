@@ -38,7 +38,7 @@ class SweepScreen(Screen):
     def prepared(self, prepared: "Prepared") -> None:
         """The rows, once."""
         self._steps = prepared.pace.steps
-        if self._number == 1:
+        if self._number <= 1:
             super().prepared(prepared)
 
     def planned(self, plan: Mapping[str, Any]) -> None:
@@ -64,10 +64,10 @@ class SweepScreen(Screen):
                 TimeRemainingColumn(compact=True),
                 console=self.console,
             )
-            self._task = self._progress.add_task("sweep", total=runs, status="")
+            self._task = self._progress.add_task("sweep", status="")
             self._progress.start()
         if self._progress is not None:
-            self._progress.update(self._task, completed=number - 1, status=escape(visible(name)))
+            self._progress.update(self._task, completed=number - 1, total=runs, status=escape(visible(name)))
 
     def row(self, row: Mapping[str, Any]) -> None:
         """How far the run is."""

@@ -17,7 +17,7 @@ from qlora_kit.lora.adapters import CONFIG, load_adapter
 from qlora_kit.lora.inject import LoraReport, lora_report
 from qlora_kit.lora.layer import adapter_parameters, lora_layers
 from qlora_kit.lora.peft_config import read_config
-from qlora_kit.lora.several import adapter_used, use_adapter
+from qlora_kit.lora.several import adapter_names, adapter_used, use_adapter
 from qlora_kit.lora.whole import WholeModule, train_module
 from qlora_kit.recipe import Lora
 
@@ -70,28 +70,30 @@ def shaped(lora: Lora, added_tokens: Sequence[str] = ()) -> Lora:
     return lora.model_copy(update=brought)
 
 
-def load_start(model: PreTrainedModel, lora: Lora, *, has_reference: bool) -> LoraReport:
+def load_start(model: PreTrainedModel, lora: Lora, *, has_reference: bool, name: str = "default") -> LoraReport:
     """Put the adapter of `lora.from` on a model, to be trained, and where asked for a frozen copy beside it.
 
     Args:
         model: the frozen base.
         lora: as `shaped` gave it.
-        has_reference: whether the start is held to; its name is `REFERENCE`.
+        has_reference: whether the start is held to; its name is `REFERENCE`, and there is one for all that start there.
+        name: of the adapter that is trained.
 
     Raises:
         AdapterError: as `load_adapter`.
     """
-    if has_reference:
+    if has_reference and REFERENCE not in adapter_names(model):
         load_reference(model, lora)
-    notes = load_adapter(model, adapter_folder(str(lora.from_)), dtype=torch.bfloat16, way_on=_WAY_ON).notes
+    notes = load_adapter(model, adapter_folder(str(lora.from_)), name=name, dtype=torch.bfloat16, way_on=_WAY_ON).notes
     for module_name in base_record(model).untrained:  # a new classifier, which an adapter of another task has not
-        if not isinstance(model.get_submodule(module_name), WholeModule):
-            train_module(model, module_name, "default")
-    use_adapter(model, "default")
+        module = model.get_submodule(module_name)
+        if not isinstance(module, WholeModule) or name not in module.adapters:
+            train_module(model, module_name, name)
+    use_adapter(model, name)
     for _, layer in lora_layers(model):
-        if "default" in layer.adapters:
-            layer.adapter("default").dropout = lora.dropout
-    return replace(lora_report(model, "default"), notes=notes)
+        if name in layer.adapters:
+            layer.adapter(name).dropout = lora.dropout
+    return replace(lora_report(model, name), notes=notes)
 
 
 def load_reference(model: PreTrainedModel, lora: Lora) -> None:

@@ -1,6 +1,6 @@
 """What the user asks for, checked before anything is read or downloaded: recipes, their schema and their errors."""
 
-from qlora_kit.recipe.grid import Cell, Grid, read_grid
+from qlora_kit.recipe.grid import Cell, Grid, has_axes, read_grid
 from qlora_kit.recipe.method import Method, base_as_held, method_of, not_read, with_adapters
 from qlora_kit.recipe.read import dump_recipe, read_recipe
 from qlora_kit.recipe.schema import Base, Data, Lora, Memory, Recipe, Source, Train
@@ -24,6 +24,7 @@ __all__ = [
     "dump_recipe",
     "find",
     "folder",
+    "has_axes",
     "method_of",
     "names",
     "not_read",

@@ -58,6 +58,11 @@ class Grid:
     cells: Sequence[Cell]
 
 
+def has_axes(overrides: Sequence[str]) -> bool:
+    """Whether one of them has several values."""
+    return bool(_axes(overrides)[0])
+
+
 def read_grid(recipe: str | os.PathLike[str], overrides: Sequence[str]) -> Grid:
     """Read and check every recipe of a grid.
 
@@ -71,6 +76,10 @@ def read_grid(recipe: str | os.PathLike[str], overrides: Sequence[str]) -> Grid:
             is wrong in any way.
     """
     axes, fixed = _axes(overrides)
+    if not axes:
+        raise RecipeError(
+            "there is nothing to sweep over; give a key with several values, as in train.lr=1e-4,2e-4,4e-4"
+        )
     runs = 1
     for values in axes.values():
         runs *= len(values)
@@ -109,10 +118,6 @@ def _axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
             fault = f"has {brief(wrong[0])} twice" if wrong[0] else "has nothing between two commas"
             raise RecipeError(f"{key}={brief(text)} {fault}; give each value once")
         axes[key] = values
-    if not axes:
-        raise RecipeError(
-            "there is nothing to sweep over; give a key with several values, as in train.lr=1e-4,2e-4,4e-4"
-        )
     return axes, fixed
 
 

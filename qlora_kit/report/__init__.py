@@ -15,6 +15,7 @@ from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.html import render, write_report
 from qlora_kit.report.judge import LossWatch, judge_curve
 from qlora_kit.report.lines import Series, line_chart
+from qlora_kit.report.rates import rates_text
 from qlora_kit.report.sweep import SWEEP, read_sweep, sweep_facts, sweep_text, write_sweep
 from qlora_kit.report.text import (
     memory_check_table,
@@ -43,6 +44,7 @@ __all__ = [
     "memory_table",
     "phase_bars",
     "plan_text",
+    "rates_text",
     "read_run",
     "read_sweep",
     "render",

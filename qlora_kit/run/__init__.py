@@ -7,6 +7,7 @@ and what a finished run is used for. What a person sees goes through `Watch`; wh
 
 from qlora_kit.run.ask import Speaker, answer, load_speaker
 from qlora_kit.run.export import Asked, compare_exports, export_run
+from qlora_kit.run.pick_rate import PickedRate, Tried, pick_rate
 from qlora_kit.run.plan import check_budget, plan_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.preview import preview
@@ -20,9 +21,11 @@ __all__ = [
     "Asked",
     "Conversation",
     "Outcome",
+    "PickedRate",
     "Prepared",
     "Result",
     "Speaker",
+    "Tried",
     "Verified",
     "answer",
     "check_budget",
@@ -31,6 +34,7 @@ __all__ = [
     "export_run",
     "load_run",
     "load_speaker",
+    "pick_rate",
     "plan_memory",
     "preview",
     "sweep",

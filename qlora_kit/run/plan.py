@@ -181,8 +181,8 @@ def _rows_are_missing(recipe: Recipe) -> bool:
 
 
 @contextmanager
-def one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: Path) -> Iterator[None]:
-    """Say what a run that met its limit had taken, and the way on."""
+def one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: Path | None) -> Iterator[None]:
+    """Say what a run that met its limit had taken, and the way on; `folder` holds its checkpoints, if it keeps any."""
     try:
         yield
     except FitError as error:
@@ -198,7 +198,7 @@ def one_line_if_it_does_not_fit(limit: Limit, plan: Mapping[str, Any], folder: P
         raise FitError(f"{whose} ran out of memory{room} {when}; {_way_on(limit, plan, folder)}") from error
 
 
-def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path) -> str:
+def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path | None) -> str:
     """The settings that would take less, and how a run that has come so far is given them."""
     least = "recompute" if limit.device.type == "cpu" else "offload"  # on a CPU the host is the device
     changes = [] if plan["activations"] in (least, "offload") else [f"memory.activations={least}"]
@@ -209,7 +209,8 @@ def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path) -> str:
     if least := plan["least"]:
         planned = format_bytes(least["peak_bytes"])
         smaller = f"{least['settings']}, which is planned for {planned}, or a lower data.max_tokens"
-    kept = checkpoints(folder / CHECKPOINTS) if limit.step else []  # before, they are those of an earlier run
+    # Before the first step, checkpoints are those of an earlier run.
+    kept = checkpoints(folder / CHECKPOINTS) if folder is not None and limit.step else []
     if not kept:
         return f"start again with {', '.join([*changes, smaller])}"
     how = f"and {' or '.join(changes)}" if changes else "where more is free"

@@ -3,24 +3,24 @@
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from qlora_kit.base import locate_model
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.load import resolve_device, resolve_dtype
 from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.interrupt import first_interrupt
-from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_start, save_adapter
+from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.report import LossWatch, write_report
+from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
@@ -41,15 +41,13 @@ from qlora_kit.run.folder import (
     trained_folder,
     write_memory,
 )
-from qlora_kit.run.plan import check_budget, check_weights, one_line_if_it_does_not_fit, plan_prepared
+from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
-from qlora_kit.run.rows import eval_batches, positions_of
+from qlora_kit.run.rows import positions_of
 from qlora_kit.run.score import Scored, questions, score, score_base
 from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.start import as_it_starts, check_reference
-from qlora_kit.run.tokenizer import added_ids, pad_id
 from qlora_kit.run.unlearnt import unlearnt_note
-from qlora_kit.run.use import load_recipe_base
 from qlora_kit.storage import check_room, checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import (
@@ -61,14 +59,11 @@ from qlora_kit.train.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
-from qlora_kit.train.classes import classes_in
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
-from qlora_kit.train.optim import AdapterOptimizer, definite_masters
-from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.samples import Samples
-from qlora_kit.train.tasks import Task, has_reference, task_of
+from qlora_kit.train.tasks import Task
 from qlora_kit.train.trackers import Track, check_trackers, tracking
 from qlora_kit.units import counted
 from qlora_kit.watch import Watch
@@ -126,14 +121,14 @@ def train(
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
     prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, shelf)
-    recipe = _settled(recipe, plan)
+    recipe = settle(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
         check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
-        model = _base(recipe, prepared, ledger, watch, trust_remote_code, shelf)
+        model = take_base(recipe, prepared, ledger, watch, trust_remote_code, shelf)
         base = {"base": base_record(model).mark}
         if resume and not force:
             check_unchanged(folder, base)
@@ -141,12 +136,7 @@ def train(
         if unlearnt is not None:
             watch.note(unlearnt)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
-        task = task_of(recipe.train, has_reference=has_reference(recipe))
-        loss_chunk, why_whole = settled_chunk(
-            model, prepared.train.rows[0].input_ids, plan["loss_chunk"] if task.answers else None
-        )
-        if why_whole is not None:
-            watch.note(why_whole)
+        task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
         earlier = [] if resume else files_of_run(folder)
         with _tracking(recipe, prepared, folder, device) as track:
             clear_run_folder(folder, earlier)
@@ -158,7 +148,7 @@ def train(
 
             def of_its_base() -> Scored:
                 is_changed = recipe.train.full_finetune  # then it is read again, where the optimizer's state stood
-                its = _load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else model
+                its = load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else model
                 return score_base(its, prepared, task, loss_chunk)
 
             which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, loss_chunk)
@@ -184,12 +174,7 @@ def _prepared(
     )
     if resume and not force:
         check_unchanged(folder, _fingerprints(prepared))
-    check_weights(recipe, prepared.config)
-    plan = plan_prepared(recipe, prepared)
-    watch.planned(plan)
-    check_budget(plan)
-    chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
-    return replace(prepared, pace=replace(prepared.pace, **chosen)), plan
+    return plan_run(recipe, prepared, watch)
 
 
 def _fingerprints(prepared: Prepared) -> dict[str, str]:
@@ -205,46 +190,7 @@ def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
         memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
-    return _settled(recipe, plan).model_copy(update={"train": train, "memory": memory})
-
-
-def _settled(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with `base.quantize_head: auto` and `lora.rank: auto` as the plan settled them."""
-    base, lora = recipe.base, recipe.lora
-    if base.quantize_head == "auto":
-        base = base.model_copy(update={"quantize_head": plan["quantize_head"]})
-    if lora.rank == "auto":
-        lora = lora.model_copy(update={"rank": plan["rank"]})
-    return recipe.model_copy(update={"base": base, "lora": lora})
-
-
-def _base(
-    recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool, shelf: Shelf
-) -> PreTrainedModel:
-    """The base, from the shelf where it will be as it was."""
-    if recipe.train.full_finetune:
-        shelf.clear("base")
-        return _load(recipe, prepared, ledger, watch, trust_remote_code)
-    mark = (recipe.base, recipe.lora.added_tokens, recipe.train.task == "classify" and classes_in(prepared.config))
-    return shelf.take_base(mark, lambda: _load(recipe, prepared, ledger, watch, trust_remote_code))
-
-
-def _load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool) -> PreTrainedModel:
-    """The base, frozen."""
-
-    def loading(dense: PreTrainedModel) -> AbstractContextManager[None]:
-        ledger.ignore(dense.parameters())
-        return ledger.watch("load")
-
-    folder = locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code, notify=watch.note)
-    return load_recipe_base(
-        recipe,
-        folder,
-        prepared.tokenizer,
-        classes=classes_in(prepared.config) if recipe.train.task == "classify" else None,
-        trust_remote_code=trust_remote_code,
-        watching=loading,
-    )
+    return settle(recipe, plan).model_copy(update={"train": train, "memory": memory})
 
 
 def _make_trainable(
@@ -260,12 +206,8 @@ def _make_trainable(
         model.requires_grad_(True)
         watch.loaded_whole(parameter_count(model))
     else:
-        ids = added_ids(prepared.tokenizer, recipe)
         with ledger.watch("load"):
-            if recipe.lora.from_ is None:
-                report = add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=ids)
-            else:
-                report = load_start(model, recipe.lora, has_reference=has_reference(recipe))
+            report = put_adapter(model, recipe, prepared)
         watch.adapted(report)
     ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, Blocks(**plan["blocks"]))
@@ -311,33 +253,7 @@ def _train(
     torch.manual_seed(recipe.train.seed)
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
-    is_full = recipe.train.full_finetune
-    parameters = dict(model.named_parameters() if is_full else adapter_parameters(model))  # tied ones come once
-    optimizer = AdapterOptimizer(
-        list(parameters.items()),
-        recipe.train.optimizer,
-        master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
-        lr_ratio=recipe.lora.lr_ratio,
-        weight_decay=recipe.train.weight_decay,
-        seed=recipe.train.seed,
-    )
-    job = Job(
-        model=model,
-        parameters=parameters,
-        constants=dict(adapter_constants(model)),
-        optimizer=optimizer,
-        rows=prepared.train.rows,
-        decks=prepared.train.decks,
-        eval_batches=eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device),
-        pad_id=pad_id(prepared.tokenizer),
-        pace=prepared.pace,
-        train=recipe.train,
-        task=task,
-        loss_chunk=loss_chunk,
-        folder=folder,
-        packed_tokens=prepared.packed_tokens,
-        check_memory=limit.check,
-    )
+    job = make_job(recipe, prepared, model, task, loss_chunk, limit)
     _check_disk(job)
     if job.packed_tokens is not None:
         check_isolation(model, prepared.pace.micro_batch)
@@ -347,13 +263,13 @@ def _train(
     metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
     job.watch = _watched(metrics.rows, watch, track)
     samples = _let_sample(job, recipe, prepared, since, watch)
-    ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
-    ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if model.device.type == "cuda" else 0
+    ledger.own("optimizer_state", (tensor for _, tensor in job.optimizer.state_tensors()))
+    ledger.paged_bytes = sum(tensor.nbytes for tensor in job.optimizer.pageable()) if model.device.type == "cuda" else 0
     try:
         with ledger:
             untouched = rehearse(job, ledger)
         if untouched:
-            watch.note(f"no gradient reaches {len(untouched)} of {len(parameters)} tensors, first {untouched[0]}")
+            watch.note(f"no gradient reaches {len(untouched)} of {len(job.parameters)} tensors, first {untouched[0]}")
         with first_interrupt() as interrupted:
             job.stop_requested = lambda: interrupted() or watch.stop_requested()
             finished = train_loop(job, metrics, limit.counter, ledger)

@@ -99,7 +99,7 @@ def save_checkpoint(
             _wait(parameters)  # copies are queued
             write_tensors(staged / f"{name}.safetensors", copies)
             copies.clear()
-        write_tensors(staged / "random.safetensors", _random_states(_device(parameters)))
+        write_tensors(staged / "random.safetensors", random_states(_device(parameters)))
         write_json(staged / "state.json", asdict(progress))
         write_json(staged / MANIFEST, {"step": progress.step, "files": checksums(staged)})
     standing = checkpoints(folder)
@@ -182,7 +182,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
             f"{folder} holds the state of another optimizer ({error}); resume with the recipe it was made with"
         ) from error
     _put(saved, parameters)
-    _set_random_states(states, _device(parameters))
+    set_random_states(states, _device(parameters))
     return progress
 
 
@@ -239,7 +239,7 @@ def _host_copies(
     yield "optimizer", {name: bring(tensor) for name, tensor in optimizer.state_tensors()}
 
 
-def _random_states(device: torch.device) -> dict[str, Tensor]:
+def random_states(device: torch.device) -> dict[str, Tensor]:
     """torch's (of the CPU and of the run's own device), Python's and NumPy's random states as tensors."""
     version, words, gauss = random.getstate()
     numpy_state: Any = np.random.get_state()
@@ -256,7 +256,8 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Draw from here on what was drawn after `random_states` gave these."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].item()

@@ -205,20 +205,17 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     Raises:
         TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
     """
-    accelerator = make_accelerator(job.device)
-    model = accelerator.prepare_model(job.model, device_placement=False)
-    sampler = Sampler(job.decks or len(job.rows), job.train.seed)
-    sampler.position = job.progress.rows
+    steps = Steps(job)
     saved_at, first = time.monotonic(), job.progress.step + 1
-    model.train()
+    job.model.train()
     for step in range(first, job.pace.steps + 1):
         if job.is_over:  # it was already where it is resumed from
             break
         if ledger is not None and step == first:
             with ledger:
-                row = _take_step(job, accelerator, model, sampler, step, ledger)
+                row = steps.take(step, ledger)
         else:
-            row = _take_step(job, accelerator, model, sampler, step, None)
+            row = steps.take(step)
         row["peak_bytes"] = counter.peak_bytes
         _record(job, metrics, row)
         is_best = False
@@ -238,48 +235,63 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
     return job.is_over
 
 
-def _take_step(
-    job: Job, accelerator: Accelerator, model: torch.nn.Module, sampler: Sampler, step: int, ledger: Ledger | None
-) -> dict[str, Any]:
-    """One optimizer step; the row of metrics that tells of it."""
-    started = time.perf_counter()
-    phase = no_phase if ledger is None else ledger.phase
-    epoch = sampler.position / sampler.epoch_rows
-    indices = sampler.next_rows(job.pace.rows_a_step)
-    batches = list(_micro_batches(job, indices))
-    mean, measures, _ = accumulate_gradients(
-        model,
-        batches,
-        sum(batch.count for batch in batches),
-        job.task,
-        backward=accelerator.backward,
-        phase=phase,
-        loss_chunk=job.loss_chunk,
-        before=partial(job.check_memory, step),
-    )
-    with phase("optimizer"):
-        norm = accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
-    loss, grad_norm = mean.item(), float(norm)
-    lr = learning_rate(step, job.pace.steps, job.pace.lr, job.train.schedule, job.train.warmup)
-    culprits = {}
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        culprits["rows"] = [job.rows[index].where for index in indices]
-    else:
+class Steps:
+    """The optimizer steps of a job, each with the rows that come next; the job's progress tells how far they are.
+
+    Args:
+        job: its model is in training mode whenever a step is taken.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._accelerator = make_accelerator(job.device)
+        self._model = self._accelerator.prepare_model(job.model, device_placement=False)
+        self._sampler = Sampler(job.decks or len(job.rows), job.train.seed)
+        self._sampler.position = job.progress.rows
+
+    def take(self, step: int, ledger: Ledger | None = None) -> dict[str, Any]:
+        """One step; the row of metrics that tells of it.
+
+        Where its loss or gradient is not finite, the parameters stay as they were, and the row names the step's rows.
+        """
+        job, started = self._job, time.perf_counter()
+        phase = no_phase if ledger is None else ledger.phase
+        epoch = self._sampler.position / self._sampler.epoch_rows
+        indices = self._sampler.next_rows(job.pace.rows_a_step)
+        batches = list(_micro_batches(job, indices))
+        mean, measures, _ = accumulate_gradients(
+            self._model,
+            batches,
+            sum(batch.count for batch in batches),
+            job.task,
+            backward=self._accelerator.backward,
+            phase=phase,
+            loss_chunk=job.loss_chunk,
+            before=partial(job.check_memory, step),
+        )
         with phase("optimizer"):
-            job.optimizer.step(lr)
-        job.progress.step, job.progress.rows = step, sampler.position
-        job.progress.tokens += sum(batch.trained_tokens for batch in batches)
-    return {
-        "step": step,
-        "loss": loss,
-        **{name: measure.item() for name, measure in measures.items()},
-        "grad_norm": grad_norm,
-        "lr": lr,
-        "tokens": job.progress.tokens,
-        "tokens_per_s": sum(batch.tokens for batch in batches) / (time.perf_counter() - started),
-        "epoch": epoch,
-        **culprits,
-    }
+            norm = self._accelerator.clip_grad_norm_(list(job.parameters.values()), job.train.max_grad_norm)
+        loss, grad_norm = mean.item(), float(norm)
+        lr = learning_rate(step, job.pace.steps, job.pace.lr, job.train.schedule, job.train.warmup)
+        culprits = {}
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            culprits["rows"] = [job.rows[index].where for index in indices]
+        else:
+            with phase("optimizer"):
+                job.optimizer.step(lr)
+            job.progress.step, job.progress.rows = step, self._sampler.position
+            job.progress.tokens += sum(batch.trained_tokens for batch in batches)
+        return {
+            "step": step,
+            "loss": loss,
+            **{name: measure.item() for name, measure in measures.items()},
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": job.progress.tokens,
+            "tokens_per_s": sum(batch.tokens for batch in batches) / (time.perf_counter() - started),
+            "epoch": epoch,
+            **culprits,
+        }
 
 
 def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:

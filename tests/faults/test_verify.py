@@ -92,7 +92,7 @@ def test_resuming_is_proved_on_the_runs_own_recipe_and_leaves_nothing(run):
 def test_a_resume_that_forgets_something_is_told(run, monkeypatch):
     from qlora_kit.train import checkpoint
 
-    monkeypatch.setattr(checkpoint, "_set_random_states", lambda states, device: None)  # dropout draws others then
+    monkeypatch.setattr(checkpoint, "set_random_states", lambda states, device: None)  # dropout draws others then
     told = call("verify", run, "--resume")
     assert told.exit_code == 2
     assert "resumed: step 4: " in told.stdout
