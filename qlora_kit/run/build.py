@@ -12,10 +12,10 @@ from qlora_kit.base import locate_model
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, load_start
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
+from qlora_kit.run.common import Common
 from qlora_kit.run.plan import check_budget, check_weights, plan_prepared
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.rows import eval_batches
-from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.tokenizer import added_ids, pad_id
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.train.classes import classes_in
@@ -51,14 +51,14 @@ def settle(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
 
 
 def take_base(
-    recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool, shelf: Shelf
+    recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool, common: Common
 ) -> PreTrainedModel:
-    """The base, from the shelf where it will be as it was."""
+    """The base; where it stays as it was, it is there for the next run."""
     if recipe.train.full_finetune:
-        shelf.clear("base")
+        common.clear("base")
         return load(recipe, prepared, ledger, watch, trust_remote_code)
     mark = (recipe.base, recipe.lora.added_tokens, recipe.train.task == "classify" and classes_in(prepared.config))
-    return shelf.take_base(mark, lambda: load(recipe, prepared, ledger, watch, trust_remote_code))
+    return common.take_base(mark, lambda: load(recipe, prepared, ledger, watch, trust_remote_code))
 
 
 def load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust_remote_code: bool) -> PreTrainedModel:

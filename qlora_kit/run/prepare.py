@@ -19,9 +19,9 @@ from qlora_kit.data import (
 )
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS, Recipe
+from qlora_kit.run.common import Common
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.rows import read_rows
-from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.task import check_task
 from qlora_kit.run.tokenizer import check_pad, load_tokenizer, rows_needed
 from qlora_kit.train.classes import head_for
@@ -66,13 +66,13 @@ def prepare(
     today: Date | None = None,
     rate: Rate | None = None,
     trust_remote_code: bool = False,
-    shelf: Shelf | None = None,
+    common: Common | None = None,
 ) -> Prepared:
     """`gather`, and tell what became of the rows and what is odd about them.
 
     A run that is resumed keeps the learning `rate` that it began with: of more steps `auto` would make another.
     """
-    prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code, shelf=shelf)
+    prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code, common=common)
     if rate is not None:
         prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
     watch.prepared(prepared)
@@ -100,7 +100,7 @@ def gather(
     weights: bool,
     today: Date | None = None,
     trust_remote_code: bool = False,
-    shelf: Shelf | None = None,
+    common: Common | None = None,
 ) -> Prepared:
     """Find the model, read and encode the rows, and set the pace. From the hub, config and tokenizer alone are fetched.
 
@@ -110,14 +110,14 @@ def gather(
         weights: whether a model folder is asked for sound weights, too.
         today: the date that a chat template may write; None asks the clock.
         trust_remote_code: let the model's own code run.
-        shelf: where runs of one process leave their rows for each other.
+        common: where runs of one process leave their rows for each other.
     """
     check_task(recipe)
 
     def read() -> _Material:
         return _read(recipe, watch, weights, today, trust_remote_code)
 
-    material = read() if shelf is None else shelf.take("rows", _decides_rows(recipe), read)
+    material = read() if common is None else common.take("rows", _decides_rows(recipe), read)
     config, tokenizer, train_rows, eval_rows, date = material
     check_full_finetune(recipe, config, watch)
     pace, packed = pace_of(recipe, train_rows, config)

@@ -8,8 +8,8 @@ from typing import Any
 from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.recipe import Grid
 from qlora_kit.report import SWEEP, write_sweep
+from qlora_kit.run.common import Common
 from qlora_kit.run.folder import RECIPE, check_run_folder
-from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.train import train
 from qlora_kit.storage import read_json, write_json
 from qlora_kit.watch import Watch
@@ -55,7 +55,7 @@ def sweep(
     Raises:
         QloraKitError: the folder cannot take the sweep, or all runs failed; then that is what the first one said.
     """
-    watch, shelf = watch or Watch(), Shelf()
+    watch, common = watch or Watch(), Common()
     known = _known(grid, resume, overwrite)
     if overwrite:
         (grid.folder / SWEEP).unlink(missing_ok=True)  # or it would tell of runs that are gone
@@ -69,7 +69,7 @@ def sweep(
         try:
             goes_on = resume and (Path(cell.recipe.output) / RECIPE).is_file()
             result = train(cell.recipe, resume=goes_on, overwrite=overwrite, watch=watch,
-                           trust_remote_code=trust_remote_code, shelf=shelf)  # fmt: skip
+                           trust_remote_code=trust_remote_code, common=common)  # fmt: skip
         except QloraKitError as error:
             faults.append(error)
         if result is not None and not result.finished:

@@ -21,6 +21,7 @@ from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.report import LossWatch, write_report
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
+from qlora_kit.run.common import Common
 from qlora_kit.run.folder import (
     CHECKPOINTS,
     PLAN,
@@ -45,7 +46,6 @@ from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.score import Scored, questions, score, score_base
-from qlora_kit.run.shelf import Shelf
 from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.unlearnt import unlearnt_note
 from qlora_kit.storage import check_room, checksums, read_json, write_json
@@ -96,7 +96,7 @@ def train(
     force: bool = False,
     watch: Watch | None = None,
     trust_remote_code: bool = False,
-    shelf: Shelf | None = None,
+    common: Common | None = None,
 ) -> Result:
     """Run a recipe and fill its run folder.
 
@@ -107,20 +107,20 @@ def train(
         force: resume though the recipe, the rows or the base are others than the run was begun with.
         watch: is told what happens.
         trust_remote_code: let the model folder's own code run.
-        shelf: where runs of one process leave their rows and their base for each other.
+        common: where runs of one process leave their rows and their base for each other.
 
     Raises:
         QloraKitError: anything that the user can mend, one line each; a `FitError` if the plan is above the budget.
         KeyboardInterrupt: Ctrl-C, or a notebook's interrupt, once the step at hand is done and saved; the second one
             at once. Where the program has a handler of its own for SIGINT, that one is left in charge.
     """
-    started, watch, shelf, folder = time.monotonic(), watch or Watch(), shelf or Shelf(), Path(recipe.output)
+    started, watch, common, folder = time.monotonic(), watch or Watch(), common or Common(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
     recipe = as_it_starts(recipe)
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
-    prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, shelf)
+    prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, common)
     recipe = settle(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
@@ -128,7 +128,7 @@ def train(
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
         check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")
-        model = take_base(recipe, prepared, ledger, watch, trust_remote_code, shelf)
+        model = take_base(recipe, prepared, ledger, watch, trust_remote_code, common)
         base = {"base": base_record(model).mark}
         if resume and not force:
             check_unchanged(folder, base)
@@ -152,7 +152,7 @@ def train(
                 return score_base(its, prepared, task, loss_chunk)
 
             which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, loss_chunk)
-            scores = score(model, prepared, task, loss_chunk, shelf.take("score of the base", which, of_its_base))
+            scores = score(model, prepared, task, loss_chunk, common.take("score of the base", which, of_its_base))
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
@@ -162,7 +162,7 @@ def train(
 
 
 def _prepared(
-    recipe: Recipe, resume: bool, force: bool, watch: Watch, trust_remote_code: bool, shelf: Shelf
+    recipe: Recipe, resume: bool, force: bool, watch: Watch, trust_remote_code: bool, common: Common
 ) -> tuple[Prepared, dict[str, Any]]:
     """Rows and plan, before any weight is read; those of a resumed run are as it began."""
     folder, today, rate = Path(recipe.output), None, None
@@ -170,7 +170,7 @@ def _prepared(
         check_reference(recipe, recorded_reference(folder))
         recipe, today, rate = _as_begun(recipe, folder), recorded_date(folder), recorded_rate(folder)
     prepared = prepare(
-        recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, shelf=shelf
+        recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, common=common
     )
     if resume and not force:
         check_unchanged(folder, _fingerprints(prepared))

@@ -10,7 +10,7 @@ from qlora_kit.lora import adapter_names, delete_adapter
 T = TypeVar("T")
 
 
-class Shelf:
+class Common:
     """Holds of each kind what was made last, for the next run that wants the same."""
 
     def __init__(self) -> None:
