@@ -11,13 +11,13 @@ from common import arms, record
 ROWS = 2048
 """That every arm sees once: 256 steps of 8 rows, 64 of 32, 16 of 128."""
 RATES = {
-    "lora": "train.lr=2e-3,4e-3,8e-3",
-    "full": "train.lr=5e-4,1e-3,2e-3",
+    "lora": "train.lr=4e-3,8e-3",
+    "full": "train.lr=1e-3,2e-3",
 }
 
 
 def main() -> None:
-    """Rank 16 and full fine-tuning, the best of three rates each."""
+    """Rank 16 and full fine-tuning, the better of two rates each."""
     torch.set_num_threads(1)
     rows = []
     for batch in (8, 32, 128):

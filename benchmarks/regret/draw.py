@@ -24,7 +24,7 @@ Row = dict[str, Any]
 def standing_alone(title: str, series: Sequence[Series], **options: Any) -> str:
     """A drawing as a file of its own, with its legend and the report's colours, for light and dark pages."""
     style = Path(report.__file__).with_name("page.css").read_text(encoding="utf-8")
-    own = f".chart {{ width: {WIDTH - LEFT - 24}px; margin: 0; }} text {{ font-family: system-ui, sans-serif; }}"
+    own = "text { font-family: system-ui, sans-serif; }"
     chart = line_chart(series, title=title, height=HEIGHT, **options)
     names, across = [], LEFT
     for one in series:
@@ -39,7 +39,7 @@ def standing_alone(title: str, series: Sequence[Series], **options: Any) -> str:
         element("rect", width=WIDTH, height=HEIGHT + TOP + 52, fill="var(--paper)"),
         element("text", title, class_="name", x=LEFT, y=20),
         *names,
-        element("g", chart, transform=f"translate({LEFT} {TOP})"),
+        element("svg", chart, x=LEFT, y=TOP, width=WIDTH - LEFT - 24, height=HEIGHT, overflow="visible"),
         xmlns="http://www.w3.org/2000/svg",
         width=WIDTH,
         height=HEIGHT + TOP + 52,
