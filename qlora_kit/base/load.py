@@ -14,6 +14,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,12 +32,20 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.attention import implementation
-from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
+from qlora_kit.base.copies import Copy, copy_place, find_copy, keep_copy
+from qlora_kit.base.dense import (
+    Kept,
+    QuantizedLinear,
+    QuantizedWeight,
+    nothing_kept,
+    quantize_linear,
+    share_workspace,
+)
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
 from qlora_kit.base.files import check_weights_are_dense, tensor_names
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.fuse import fuse
-from qlora_kit.base.hub import locate_model
+from qlora_kit.base.hub import locate_model, say_nothing
 from qlora_kit.base.pages import copy_off, let_go_of_clean_files
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
@@ -76,6 +85,8 @@ def load_base(
     head: Head = "causal",
     labels: int | None = None,
     watching: Watching | None = None,
+    cache: bool = False,
+    notify: Callable[[str], None] = say_nothing,
 ) -> PreTrainedModel:
     """Load a model, quantise its linear layers and freeze it.
 
@@ -96,6 +107,9 @@ def load_base(
         head: causal (the next token) or classification (one label a text).
         labels: of a classification; None takes what the model's configuration says.
         watching: gives the block in which the dense model, as read, is quantised: for whoever counts its memory.
+        cache: keep what is quantised in the user's cache folder, and take it from there where it was kept before; the
+            model has the same bits.
+        notify: given a line about what is kept, or why nothing is.
 
     Returns:
         A plain transformers model in evaluation mode. No parameter asks for a gradient.
@@ -120,17 +134,39 @@ def load_base(
     if stored is not None:
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
-    with quantized_on_arrival(asked, dtype, target) if is_dense else nullcontext():
-        loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
-    keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
-    let_go_of_clean_files()  # some rows of every matrix were read
+
+    def read(copy: Copy | None) -> PreTrainedModel:
+        """As it is stored, its record kept."""
+        arriving = quantized_on_arrival(asked, dtype, target, are_kept=copy is not None) if is_dense else nullcontext()
+        with arriving:
+            loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
+        keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
+        let_go_of_clean_files()  # some rows of every matrix were read
+        return loaded
+
+    decides = asked, sorted(skip), quantize_head, vocabulary, head, labels, trust_remote_code, target.type
+    place = copy_place(folder, decides, notify) if cache and is_dense else None
+    copy = None if place is None else find_copy(place, notify)
+    loaded = read(copy)
+    if copy is not None and copy.mark != base_record(loaded).mark:
+        copy, loaded = None, read(None)  # other weights than the files' times tell
     with nullcontext() if watching is None else watching(loaded):
         extend_vocabulary(loaded, vocabulary)
         if stored is not None:
             adopt_layers(loaded, dtype, target)
-        return freeze_and_quantize(
-            loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None
+        made = freeze_and_quantize(
+            loaded,
+            asked,
+            dtype,
+            target,
+            skip,
+            quantize_head=quantize_head,
+            quantize_body=stored is None,
+            kept=nothing_kept if copy is None else partial(copy.read, device=target),
         )
+    if place is not None and copy is None and place == copy_place(folder, decides, notify):
+        keep_copy(made, place, base_record(made).mark, notify)
+    return made
 
 
 def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> dict[str, Any]:
@@ -242,6 +278,7 @@ def freeze_and_quantize(
     *,
     quantize_head: bool = False,
     quantize_body: bool = True,
+    kept: Kept = nothing_kept,
 ) -> PreTrainedModel:
     """Quantise the linear layers and experts of a dense model in place, move it to `device`, and freeze it.
 
@@ -253,6 +290,7 @@ def freeze_and_quantize(
         skip: linear layers to leave dense.
         quantize_head: quantise the output head and the input embedding, too.
         quantize_body: False leaves the body as it is: it was stored so.
+        kept: codes that are there already, of this very model in this very format.
 
     Raises:
         ModelError: an entry of `skip` names nothing, or the head cannot be quantised.
@@ -264,10 +302,10 @@ def freeze_and_quantize(
     if quantization.kind != "none" and quantize_body:
         for name, module in list(body_linears(model)):
             if name not in skipped:
-                model.set_submodule(name, quantize_linear(module, quantization, dtype, device))
-    quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device)
+                model.set_submodule(name, quantize_linear(module, quantization, dtype, device, kept(name)))
+    quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device, kept)
     if quantize_head and quantization.kind != "none":
-        quantize_vocabulary(model, quantization, dtype, device)
+        quantize_vocabulary(model, quantization, dtype, device, kept)
     _settle_dense(model, dtype, device)
     share_workspace(model)
     fuse(model)

@@ -40,8 +40,8 @@ FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT,
 _SETTLED = ("base.quantize_head=auto", "lora.rank=auto")
 """What a run's folder holds as it was settled."""
 
-_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every",
-               "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
+_MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
+               "train.sample_every", "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 

@@ -244,6 +244,7 @@ def _load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trus
         classes=classes_in(prepared.config) if recipe.train.task == "classify" else None,
         trust_remote_code=trust_remote_code,
         watching=loading,
+        notify=watch.note,
     )
 
 
