@@ -80,7 +80,7 @@ def copy_place(folder: Path, decides: object, notify: Callable[[str], None]) -> 
         code = [sha256_file(file) for file in _CODE] + [version(name) for name in _LIBRARIES]
         key = hashlib.sha256(repr((stamps, decides, code)).encode()).hexdigest()
         return private_folder("bases") / key
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no home is a RuntimeError
         notify(f"no quantised copy of {folder} is kept: {error}")
         return None
 

@@ -250,8 +250,8 @@ def quantize_linear(
     if stored is None:
         weight = module.weight.detach().to(device)
         made = QuantizedLinear(weight.t() if is_transposed else weight, bias, quantization, is_transposed=is_transposed)
+        let_go(module.weight)
     else:
         shape = linear_shape(module)
         made = QuantizedLinear.from_stored(shape, stored, bias, quantization, is_transposed=is_transposed)
-    let_go(module.weight)
     return made

@@ -227,7 +227,6 @@ def _stack(
         weight, found = getattr(layer, name), kept(f"{layer_name}.{name}")
         if found is not None:
             stack = ExpertStack.from_stored(weight, found, quantization, is_transposed=is_transposed)
-            let_go(weight)
         elif isinstance(weight, ArrivedStack) and weight.stack is not None:
             stack = weight.stack.seen()
         else:

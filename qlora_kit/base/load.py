@@ -11,7 +11,6 @@ embedding and output head where that is asked for.
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -41,6 +40,7 @@ from qlora_kit.base.dense import (
     quantize_linear,
     share_workspace,
 )
+from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
 from qlora_kit.base.files import check_weights_are_dense, tensor_names
 from qlora_kit.base.formats import Kind, Quantization
@@ -50,7 +50,7 @@ from qlora_kit.base.pages import copy_off, let_go_of_clean_files
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
-from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.errors import ModelError, listed
 from qlora_kit.memory.limit import whose_memory_ran_out
 from qlora_kit.storage import read_json
 
@@ -64,8 +64,6 @@ _AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": Auto
 _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
               StrictDataclassError)  # fmt: skip
 """What transformers raises over a config.json whose values no model can have."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load_base(
@@ -95,7 +93,7 @@ def load_base(
         quantization: nf4, fp4, int8 or none; of a quantised checkpoint, the format that it has.
         double_quant: quantise the 4-bit block constants too.
         block_size: weights that share one 4-bit constant, a power of two from 32 to 4096.
-        compute_dtype: bfloat16, float16, float32, or auto (see `default_compute_dtype`).
+        compute_dtype: bfloat16, float16, float32, or auto (see `device.default_compute_dtype`).
         device: cpu, cuda, cuda:N, or auto.
         skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
         quantize_head: quantise the output head and the input embedding, too.
@@ -343,52 +341,6 @@ def left_dense(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1
     }
-
-
-def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """What `compute_dtype: auto` means on `device`.
-
-    bf16 where the hardware multiplies it; otherwise fp16 on a GPU, and fp32 on a CPU, where emulated bf16 was measured
-    ten times slower than fp32 (AVX2, two threads).
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def resolve_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
-    """The compute dtype by its name in the recipe.
-
-    Raises:
-        ModelError: there is no such dtype.
-    """
-    if compute_dtype == "auto":
-        return default_compute_dtype(device)
-    if compute_dtype not in DTYPES:
-        raise ModelError(f"compute_dtype {compute_dtype!r} is not known; choose auto or one of {', '.join(DTYPES)}")
-    return DTYPES[compute_dtype]
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device by its name in the recipe.
-
-    Raises:
-        DeviceError: it is no device's name, CUDA is asked for and not there, or there is no card of that number.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise DeviceError(f"device {device!r} is not known; choose auto, cpu, cuda or cuda:N")
-    asked = torch.device(device)
-    if asked.type == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = "this torch is a CPU build" if built is None else f"torch {torch.__version__} (CUDA {built}) finds no GPU"
-        raise DeviceError(f"device {device} was asked for, but {why}; use base.device=cpu, or see `qlora-kit doctor`")
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise DeviceError(f"device {device} was asked for, but there are {count} GPUs, numbered from 0")
-    return asked
 
 
 def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:

@@ -233,13 +233,13 @@ def _quantized(
     device: torch.device,
     stored: Mapping[str, Tensor] | None,
 ) -> QuantizedTable:
-    """The table of a dense matrix, which is let go, or of its codes and constants where they are there."""
+    """The table of a dense matrix, whose pages are let go, or of its codes and constants where they are there."""
     if stored is None:
         table = QuantizedTable(weight_OI.detach().to(device), bias, quantization)
+        let_go(weight_OI)
     else:
         out, width = weight_OI.shape
         table = QuantizedTable.from_stored((out, width), stored, bias, quantization)
-    let_go(weight_OI)
     return table
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.load import resolve_device
+from qlora_kit.base.device import resolve_device
 from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
