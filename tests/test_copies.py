@@ -9,12 +9,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.base import copies, dense, experts, load_base
 from qlora_kit.base.copies import Copy
 from qlora_kit.base.record import base_record
 from qlora_kit.lora import add_lora, load_adapter, save_adapter
 from qlora_kit.recipe import read_recipe
+from qlora_kit.run.tokenizer import load_tokenizer
 from qlora_kit.run.use import load_recipe_base
 
 LOAD = {"device": "cpu", "compute_dtype": "bfloat16"}
@@ -184,14 +186,15 @@ def test_without_room_for_a_copy_or_leave_to_write_one_the_base_is_loaded_and_sa
     assert list(kept.iterdir()) == []
 
 
-def test_what_is_dense_or_stored_quantised_already_gets_no_copy(kept, checkpoint):
+def test_what_is_dense_or_stored_quantised_already_gets_no_copy(kept, checkpoint, tmp_path):
     assert loaded(checkpoint, quantization="none")[1] == []
+    how = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=how).save_pretrained(tmp_path / "stored")
+    assert loaded(tmp_path / "stored", quantization="int8")[1] == []
     assert not kept.exists()
 
 
-def test_the_recipe_asks_for_a_copy_which_serves_other_compute_dtypes_too(kept, model_folder, tmp_path, monkeypatch):
-    from qlora_kit.run.tokenizer import load_tokenizer
-
+def test_the_recipe_asks_for_a_copy_which_serves_other_compute_dtypes_too(kept, model_folder, tmp_path):
     settings = [f"base.model={model_folder}", "data.train=rows.jsonl", f"output={tmp_path / 'run'}", "base.device=cpu"]
     for more, entries in (([], 0), (["base.cache=true"], 1), (["base.cache=true", "base.compute_dtype=float32"], 1)):
         recipe = read_recipe("default", tuple(settings + more))
@@ -199,7 +202,7 @@ def test_the_recipe_asks_for_a_copy_which_serves_other_compute_dtypes_too(kept, 
         assert (len(list(kept.iterdir())) if kept.exists() else 0) == entries
 
 
-def test_a_copy_that_is_read_holds_no_file_mapped(kept, checkpoint):
+def test_a_copy_that_is_read_is_not_mapped(kept, checkpoint):
     loaded(checkpoint)
     (place,) = kept.iterdir()
     copy = Copy(place, "")

@@ -90,10 +90,10 @@ def _deciding_files(folder: Path) -> Iterator[Path]:
     yield from sorted(folder.glob("*.py"))
 
 
-def _stamp(file: Path) -> tuple[str, int, int, int]:
+def _stamp(file: Path) -> tuple[str, int, int, int, int]:
     """What tells a file from any other, and from itself at another time."""
     status = file.stat()
-    return os.path.realpath(file), status.st_ino, status.st_size, status.st_ctime_ns
+    return os.path.realpath(file), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class Copy:
