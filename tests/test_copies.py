@@ -5,15 +5,17 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.base import copies, dense, experts, load_base
 from qlora_kit.base.copies import Copy
+from qlora_kit.base.files import read_header
 from qlora_kit.base.record import base_record
+from qlora_kit.errors import ModelError
 from qlora_kit.lora import add_lora, load_adapter, save_adapter
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run.tokenizer import load_tokenizer
@@ -104,12 +106,14 @@ def test_an_adapter_made_on_either_is_the_same_on_the_other(kept, checkpoint, tm
 def test_a_changed_checkpoint_is_not_served_from_the_copy_of_what_it_was(kept, checkpoint, monkeypatch):
     before, _ = loaded(checkpoint)
     weights = checkpoint / "model.safetensors"
-    status, tensors = weights.stat(), load_file(weights)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1  # none of the rows that mark a base
-    save_file(tensors, weights, metadata={"format": "pt"})
+    status, entry = weights.stat(), read_header(weights)["model.layers.1.mlp.up_proj.weight"]
+    with weights.open("r+b") as file:
+        file.seek(entry.begin)  # in none of the rows that mark a base
+        file.write(np.float32(5).tobytes())
     os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     after, source = loaded_by(checkpoint, monkeypatch)
-    assert weights.stat().st_size == status.st_size
+    now = weights.stat()
+    assert (now.st_ino, now.st_size, now.st_mtime_ns) == (status.st_ino, status.st_size, status.st_mtime_ns)
     assert source == "checkpoint"
     assert base_record(after).mark == base_record(before).mark, "the marks alone would not have told"
     assert tiny.stored(after) != tiny.stored(before)
@@ -210,3 +214,6 @@ def test_a_copy_that_is_read_is_not_mapped(kept, checkpoint):
     assert set(codes) == {"codes", "absmax", "absmax_scale", "absmax_offset"}
     assert copy.read("lm_head", tiny.CPU) is None
     assert str(place) not in Path("/proc/self/maps").read_text()
+    shutil.rmtree(place)
+    with pytest.raises(ModelError, match=r"was changed while the base was loaded from it .*; load it again"):
+        copy.read("model.layers.0.mlp.up_proj", tiny.CPU)

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -121,15 +120,14 @@ class Copy:
 def _read(path: Path, entry: TensorEntry) -> Tensor:
     """Into memory of its own: mapped pages would count beside it."""
     made = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-    with open(path, "rb") as file:
-        _fill(file, entry.begin, made)
+    try:
+        with open(path, "rb") as file:
+            file.seek(entry.begin)
+            if file.readinto(made.numpy().data) != made.nbytes:
+                raise EOFError("it was cut short")
+    except (OSError, EOFError) as error:
+        raise ModelError(f"{path} was changed while the base was loaded from it ({error}); load it again") from error
     return made
-
-
-def _fill(file: BinaryIO, begin: int, tensor: Tensor) -> None:
-    file.seek(begin)
-    if file.readinto(tensor.numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
-        raise ModelError(f"{file.name} was cut short while it was read; load the base again")
 
 
 def find_copy(place: Path, notify: Callable[[str], None]) -> Copy | None:
