@@ -222,6 +222,25 @@ def private_folder(name: str) -> Path:
     return folder
 
 
+def drop_least_used(newest: Path, most_bytes: int) -> None:
+    """Delete the entries of a cache that were used least lately, down to a size; what a killed run left is one.
+
+    Args:
+        newest: the entry that stays whatever its size; the others lie beside it, folders of files.
+        most_bytes: that all may take together.
+    """
+    others = [folder for folder in newest.parent.iterdir() if folder != newest]
+    used = _size(newest)
+    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True):
+        used += _size(folder)
+        if used > most_bytes:
+            remove_folder(folder)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
 def sha256_file(path: Path) -> str:
     """Checksum of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

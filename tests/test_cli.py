@@ -159,7 +159,7 @@ def test_the_merged_export_loads_in_plain_transformers_and_is_audited(finished, 
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear"
     AutoTokenizer.from_pretrained(tmp_path / "merged")
     with monkeypatch.context() as patch:  # where a processor computes in bf16, the merged weight is rounded to 8 bits
-        patch.setattr("qlora_kit.base.load.default_compute_dtype", lambda device: torch.float32)
+        patch.setattr("qlora_kit.base.device.default_compute_dtype", lambda device: torch.float32)
         exported, trained = (
             json.loads(call("eval", folder, "--json", *more).stdout)
             for folder, more in ((tmp_path / "merged", ("--data", run.parent / "rows.jsonl")), (run, ()))

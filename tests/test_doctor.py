@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from qlora_kit.base import formats, quantizer
-from qlora_kit.base.load import default_compute_dtype
+from qlora_kit.base.device import default_compute_dtype
 from qlora_kit.cli import doctor
 from qlora_kit.cli.doctor import Check, checks, run_doctor
 

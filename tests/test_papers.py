@@ -98,6 +98,7 @@ def test_a_quantised_weight_takes_4_127_bits_off_real_tensors():
     assert round(bits[False] - bits[True], 3) == 0.373
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LLAMA)
 def test_a_quantised_weight_takes_4_127_bits_off_the_plan(plans, name):
     held, counts, config = plans[name]["by_category"], plans[name]["parameters"], LLAMA[name]
@@ -108,6 +109,7 @@ def test_a_quantised_weight_takes_4_127_bits_off_the_plan(plans, name):
     assert 8 * quantised / counts["quantized"] == 4.126953125
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "linear", "formula", "with_norms", "printed"),
     [
@@ -130,6 +132,7 @@ def test_weights_take_what_the_formula_says_and_less_than_the_papers_footprints(
     assert 1.19 <= round(printed * GB / weights, 2) <= 1.39
 
 
+@pytest.mark.slow
 def test_erratum_the_papers_7b_footprint_has_two_values_and_no_formula(plans):
     """Table 6 prints 5 GB, table 1 prints 6 GB, and section 2 prints 5,048 MB, which would be 5.99 bits a parameter."""
     held, total = plans["7B"]["by_category"], plans["7B"]["parameters"]["total"]
@@ -138,6 +141,7 @@ def test_erratum_the_papers_7b_footprint_has_two_values_and_no_formula(plans):
     assert weights < 5e9 < 5048e6 < 6e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trained"), [("7B", 159_907_840), ("13B", 250_347_520), ("33B", 487_587_840), ("65B", 799_539_200)]
 )

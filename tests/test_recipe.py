@@ -33,6 +33,7 @@ base:
   compute_dtype: auto
   skip: []
   quantize_head: false
+  cache: false
   attention: sdpa
   device: auto
 lora:

@@ -21,6 +21,16 @@ from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
 from qlora_kit.ops import Decode, Workspace, lora_linear
 
+STORED = ("codes", "absmax", "absmax_scale", "absmax_offset")
+"""What `quantize` gives, in the order in which it gives it; the last two are for double quantisation alone."""
+
+Kept = Callable[[str], Mapping[str, Tensor] | None]
+"""Codes and constants by the dotted name of a layer, as `quantize` names them; None where they are to be made."""
+
+
+def nothing_kept(name: str) -> None:
+    """Of no layer."""
+
 
 class QuantizedWeight(nn.Module):
     """What keeps a frozen weight quantised: codes and constants as buffers, of a format that is never forgotten.
@@ -146,7 +156,7 @@ class QuantizedLinear(QuantizedWeight):
 
     def _take(self, shape: tuple[int, ...], stored: Mapping[str, Tensor], bias: Tensor | None) -> None:
         self.out_features, self.in_features = shape
-        for name in ("codes", "absmax", "absmax_scale", "absmax_offset"):
+        for name in STORED:
             self.register_buffer(name, stored.get(name))
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
@@ -224,15 +234,24 @@ def share_workspace(model: PreTrainedModel) -> None:
 
 
 def quantize_linear(
-    module: nn.Linear | Conv1D, quantization: Quantization, dtype: torch.dtype, device: torch.device
+    module: nn.Linear | Conv1D,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    stored: Mapping[str, Tensor] | None = None,
 ) -> QuantizedLinear:
     """The quantised twin of a dense linear layer, made and kept on `device`, its bias in the compute dtype `dtype`.
 
-    The dense weight is not to be read again: its pages, if it is mapped from a checkpoint, are let go.
+    The dense weight is not to be read again: its pages, if it is mapped from a checkpoint, are let go. Codes and
+    constants that are there already, `stored`, are taken as they are.
     """
     bias = None if module.bias is None else module.bias.detach().to(device, dtype, copy=True)
     is_transposed = isinstance(module, Conv1D)
-    weight = module.weight.detach().to(device)
-    made = QuantizedLinear(weight.t() if is_transposed else weight, bias, quantization, is_transposed=is_transposed)
-    let_go(module.weight)
+    if stored is None:
+        weight = module.weight.detach().to(device)
+        made = QuantizedLinear(weight.t() if is_transposed else weight, bias, quantization, is_transposed=is_transposed)
+        let_go(module.weight)
+    else:
+        shape = linear_shape(module)
+        made = QuantizedLinear.from_stored(shape, stored, bias, quantization, is_transposed=is_transposed)
     return made

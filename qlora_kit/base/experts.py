@@ -10,7 +10,7 @@ Axes: T tokens, K experts a token, E experts, I in, O out.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qlora_kit.base.dense import QuantizedWeight
+from qlora_kit.base.dense import STORED, Kept, QuantizedWeight, nothing_kept
 from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.pages import let_go, let_go_of_clean_files
 from qlora_kit.ops import Decode, lora_linear
@@ -64,6 +64,27 @@ class ExpertStack(QuantizedWeight):
                     self.register_buffer(name, tensor.new_empty(experts, *tensor.shape))
                 self.get_buffer(name)[expert] = tensor
         let_go(weight_EOI)
+
+    @classmethod
+    def from_stored(
+        cls, weight_EOI: Tensor, stored: Mapping[str, Tensor], quantization: Quantization, *, is_transposed: bool
+    ) -> Self:
+        """A stack of codes and constants that are there already.
+
+        Args:
+            weight_EOI: the dense weight, as above, whose shape alone counts.
+            stored: as `quantize` names them, with an axis of experts before the others; taken as they are.
+            quantization: of these.
+            is_transposed: as above.
+        """
+        stack = cls.__new__(cls)
+        QuantizedWeight.__init__(stack, quantization, is_transposed)
+        stack.experts, *shape = weight_EOI.shape
+        stack.out_features, stack.in_features = reversed(shape) if is_transposed else shape
+        for name in STORED:
+            if name in stored:
+                stack.register_buffer(name, stored[name])
+        return stack
 
     def seen(self) -> Self:
         """Itself, after operators on its buffers: a ledger enters what it sees, and did not see them being made."""
@@ -113,14 +134,14 @@ class ArrivedStack(nn.Parameter):
     """What stands in a model for experts that were quantised while it was read; it has their shape and no memory.
 
     Attributes:
-        stack: the experts.
+        stack: the experts; None where their codes are kept elsewhere.
     """
 
-    stack: ExpertStack
+    stack: ExpertStack | None
     _is_hf_initialized: bool
 
     @classmethod
-    def of(cls, weight_EOI: Tensor, stack: ExpertStack) -> "ArrivedStack":
+    def of(cls, weight_EOI: Tensor, stack: ExpertStack | None) -> "ArrivedStack":
         """The placeholder of a dense parameter, of whose middle row it is made: that one marks a base."""
         row_I = weight_EOI[len(weight_EOI) // 2, weight_EOI.shape[1] // 2].detach().clone()
         made = cls(row_I.expand(weight_EOI.shape), requires_grad=False)
@@ -130,7 +151,9 @@ class ArrivedStack(nn.Parameter):
 
 
 @contextmanager
-def quantized_on_arrival(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def quantized_on_arrival(
+    quantization: Quantization, dtype: torch.dtype, device: torch.device, *, are_kept: bool = False
+) -> Iterator[None]:
     """In the block, transformers puts experts into models, and they are quantised one parameter after the other.
 
     Many checkpoints hold experts one by one, and transformers joins them, in memory of its own: all of a model's would
@@ -140,6 +163,7 @@ def quantized_on_arrival(quantization: Quantization, dtype: torch.dtype, device:
         quantization: the format, not `none`.
         dtype: as below.
         device: where the codes are made and kept.
+        are_kept: their codes are there already, so none are made.
     """
     thread = threading.get_ident()
 
@@ -147,9 +171,9 @@ def quantized_on_arrival(quantization: Quantization, dtype: torch.dtype, device:
         is_ours = threading.get_ident() == thread and weight.device.type != "meta" and _is_expert_layer(module)
         if not is_ours or name not in projections(module):
             return None
-        made = ArrivedStack.of(
-            weight, ExpertStack(weight, quantization, dtype, device, is_transposed=bool(module.is_transposed))
-        )
+        is_transposed = bool(module.is_transposed)
+        stack = None if are_kept else ExpertStack(weight, quantization, dtype, device, is_transposed=is_transposed)
+        made = ArrivedStack.of(weight, stack)
         let_go_of_clean_files()  # what was joined lay there, expert by expert
         return made
 
@@ -161,7 +185,11 @@ def quantized_on_arrival(quantization: Quantization, dtype: torch.dtype, device:
 
 
 def quantize_experts(
-    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Kept = nothing_kept,
 ) -> None:
     """Quantise the experts of `model`, and make `experts_forward` their computation.
 
@@ -170,11 +198,12 @@ def quantize_experts(
         quantization: the format; with `none` the parameters stay as they are.
         dtype: of weights that stay dense.
         device: where the stacks end.
+        kept: codes that are there already.
     """
-    for _, layer in expert_layers(model):
+    for layer_name, layer in expert_layers(model):
         layer.config._experts_implementation = IMPLEMENTATION
         if quantization.kind != "none":
-            _stack(layer, quantization, dtype, device)
+            _stack(layer, quantization, dtype, device, kept, layer_name)
 
 
 def stack_experts(model: PreTrainedModel) -> None:
@@ -185,13 +214,23 @@ def stack_experts(model: PreTrainedModel) -> None:
             _stack(layer, Quantization("none"), weight.dtype, weight.device)
 
 
-def _stack(layer: Any, quantization: Quantization, dtype: torch.dtype, device: torch.device) -> None:
+def _stack(
+    layer: Any,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Kept = nothing_kept,
+    layer_name: str = "",
+) -> None:
+    is_transposed = bool(layer.is_transposed)
     for name in projections(layer):
-        weight = getattr(layer, name)
-        if isinstance(weight, ArrivedStack):
+        weight, found = getattr(layer, name), kept(f"{layer_name}.{name}")
+        if found is not None:
+            stack = ExpertStack.from_stored(weight, found, quantization, is_transposed=is_transposed)
+        elif isinstance(weight, ArrivedStack) and weight.stack is not None:
             stack = weight.stack.seen()
         else:
-            stack = ExpertStack(weight, quantization, dtype, device, is_transposed=layer.is_transposed)
+            stack = ExpertStack(weight, quantization, dtype, device, is_transposed=is_transposed)
         delattr(layer, name)
         layer.register_module(name, stack)
 

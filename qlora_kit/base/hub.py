@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 
-def _say_nothing(line: str) -> None:
+def say_nothing(line: str) -> None:
     """The `notify` of a caller that wants no news."""
 
 
@@ -33,7 +33,7 @@ def locate_model(
     *,
     weights: bool = True,
     code: bool = False,
-    notify: Callable[[str], None] = _say_nothing,
+    notify: Callable[[str], None] = say_nothing,
 ) -> Path:
     """The checked folder of a model, downloaded first if it is on the hub and not yet in the cache.
 

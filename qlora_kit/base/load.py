@@ -11,9 +11,9 @@ embedding and output head where that is asked for.
 """
 
 import copy
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,17 +31,26 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.attention import implementation
-from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight, quantize_linear, share_workspace
+from qlora_kit.base.copies import Copy, copy_place, find_copy, keep_copy
+from qlora_kit.base.dense import (
+    Kept,
+    QuantizedLinear,
+    QuantizedWeight,
+    nothing_kept,
+    quantize_linear,
+    share_workspace,
+)
+from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
 from qlora_kit.base.files import check_weights_are_dense, tensor_names
 from qlora_kit.base.formats import Kind, Quantization
 from qlora_kit.base.fuse import fuse
-from qlora_kit.base.hub import locate_model
+from qlora_kit.base.hub import locate_model, say_nothing
 from qlora_kit.base.pages import copy_off, let_go_of_clean_files
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
 from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
-from qlora_kit.errors import DeviceError, ModelError, listed
+from qlora_kit.errors import ModelError, listed
 from qlora_kit.memory.limit import whose_memory_ran_out
 from qlora_kit.storage import read_json
 
@@ -55,8 +64,6 @@ _AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": Auto
 _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
               StrictDataclassError)  # fmt: skip
 """What transformers raises over a config.json whose values no model can have."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load_base(
@@ -76,6 +83,8 @@ def load_base(
     head: Head = "causal",
     labels: int | None = None,
     watching: Watching | None = None,
+    cache: bool = False,
+    notify: Callable[[str], None] = say_nothing,
 ) -> PreTrainedModel:
     """Load a model, quantise its linear layers and freeze it.
 
@@ -84,7 +93,7 @@ def load_base(
         quantization: nf4, fp4, int8 or none; of a quantised checkpoint, the format that it has.
         double_quant: quantise the 4-bit block constants too.
         block_size: weights that share one 4-bit constant, a power of two from 32 to 4096.
-        compute_dtype: bfloat16, float16, float32, or auto (see `default_compute_dtype`).
+        compute_dtype: bfloat16, float16, float32, or auto (see `device.default_compute_dtype`).
         device: cpu, cuda, cuda:N, or auto.
         skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
         quantize_head: quantise the output head and the input embedding, too.
@@ -96,6 +105,9 @@ def load_base(
         head: causal (the next token) or classification (one label a text).
         labels: of a classification; None takes what the model's configuration says.
         watching: gives the block in which the dense model, as read, is quantised: for whoever counts its memory.
+        cache: keep what is quantised in the user's cache folder, and take it from there where it was kept before; the
+            model has the same bits.
+        notify: given a line about what is kept, or why nothing is.
 
     Returns:
         A plain transformers model in evaluation mode. No parameter asks for a gradient.
@@ -120,17 +132,39 @@ def load_base(
     if stored is not None:
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
-    with quantized_on_arrival(asked, dtype, target) if is_dense else nullcontext():
-        loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
-    keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
-    let_go_of_clean_files()  # some rows of every matrix were read
+
+    def read(copy: Copy | None) -> PreTrainedModel:
+        """As it is stored, its record kept."""
+        arriving = quantized_on_arrival(asked, dtype, target, are_kept=copy is not None) if is_dense else nullcontext()
+        with arriving:
+            loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
+        keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
+        let_go_of_clean_files()  # some rows of every matrix were read
+        return loaded
+
+    decides = asked, sorted(skip), quantize_head, vocabulary, head, labels, trust_remote_code, target.type
+    place = copy_place(folder, decides, notify) if cache and is_dense else None
+    copy = None if place is None else find_copy(place, notify)
+    loaded = read(copy)
+    if copy is not None and copy.mark != base_record(loaded).mark:
+        copy, loaded = None, read(None)  # other weights than the files' times tell
     with nullcontext() if watching is None else watching(loaded):
         extend_vocabulary(loaded, vocabulary)
         if stored is not None:
             adopt_layers(loaded, dtype, target)
-        return freeze_and_quantize(
-            loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None
+        made = freeze_and_quantize(
+            loaded,
+            asked,
+            dtype,
+            target,
+            skip,
+            quantize_head=quantize_head,
+            quantize_body=stored is None,
+            kept=nothing_kept if copy is None else partial(copy.read, device=target),
         )
+    if place is not None and copy is None and place == copy_place(folder, decides, notify):
+        keep_copy(made, place, base_record(made).mark, notify)
+    return made
 
 
 def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> dict[str, Any]:
@@ -242,6 +276,7 @@ def freeze_and_quantize(
     *,
     quantize_head: bool = False,
     quantize_body: bool = True,
+    kept: Kept = nothing_kept,
 ) -> PreTrainedModel:
     """Quantise the linear layers and experts of a dense model in place, move it to `device`, and freeze it.
 
@@ -253,6 +288,7 @@ def freeze_and_quantize(
         skip: linear layers to leave dense.
         quantize_head: quantise the output head and the input embedding, too.
         quantize_body: False leaves the body as it is: it was stored so.
+        kept: codes that are there already, of this very model in this very format.
 
     Raises:
         ModelError: an entry of `skip` names nothing, or the head cannot be quantised.
@@ -264,10 +300,10 @@ def freeze_and_quantize(
     if quantization.kind != "none" and quantize_body:
         for name, module in list(body_linears(model)):
             if name not in skipped:
-                model.set_submodule(name, quantize_linear(module, quantization, dtype, device))
-    quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device)
+                model.set_submodule(name, quantize_linear(module, quantization, dtype, device, kept(name)))
+    quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device, kept)
     if quantize_head and quantization.kind != "none":
-        quantize_vocabulary(model, quantization, dtype, device)
+        quantize_vocabulary(model, quantization, dtype, device, kept)
     _settle_dense(model, dtype, device)
     share_workspace(model)
     fuse(model)
@@ -305,52 +341,6 @@ def left_dense(model: PreTrainedModel) -> dict[str, nn.Parameter]:
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1
     }
-
-
-def default_compute_dtype(device: torch.device) -> torch.dtype:
-    """What `compute_dtype: auto` means on `device`.
-
-    bf16 where the hardware multiplies it; otherwise fp16 on a GPU, and fp32 on a CPU, where emulated bf16 was measured
-    ten times slower than fp32 (AVX2, two threads).
-    """
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def resolve_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
-    """The compute dtype by its name in the recipe.
-
-    Raises:
-        ModelError: there is no such dtype.
-    """
-    if compute_dtype == "auto":
-        return default_compute_dtype(device)
-    if compute_dtype not in DTYPES:
-        raise ModelError(f"compute_dtype {compute_dtype!r} is not known; choose auto or one of {', '.join(DTYPES)}")
-    return DTYPES[compute_dtype]
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device by its name in the recipe.
-
-    Raises:
-        DeviceError: it is no device's name, CUDA is asked for and not there, or there is no card of that number.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if re.fullmatch(r"cpu|cuda(:\d+)?", device) is None:
-        raise DeviceError(f"device {device!r} is not known; choose auto, cpu, cuda or cuda:N")
-    asked = torch.device(device)
-    if asked.type == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = "this torch is a CPU build" if built is None else f"torch {torch.__version__} (CUDA {built}) finds no GPU"
-        raise DeviceError(f"device {device} was asked for, but {why}; use base.device=cpu, or see `qlora-kit doctor`")
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise DeviceError(f"device {device} was asked for, but there are {count} GPUs, numbered from 0")
-    return asked
 
 
 def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:

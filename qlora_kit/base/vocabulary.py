@@ -5,14 +5,14 @@ it: a row's codes and constants are its own, since `block_size` has to divide th
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qlora_kit.base.dense import QuantizedLinear, device_of
+from qlora_kit.base.dense import Kept, QuantizedLinear, device_of, nothing_kept
 from qlora_kit.base.formats import Quantization, block_constants
 from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
@@ -187,7 +187,11 @@ def are_tied(embedding: Any, head: Any) -> bool:
 
 
 def quantize_vocabulary(
-    model: PreTrainedModel, quantization: Quantization, dtype: torch.dtype, device: torch.device
+    model: PreTrainedModel,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Kept = nothing_kept,
 ) -> None:
     """Quantise the input embedding and the output head in place; tied, they share one matrix.
 
@@ -196,6 +200,7 @@ def quantize_vocabulary(
         quantization: the format, not `none`.
         dtype: of the head's bias and of the rows that are looked up.
         device: where the codes are made and kept.
+        kept: codes that are there already.
 
     Raises:
         ModelError: a block of weights would reach over two rows, or one of the two is of no known kind.
@@ -214,13 +219,28 @@ def quantize_vocabulary(
     ties = are_tied(embedding, head)
     if head is not None:
         bias = None if head.bias is None else head.bias.detach().to(device, dtype, copy=True)
-        table = QuantizedTable(head.weight.detach().to(device), bias, quantization)
-        let_go(head.weight)
+        table = _quantized(head.weight, bias, quantization, device, kept(names[id(head)]))
         model.set_submodule(names[id(head)], table)
     if not ties:
-        table = QuantizedTable(embedding.weight.detach().to(device), None, quantization)
-        let_go(embedding.weight)
+        table = _quantized(embedding.weight, None, quantization, device, kept(f"{names[id(embedding)]}.own"))
     model.set_submodule(names[id(embedding)], QuantizedEmbedding(table, ties, scale, dtype))
+
+
+def _quantized(
+    weight_OI: Tensor,
+    bias: Tensor | None,
+    quantization: Quantization,
+    device: torch.device,
+    stored: Mapping[str, Tensor] | None,
+) -> QuantizedTable:
+    """The table of a dense matrix, whose pages are let go, or of its codes and constants where they are there."""
+    if stored is None:
+        table = QuantizedTable(weight_OI.detach().to(device), bias, quantization)
+        let_go(weight_OI)
+    else:
+        out, width = weight_OI.shape
+        table = QuantizedTable.from_stored((out, width), stored, bias, quantization)
+    return table
 
 
 def longer_config(config: PretrainedConfig, rows: int) -> PretrainedConfig:

@@ -194,7 +194,7 @@ def _writable(folder: Path) -> str:
 def _processor() -> str:
     import torch
 
-    from qlora_kit.base.load import default_compute_dtype
+    from qlora_kit.base.device import default_compute_dtype
 
     has_bf16 = {"AVX512-BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
     bf16 = " and ".join(name for name, is_there in has_bf16.items() if is_there) or "none"
@@ -260,7 +260,7 @@ def _devices() -> list[str]:
 def _gpu(device: str) -> str:
     import torch
 
-    from qlora_kit.base.load import default_compute_dtype
+    from qlora_kit.base.device import default_compute_dtype
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     major, minor = torch.cuda.get_device_capability(device)

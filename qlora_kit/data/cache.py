@@ -33,9 +33,9 @@ from qlora_kit.data.table import RowTable
 from qlora_kit.errors import RunError
 from qlora_kit.storage import (
     checksums,
+    drop_least_used,
     private_folder,
     read_json,
-    remove_folder,
     sha256_file,
     staged_folder,
     write_json,
@@ -111,7 +111,7 @@ def _make(entry: Path, make: Callable[[EncodedSet], EncodedSet]) -> Sets:
         sets = train, make(train)
         _save(staged, sets)
     with suppress(OSError):  # another run may be at it, too
-        _make_room(entry)
+        drop_least_used(entry, MOST_BYTES)
     return sets
 
 
@@ -169,17 +169,3 @@ def _read_set(folder: Path, side: str, told: dict[str, Any], index: Mapping[str,
         places=defaultdict(list, told["places"]),
         lengths_given=list(index[f"{side}.given"]),
     )
-
-
-def _make_room(newest: Path) -> None:
-    """Delete the entries that were used least lately, down to `MOST_BYTES`; what a killed run left behind is one."""
-    others = [folder for folder in newest.parent.iterdir() if folder != newest]
-    used = _size(newest)
-    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True):
-        used += _size(folder)
-        if used > MOST_BYTES:
-            remove_folder(folder)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())

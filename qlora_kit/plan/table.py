@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from qlora_kit.base.device import resolve_device
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import resolve_device
 from qlora_kit.plan.capacity import capacity_of, with_rank
 from qlora_kit.plan.cards import fitting_cards
 from qlora_kit.plan.choose import Workloads, choose, needed_on_card

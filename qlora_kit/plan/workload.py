@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import resolve_device, resolve_dtype
 from qlora_kit.recipe import Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy
 from qlora_kit.train.optim import MasterWeights, definite_masters

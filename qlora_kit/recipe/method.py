@@ -8,7 +8,7 @@ from qlora_kit.recipe.schema import Base, Lora, Recipe
 Method = Literal["qlora", "full_finetune"]
 """What a run does, by its name among the plan's methods."""
 
-_ADAPTERS_ONLY = ("quantization", "double_quant", "block_size", "skip", "quantize_head")
+_ADAPTERS_ONLY = ("quantization", "double_quant", "block_size", "skip", "quantize_head", "cache")
 """Keys of `base` that say how frozen weights are held."""
 
 

@@ -116,6 +116,8 @@ class Base(Section):
     """Names of linear layers that stay dense, beside heads and classifiers."""
     quantize_head: bool | Auto = False
     """Quantise output head and input embedding, too; block_size must divide their width; auto: where it must be."""
+    cache: bool = False
+    """Keep the quantised weights on disk, to load them from there later; false: nf4 takes 0.52 GB a billion there."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
     """Implementation of attention."""
     device: Device = "auto"

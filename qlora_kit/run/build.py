@@ -76,6 +76,7 @@ def load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust
         classes=classes_in(prepared.config) if recipe.train.task == "classify" else None,
         trust_remote_code=trust_remote_code,
         watching=loading,
+        notify=watch.note,
     )
 
 

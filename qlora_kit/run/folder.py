@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.base.load import resolve_device
+from qlora_kit.base.device import resolve_device
 from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
@@ -40,8 +40,8 @@ FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT,
 _SETTLED = ("base.quantize_head=auto", "lora.rank=auto")
 """What a run's folder holds as it was settled."""
 
-_MAY_CHANGE = ("memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every", "train.sample_every",
-               "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
+_MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
+               "train.sample_every", "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.base.attention import check_attention
-from qlora_kit.base.load import resolve_device, resolve_dtype
+from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.errors import RecipeError, TrainingError
 from qlora_kit.lora import delete_adapter, use_adapter
 from qlora_kit.memory import Ledger, Limit

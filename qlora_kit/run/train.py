@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
-from qlora_kit.base.load import resolve_device, resolve_dtype
+from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.interrupt import first_interrupt

@@ -1,11 +1,13 @@
 """What a finished run is good for: load it, evaluate it; `ask.py` and `talk.py` let it speak, `export.py` writes it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
+from qlora_kit.base.hub import say_nothing
 from qlora_kit.base.load import Watching, head_of, stored_as, stored_head
 from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
@@ -203,6 +205,7 @@ def load_recipe_base(
     device: str | None = None,
     trust_remote_code: bool = False,
     watching: Watching | None = None,
+    notify: Callable[[str], None] = say_nothing,
 ) -> PreTrainedModel:
     """The base that a recipe names, held as its run holds it.
 
@@ -214,6 +217,7 @@ def load_recipe_base(
         device: other than the recipe's.
         trust_remote_code: let the model folder's own code run.
         watching: as `load_base` takes it.
+        notify: likewise.
     """
     base = base_as_held(recipe)
     model = load_base(
@@ -231,6 +235,8 @@ def load_recipe_base(
         head=head_for(recipe.train.task),
         labels=None if classes is None else len(classes.names),
         watching=watching,
+        cache=base.cache,
+        notify=notify,
     )
     model.config._name_or_path = base.model  # a hub id, where transformers would keep the cache's path
     if classes is not None:

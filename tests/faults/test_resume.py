@@ -149,6 +149,7 @@ def mixed(tmp_path, model_folder, monkeypatch):
     return lambda steps, output: read_recipe("default", [*settings, f"train.steps={steps}", f"output={output}"])
 
 
+@pytest.mark.slow
 def test_a_packed_run_of_several_sources_goes_on_to_the_bit(mixed, tmp_path):
     whole, parts = mixed(9, tmp_path / "whole"), mixed(9, tmp_path / "parts")
     train(whole, watch=StopAfter(4))
