@@ -103,14 +103,27 @@ def _capacity() -> str:
         (row,) = [row for row in rows if row.get("rank") == rank and row["lr"] == lr]
         series.append(Series(f"rank {rank}", [tuple(point) for point in row["curve"]], f"run-{place}"))
         table.append([f"rank {rank}", f"{row['trainable']:,}", f"{2 * row['trainable'] / 1e3:,.0f} kbit", f"{lr:g}",
-                      *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (100, 250, 500))])  # fmt: skip
+                      *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (50, 150, 300))])  # fmt: skip
     lr, _ = best(rows, method="full")
     (row,) = [row for row in rows if row["method"] == "full" and row["lr"] == lr]
     series.append(Series("full fine-tuning", [tuple(point) for point in row["curve"]], "run-6 broken"))
     table.append(["full fine-tuning", f"{row['trainable']:,}", "", f"{lr:g}",
-                  *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (100, 250, 500))])  # fmt: skip
+                  *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (50, 150, 300))])  # fmt: skip
     _write("capacity", "Held-out loss over steps, by rank", series, x_label="step", y_label="held-out loss, nats")
-    return markdown(["", "trained", "holds at 2 bits", "rate", "step 100", "step 250", "step 500"], table)
+    return markdown(["", "trained", "holds at 2 bits", "rate", "step 50", "step 150", "step 300"], table)
+
+
+def _embedding() -> str:
+    rows = read("embedding")
+    table = []
+    for rank, is_trained in ((16, False), (128, False), (16, True), (128, True)):
+        lr, values = best(rows, method="lora", rank=rank, embedding=is_trained)
+        row = next(row for row in rows if row.get("rank") == rank and row["embedding"] == is_trained)
+        what = f"LoRA, rank {rank}, embedding {'trained' if is_trained else 'frozen'}"
+        table.append([what, f"{row['trainable']:,}", f"{lr:g}", spread(values)])
+    lr, values = best(rows, method="full")
+    table.append(["full fine-tuning", f"{rows[0]['trainable']:,}", f"{lr:g}", spread(values)])
+    return markdown(["", "trained", "best rate", "held-out loss"], table)
 
 
 def _layers() -> str:
@@ -225,6 +238,7 @@ def _write(name: str, title: str, series: Sequence[Series], **options: Any) -> N
 TABLES = {
     "rate": _rate,
     "capacity": _capacity,
+    "embedding": _embedding,
     "layers": _layers,
     "batch": _batch,
     "quantised": _quantised,
