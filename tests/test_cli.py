@@ -807,6 +807,12 @@ def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_
     assert_mistake(call("export", finished[0], "--dtype", "float8", "--out", tmp_path / "new"), "float8", "bfloat16")
     (tmp_path / "thesis.tex").write_text("years of work")
     assert_mistake(call("export", finished[0], "--out", tmp_path), "not empty")
+    for more in ((), ("--compare",)):
+        told = call("export", finished[0], "--out", tmp_path / "thesis.tex" / "new", *more)
+        assert_mistake(told, "thesis.tex is a file; choose another folder")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    assert_mistake(call("export", finished[0], "--out", tmp_path / "disk"), "where a disk is mounted", "below it")
 
 
 IDLE = {

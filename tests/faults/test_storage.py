@@ -15,7 +15,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.export import export_merged
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
-from qlora_kit.storage import read_json, sha256_file, write_text
+from qlora_kit.storage import read_json, sha256_file, staged_folder, write_text
 from qlora_kit.train.checkpoint import (
     Progress,
     checkpoints,
@@ -204,3 +204,17 @@ def test_a_file_of_a_living_process_is_left_alone(tmp_path):
     write_text(tmp_path / "page", "text")
     assert mine.exists()
     assert not dead.exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_meant(tmp_path, is_there):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
+    if is_there:
+        target.mkdir()
+    link.symlink_to(target)
+    with staged_folder(link) as staged:
+        write_text(staged / "page", "text")
+    assert link.readlink() == target
+    assert (target / "page").read_text() == "text"
+    assert left_over(tmp_path) == []
