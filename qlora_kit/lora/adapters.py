@@ -272,7 +272,7 @@ def _sorted(
             contents.faults.append(f"{key} is in {value.dtype}, which is no dtype of weights")
         elif not torch.isfinite(value).all():
             contents.faults.append(f"{key} holds NaN or infinity")
-        elif module is not None and key.startswith(_PREFIX):
+        if module is not None and key.startswith(_PREFIX):
             contents.modules.setdefault(module, {})[short.removeprefix(f"{module}.")] = value
         elif rows != short and rows in tokens and rows in ends:
             contents.rows[rows] = (tokens[rows], value)
