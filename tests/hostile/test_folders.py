@@ -1,6 +1,7 @@
 """Folders of models and adapters from anywhere: nothing of them runs, asks, leads elsewhere or is made up."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -91,6 +92,17 @@ def test_a_false_header_is_told_by_file_and_tensor(adapter, base, change, said):
 def test_a_file_that_is_cut_is_told_by_name(adapter, base, length):
     (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:length])
     assert str(adapter / FILE) in refusal(base, adapter)
+
+
+@pytest.mark.parametrize("name", [CONFIG, FILE])
+def test_neither_file_of_an_adapter_is_taken_from_elsewhere(adapter, base, tmp_path, name):
+    """What it leads to would be published with what is made of the adapter."""
+    (adapter / name).rename(tmp_path / "secret")
+    (adapter / name).symlink_to("../secret")
+    assert f"{adapter / name} links to {tmp_path / 'secret'}, out of its folder: refused" in refusal(base, adapter)
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    assert f"{adapter / name} is not a file" in refusal(base, adapter)
 
 
 ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000)
