@@ -66,6 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: the file is missing, is no JSON, or holds something else than an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no plain file")  # a pipe would be waited for
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error

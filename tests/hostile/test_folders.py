@@ -261,3 +261,11 @@ def test_no_manifest_has_files_elsewhere_read(tmp_path, name):
     assert len(found.faults) == 1
     assert "refused" in found.faults[0]
     assert found.faults[0].isprintable()
+
+
+def test_a_pipe_in_place_of_a_manifest_is_a_fault_and_not_waited_for(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    manifest = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    os.mkfifo(manifest)
+    assert verify(tmp_path).faults == [f"{manifest} cannot be read as JSON: it is no plain file"]
