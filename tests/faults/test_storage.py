@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from qlora_kit import storage
 from qlora_kit.errors import RunError
-from qlora_kit.export import export_merged
+from qlora_kit.export import export_merged, stream
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
 from qlora_kit.storage import read_json, sha256_file, staged_folder, write_text
@@ -37,7 +37,8 @@ class Disk:
         self.done, self.at, self.act = 0, NEVER, None
         for home, name in OPERATIONS:
             monkeypatch.setattr(home, name, self._counted(getattr(home, name)))
-        monkeypatch.setattr(storage, "open", self._opened, raising=False)
+        for home in (storage, stream):
+            monkeypatch.setattr(home, "open", self._opened, raising=False)
 
     def _counted(self, operation):
         def counted(*args, **kwargs):
@@ -50,7 +51,7 @@ class Disk:
 
     def _opened(self, path, mode="r", **kwargs):
         file = open(path, mode, **kwargs)  # noqa: SIM115  # the caller closes it
-        if "w" in mode:
+        if "r" not in mode:
             file.write = self._counted(file.write)
         return file
 
