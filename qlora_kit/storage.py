@@ -66,6 +66,8 @@ def read_json(path: Path) -> dict[str, Any]:
         RunError: the file is missing, is no JSON, or holds something else than an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no plain file")  # a pipe would be waited for
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error
@@ -91,8 +93,10 @@ def check_folder(path: Path) -> None:
 def staged_folder(final: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `final` when the block ends without an error.
 
-    A folder that already stands there is replaced only then; after an error nothing of the new one is left.
+    A folder that already stands there is replaced only then; after an error nothing of the new one is left. Where
+    `final` is a link, it stays one, and the folder that it leads to is meant.
     """
+    final = Path(os.path.realpath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
     staged = _beside(final, "tmp")
     shutil.rmtree(staged, ignore_errors=True)  # this process may have been here before
@@ -187,6 +191,22 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def check_writable(place: Path, advice: str) -> None:
+    """See that a folder can be made or written to before anything is read.
+
+    Args:
+        place: the folder; it need not be there yet.
+        advice: what to do otherwise, for the message.
+
+    Raises:
+        RunError: it would lie below a file, or the disk or its owner allows no writing.
+    """
+    there = _nearest(place)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "does not let you" if there.is_dir() else "is a file"
+        raise RunError(f"{place} cannot be written: {there} {reason}; {advice}")
+
+
 def check_room(place: Path, needed_bytes: int, what: str) -> None:
     """See that a disk has room before anything is written to it.
 
@@ -198,13 +218,18 @@ def check_room(place: Path, needed_bytes: int, what: str) -> None:
     Raises:
         RunError: fewer are free.
     """
-    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    there = _nearest(place)
     free_bytes = shutil.disk_usage(there).free
     if free_bytes < needed_bytes:
         raise RunError(
             f"{what} needs {format_bytes(needed_bytes)} on the disk of {there}, which has {format_bytes(free_bytes)} "
             "free; nothing is written"
         )
+
+
+def _nearest(place: Path) -> Path:
+    """`place`, or what is there of the way to it."""
+    return next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
 
 
 def private_folder(name: str) -> Path:

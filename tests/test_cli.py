@@ -710,6 +710,20 @@ def test_a_signal_before_training_ends_at_once_and_changes_nothing(recipe, monke
     assert not (recipe.parent / "run").exists()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_second_signal_in_training_quits_at_once(number, code):
+    child = os.fork()
+    if child == 0:
+        screen = Screen()
+        screen.loaded_whole(1)
+        with screen.catching_signals():
+            signal.raise_signal(number)
+            if screen.stop_requested():
+                signal.raise_signal(number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
 def test_a_tracker_that_is_not_installed_is_refused_and_not_left_out(recipe, monkeypatch):
     monkeypatch.setattr("qlora_kit.train.trackers.get_available_trackers", list)
     assert_mistake(call("train", recipe, "train.trackers=[wandb]"), "wandb", "pip install wandb")
@@ -807,6 +821,12 @@ def test_what_an_export_cannot_do_is_said_before_a_base_is_loaded(finished, tmp_
     assert_mistake(call("export", finished[0], "--dtype", "float8", "--out", tmp_path / "new"), "float8", "bfloat16")
     (tmp_path / "thesis.tex").write_text("years of work")
     assert_mistake(call("export", finished[0], "--out", tmp_path), "not empty")
+    for more in ((), ("--compare",)):
+        told = call("export", finished[0], "--out", tmp_path / "thesis.tex" / "new", *more)
+        assert_mistake(told, "thesis.tex is a file; choose another folder")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "disk")
+    assert_mistake(call("export", finished[0], "--out", tmp_path / "disk"), "where a disk is mounted", "below it")
 
 
 IDLE = {
@@ -1038,4 +1058,6 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(recipe, number, cod
     assert process.returncode == code, output
     assert "--resume" in output
     assert "Traceback" not in output
-    assert list((recipe.parent / "run" / "checkpoints").glob("step-*/manifest.json"))
+    step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    newest = max(path.parent.name for path in (recipe.parent / "run" / "checkpoints").glob("step-*/manifest.json"))
+    assert newest == f"step-{step:06d}", "not a step is lost"

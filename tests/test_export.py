@@ -37,7 +37,15 @@ from qlora_kit.errors import AdapterError, DataError, ModelError, RunError
 from qlora_kit.export import audit, compare, export_adapter, export_merged, merge, merged_tensors
 from qlora_kit.export.folder import model_card
 from qlora_kit.export.stream import SLICE_ELEMENTS, row_slices, streamed, write_safetensors, write_weights
-from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
+from qlora_kit.lora import (
+    adapter_parameters,
+    adapters_off,
+    add_lora,
+    combine_adapters,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+)
 from qlora_kit.lora.inject import wrap
 from qlora_kit.lora.layer import Adapter, LoraLinear
 from qlora_kit.memory import Ledger
@@ -199,6 +207,18 @@ def test_a_merged_dora_gives_the_logits_of_the_adapter_model(tmp_path, family):
     for name, parameter in adapter_parameters(model):
         if name.endswith("magnitude_O"):
             parameter.data *= torch.linspace(0.8, 1.2, len(parameter))
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    export = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert relative(logits(export), logits(model)) < 1e-5
+
+
+def test_adapters_that_were_combined_are_merged_together(tmp_path):
+    model = trained_model(targets=["q_proj", "up_proj"])
+    add_lora(model, rank=2, alpha=8, targets=["q_proj", "down_proj"], name="second")
+    fill_adapters(model)
+    alone = logits(model)
+    combine_adapters(model, {"default": 0.5, "second": -2.0}, "both")
+    assert relative(alone, logits(model)) > 1e-2
     export_merged(model, None, tmp_path / "out", dtype="float32")
     export = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert relative(logits(export), logits(model)) < 1e-5

@@ -265,6 +265,17 @@ def test_llama3s_factors_are_those_that_transformers_divides_by():
     torch.testing.assert_close(factors, plain / scaled, rtol=1e-5, atol=0)
 
 
+def test_llama3s_factors_are_in_the_file(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    model = trained(small("llama", rope_parameters=rope))
+    export_gguf(model, byte_level(), tmp_path / "out", dtype="q8_0")
+    (found,) = (t for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors if t.name == "rope_freqs.weight")
+    (wanted,) = rope_tensors(model.config, 16).values()
+    assert wanted.max() > wanted.min()
+    assert torch.equal(torch.from_numpy(found.data.copy()), wanted.float())
+
+
 def test_runtimes_without_a_window_are_told_of_no_more_tokens_than_it_holds():
     windows = {"mistral": 24, "qwen2": 64, "gemma2": 64}
     for family, wanted in windows.items():

@@ -102,7 +102,7 @@ def test_tokens_types_and_merges_are_those_of_the_tokenizer_and_spare_rows_are_u
     kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
     assert (kinds["the"], kinds["<s>"], kinds["<call>"], kinds["[PAD299]"]) == (1, 3, 4, 5)
     assert "t h" in found["merges"]
-    assert found["bos_token_id"], found["eos_token_id"] == tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    assert [found["bos_token_id"], found["eos_token_id"]] == tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
     assert not found["add_bos_token"]
 
 

@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ModelError: if the index is malformed, or a file is missing or lies outside the folder.
     """
-    return [_inside(folder, name) for name in _shards(folder)]
+    return [file_inside(folder, name) for name in _shards(folder)]
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -142,7 +142,7 @@ def tensor_names(folder: Path) -> set[str]:
         ModelError: as `weight_files` and `read_header`.
     """
     shards = _shards(folder)
-    return {name for file, promised in shards.items() for name in promised or read_header(_inside(folder, file))}
+    return {name for file, promised in shards.items() for name in promised or read_header(file_inside(folder, file))}
 
 
 def check_weights_are_dense(folder: Path) -> None:
@@ -227,7 +227,7 @@ def text_faults(folder: Path) -> Iterator[str]:
     paths = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
     for name in sorted(path.relative_to(folder).as_posix() for path in paths if is_text(path.name)):
         try:
-            path = _inside(folder, name)
+            path = file_inside(folder, name)
             if name == _CONFIG and not isinstance(_read_json(path).get("model_type"), str):
                 raise ModelError(f"{path} has no model_type, so nobody can tell which architecture it describes")
         except ModelError as fault:
@@ -244,7 +244,7 @@ def _weight_faults(folder: Path) -> Iterator[str]:
     for name, promised in shards.items():
         origin = f" ({_INDEX} gives it for {promised[0]!r})" if promised else ""
         try:
-            path = _inside(folder, name)
+            path = file_inside(folder, name)
         except ModelError as fault:
             yield f"{fault}{origin}"
             continue
@@ -264,7 +264,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
         return {WEIGHTS: []}
     if not os.path.lexists(folder / _INDEX):
         return {}
-    index = _inside(folder, _INDEX)
+    index = file_inside(folder, _INDEX)
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelError(f"{index} is malformed: it needs a weight_map from the names of tensors to names of files")
@@ -279,8 +279,8 @@ def is_text(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in TEXTS)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of a model folder.
+def file_inside(folder: Path, name: str) -> Path:
+    """The file `name` of a folder of a model or an adapter.
 
     Raises:
         ModelError: if it is absolute, climbs or links out of the folder, holds characters that cannot be shown, does

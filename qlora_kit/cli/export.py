@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_kit.cli.options import AsJson, RunFolder, TrustRemoteCode
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RunError
 from qlora_kit.units import format_bytes
 
@@ -80,7 +81,7 @@ def comparison_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [head, *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     lines = ["  ".join(each.ljust(width) for each, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    lines += [f"{row['name']}: {row['refused']}" for row in rows if "refused" in row]
+    lines += [f"{row['name']}: {visible(row['refused'])}" for row in rows if "refused" in row]
     return "\n".join([*lines, f"KL in nats a {unit}, of the model as trained to the export, on the held-out rows"])
 
 

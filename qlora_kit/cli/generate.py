@@ -90,7 +90,7 @@ def generate(
     if as_json:
         typer.echo(json.dumps({"schema": SCHEMA, "answers": answers}, indent=2))
     elif out is not None:
-        typer.echo(f"{len(answers):,} answers in {out}")
+        typer.echo(f"{len(answers):,} answers in {visible(str(out))}")
     else:
         said = lines if prompts is not None else answers[0]["answer"] + "\n"
         typer.echo(visible(said, keep="\n\t") if sys.stdout.isatty() else said, nl=False)

@@ -17,6 +17,7 @@ DEBUG = {"on": False}
 """Whether errors show their traceback."""
 _DISK_FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.EBUSY, errno.EEXIST,
 )  # fmt: skip
 
 

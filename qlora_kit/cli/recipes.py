@@ -8,6 +8,7 @@ import typer
 
 from qlora_kit import recipe
 from qlora_kit.cli.guard import reports_errors
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RecipeError
 
 recipes_app = typer.Typer(
@@ -44,7 +45,7 @@ def copy(name: str, to: Annotated[Path | None, typer.Argument(help="File to writ
         shutil.copyfile(source, target)
     except OSError as error:
         raise RecipeError(f"{target} cannot be written: {error.strerror}; name another file") from error
-    typer.echo(f"{target} written; run it with: qlora-kit train {target}")
+    typer.echo(visible(f"{target} written; run it with: qlora-kit train {target}"))
 
 
 @recipes_app.command()

@@ -273,7 +273,7 @@ def score_lines(score: "Score") -> str:
 
 def audit_lines(exported: Mapping[str, Any], out: Path) -> str:
     """What an export holds and how it compares with the model as trained."""
-    lines = [f"{len(exported['files'])} files in {out}"]
+    lines = [f"{len(exported['files'])} files in {visible(str(out))}"]
     for name, numbers in exported.get("comparisons", {}).items():
         same = "label" if "texts" in numbers else "top token"
         lines.append(

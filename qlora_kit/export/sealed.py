@@ -3,6 +3,7 @@
 `export.json` holds the kind, the comparisons, and a checksum of every other file.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX
 from qlora_kit.lora.layer import Adapter
-from qlora_kit.storage import check_room, checksums, clear_abandoned, read_json, write_json, write_text
+from qlora_kit.storage import check_room, check_writable, checksums, clear_abandoned, read_json, write_json, write_text
 from qlora_kit.units import MIB
 
 ONTO = ("dequantized", "original")
@@ -66,11 +67,14 @@ def check_place(out: Path | None, onto: str) -> None:
 
 
 def check_vacant(out: Path) -> None:
-    """Refuse a file, and a folder that holds something (RunError)."""
+    """Refuse a file, a folder that holds something, and one that no other can take the place of (RunError)."""
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file, wanted a folder to make; choose another output")
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty, and an export overwrites nothing; choose another folder, or empty it")
+    if os.path.ismount(out):
+        raise RunError(f"{out} is where a disk is mounted, and an export is one folder; choose a folder below it")
+    check_writable(out, "choose another folder")
 
 
 def check_disk(out: Path, needed_bytes: int) -> None:

@@ -5,6 +5,7 @@ file, which PEFT ignores.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import decode, device_of
 from qlora_kit.base.experts import expert_stacks, stack_experts
-from qlora_kit.base.files import read_header
+from qlora_kit.base.files import file_inside, read_header
 from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.base.vocabulary import row_width
 from qlora_kit.errors import AdapterError, ModelError, listed
@@ -119,11 +120,13 @@ def load_adapter(
         What it covers, and a note of the fields that were read over.
 
     Raises:
-        AdapterError: one message with every fault: damaged files, fields that would change the mathematics and are not
-            known here, layers missing or too many, wrong shapes, numbers that are not finite, another base.
+        AdapterError: one message with every fault: damaged files, links out of the folder, fields that would change the
+            mathematics and are not known here, layers missing or too many, wrong shapes, numbers that are not finite,
+            another base.
     """
     folder = Path(folder)
     check_new_name(model, name)
+    _check_files(folder)
     config = read_config(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     record = base_record(model)
@@ -228,6 +231,16 @@ def _from_file(tensor: Tensor, leaf: str, shape: Sequence[int]) -> Tensor:
     return tensor.view(out, rank, experts).permute(2, 0, 1)
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse a link that leads out of the folder, and a pipe, which would be waited for."""
+    for name in (CONFIG, WEIGHTS):
+        if os.path.lexists(folder / name):  # those that are missing are told of where they are read
+            try:
+                file_inside(folder, name)
+            except ModelError as error:
+                raise AdapterError(str(error)) from error
+
+
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise AdapterError(f"{path} is missing; pickled adapters (.bin) are not read: save it as safetensors")
@@ -272,7 +285,7 @@ def _sorted(
             contents.faults.append(f"{key} is in {value.dtype}, which is no dtype of weights")
         elif not torch.isfinite(value).all():
             contents.faults.append(f"{key} holds NaN or infinity")
-        elif module is not None and key.startswith(_PREFIX):
+        if module is not None and key.startswith(_PREFIX):
             contents.modules.setdefault(module, {})[short.removeprefix(f"{module}.")] = value
         elif rows != short and rows in tokens and rows in ends:
             contents.rows[rows] = (tokens[rows], value)

@@ -3,7 +3,6 @@
 import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import time
@@ -25,7 +24,7 @@ from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
-from qlora_kit.storage import clear_abandoned, read_json, remove_folder, write_json, write_text
+from qlora_kit.storage import check_writable, clear_abandoned, read_json, remove_folder, write_json, write_text
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.optim import effective_kind
 from qlora_kit.train.pace import Rate
@@ -73,9 +72,7 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
         raise RunError(f"{folder} holds a run already; go on with --resume, replace it with --overwrite, or set output")
     if _things_in(folder) and not all((folder / name).is_file() for name in (RECIPE, PLAN)):
         raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"{folder} cannot be written: {there} does not let you; set output to another folder")
+    check_writable(folder, "set output to another folder")
     changes = _changes(read_recipe(folder / RECIPE), recipe) if resume and not force else []
     if changes:
         raise RunError(

@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from qlora_kit import storage
 from qlora_kit.errors import RunError
-from qlora_kit.export import export_merged
+from qlora_kit.export import export_merged, stream
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
-from qlora_kit.storage import read_json, sha256_file, write_text
+from qlora_kit.storage import read_json, sha256_file, staged_folder, write_text
 from qlora_kit.train.checkpoint import (
     Progress,
     checkpoints,
@@ -37,7 +37,8 @@ class Disk:
         self.done, self.at, self.act = 0, NEVER, None
         for home, name in OPERATIONS:
             monkeypatch.setattr(home, name, self._counted(getattr(home, name)))
-        monkeypatch.setattr(storage, "open", self._opened, raising=False)
+        for home in (storage, stream):
+            monkeypatch.setattr(home, "open", self._opened, raising=False)
 
     def _counted(self, operation):
         def counted(*args, **kwargs):
@@ -50,7 +51,7 @@ class Disk:
 
     def _opened(self, path, mode="r", **kwargs):
         file = open(path, mode, **kwargs)  # noqa: SIM115  # the caller closes it
-        if "w" in mode:
+        if "r" not in mode:
             file.write = self._counted(file.write)
         return file
 
@@ -204,3 +205,17 @@ def test_a_file_of_a_living_process_is_left_alone(tmp_path):
     write_text(tmp_path / "page", "text")
     assert mine.exists()
     assert not dead.exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_meant(tmp_path, is_there):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "link"
+    if is_there:
+        target.mkdir()
+    link.symlink_to(target)
+    with staged_folder(link) as staged:
+        write_text(staged / "page", "text")
+    assert link.readlink() == target
+    assert (target / "page").read_text() == "text"
+    assert left_over(tmp_path) == []

@@ -1,6 +1,7 @@
 """Folders of models and adapters from anywhere: nothing of them runs, asks, leads elsewhere or is made up."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -91,6 +92,17 @@ def test_a_false_header_is_told_by_file_and_tensor(adapter, base, change, said):
 def test_a_file_that_is_cut_is_told_by_name(adapter, base, length):
     (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:length])
     assert str(adapter / FILE) in refusal(base, adapter)
+
+
+@pytest.mark.parametrize("name", [CONFIG, FILE])
+def test_neither_file_of_an_adapter_is_taken_from_elsewhere(adapter, base, tmp_path, name):
+    """What it leads to would be published with what is made of the adapter."""
+    (adapter / name).rename(tmp_path / "secret")
+    (adapter / name).symlink_to("../secret")
+    assert f"{adapter / name} links to {tmp_path / 'secret'}, out of its folder: refused" in refusal(base, adapter)
+    (adapter / name).unlink()
+    os.mkfifo(adapter / name)
+    assert f"{adapter / name} is not a file" in refusal(base, adapter)
 
 
 ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000)
@@ -249,3 +261,11 @@ def test_no_manifest_has_files_elsewhere_read(tmp_path, name):
     assert len(found.faults) == 1
     assert "refused" in found.faults[0]
     assert found.faults[0].isprintable()
+
+
+def test_a_pipe_in_place_of_a_manifest_is_a_fault_and_not_waited_for(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    manifest = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    os.mkfifo(manifest)
+    assert verify(tmp_path).faults == [f"{manifest} cannot be read as JSON: it is no plain file"]

@@ -1,6 +1,7 @@
 """Text from elsewhere where it is shown: nothing in it acts on a terminal, on a page or in a card."""
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ from test_report import Page, full_documents, write_run
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
-from qlora_kit.cli.show import Screen
+from qlora_kit.cli.export import comparison_lines
+from qlora_kit.cli.show import Screen, audit_lines
 from qlora_kit.export.folder import model_card
 
 ACTS = "\x1b[2J\x1b]0;title\x07\u202efdp.exe\u2066\r"
@@ -75,4 +77,11 @@ def test_where_a_run_lies_is_told_without_acting(tmp_path, capsys):
         Screen().ended(SimpleNamespace(folder=folder, finished=finished, step=3, seconds=1.0))
         told = capsys.readouterr().out
         assert "[red]" in told
+        assert all(character.isprintable() for character in told.replace("\n", ""))
+
+
+def test_what_an_export_tells_acts_on_no_terminal():
+    refused = {"name": "merged", "refused": f"{ACTS} cannot be"}
+    for told in (audit_lines({"files": {}}, Path(ACTS)), comparison_lines([refused])):
+        assert "2J" in told
         assert all(character.isprintable() for character in told.replace("\n", ""))
