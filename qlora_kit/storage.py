@@ -1,6 +1,7 @@
 """Files that are complete or absent: everything is staged under another name, flushed, and renamed into place."""
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -90,11 +91,18 @@ def check_folder(path: Path) -> None:
 
 
 @contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
+def staged_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
     """A folder to write into, which takes the name `final` when the block ends without an error.
 
     A folder that already stands there is replaced only then; after an error nothing of the new one is left. Where
     `final` is a link, it stays one, and the folder that it leads to is meant.
+
+    Args:
+        final: its place.
+        replaces: whether a folder that is not empty may be replaced.
+
+    Raises:
+        RunError: one stands there by then and may not be.
     """
     final = Path(os.path.realpath(final))
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +115,10 @@ def staged_folder(final: Path) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         _sync_folder(staged)
-        _take_place(staged, final)
+        if replaces:
+            _take_place(staged, final)
+        else:
+            _take_free_place(staged, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -144,6 +155,17 @@ def _take_place(staged: Path, final: Path) -> None:
             os.rename(doomed, final)
             raise
         shutil.rmtree(doomed, ignore_errors=True)
+    _sync_folder(final.parent)
+
+
+def _take_free_place(staged: Path, final: Path) -> None:
+    """Give a complete folder its name, unless something came to stand there meanwhile."""
+    try:
+        os.rename(staged, final)  # which takes the place of an empty folder, and of no other
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise RunError(f"{final} was written by another program meanwhile; give another folder") from error
     _sync_folder(final.parent)
 
 

@@ -1044,7 +1044,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_step_is_taken(brok
 
     job.watch = poison
     with pytest.raises(
-        TrainingError, match=rf"{broken} is not finite at step 3 on the rows .*; that step left no checkpoint"
+        TrainingError,
+        match=rf"{broken} is not finite at step 3 on the rows .*; that step left no checkpoint; step-000002 is kept",
     ):
         run(job)
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])

@@ -46,7 +46,7 @@ def export_adapter(
     check_vacant(out)
     check_disk(out, sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters()))
     facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)
-    with staged_folder(out) as staged:
+    with staged_folder(out, replaces=False) as staged:
         save_adapter(model, staged, name=name, provenance={**against, **facts})
         _stabilise(staged / WEIGHTS)
         config = read_json(staged / CONFIG) | {"base_model_name_or_path": facts["base"]}

@@ -154,7 +154,7 @@ def export_merged(
     made = made_of(model, dtype, onto, is_whole=is_whole)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
     tensors = _checked_tensors(model, out, torch_dtype(dtype), original)
-    with staged_folder(out) as staged:
+    with staged_folder(out, replaces=False) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
         found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches)
         check_audit("merged", found, onto, max_kl, force=force)

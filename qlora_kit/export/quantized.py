@@ -107,7 +107,7 @@ def export_quantized(
     pieces = calibration_pieces(calibration)
     packed_bytes = sum(_bytes(tensor, names, how) for tensor in tensors)
     check_disk(out, packed_bytes + min(packed_bytes, shard_bytes) + _waiting_bytes(model, tensors, names, pieces))
-    with staged_folder(out) as staged:
+    with staged_folder(out, replaces=False) as staged:
         shelf = Shelf(staged)
         choose = _chooser(model, partial(_weight, model, exact, names, shelf), names, how, pieces, shelf)
         with empty_workspaces(model):

@@ -68,9 +68,13 @@ def _manifests(folder: Path) -> Iterator[tuple[Path, Path]]:
     if (folder / RECIPE).is_file():
         for checkpoint in checkpoints(folder / CHECKPOINTS):
             yield checkpoint, checkpoint / MANIFEST
+        trained = [name for name in (ADAPTER, MODEL) if (folder / name).is_dir()]
         if (folder / RESULT).is_file():
-            trained = read_json(folder / RESULT).get("folder")
-            yield folder / (trained if trained in (ADAPTER, MODEL) else ADAPTER), folder / RESULT
+            trained = [name for name in (ADAPTER, MODEL) if name == read_json(folder / RESULT).get("folder")] or [
+                ADAPTER
+            ]
+        for name in trained:  # without a result.json that is told as a fault
+            yield folder / name, folder / RESULT
 
 
 class _Stopping(Watch):

@@ -34,7 +34,7 @@ from qlora_kit.data import (
 from qlora_kit.errors import DeviceError, TrainingError, listed
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
-from qlora_kit.train.checkpoint import Progress, rehearse_checkpoint, save_checkpoint
+from qlora_kit.train.checkpoint import Progress, checkpoints, rehearse_checkpoint, save_checkpoint
 from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
 from qlora_kit.train.forward import no_phase
 from qlora_kit.train.metrics import MetricsLog
@@ -318,8 +318,10 @@ def _record(job: Job, metrics: MetricsLog, row: dict[str, Any]) -> None:
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
         rows = f" on the rows {listed(row['rows'])}" if "rows" in row else ""
+        kept = checkpoints(job.folder / "checkpoints")
+        way_on = f"; {kept[-1].name} is kept: go on with --resume, and --force for another rate" if kept else ""
         raise TrainingError(
-            f"{broken[0]} is not finite at step {row['step']}{rows}; that step left no checkpoint; "
+            f"{broken[0]} is not finite at step {row['step']}{rows}; that step left no checkpoint{way_on}; "
             "lower train.lr, or use base.compute_dtype=bfloat16 or float32 where it was float16"
         )
 

@@ -219,3 +219,16 @@ def test_a_link_stays_one_and_the_folder_that_it_leads_to_is_meant(tmp_path, is_
     assert link.readlink() == target
     assert (target / "page").read_text() == "text"
     assert left_over(tmp_path) == []
+
+
+def test_of_two_exports_into_one_new_folder_the_later_is_refused_and_the_first_stands(tmp_path):
+    def write():
+        with staged_folder(tmp_path / "out", replaces=False) as staged:
+            (staged / "of").write_text("the later")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "of").write_text("the first")
+
+    with pytest.raises(RunError, match="out was written by another program meanwhile"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "of").read_text() == "the first"

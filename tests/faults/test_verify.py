@@ -1,6 +1,7 @@
 """`verify` finds every byte that changed, and proves on a person's own recipe that resuming is exact."""
 
 import json
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -72,6 +73,12 @@ def test_a_changed_byte_in_any_file_of_an_export_is_found(run, kind, tmp_path):
             (fault,) = verify(tmp_path / "out").faults
             assert file.name in fault
         file.write_bytes(before)
+
+
+def test_an_adapter_whose_checksums_are_gone_is_told(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "result.json").unlink()
+    assert verify(copy).faults == [f"{copy / 'result.json'} is missing"]
 
 
 def test_a_folder_without_checksums_is_one_line(tmp_path):

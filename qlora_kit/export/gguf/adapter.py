@@ -67,7 +67,7 @@ def export_gguf_adapter(
     }
     stored = [_stored(tensor) for tensor in tensors]
     check_disk(out, sum(tensor.stored_bytes for tensor in stored))
-    with staged_folder(out) as staged:
+    with staged_folder(out, replaces=False) as staged:
         sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, stored)}
         sections: dict[str, Mapping[str, object]] = {
             "Provenance": facts,

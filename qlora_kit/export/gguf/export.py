@@ -99,7 +99,7 @@ def export_gguf(
     audited_in = torch.float32 if dtype == "f32" else base_record(model).dtype
     copy_bytes = 0 if audit_batches is None else sum(t.stored_bytes for t in merged) // 4 * audited_in.itemsize
     check_disk(out, sum(tensor.stored_bytes for tensor in tensors) + copy_bytes)
-    with staged_folder(out) as staged:
+    with staged_folder(out, replaces=False) as staged:
         with empty_workspaces(model):
             sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, tensors)}
         write_text(staged / MODELFILE, modelfile(WEIGHTS, tokenizer, end_tokens(model, tokenizer)))
