@@ -118,7 +118,7 @@ def gather(
     def read() -> _Material:
         return _read(recipe, watch, weights, today, trust_remote_code)
 
-    material = read() if common is None else common.take("rows", _decides_rows(recipe), read)
+    material = read() if common is None else common.take("rows", (*_decides_rows(recipe), today), read)
     config, tokenizer, train_rows, eval_rows, date = material
     check_full_finetune(recipe, config, watch)
     pace, packed = pace_of(recipe, train_rows, config)
