@@ -9,6 +9,7 @@ import math
 import os
 from types import SimpleNamespace
 
+import gguf
 import hypothesis
 import pytest
 import tiny
@@ -22,6 +23,7 @@ from qlora_kit.base.load import read_config as read_model_config
 from qlora_kit.data import Encoded, EncodedSet, cache, load_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.errors import QloraKitError
+from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.trained_against import read_classes, read_trained_against
 from qlora_kit.lora import add_lora, delete_adapter, load_adapter, lora_layers, save_adapter
 from qlora_kit.report import compare_runs, comparison_text, read_run, render, report_facts
@@ -380,3 +382,25 @@ def test_the_rows_of_a_damaged_cache_are_those_that_it_was_made_of(entry, data):
     content = data.draw(damaged(entry.files[name]))
     (entry.path / name).write_bytes(content)
     assert rows_of(cache.cached("key", entry.make)) == entry.rows
+
+
+KEYS = st.dictionaries(
+    st.sampled_from(("general.name", "tokenizer.chat_template", "tokenizer.ggml.tokens", "llama.context_length")),
+    st.text(max_size=20) | NASTY | NUMBERS.filter(lambda n: isinstance(n, int)) | st.lists(st.text(), min_size=1),
+)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, suppress_health_check=[*hypothesis.HealthCheck])
+@hypothesis.given(KEYS)
+def test_what_a_gguf_says_is_what_its_reader_finds_or_is_refused_in_a_line(tmp_path, keys):
+    path = tmp_path / "model.gguf"
+    path.unlink(missing_ok=True)
+    odd = [value for value in keys.values() if value == "\ud800" or (type(value) is int and not 0 <= value < 2**32)]
+    if odd:
+        with pytest.raises(QloraKitError, match=r"\Ano GGUF file can hold [^\n]+\Z"):
+            write_gguf(path, "llama", keys, [])
+        return
+    write_gguf(path, "llama", keys, [])
+    found = gguf.GGUFReader(path).fields
+    told = {key: value for key, value in keys.items() if value != ""}  # the library leaves an empty text out
+    assert {key: found[key].contents() for key in told} == told

@@ -9,6 +9,7 @@ Source: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import gguf
 import numpy as np
 from torch import Tensor
 
+from qlora_kit.errors import RunError
 from qlora_kit.export.gguf.families import Value
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -45,6 +47,9 @@ def write_gguf(path: Path, architecture: str, keys: Mapping[str, Value], tensors
 
     Returns:
         sha256 of the file, in hexadecimal.
+
+    Raises:
+        RunError: a key has a value that such files cannot hold, such as half a character.
     """
     _write_header(path, architecture, keys, tensors)
     digest = hashlib.sha256(path.read_bytes())
@@ -65,7 +70,12 @@ def _write_header(path: Path, architecture: str, keys: Mapping[str, Value], tens
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.stored_bytes, raw_dtype=tensor.kind
         )
     writer.write_header_to_file()
-    writer.write_kv_data_to_file()
+    try:
+        writer.write_kv_data_to_file()
+    except (struct.error, UnicodeEncodeError) as error:
+        raise RunError(
+            f"no GGUF file can hold what the tokenizer or the config says: {error}; mend it there"
+        ) from error
     writer.write_ti_data_to_file()
     writer.close()
 
