@@ -3,7 +3,8 @@
     python benchmarks/regret/embedding.py       write benchmarks/regret/embedding.jsonl
 
 In a small model the embedding, which is the head as well, is a tenth of all parameters, and text of another kind has
-other tokens. LoRA Without Regret has an adapter on the unembedding, too. Where it is trained here, head and embedding part.
+other tokens. LoRA Without Regret has an adapter on the unembedding, too. Where it is trained here, head and embedding
+part.
 """
 
 import torch
