@@ -9,10 +9,13 @@ import pytest
 import safetensors.torch
 import tiny
 from safetensors import safe_open
+from test_gguf import byte_level
 
 from qlora_kit import storage
+from qlora_kit.base.formats import Quantization
 from qlora_kit.errors import RunError
-from qlora_kit.export import export_merged, stream
+from qlora_kit.export import export_merged, export_quantized, shelf, stream
+from qlora_kit.export.gguf import export_gguf, writer
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
 from qlora_kit.storage import read_json, sha256_file, staged_folder, write_text
@@ -37,7 +40,7 @@ class Disk:
         self.done, self.at, self.act = 0, NEVER, None
         for home, name in OPERATIONS:
             monkeypatch.setattr(home, name, self._counted(getattr(home, name)))
-        for home in (storage, stream):
+        for home in (storage, stream, writer, shelf):
             monkeypatch.setattr(home, "open", self._opened, raising=False)
 
     def _counted(self, operation):
@@ -109,6 +112,8 @@ class AdapterFolder:
 
 
 class Export:
+    files = 5
+
     def __init__(self, model):
         self.model = model
 
@@ -118,9 +123,28 @@ class Export:
     def check(self, folder):
         for export in folder.glob("export-*"):
             files = read_json(export / MANIFEST)["files"]
-            assert len(files) > 5
+            assert len(files) >= self.files
             assert all(sha256_file(export / name) == checksum for name, checksum in files.items())
         return len(list(folder.glob("export-*")))
+
+
+class Quantized(Export):
+    files = 3
+
+    def save(self, folder, number):
+        export_quantized(self.model, None, folder / f"export-{number}", quantization=Quantization("nf4"))
+
+
+class Gguf(Export):
+    files = 2
+
+    def __init__(self, model):
+        self.tokenizer = byte_level()
+        self.model = tiny.quantized(tiny.llama(vocab_size=len(self.tokenizer)))
+        add_lora(self.model, rank=2, alpha=4)
+
+    def save(self, folder, number):
+        export_gguf(self.model, self.tokenizer, folder / f"export-{number}", dtype="f16")
 
 
 class Page:
@@ -136,7 +160,8 @@ class Page:
         return int(text[-1])
 
 
-EACH = pytest.mark.parametrize("kind", [Checkpoint, AdapterFolder, Page, pytest.param(Export, marks=pytest.mark.slow)])
+EXPORTS = [pytest.param(kind, marks=pytest.mark.slow) for kind in (Export, Quantized, Gguf)]
+EACH = pytest.mark.parametrize("kind", [Checkpoint, AdapterFolder, Page, *EXPORTS])
 
 
 @EACH
