@@ -555,7 +555,15 @@ def test_a_chat_without_any_input_is_over(monkeypatch):
     assert chat._read() is None
 
 
-def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal's programs have it: where tests run in the background of a shell, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch, interruptible):
     """A signal after the first piece: what is said is shorter, and the next line is read."""
     whole, _ = talk(chat_run, lines=["/base", "hi", "/quit"])
     show, pieces = chat._show, []
