@@ -209,8 +209,20 @@ def test_a_sweep_that_stands_is_lost_only_when_that_is_asked_for(recipe, pretend
     before = (grid.folder / "sweep.json").read_text()
     with pytest.raises(RunError, match="holds a sweep already; go on with --resume"):
         sweep(grid)
-    with pytest.raises(RunError, match=r"a sweep over other values \(train.seed=0,1\)"):
+    with pytest.raises(RunError, match=r"another sweep: train.seed was \['0', '1'\], is \['0', '2'\]\. Resume"):
         sweep(read_grid(recipe, ["train.seed=0,2"]), resume=True)
+    with pytest.raises(RunError, match=r"another sweep: lora.alpha was 32, is 8; train.steps was 2, is 3\. Resume"):
+        sweep(read_grid(recipe, ["train.seed=0,1", "lora.alpha=8", "train.steps=3"]), resume=True)
+    for spoiled in (
+        "[]",
+        "{",
+        before.replace('"runs"', '"rums"'),
+        before.replace('"seconds": 1.0', '"seconds": "long"'),
+    ):
+        (grid.folder / "sweep.json").write_text(spoiled)
+        with pytest.raises(RunError, match=r"sweep\.json"):
+            sweep(grid, resume=True)
+    (grid.folder / "sweep.json").write_text(before)
     assert (grid.folder / "sweep.json").read_text() == before
     other = read_grid(recipe, ["train.seed=0,2"])
     sweep(other, overwrite=True)
@@ -248,7 +260,7 @@ def test_a_best_at_the_end_of_the_grid_is_told(recipe, pretended):
 @pytest.mark.parametrize("name", ["../runs", "a/b", ""])
 def test_a_sweep_file_reaches_nothing_outside_of_its_folder(tmp_path, name):
     run = {"name": name, "settings": {"train.lr": "1"}, "failed": None, "seconds": 1}
-    content = {"schema": 1, "recipe": "x", "axes": {"train.lr": ["1", "2"]}, "runs": [run]}
+    content = {"schema": 1, "recipe": "x", "axes": {"train.lr": ["1", "2"]}, "fixed": {}, "runs": [run]}
     (tmp_path / "sweep.json").write_text(json.dumps(content))
     with pytest.raises(RunError, match="is none of this sweep's"):
         read_sweep(tmp_path)

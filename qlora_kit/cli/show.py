@@ -139,25 +139,26 @@ class Screen(Watch):
         )
         for note in report.notes:
             self.note(note)
-        self._begin_bar()
+        self._begin_bar("train", self._steps)
 
     def loaded_whole(self, parameters: int) -> None:
         """That there is no adapter, and the start of the bar."""
         self._is_training = self._trains_all = True
         self.console.print(f"[bold]full[/]   all of {format_count(parameters)} parameters train; no adapter")
-        self._begin_bar()
+        self._begin_bar("train", self._steps)
 
-    def _begin_bar(self) -> None:
+    def _begin_bar(self, name: str, total: int) -> None:
+        """Where there is a terminal: of as many steps, or runs."""
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("[bold]train[/] "),
+                TextColumn(f"[bold]{name}[/] "),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(compact=True),
                 console=self.console,
             )
-            self._task = self._progress.add_task("train", total=self._steps, status="")
+            self._task = self._progress.add_task(name, total=total, status="")
             self._progress.start()
 
     def row(self, row: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_kit.cli.show import Screen
 from qlora_kit.cli.visible import visible
@@ -55,17 +54,8 @@ class SweepScreen(Screen):
     def run_begins(self, name: str, number: int, runs: int) -> None:
         """The bar, one step a run."""
         self._name, self._number, self._loss = name, number, None
-        if self.console.is_terminal and self._progress is None:
-            self._progress = Progress(
-                TextColumn("[bold]sweep[/] "),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(compact=True),
-                console=self.console,
-            )
-            self._task = self._progress.add_task("sweep", status="")
-            self._progress.start()
+        if self._progress is None:
+            self._begin_bar("sweep", runs)
         if self._progress is not None:
             self._progress.update(self._task, completed=number - 1, total=runs, status=escape(visible(name)))
 

@@ -16,7 +16,7 @@ from qlora_kit.report.html import render, write_report
 from qlora_kit.report.judge import LossWatch, judge_curve
 from qlora_kit.report.lines import Series, line_chart
 from qlora_kit.report.rates import rates_text
-from qlora_kit.report.sweep import SWEEP, read_sweep, sweep_facts, sweep_text, write_sweep
+from qlora_kit.report.sweep import SWEEP, read_outcomes, read_sweep, sweep_facts, sweep_text, write_sweep
 from qlora_kit.report.text import (
     memory_check_table,
     memory_check_text,
@@ -45,6 +45,7 @@ __all__ = [
     "phase_bars",
     "plan_text",
     "rates_text",
+    "read_outcomes",
     "read_run",
     "read_sweep",
     "render",

@@ -230,7 +230,7 @@ def _best_of(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Markup]:
     for meaning, value, cell in (
         ("lowest held-out loss", _known_score("loss", 1), _score("loss")),
         ("most exact matches", _known_score("exact_match", -1), _score("exact_match")),
-        ("smallest measured peak", _known_peak, _measured),
+        ("smallest measured peak", known_peak, _measured),
     ):
         ranked = [(rank, index) for index, run in enumerate(runs) if (rank := value(run)) is not None]
         if ranked:
@@ -249,7 +249,8 @@ def _known_score(name: str, sign: int) -> Callable[[RunFolder], float | None]:
     return value
 
 
-def _known_peak(run: RunFolder) -> float | None:
+def known_peak(run: RunFolder) -> float | None:
+    """Bytes that the run took at most; None where that was not measured."""
     peak: float | None = None if run.memory is None else run.memory["measured"]["peak_bytes"]
     return peak
 
@@ -302,13 +303,14 @@ def _curves(runs: Sequence[RunFolder], names: Sequence[str], key: str) -> list[S
         if finite(points):
             is_eval = key == "eval_loss"
             drawn = points if is_eval else smooth(points, window_for(len(points)))
-            series.append(Series(name, drawn, _style(index), marked=is_eval))
+            series.append(Series(name, drawn, style_of(index), marked=is_eval))
     return series
 
 
-def _style(index: int) -> str:
+def style_of(index: int) -> str:
+    """The class of the curve of that number."""
     return f"run-{index % COLOURS}" + (" broken" if index >= COLOURS else "")
 
 
 def _sign(index: int) -> Markup:
-    return element("i", class_=f"key {_style(index)}")
+    return element("i", class_=f"key {style_of(index)}")

@@ -29,7 +29,7 @@ def report_facts(run: RunFolder) -> dict[str, Any]:
         "model": run.model,
         "method": own_method(run.plan),
         "steps": steps[-1] if steps else 0,
-        "tokens_per_s": _median_speed(run),
+        "tokens_per_s": median_speed(run),
         "savings": {name: saved for name in METHODS if (saved := saving(run.plan, "qlora", name)) is not None},
         "planned": methods,
         "measured": None if run.memory is None else _numbers(run.memory["measured"]),
@@ -46,7 +46,8 @@ def _numbers(method: dict[str, Any]) -> dict[str, Any]:
     return {key: method[key] for key in _OF_A_METHOD if key in method}
 
 
-def _median_speed(run: RunFolder) -> float | None:
+def median_speed(run: RunFolder) -> float | None:
+    """Tokens per second, the step in the middle; None where no step tells it."""
     speeds = [speed for _, speed in finite(curve(run.rows, "tokens_per_s"))]
     return median(speeds) if speeds else None
 

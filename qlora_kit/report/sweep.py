@@ -12,9 +12,10 @@ from statistics import fmean, median
 from typing import Any
 
 from qlora_kit.errors import RunError
-from qlora_kit.report.compare import COLOURS, render_comparison
+from qlora_kit.report.compare import known_peak, render_comparison, style_of
 from qlora_kit.report.curve import curve, finite
-from qlora_kit.report.folder import MAYBE_COUNT, SCALAR, TEXT, RunFolder, document, read_run
+from qlora_kit.report.facts import median_speed
+from qlora_kit.report.folder import COUNT, MAYBE_TEXT, TEXT, RunFolder, document, read_run
 from qlora_kit.report.lines import Series, line_chart
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.page import lead, legend, section, table, wide, write_page
@@ -26,7 +27,8 @@ SEED = "train.seed"
 _SHAPE = {
     "recipe": TEXT,
     "axes": {"*": [TEXT]},
-    "runs": [{"name": TEXT, "settings": {"*": TEXT}, "failed?": SCALAR, "seconds?": MAYBE_COUNT}],
+    "fixed": {"*": TEXT},
+    "runs": [{"name": TEXT, "settings": {"*": TEXT}, "failed": MAYBE_TEXT, "seconds": COUNT}],
 }
 _SHARES = ("exact_match", "accuracy", "f1")
 _OUT_OF_SIGHT = 3.0
@@ -93,6 +95,25 @@ class Swept:
         return min(known, key=lambda point: point.loss or 0.0, default=None)
 
 
+def read_outcomes(folder: Path) -> dict[str, Any]:
+    """sweep.json, checked: `axes`, and `runs` that lie in the folder and have a value of every axis.
+
+    Raises:
+        RunError: it is missing, or not what it should be.
+    """
+    found = document(folder / SWEEP, _SHAPE)
+    for each in found["runs"]:
+        is_folder = each["name"] and Path(each["name"]).name == each["name"]
+        is_of_axes = set(each["settings"]) == set(found["axes"])
+        if (
+            not is_folder
+            or not is_of_axes
+            or any(value not in found["axes"][key] for key, value in each["settings"].items())
+        ):
+            raise RunError(f"{folder / SWEEP}: the run {clipped(each['name'], 40)} is none of this sweep's")
+    return found
+
+
 def read_sweep(folder: str | Path) -> Swept:
     """Read a sweep and its runs.
 
@@ -100,13 +121,11 @@ def read_sweep(folder: str | Path) -> Swept:
         RunError: sweep.json is missing or not what it should be, or a run of it is.
     """
     folder = Path(folder)
-    found = document(folder / SWEEP, _SHAPE)
+    found = read_outcomes(folder)
     shown = [key for key in found["axes"] if key != SEED] or list(found["axes"])
     groups: dict[tuple[str, ...], tuple[list[RunFolder], list[str]]] = {}
     runs = []
     for each in found["runs"]:
-        if not each["name"] or Path(each["name"]).name != each["name"] or set(each["settings"]) != set(found["axes"]):
-            raise RunError(f"{folder / SWEEP}: the run {clipped(each['name'], 40)} is none of this sweep's")
         done, failed = groups.setdefault(tuple(each["settings"][key] for key in shown), ([], []))
         if each.get("failed"):
             failed.append(f"{each['name']}: {each['failed']}")
@@ -215,10 +234,9 @@ def sweep_series(swept: Swept) -> tuple[str, list[Series]]:
     series = []
     for index, (name, points) in enumerate(lines.items()):
         found = sorted(((places[point.settings[across]], point) for point in points), key=itemgetter(0))
-        style = f"run-{index % COLOURS}" + (" broken" if index >= COLOURS else "")
         spread = [(x, min(point.losses), max(point.losses)) for x, point in found if point.loss is not None]
         means = [(x, point.loss) for x, point in found]
-        series.append(Series(name or "held-out loss", means, style, marked=True, spread=spread))
+        series.append(Series(name or "held-out loss", means, style_of(index), marked=True, spread=spread))
     return across, series
 
 
@@ -249,12 +267,12 @@ def _share(name: str) -> Callable[[Point], str | None]:
 
 
 def _peak(point: Point) -> str | None:
-    peaks = [run.memory["measured"]["peak_bytes"] for run in point.runs if run.memory is not None]
+    peaks = [peak for run in point.runs if (peak := known_peak(run)) is not None]
     return format_bytes(max(peaks)) if peaks else None
 
 
 def _speed(point: Point) -> str | None:
-    speeds = [median(known) for run in point.runs if (known := [y for _, y in finite(curve(run.rows, "tokens_per_s"))])]
+    speeds = [speed for run in point.runs if (speed := median_speed(run)) is not None]
     return f"{median(speeds):,.0f}" if speeds else None
 
 

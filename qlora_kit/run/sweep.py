@@ -1,17 +1,18 @@
 """A grid of runs: one after another, with rows and base made once, and what became of each in sweep.json."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import QloraKitError, RunError
-from qlora_kit.recipe import Grid
-from qlora_kit.report import SWEEP, write_sweep
+from qlora_kit.recipe import Cell, Grid
+from qlora_kit.report import SWEEP, read_outcomes, write_sweep
 from qlora_kit.run.common import Common
-from qlora_kit.run.folder import RECIPE, check_run_folder
+from qlora_kit.run.folder import RECIPE, check_run_folder, settings_of
 from qlora_kit.run.train import train
-from qlora_kit.storage import read_json, write_json
+from qlora_kit.storage import write_json
 from qlora_kit.watch import Watch
 
 
@@ -65,23 +66,30 @@ def sweep(
             outcomes.append(known[cell.name])
             continue
         watch.run_begins(cell.name, number, len(grid.cells))
-        result = None
+        failed, seconds = None, 0.0
         try:
-            goes_on = resume and (Path(cell.recipe.output) / RECIPE).is_file()
-            result = train(cell.recipe, resume=goes_on, overwrite=overwrite, watch=watch,
+            result = train(cell.recipe, resume=resume and _is_begun(cell), overwrite=overwrite, watch=watch,
                            trust_remote_code=trust_remote_code, common=common)  # fmt: skip
         except QloraKitError as error:
             faults.append(error)
-        if result is not None and not result.finished:
-            return outcomes
-        failed = None if result is not None else str(faults[-1]).splitlines()[0]
-        outcomes.append(Outcome(cell.name, cell.settings, failed, 0.0 if result is None else result.seconds))
+            failed = str(error).splitlines()[0]
+        else:
+            if not result.finished:
+                break
+            seconds = result.seconds
+        outcomes.append(Outcome(cell.name, cell.settings, failed, seconds))
         if len(faults) < len(outcomes):
             _record(grid, outcomes)
         watch.run_ended(outcomes[-1])
     if outcomes and len(faults) == len(outcomes):
         raise faults[0]
+    if outcomes:
+        write_sweep(grid.folder)
     return outcomes
+
+
+def _is_begun(cell: Cell) -> bool:
+    return (Path(cell.recipe.output) / RECIPE).is_file()
 
 
 def _known(grid: Grid, resume: bool, overwrite: bool) -> dict[str, Outcome]:
@@ -91,29 +99,30 @@ def _known(grid: Grid, resume: bool, overwrite: bool) -> dict[str, Outcome]:
         if resume and not grid.folder.is_dir():
             raise RunError(f"{grid.folder} holds no sweep to resume; start it without --resume")
         for cell in grid.cells:
-            goes_on = resume and (Path(cell.recipe.output) / RECIPE).is_file()
-            check_run_folder(Path(cell.recipe.output), cell.recipe, goes_on, overwrite)
+            check_run_folder(Path(cell.recipe.output), cell.recipe, resume and _is_begun(cell), overwrite)
         return {}
     if not resume:
         raise RunError(f"{grid.folder} holds a sweep already; go on with --resume, replace it with --overwrite, "
                        "or set output")  # fmt: skip
-    standing = read_json(place)
-    if standing.get("axes") != _axes(grid):
-        raise RunError(f"{grid.folder} is a sweep over other values ({_in_words(standing.get('axes'))}); give those, "
-                       "start again with --overwrite, or set output")  # fmt: skip
+    standing, now = read_outcomes(grid.folder), _told(grid)
+    changes = [f"{key} was {standing[part].get(key)}, is {now[part].get(key)}" for part in ("axes", "fixed")
+               for key in {**now[part], **standing[part]} if standing[part].get(key) != now[part].get(key)]  # fmt: skip
+    if changes:
+        raise RunError(f"{grid.folder} is another sweep: {'; '.join(changes)}. Resume it as it was, start again with "
+                       "--overwrite, or set output")  # fmt: skip
     return {run["name"]: Outcome(**{key: run[key] for key in Outcome.__slots__}) for run in standing["runs"]}
 
 
 def _record(grid: Grid, outcomes: Sequence[Outcome]) -> None:
-    """Write sweep.json, and the page that draws it."""
-    runs = [asdict(outcome) for outcome in outcomes]
-    write_json(grid.folder / SWEEP, {"recipe": grid.recipe, "axes": _axes(grid), "runs": runs})
-    write_sweep(grid.folder)
+    """Write sweep.json."""
+    write_json(grid.folder / SWEEP, {**_told(grid), "runs": [asdict(outcome) for outcome in outcomes]})
 
 
-def _axes(grid: Grid) -> dict[str, list[str]]:
-    return {key: list(values) for key, values in grid.axes.items()}
-
-
-def _in_words(axes: Any) -> str:
-    return "; ".join(f"{key}={','.join(values)}" for key, values in (axes or {}).items())
+def _told(grid: Grid) -> dict[str, Any]:
+    """What the grid is: its axes, and what all of its runs have in common, each value in JSON."""
+    axes = {key: list(values) for key, values in grid.axes.items()}
+    settings = settings_of(grid.cells[0].recipe)
+    fixed = {
+        key: value for key, value in settings.items() if not any(f"{axis}.".startswith(f"{key}.") for axis in axes)
+    }
+    return {"recipe": grid.recipe, "axes": axes, "fixed": {key: json.dumps(value) for key, value in fixed.items()}}
