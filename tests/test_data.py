@@ -400,6 +400,16 @@ def test_long_rows_are_dropped_or_cut_and_counted():
         encode_rows([SHORT, LONG], tokenizer, max_tokens=16, over_length="error")
 
 
+def test_a_run_on_the_smaller_half_of_its_rows_is_refused_and_a_preview_of_it_is_not():
+    tokenizer = make_tokenizer()
+    half, most = (encode_rows([*[SHORT] * 2, *[LONG] * long], tokenizer, max_tokens=16) for long in (2, 3))
+    half.check_most_fit(16)
+    with pytest.raises(DataError, match=r"^3 of 5 rows have more than data.max_tokens=16 tokens and would be left out"):
+        most.check_most_fit(16)
+    cut = encode_rows([SHORT, *[LONG] * 3], tokenizer, max_tokens=16, over_length="truncate")
+    cut.check_most_fit(16)
+
+
 def test_split_rows_predict_every_token_exactly_once():
     tokenizer = make_tokenizer()
     whole = encode(LONG, tokenizer)

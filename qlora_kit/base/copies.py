@@ -53,7 +53,6 @@ SETTLED_NS = 2_000_000_000
 
 _SHARD_BYTES = 512 * MIB
 _TOLD = "copy.json"
-_CODE = (*sorted(Path(__file__).parent.glob("*.py")), *native.SOURCES)
 _LIBRARIES = ("torch", "transformers", "bitsandbytes")
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
 
@@ -76,7 +75,8 @@ def copy_place(folder: Path, decides: object, notify: Callable[[str], None]) -> 
         if max(changed_ns for *_, changed_ns in stamps) > time.time_ns() - SETTLED_NS:
             notify(f"{folder} was written only now: a quantised copy is kept when it is loaded again")
             return None
-        code = [sha256_file(file) for file in _CODE] + [version(name) for name in _LIBRARIES]
+        sources = (*sorted(Path(__file__).parent.glob("*.py")), *native.SOURCES)
+        code = [sha256_file(file) for file in sources] + [version(name) for name in _LIBRARIES]
         key = hashlib.sha256(repr((stamps, decides, code)).encode()).hexdigest()
         return private_folder("bases") / key
     except (OSError, RuntimeError) as error:  # no home is a RuntimeError

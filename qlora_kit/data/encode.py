@@ -30,6 +30,10 @@ Fate: TypeAlias = Literal["dropped", "truncated", "split", "no_trained"]
 """What may become of a row other than to be kept as it is; a field of `Counts`."""
 
 
+MOST_DROPPED = 0.5
+"""Share of the rows that may be too long: what is left of more is another set than the one that was given."""
+
+
 @dataclass(slots=True)
 class Counts:
     """What became of the rows."""
@@ -166,6 +170,19 @@ class EncodedSet:
                 f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}; see data.over_length), "
                 f"{counts.no_trained:,} have no trained token (see data.loss_on), {counts.faults:,} cannot be used"
             ))  # fmt: skip
+
+    def check_most_fit(self, max_tokens: int) -> None:
+        """See that most rows were not left out for their length. A preview does without, which shows what would fit.
+
+        Raises:
+            DataError: more than `MOST_DROPPED` were.
+        """
+        counts, given = self.counts, len(self.lengths_given) + self.faults.count
+        if counts.dropped > MOST_DROPPED * given:
+            raise DataError(
+                f"{counts.dropped:,} of {given:,} rows have more than data.max_tokens={max_tokens} tokens and would be "
+                f"left out; raise it (the longest has {counts.longest:,}), or set data.over_length=truncate or split"
+            )
 
 
 def encode_rows(

@@ -76,6 +76,7 @@ def prepare(
     prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code, common=common)
     if rate is not None:
         prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
+    prepared.train.check_most_fit(recipe.data.max_tokens)
     watch.prepared(prepared)
     for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
         if remark.is_for_runs:

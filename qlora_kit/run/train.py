@@ -145,20 +145,35 @@ def train(
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
-
-            def of_its_base() -> Scored:
-                is_changed = recipe.train.full_finetune  # then it is read again, where the optimizer's state stood
-                its = load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else model
-                return score_base(its, prepared, task, loss_chunk)
-
-            which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, loss_chunk)
-            scores = score(model, prepared, task, loss_chunk, common.take("score of the base", which, of_its_base))
+            scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
             write_json(folder / SCORES, scores)
             watch.scored(scores)
         write_report(folder)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
         raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) goes on from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
+
+
+def _scored(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    prepared: Prepared,
+    task: Task,
+    loss_chunk: int | None,
+    base: Mapping[str, str],
+    watch: Watch,
+    trust_remote_code: bool,
+    common: Common,
+) -> dict[str, Any]:
+    """What scores.json holds; a base that is known already is not asked again."""
+
+    def of_its_base() -> Scored:
+        is_changed = recipe.train.full_finetune  # then it is read again, where the optimizer's state stood
+        its = load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else model
+        return score_base(its, prepared, task, loss_chunk)
+
+    which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, loss_chunk)
+    return score(model, prepared, task, loss_chunk, common.take("score of the base", which, of_its_base))
 
 
 def _prepared(

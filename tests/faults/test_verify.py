@@ -37,20 +37,26 @@ def test_a_sound_run_is_told_file_by_folder(run):
     ]
 
 
+def changed_once(file):
+    """The file with its first, its middle or its last byte changed; as it was when they are through."""
+    before = file.read_bytes()
+    for place in (0, len(before) // 2, len(before) - 1):
+        changed = bytearray(before)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        yield
+    file.write_bytes(before)
+
+
 def test_a_changed_byte_in_any_file_of_a_checkpoint_or_an_adapter_is_found(run):
     files = [*(run / "checkpoints" / "step-000002").iterdir(), *(run / "adapter").iterdir()]
     assert len(files) == 7
     for file in files:
-        before = file.read_bytes()
-        for place in (0, len(before) // 2, len(before) - 1):
-            changed = bytearray(before)
-            changed[place] ^= 1
-            file.write_bytes(changed)
+        for _ in changed_once(file):
             told = call("verify", run, "--json")
             assert told.exit_code == 2, file
             (fault,) = json.loads(told.stdout)["faults"]
             assert str(file if file.name != "manifest.json" else file.parent) in fault
-        file.write_bytes(before)
     (run / "adapter" / "adapter_config.json").rename(run / "hidden")
     assert "adapter_config.json is missing" in call("verify", run).stdout
     (run / "hidden").rename(run / "adapter" / "adapter_config.json")
@@ -65,14 +71,9 @@ def test_a_changed_byte_in_any_file_of_an_export_is_found(run, kind, tmp_path):
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != "export.json"]
     assert len(files) >= 2
     for file in files:
-        before = file.read_bytes()
-        for place in (0, len(before) // 2, len(before) - 1):
-            changed = bytearray(before)
-            changed[place] ^= 1
-            file.write_bytes(changed)
+        for _ in changed_once(file):
             (fault,) = verify(tmp_path / "out").faults
             assert file.name in fault
-        file.write_bytes(before)
 
 
 def test_an_adapter_whose_checksums_are_gone_is_told(run, tmp_path):
