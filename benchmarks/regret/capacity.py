@@ -7,13 +7,13 @@ fine-tuning.
 """
 
 import torch
-from common import arms, record
+from common import SEEDS, arms, record
 
 
 def main() -> None:
     """300 steps of 8 rows, at the best rates of rate.py; of the two that are near for full fine-tuning the better."""
     torch.set_num_threads(1)
-    steps = ("train.steps=300", "train.eval_every=25")
+    steps = ("train.steps=300", "train.eval_every=25", SEEDS)
     rows = arms({"method": "lora", "lr": 4e-3}, "lora.rank=1,16,128", "train.lr=4e-3", *steps)
     record("capacity", rows)
     record("capacity", rows + arms({"method": "full"}, "train.full_finetune=true", "train.lr=1e-3,2e-3", *steps))

@@ -9,19 +9,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_kit.recipe import read_grid
+from qlora_kit.recipe import Cell, Grid, has_axes, read_grid, read_recipe
 from qlora_kit.run import sweep
 from qlora_kit.watch import Watch
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "without-regret"
 SEEDS = "train.seed=0,1"
+LARGER = "--hidden 384 --mlp 1056 --layers 5 --heads 6 --batch 8 --steps 1800 --lr 2e-3"
 
 
 class _Lines(Watch):
@@ -37,12 +38,23 @@ def rows_ready() -> None:
         subprocess.run([sys.executable, RECIPES / "make_rows.py", "--out", RECIPES], check=True)
 
 
+def larger_base() -> str:
+    """The setting that takes the larger base: 9.8 M parameters, made where it is missing (20 minutes on two cores)."""
+    folder = RECIPES / "larger"
+    if not (folder / "model.safetensors").exists():
+        script = RECIPES.parent / "quickstart" / "pretrain.py"
+        subprocess.run(
+            [sys.executable, script, "--out", folder, "--work", folder / "state", *LARGER.split()], check=True
+        )
+    return f"base.model={folder}"
+
+
 def arms(label: Mapping[str, Any], *settings: str, recipe: Path = RECIPES / "text.yaml") -> list[dict[str, Any]]:
     """Train a grid and tell of each run what it came to.
 
     Args:
         label: what the rows have in common that is no axis.
-        settings: of the recipe, as `qlora-kit sweep` takes them.
+        settings: of the recipe, as `qlora-kit sweep` takes them; with no axis among them it is one run.
         recipe: to run.
 
     Returns:
@@ -51,12 +63,18 @@ def arms(label: Mapping[str, Any], *settings: str, recipe: Path = RECIPES / "tex
     """
     rows_ready()
     with tempfile.TemporaryDirectory() as folder:
-        grid = read_grid(recipe, [*settings, f"output={folder}/arms"])
-        outcomes = sweep(grid, watch=_Lines())
+        outcomes = sweep(_grid(recipe, settings, Path(folder, "arms")), watch=_Lines())
         return [
             {**label, **_axes(outcome.settings), **_told(Path(folder, "arms", outcome.name), outcome.failed)}
             for outcome in outcomes
         ]
+
+
+def arms_with_seeds(label: Mapping[str, Any], rates: Sequence[float], *settings: str) -> list[dict[str, Any]]:
+    """Each rate with one seed, and the best of them with two more."""
+    rows = arms({**label, "seed": 0}, f"train.lr={','.join(map(str, rates))}", *settings)
+    best = min((row for row in rows if row["held_out_loss"] is not None), key=lambda row: row["held_out_loss"])["lr"]
+    return rows + arms({**label, "lr": best}, f"train.lr={best}", "train.seed=1,2", *settings)
 
 
 def record(name: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -69,6 +87,13 @@ def record(name: str, rows: Iterable[dict[str, Any]]) -> None:
 def read(name: str) -> list[dict[str, Any]]:
     """An experiment's rows."""
     return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _grid(recipe: Path, settings: Sequence[str], folder: Path) -> Grid:
+    if has_axes(settings):
+        return read_grid(recipe, [*settings, f"output={folder}"])
+    alone = read_recipe(recipe, [*settings, f"output={folder / 'alone'}"])
+    return Grid(str(recipe), folder, {}, [Cell("alone", {}, alone)])
 
 
 def _axes(settings: Mapping[str, str]) -> dict[str, Any]:

@@ -8,13 +8,13 @@ part.
 """
 
 import torch
-from common import arms, record
+from common import SEEDS, arms, record
 
-STEPS = ("train.steps=150", "train.eval_every=150")
+STEPS = ("train.steps=150", "train.eval_every=150", SEEDS)
 
 
 def main() -> None:
-    """Ranks 16 and 128 with the embedding frozen and trained, full fine-tuning; the best of two rates each."""
+    """Ranks 16 and 128 with the embedding frozen and trained, full fine-tuning; the best of two rates each, two seeds."""
     torch.set_num_threads(1)
     rows = arms({"method": "full", "embedding": True}, "train.full_finetune=true", "train.lr=1e-3,2e-3", *STEPS)
     for is_trained in (False, True):
