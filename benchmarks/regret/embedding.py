@@ -14,7 +14,7 @@ STEPS = ("train.steps=150", "train.eval_every=150", SEEDS)
 
 
 def main() -> None:
-    """Ranks 16 and 128 with the embedding frozen and trained, full fine-tuning; the best of two rates each, two seeds."""
+    """Ranks 16 and 128 with the embedding frozen and trained, full fine-tuning; at the best of two rates; two seeds."""
     torch.set_num_threads(1)
     rows = arms({"method": "full", "embedding": True}, "train.full_finetune=true", "train.lr=1e-3,2e-3", *STEPS)
     for is_trained in (False, True):
