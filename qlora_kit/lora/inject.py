@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import device_of, parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
-from qlora_kit.base.load import left_dense
+from qlora_kit.base.freeze import left_dense
 from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError, listed
 from qlora_kit.lora.init import Init, Start
