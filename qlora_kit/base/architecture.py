@@ -32,11 +32,20 @@ _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeEr
 """What transformers raises over a config.json whose values no model can have."""
 
 
-def read_config(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(
+    folder: Path, *, head: Head = "causal", labels: int | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """The model's configuration, from its folder alone.
 
+    Args:
+        folder: of the model.
+        head: that the model is to have.
+        labels: of a classification; None takes what the configuration says.
+        trust_remote_code: run code that the folder brings.
+
     Raises:
-        ModelError: it cannot be read, describes no model with such a head, or needs code that may not run.
+        ModelError: it cannot be read, describes no model with such a head, or needs code that may not run, or there are
+            to be no labels.
     """
     if head not in get_args(Head):
         raise ModelError(f"head {head!r} is not known; choose one of {', '.join(get_args(Head))}")
@@ -45,6 +54,10 @@ def read_config(folder: Path, *, head: Head = "causal", trust_remote_code: bool 
     except _MALFORMED as error:
         raise ModelError(f"{folder / 'config.json'} cannot be used: {first_line(error)}") from error
     _check_config(folder, config, head)
+    if labels is not None:
+        if labels < 1:
+            raise ModelError(f"labels must be at least 1, found {labels}")
+        config.num_labels = labels
     return config
 
 

@@ -92,19 +92,15 @@ def load_base(
     asked = Quantization(quantization, double_quant, block_size)
     if quantize_head and quantization == "none":
         raise ModelError("base.quantize_head=true wants a format; set base.quantization to nf4, fp4 or int8")
-    config = read_config(folder, head=head, trust_remote_code=trust_remote_code)
-    if labels is not None:
-        if labels < 1:
-            raise ModelError(f"labels must be at least 1, found {labels}")
-        config.num_labels = labels
+    config = read_config(folder, head=head, labels=labels, trust_remote_code=trust_remote_code)
     stored = stored_quantization(config)
     if stored is not None:
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
 
-    def read(copy: Copy | None) -> PreTrainedModel:
-        """As it is stored, its record kept."""
-        arriving = quantized_on_arrival(asked, dtype, target, are_kept=copy is not None) if is_dense else nullcontext()
+    def read(are_kept: bool) -> PreTrainedModel:
+        """As it is stored, its record kept; its codes are made as they arrive, or are kept in a copy."""
+        arriving = quantized_on_arrival(asked, dtype, target, are_kept=are_kept) if is_dense else nullcontext()
         with arriving:
             loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
         keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
@@ -113,27 +109,29 @@ def load_base(
 
     decides = asked, sorted(skip), quantize_head, vocabulary, head, labels, trust_remote_code, target.type
     place = copy_place(folder, decides, notify) if cache and is_dense else None
-    copy = None if place is None else find_copy(place, notify)
-    loaded = read(copy)
-    if copy is not None and copy.mark != base_record(loaded).mark:
-        copy, loaded = None, read(None)  # other weights than the files' times tell
+    loaded, copy = _read_beside_copy(read, place, notify)
+    kept = nothing_kept if copy is None else partial(copy.read, device=target)
     with nullcontext() if watching is None else watching(loaded):
         extend_vocabulary(loaded, vocabulary)
         if stored is not None:
             adopt_layers(loaded, dtype, target)
         made = freeze_and_quantize(
-            loaded,
-            asked,
-            dtype,
-            target,
-            skip,
-            quantize_head=quantize_head,
-            quantize_body=stored is None,
-            kept=nothing_kept if copy is None else partial(copy.read, device=target),
+            loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None, kept=kept
         )
     if place is not None and copy is None and place == copy_place(folder, decides, notify):
         keep_copy(made, place, base_record(made).mark, notify)
     return made
+
+
+def _read_beside_copy(
+    read: Callable[[bool], PreTrainedModel], place: Path | None, notify: Callable[[str], None]
+) -> tuple[PreTrainedModel, Copy | None]:
+    """What `read` gives, told whether its codes are kept, and the copy at `place`, if it was made of these weights."""
+    copy = None if place is None else find_copy(place, notify)
+    loaded = read(copy is not None)
+    if copy is not None and copy.mark != base_record(loaded).mark:
+        return read(False), None  # other weights than the files' times tell
+    return loaded, copy
 
 
 def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> dict[str, Any]:
