@@ -99,7 +99,7 @@ def load_base(
     is_dense = stored is None and quantization != "none"
 
     def read(are_kept: bool) -> PreTrainedModel:
-        """As it is stored, its record kept; its codes are made as they arrive, or are kept in a copy."""
+        """As it is stored, its record kept; experts are quantised as they arrive, unless a copy has their codes."""
         arriving = quantized_on_arrival(asked, dtype, target, are_kept=are_kept) if is_dense else nullcontext()
         with arriving:
             loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
@@ -126,7 +126,7 @@ def load_base(
 def _read_beside_copy(
     read: Callable[[bool], PreTrainedModel], place: Path | None, notify: Callable[[str], None]
 ) -> tuple[PreTrainedModel, Copy | None]:
-    """What `read` gives, told whether its codes are kept, and the copy at `place`, if it was made of these weights."""
+    """What `read` gives, told whether a copy has its codes; and that copy, if it was made of these very weights."""
     copy = None if place is None else find_copy(place, notify)
     loaded = read(copy is not None)
     if copy is not None and copy.mark != base_record(loaded).mark:

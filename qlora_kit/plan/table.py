@@ -103,7 +103,7 @@ def plan_methods(
 
 
 def _budget(recipe: Recipe, device: torch.device) -> int | None:
-    """The bytes that the run is held to: what the recipe says, or what is free on the card; None on a CPU without."""
+    """The bytes that the run is held to: the recipe's, or what is free on a card; None on a CPU without either."""
     if recipe.memory.budget is not None:
         return parse_bytes(recipe.memory.budget)
     return available_bytes(device) if device.type == "cuda" else None
