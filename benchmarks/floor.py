@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.base.load import read_config
+from qlora_kit.base.architecture import read_config
 from qlora_kit.plan import plan_methods
 from qlora_kit.recipe import read_recipe
 from qlora_kit.train.pace import set_pace

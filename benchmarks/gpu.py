@@ -52,8 +52,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_kit.base import load_base
+from qlora_kit.base.architecture import read_config
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import freeze_and_quantize, read_config
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.errors import QloraKitError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter

@@ -27,7 +27,7 @@ from step import EXTRA, MACHINE, VOCAB, extra_bytes, kit, make_checkpoint, secon
 from transformers.utils.logging import disable_progress_bar
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.load import read_config
+from qlora_kit.base.architecture import read_config
 from qlora_kit.memory.allocator import set_allocation_policy
 from qlora_kit.plan import Workload
 from qlora_kit.plan.dry_run import dry_step

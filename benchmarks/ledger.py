@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize
+from qlora_kit.base.architecture import build_model
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.train.activations import activation_blocks

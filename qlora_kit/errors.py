@@ -14,6 +14,12 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something, and the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 class QloraKitError(Exception):
     """Something that the user can mend. `exit_code` is what the command line exits with."""
 

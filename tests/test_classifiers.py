@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from qlora_kit.base.dense import QuantizedLinear
-from qlora_kit.base.load import freeze_and_quantize, load_base
+from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.load import load_base
 from qlora_kit.base.record import base_record
 from qlora_kit.data import collate_texts
 from qlora_kit.errors import ModelError

@@ -26,7 +26,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from qlora_kit.base.load import build_model, expected_untrained, load_base, read_config
+from qlora_kit.base.architecture import build_model, expected_untrained, read_config
+from qlora_kit.base.load import load_base
 from qlora_kit.base.record import base_record
 from qlora_kit.data import Classes, Encoded, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.examples import Classified

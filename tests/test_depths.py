@@ -17,8 +17,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from qlora_kit.base.architecture import build_model
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import build_model
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import ModelError
 from qlora_kit.memory import CATEGORIES, Ledger

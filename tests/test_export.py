@@ -30,7 +30,8 @@ from qlora_kit import storage
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.files import check_model_folder, read_header
 from qlora_kit.base.formats import Quantization, quantize
-from qlora_kit.base.load import freeze_and_quantize, load_base
+from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.load import load_base
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, DataError, ModelError, RunError

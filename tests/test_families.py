@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from qlora_kit.base.dense import QuantizedWeight
-from qlora_kit.base.load import left_dense
+from qlora_kit.base.freeze import left_dense
 from qlora_kit.export import export_merged, merged_tensors
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
 

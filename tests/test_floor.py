@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.load import body_linears, build_model, read_config
+from qlora_kit.base.architecture import build_model, read_config
+from qlora_kit.base.freeze import body_linears
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.recipe import Lora, read_recipe

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from typer.testing import CliRunner
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize
+from qlora_kit.base.architecture import build_model
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.cli.app import app
 from qlora_kit.data import Encoded, Sampler, side_by_side
 from qlora_kit.errors import FitError, ModelError, RunError

@@ -7,7 +7,7 @@ import torch
 from tiny import llama, tokens, wake
 
 from qlora_kit.base.formats import Quantization, quantize
-from qlora_kit.base.load import freeze_and_quantize
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
 from qlora_kit.train.isolation import leaked_gradient

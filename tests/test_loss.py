@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.load import build_model, freeze_and_quantize
+from qlora_kit.base.architecture import build_model
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.ops import (

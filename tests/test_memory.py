@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, masking_utils
 
-from qlora_kit.base.load import build_model
+from qlora_kit.base.architecture import build_model
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, PHASES, Ledger, PeakCounter, from_host, to_host
 from qlora_kit.memory.counter import resident_bytes

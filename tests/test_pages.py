@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 
 import qlora_kit
-from qlora_kit.base import load, load_base
+from qlora_kit.base import freeze, load_base
 from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.experts import ArrivedStack, ExpertStack, quantized_on_arrival
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import freeze_and_quantize
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.base.pages import _PART_BYTES, copy_off, let_go, let_go_of_clean_files
 from qlora_kit.base.record import base_record
 from qlora_kit.memory import Ledger
@@ -123,8 +123,8 @@ def test_while_a_model_is_loaded_little_more_than_one_matrix_is_mapped_in(kind, 
         return reading
 
     let_go_of_clean_files()
-    monkeypatch.setattr(load, "quantize_linear", watched(load.quantize_linear))
-    monkeypatch.setattr(load, "copy_off", watched(load.copy_off))
+    monkeypatch.setattr(freeze, "quantize_linear", watched(freeze.quantize_linear))
+    monkeypatch.setattr(freeze, "copy_off", watched(freeze.copy_off))
     load_base(tmp_path, quantization=kind, device="cpu")
     assert len(seen) >= 11
     assert max(seen) < largest + 4 * MIB

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, OPTConfig
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base import Quantization
+from qlora_kit.base.architecture import build_model
 from qlora_kit.base.formats import decode_4bit, quantize
 from qlora_kit.base.kernels import table_4bit
-from qlora_kit.base.load import build_model
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.lora.layer import Adapter, LoraLinear
 from qlora_kit.ops import lora_linear

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from qlora_kit.base import Quantization, kernels
-from qlora_kit.base.load import build_model, freeze_and_quantize
+from qlora_kit.base.architecture import build_model
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter

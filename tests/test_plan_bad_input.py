@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_kit.base import Quantization
-from qlora_kit.base.load import build_model
+from qlora_kit.base.architecture import build_model
 from qlora_kit.cli.app import app
 from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.plan import Workload, table, weight_bytes

@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from qlora_kit import storage
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Grid, Quantization, quantize
-from qlora_kit.base.load import freeze_and_quantize, load_base
+from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.load import load_base
 from qlora_kit.base.prequantized import packed
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError

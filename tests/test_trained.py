@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import freeze_and_quantize, load_base
+from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.load import load_base
 from qlora_kit.base.vocabulary import QuantizedEmbedding, QuantizedTable, extend_vocabulary
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.export import export_merged

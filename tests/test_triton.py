@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import freeze_and_quantize
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.ops import (
     IGNORED,

@@ -11,9 +11,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from qlora_kit.base.architecture import build_model
 from qlora_kit.base.dense import QuantizedWeight, quantize_linear, share_workspace
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import build_model
 from qlora_kit.lora import add_lora
 from qlora_kit.ops import Workspace, lora_linear
 

@@ -31,7 +31,7 @@ from transformers import (
 from qlora_kit.base.dense import QuantizedLinear, decode, is_linear
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import freeze_and_quantize
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import lora_layers
 from qlora_kit.lora.layer import bare
 from qlora_kit.ops import triton

@@ -4,66 +4,35 @@ On CPU transformers maps the checkpoint's own pages, so the dense model never st
 read, quantised and let go before the next, pages too, and what stays dense is copied off the file, so that nothing on
 disk is held open. Experts that a checkpoint holds one by one are joined by transformers in memory of its own, and are
 quantised as they come in.
-
-Everything linear inside the model's body is quantised and nothing else: heads (the output embedding, a classifier) lie
-outside the body (`base_model_prefix`), embeddings, norms and routers are no linear layers. Experts are quantised, too;
-embedding and output head where that is asked for.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
-from transformers.pytorch_utils import Conv1D
+from transformers import PretrainedConfig, PreTrainedModel
 
+from qlora_kit.base.architecture import AUTO, Head, brings_code, head_of, read_config, untrained_modules
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.copies import Copy, copy_place, find_copy, keep_copy
-from qlora_kit.base.dense import (
-    Kept,
-    QuantizedLinear,
-    QuantizedWeight,
-    nothing_kept,
-    quantize_linear,
-    share_workspace,
-)
+from qlora_kit.base.dense import nothing_kept
 from qlora_kit.base.device import resolve_device, resolve_dtype
-from qlora_kit.base.experts import quantize_experts, quantized_on_arrival
-from qlora_kit.base.files import check_weights_are_dense, tensor_names
+from qlora_kit.base.experts import quantized_on_arrival
+from qlora_kit.base.files import check_weights_are_dense
 from qlora_kit.base.formats import Kind, Quantization
-from qlora_kit.base.fuse import fuse
+from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.base.hub import locate_model, say_nothing
-from qlora_kit.base.pages import copy_off, let_go_of_clean_files
+from qlora_kit.base.pages import let_go_of_clean_files
 from qlora_kit.base.prequantized import adopt_layers, check_agreement, stored_quantization
 from qlora_kit.base.record import base_record, keep_record
-from qlora_kit.base.vocabulary import extend_vocabulary, quantize_vocabulary
-from qlora_kit.errors import ModelError, listed
+from qlora_kit.base.vocabulary import extend_vocabulary
+from qlora_kit.errors import ModelError, first_line, listed
 from qlora_kit.memory.limit import whose_memory_ran_out
-from qlora_kit.storage import read_json
-
-Head = Literal["causal", "classification"]
-"""What a model says: the next token, or which of several labels a text has."""
 
 Watching = Callable[[PreTrainedModel], AbstractContextManager[None]]
-
-_AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
-
-_MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
-              StrictDataclassError)  # fmt: skip
-"""What transformers raises over a config.json whose values no model can have."""
 
 
 def load_base(
@@ -123,19 +92,15 @@ def load_base(
     asked = Quantization(quantization, double_quant, block_size)
     if quantize_head and quantization == "none":
         raise ModelError("base.quantize_head=true wants a format; set base.quantization to nf4, fp4 or int8")
-    config = read_config(folder, head=head, trust_remote_code=trust_remote_code)
-    if labels is not None:
-        if labels < 1:
-            raise ModelError(f"labels must be at least 1, found {labels}")
-        config.num_labels = labels
+    config = read_config(folder, head=head, labels=labels, trust_remote_code=trust_remote_code)
     stored = stored_quantization(config)
     if stored is not None:
         check_agreement(stored, asked)
     is_dense = stored is None and quantization != "none"
 
-    def read(copy: Copy | None) -> PreTrainedModel:
-        """As it is stored, its record kept."""
-        arriving = quantized_on_arrival(asked, dtype, target, are_kept=copy is not None) if is_dense else nullcontext()
+    def read(are_kept: bool) -> PreTrainedModel:
+        """As it is stored, its record kept; experts are quantised as they arrive, unless a copy has their codes."""
+        arriving = quantized_on_arrival(asked, dtype, target, are_kept=are_kept) if is_dense else nullcontext()
         with arriving:
             loaded, untrained, unused = _load(folder, config, implementation(attention, target, dtype), head)
         keep_record(loaded, asked, dtype, folder, untrained, vocabulary, unused)
@@ -144,27 +109,29 @@ def load_base(
 
     decides = asked, sorted(skip), quantize_head, vocabulary, head, labels, trust_remote_code, target.type
     place = copy_place(folder, decides, notify) if cache and is_dense else None
-    copy = None if place is None else find_copy(place, notify)
-    loaded = read(copy)
-    if copy is not None and copy.mark != base_record(loaded).mark:
-        copy, loaded = None, read(None)  # other weights than the files' times tell
+    loaded, copy = _read_beside_copy(read, place, notify)
+    kept = nothing_kept if copy is None else partial(copy.read, device=target)
     with nullcontext() if watching is None else watching(loaded):
         extend_vocabulary(loaded, vocabulary)
         if stored is not None:
             adopt_layers(loaded, dtype, target)
         made = freeze_and_quantize(
-            loaded,
-            asked,
-            dtype,
-            target,
-            skip,
-            quantize_head=quantize_head,
-            quantize_body=stored is None,
-            kept=nothing_kept if copy is None else partial(copy.read, device=target),
+            loaded, asked, dtype, target, skip, quantize_head=quantize_head, quantize_body=stored is None, kept=kept
         )
     if place is not None and copy is None and place == copy_place(folder, decides, notify):
         keep_copy(made, place, base_record(made).mark, notify)
     return made
+
+
+def _read_beside_copy(
+    read: Callable[[bool], PreTrainedModel], place: Path | None, notify: Callable[[str], None]
+) -> tuple[PreTrainedModel, Copy | None]:
+    """What `read` gives, told whether a copy has its codes; and that copy, if it was made of these very weights."""
+    copy = None if place is None else find_copy(place, notify)
+    loaded = read(copy is not None)
+    if copy is not None and copy.mark != base_record(loaded).mark:
+        return read(False), None  # other weights than the files' times tell
+    return loaded, copy
 
 
 def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> dict[str, Any]:
@@ -199,174 +166,6 @@ def original_weights(model: PreTrainedModel) -> PreTrainedModel:
     return original
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """What a model says."""
-    classifiers = _AUTO["classification"]._model_mapping
-    kind = type(model.config)
-    return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
-
-
-def stored_head(folder: Path) -> Head:
-    """What the model of a folder was saved to say, by the class that its config.json names.
-
-    Raises:
-        RunError: it is missing or damaged.
-    """
-    named = read_json(folder / "config.json").get("architectures") or ["?"]
-    return "classification" if str(named[0]).endswith("ForSequenceClassification") else "causal"
-
-
-def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:
-    """The same model with no weights read: what the dry run uses under fake tensors.
-
-    Code that the model's folder brings runs only if the configuration is of a class from there, which `read_config`
-    makes when it may.
-
-    Raises:
-        ModelError: nothing can be built so.
-    """
-    config = copy.deepcopy(config)
-    vars(config).pop("quantization_config", None)
-    try:
-        model: PreTrainedModel = _AUTO[head].from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=brings_code(config),
-        )
-    except _MALFORMED as error:
-        why = f"{type(error).__name__}: {_first_line(error)}"
-        raise ModelError(f"config.json describes a {config.model_type} that cannot be built ({why})") from error
-    model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
-    return model
-
-
-def reads_both_ways(config: PretrainedConfig) -> bool:
-    """Whether the tokens of such a model see those behind them, too."""
-    return type(config) in AutoModelForMaskedLM._model_mapping
-
-
-def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
-    """Whether a configuration or a model is of a class from its own folder, and not of one from transformers."""
-    return type(made).__module__.startswith("transformers_modules.")
-
-
-def read_config(folder: Path, *, head: Head = "causal", trust_remote_code: bool = False) -> PretrainedConfig:
-    """The model's configuration, from its folder alone.
-
-    Raises:
-        ModelError: it cannot be read, describes no model with such a head, or needs code that may not run.
-    """
-    if head not in get_args(Head):
-        raise ModelError(f"head {head!r} is not known; choose one of {', '.join(get_args(Head))}")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except _MALFORMED as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be used: {_first_line(error)}") from error
-    _check_config(folder, config, head)
-    return config
-
-
-def freeze_and_quantize(
-    model: PreTrainedModel,
-    quantization: Quantization,
-    dtype: torch.dtype,
-    device: torch.device,
-    skip: Sequence[str] = (),
-    *,
-    quantize_head: bool = False,
-    quantize_body: bool = True,
-    kept: Kept = nothing_kept,
-) -> PreTrainedModel:
-    """Quantise the linear layers and experts of a dense model in place, move it to `device`, and freeze it.
-
-    Args:
-        model: dense, on the CPU or on fake tensors.
-        quantization: the format.
-        dtype: of everything that stays dense.
-        device: where the model ends.
-        skip: linear layers to leave dense.
-        quantize_head: quantise the output head and the input embedding, too.
-        quantize_body: False leaves the body as it is: it was stored so.
-        kept: codes that are there already, of this very model in this very format.
-
-    Raises:
-        ModelError: an entry of `skip` names nothing, or the head cannot be quantised.
-    """
-    skipped = _resolve_skip(model, skip)
-    keep_record(model, quantization, dtype)
-    new = tuple(f"{name}." for name in base_record(model).untrained)
-    skipped |= {name for name, _ in body_linears(model) if f"{name}.".startswith(new)}  # they are trained whole
-    if quantization.kind != "none" and quantize_body:
-        for name, module in list(body_linears(model)):
-            if name not in skipped:
-                model.set_submodule(name, quantize_linear(module, quantization, dtype, device, kept(name)))
-    quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device, kept)
-    if quantize_head and quantization.kind != "none":
-        quantize_vocabulary(model, quantization, dtype, device, kept)
-    _settle_dense(model, dtype, device)
-    share_workspace(model)
-    fuse(model)
-    model.requires_grad_(False)
-    return model.eval()
-
-
-def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
-    """The linear layers inside the model's body, with their dotted names; heads are not among them.
-
-    Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly. Falcon's is none
-    of these, it adds its bias in a step of its own.
-    """
-    body, head = model.base_model, model.get_output_embeddings()
-    prefix = "" if body is model else f"{model.base_model_prefix}."
-    heads = set() if head is None else set(head.modules())  # where a model is its own body, its head is in it
-    for name, module in body.named_modules():
-        if _is_plain_linear(module) and module not in heads and ".adapters." not in name:
-            yield prefix + name, module
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D, QuantizedLinear) or type(module).__name__ == "FalconLinear"
-
-
-def left_dense(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The matrices of the body that no rule quantises, by dotted name: not linear layers, experts or embeddings.
-
-    Such are stacks of weights in classes that transformers does not let be replaced, and subclasses of `nn.Linear`.
-    """
-    return {
-        f"{name}.{leaf}": parameter
-        for name, module in model.base_model.named_modules()
-        if not _is_plain_linear(module) and not isinstance(module, nn.Embedding) and ".adapters." not in name
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim > 1
-    }
-
-
-def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
-    """Refuse what would fail late or train wrongly.
-
-    Raises:
-        ModelError: the model is quantised by another library, has no such head, is a causal model that reads in both
-            directions, an encoder with a decoder, or a model of no size.
-    """
-    stored_quantization(config)
-    text = config.get_text_config()
-    if not isinstance(text, PretrainedConfig):
-        raise ModelError(f"{folder / 'config.json'} says text_config={text!r}; it must be a mapping")
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        size = getattr(text, name, None)
-        if isinstance(size, int) and size < 1:
-            raise ModelError(f"{folder / 'config.json'} says {name}={size}; it must be at least 1")
-    auto = _AUTO[head]
-    own = getattr(config, "auto_map", {})
-    if type(config) not in auto._model_mapping and auto.__name__ not in own:
-        kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
-        raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
-    if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
-        raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
-
-
 def _load(
     folder: Path, config: PretrainedConfig, attention: str, head: Head
 ) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
@@ -377,7 +176,7 @@ def _load(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # a new classifier starts the same at every load
-            loaded: Any = _AUTO[head].from_pretrained(
+            loaded: Any = AUTO[head].from_pretrained(
                 folder,
                 config=config,
                 dtype="auto",
@@ -390,14 +189,14 @@ def _load(
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         if whose_memory_ran_out(error) is not None:
             raise  # the folder is not to blame
-        why = _first_line(error)
+        why = first_line(error)
         if "mismatched" in why:
             why = "its tensors have other shapes than its config.json says"
             why += f" (with {config.num_labels} labels)" if head == "classification" else ""
         raise ModelError(f"{folder} cannot be loaded as a {head} model: {why}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
-    untrained = _untrained_modules(model, missing) if head == "classification" else ()
+    untrained = untrained_modules(model, missing) if head == "classification" else ()
     lost = [key for key in missing if not key.startswith(tuple(f"{name}." for name in untrained))]
     if lost:
         raise ModelError(
@@ -406,68 +205,3 @@ def _load(
         )
     unused = tuple(sorted(info["unexpected_keys"])) if head == "causal" else ()  # a classifier leaves a head out
     return model, untrained, unused
-
-
-def _untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:
-    """The parts of a classifier that the checkpoint has not."""
-    return tuple(name for name in _classifier_parts(model) if any(key.startswith(f"{name}.") for key in missing))
-
-
-def expected_untrained(model: PreTrainedModel) -> tuple[str, ...]:
-    """The modules for which loading will find no weights, told by a model built from its configuration.
-
-    Where no weights are at hand yet, what the model was saved to say tells it, and a pooler is taken to be there.
-    """
-    if head_of(model) != "classification":
-        return ()
-    body, source = f"{model.base_model_prefix}.", model.config._name_or_path
-    stored = tensor_names(Path(source)) if source else set()
-    if not stored:
-        is_saved = type(model).__name__ in (model.config.architectures or ())
-        return () if is_saved else tuple(name for name in _classifier_parts(model) if not name.startswith(body))
-    found = {name.removeprefix(body) for name in stored}
-    parts = _classifier_parts(model)
-    return tuple(part for part in parts if not any(name.startswith(f"{part.removeprefix(body)}.") for name in found))
-
-
-def _classifier_parts(model: PreTrainedModel) -> list[str]:
-    """The children with weights of a classification model beside its body, and a pooler in it."""
-    parts = [name for name, module in model.named_children() if module is not model.base_model]
-    own = [name for name, _ in model.named_parameters()]
-    parts.append(f"{model.base_model_prefix}.pooler")
-    return [part for part in parts if any(name.startswith(f"{part}.") for name in own)]
-
-
-def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Bring what is left dense to `dtype` and `device`, as copies that no longer point into the checkpoint's file.
-
-    Buffers keep their dtype (rotary frequencies are fp32 for a reason), and tied parameters stay tied.
-    """
-    moved: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, QuantizedWeight):
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in moved:
-                moved[parameter] = nn.Parameter(copy_off(parameter.detach(), dtype, device), requires_grad=False)
-            setattr(module, name, moved[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(device)
-
-
-def _resolve_skip(model: PreTrainedModel, skip: Sequence[str]) -> set[str]:
-    names = [name for name, _ in body_linears(model)]
-    found: set[str] = set()
-    for entry in skip:
-        matches = {name for name in names if name == entry or name.rpartition(".")[2] == entry}
-        if not matches:
-            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise ModelError(f"base.skip names {entry!r}, which is no linear layer of this model; there are: {leaves}")
-        found |= matches
-    return found
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line that says something, and the next where that only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

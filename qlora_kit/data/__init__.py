@@ -32,11 +32,12 @@ from qlora_kit.data.examples import Chat, Classified, Completion, Example, Label
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS
 from qlora_kit.data.information import bits_to_learn
-from qlora_kit.data.load import Reader, Scan, Source, held_out, load_rows, open_sources, scan, split_eval
+from qlora_kit.data.load import Scan, held_out, load_rows, scan, split_eval
 from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
 from qlora_kit.data.preview import Filling, Piece, Preview, count_classes, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
+from qlora_kit.data.sources import Reader, Source, open_sources
 from qlora_kit.data.table import RowTable, lengths_of
 from qlora_kit.data.template import Encoded, encode, encode_turns
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.encode import Counts, EncodedSet, Part
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.load import Reader
+from qlora_kit.data.sources import Reader
 from qlora_kit.data.table import RowTable
 from qlora_kit.errors import RunError
 from qlora_kit.storage import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.columns import read_row
 from qlora_kit.data.examples import Chat, Completion, Example
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.load import raw_rows
+from qlora_kit.data.sources import raw_rows
 from qlora_kit.data.template import encode
 from qlora_kit.errors import DataError
 

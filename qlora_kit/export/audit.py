@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_kit.base.load import head_of
+from qlora_kit.base.architecture import head_of
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.ops import IGNORED

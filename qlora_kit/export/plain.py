@@ -16,10 +16,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qlora_kit.base.architecture import brings_code, head_of
 from qlora_kit.base.experts import stack_experts
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
-from qlora_kit.base.load import brings_code, head_of, load_base, original_weights
+from qlora_kit.base.load import load_base, original_weights
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, ModelError, RunError

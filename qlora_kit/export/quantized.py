@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.base.architecture import build_model, head_of
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.experts import expert_stacks
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.load import body_linears, build_model, head_of, load_base
+from qlora_kit.base.freeze import body_linears
+from qlora_kit.base.load import load_base
 from qlora_kit.base.prequantized import packed
 from qlora_kit.base.record import base_record
 from qlora_kit.base.vocabulary import QuantizedTable

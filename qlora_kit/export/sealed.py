@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.architecture import head_of
 from qlora_kit.base.device import DTYPES
-from qlora_kit.base.load import head_of
 from qlora_kit.errors import RunError
 from qlora_kit.export.folder import library_versions, model_card
 from qlora_kit.export.trained_against import PREFIX

@@ -11,10 +11,10 @@ from typing import Any, get_args
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
+from qlora_kit.base.architecture import Head, head_of
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.device import DTYPES
 from qlora_kit.base.formats import Kind
-from qlora_kit.base.load import Head, head_of
 from qlora_kit.base.record import base_record
 from qlora_kit.base.vocabulary import QuantizedEmbedding
 from qlora_kit.data.classes import Classes

@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import decode, device_of
+from qlora_kit.base.dense import decode
 from qlora_kit.base.experts import expert_stacks, stack_experts
 from qlora_kit.base.files import file_inside, read_header
 from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.base.vocabulary import row_width
 from qlora_kit.errors import AdapterError, ModelError, listed
 from qlora_kit.lora.inject import LoraReport, lora_report, wrap
-from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, row_squares, weight_shape
+from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, weight_shape
 from qlora_kit.lora.peft_config import (
     ignored_fields,
     is_target,
@@ -186,15 +186,13 @@ def _adapter(
     layer: LoraLayer, layer_name: str, config: Mapping[str, Any], parts: Parts, dtype: torch.dtype | None
 ) -> Adapter:
     rank = patterned(config.get("rank_pattern"), layer_name, config["r"])
-    adapter = Adapter(
-        layer.shape,
+    adapter = layer.new_adapter(
         int(rank),
         patterned(config.get("alpha_pattern"), layer_name, config["lora_alpha"]),
         scaling="rslora" if config.get("use_rslora") else "standard",
         dropout=config.get("lora_dropout") or 0.0,
-        square_O=row_squares(layer.base) if "magnitude_O" in parts else None,
+        is_dora="magnitude_O" in parts,
         dtype=dtype or torch.promote_types(parts["a_RI"].dtype, parts["b_OR"].dtype),
-        device=device_of(layer.base),
     )
     with torch.no_grad():
         for leaf, parameter in adapter.named_parameters():

@@ -8,15 +8,14 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import device_of, parameter_count
+from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
-from qlora_kit.base.load import left_dense
+from qlora_kit.base.freeze import left_dense
 from qlora_kit.base.record import base_record
 from qlora_kit.errors import AdapterError, listed
 from qlora_kit.lora.init import Init, Start
 from qlora_kit.lora.layer import (
     LARGEST_ALPHA,
-    Adapter,
     Carrier,
     LoraExperts,
     LoraLayer,
@@ -24,7 +23,6 @@ from qlora_kit.lora.layer import (
     Scaling,
     adapter_parameters,
     lora_layers,
-    row_squares,
 )
 from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter, whole_or_nothing
 from qlora_kit.lora.targets import adaptable_weights, match_modules, match_targets, pattern_values
@@ -133,15 +131,9 @@ def add_lora(
         for layer_name, own_rank in ranks.items():
             layer = wrap(model, layer_name)
             start.check(layer_name, layer.shape, own_rank)
-            adapter = Adapter(
-                layer.shape,
-                own_rank,
-                alphas.get(layer_name, alpha),
-                scaling=scaling,
-                dropout=dropout,
-                square_O=row_squares(layer.base) if dora else None,
-                dtype=dtype,
-                device=device_of(layer.base),
+            own_alpha = alphas.get(layer_name, alpha)
+            adapter = layer.new_adapter(
+                own_rank, own_alpha, scaling=scaling, dropout=dropout, is_dora=dora, dtype=dtype
             )
             start.fill(adapter, layer_name, layer.base)
             layer.adapters[name] = adapter.train(layer.training)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlora_kit.base.dense import Linear, decode, linear_shape, reader
+from qlora_kit.base.dense import Linear, decode, device_of, linear_shape, reader
 from qlora_kit.base.experts import ExpertStack
 from qlora_kit.ops import Decode, Update, dora_linear, lora_linear, row_norms
 
@@ -204,6 +204,24 @@ class LoraLayer(Carrier):
     def shape(self) -> tuple[int, ...]:
         """(out, in), or (experts, out, in)."""
         return weight_shape(self.base)
+
+    def new_adapter(
+        self, rank: int, alpha: float, *, scaling: Scaling, dropout: float, is_dora: bool, dtype: torch.dtype
+    ) -> Adapter:
+        """An adapter of this layer's shape, where its weight lies; the layer does not carry it yet.
+
+        The arguments are those of `Adapter`; with `is_dora` it is a DoRA, whose norms start as those of the base.
+        """
+        return Adapter(
+            self.shape,
+            rank,
+            alpha,
+            scaling=scaling,
+            dropout=dropout,
+            square_O=row_squares(self.base) if is_dora else None,
+            dtype=dtype,
+            device=device_of(self.base),
+        )
 
 
 class LoraExperts(LoraLayer):

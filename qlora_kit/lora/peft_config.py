@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.architecture import head_of
 from qlora_kit.base.dense import is_transposed
 from qlora_kit.base.experts import expert_stacks
-from qlora_kit.base.load import head_of
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.lora.layer import LARGEST_ALPHA, LoraLinear, carriers, lora_layers
 from qlora_kit.lora.targets import adaptable_linears

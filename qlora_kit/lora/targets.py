@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.experts import expert_stacks
-from qlora_kit.base.load import body_linears
+from qlora_kit.base.freeze import body_linears
 from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import LARGEST_ALPHA, LoraExperts, LoraLayer, bare, carriers
 from qlora_kit.lora.vocabulary import end_names, head_is_tied, head_name

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from qlora_kit.base.load import build_model
+from qlora_kit.base.architecture import build_model
 from qlora_kit.errors import ModelError
 from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
 from qlora_kit.plan.depths import count_layers

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from qlora_kit.base.load import Head, build_model
+from qlora_kit.base.architecture import Head, build_model
 from qlora_kit.memory import CATEGORIES, whole
 from qlora_kit.train.activations import Blocks, Policy, activation_blocks
 

@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
+from qlora_kit.base.architecture import build_model, expected_untrained
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
-from qlora_kit.base.load import body_linears, build_model, expected_untrained, freeze_and_quantize
+from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
 from qlora_kit.lora import (
     REFERENCE,

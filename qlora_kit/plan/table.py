@@ -63,9 +63,7 @@ def plan_methods(
     asked, recipe = recipe, with_rank(recipe, config, data_bits)
     device = resolve_device(recipe.base.device)
     on_card = card is not None or device.type == "cuda"
-    budget = None if recipe.memory.budget is None else parse_bytes(recipe.memory.budget)
-    if budget is None and device.type == "cuda":
-        budget = available_bytes(device)
+    budget = _budget(recipe, device)
     room = budget or available_bytes(device)
     chosen = choose(Workloads(recipe, config, tokens, on_card, eval_shape, after or {}), pace, room)
     makes, solution, setting = chosen.makes, chosen.solution, chosen.solution.setting
@@ -88,14 +86,7 @@ def plan_methods(
         "budget": budget,
         "available_bytes": room if budget is None else None,
         "needs_bytes": chosen.needs_bytes,
-        "activations": setting.blocks.words,
-        "blocks": setting.blocks._asdict(),
-        "loss_chunk": work.loss_chunk,
-        "quantize_head": work.quantize_head,
-        "computed_in": str(work.dtype).removeprefix("torch."),
-        "compared_in": str(_peer_dtype(recipe, work)).removeprefix("torch."),
-        "micro_batch": setting.micro_batch,
-        "accumulation": setting.accumulation,
+        **_settled(recipe, work, setting),
         "tokens": tokens,
         "planned_on": "fake tensors, CPU operators",
         "device_profile": card or device_name(device),
@@ -106,10 +97,29 @@ def plan_methods(
         "estimates": ["tokens_per_s", "hours", "next", "traded"],
         "allocator": chosen.added,
         "cards": fitting_cards({name: needed_on_card(method["peak_bytes"]) for name, method in methods.items()}),
-        "next": _other(solution, solution.more, tokens),
-        "traded": _other(solution, solution.fastest, tokens),
-        "least": _other(solution, solution.least, tokens),
+        **_other_settings(solution, tokens),
         "with_quantized_head": chosen.with_quantized_head,
+    }
+
+
+def _budget(recipe: Recipe, device: torch.device) -> int | None:
+    """The bytes that the run is held to: the recipe's, or what is free on a card; None on a CPU without either."""
+    if recipe.memory.budget is not None:
+        return parse_bytes(recipe.memory.budget)
+    return available_bytes(device) if device.type == "cuda" else None
+
+
+def _settled(recipe: Recipe, work: Workload, setting: Setting) -> dict[str, Any]:
+    """What the recipe's `auto` became, and in what the run and those it is compared with compute."""
+    return {
+        "activations": setting.blocks.words,
+        "blocks": setting.blocks._asdict(),
+        "loss_chunk": work.loss_chunk,
+        "quantize_head": work.quantize_head,
+        "computed_in": str(work.dtype).removeprefix("torch."),
+        "compared_in": str(_peer_dtype(recipe, work)).removeprefix("torch."),
+        "micro_batch": setting.micro_batch,
+        "accumulation": setting.accumulation,
     }
 
 
@@ -145,6 +155,15 @@ def _public(method: dict[str, Any]) -> dict[str, Any]:
     """A method as plan.json has it, without what only the solver reads."""
     hidden = ("parameters", "layers", "moments", "block_bytes", "needs_bytes")
     return {key: value for key, value in method.items() if key not in hidden}
+
+
+def _other_settings(solution: Solution, tokens: int) -> dict[str, Any]:
+    """What could have been chosen instead; None for each where there is no such setting."""
+    return {
+        "next": _other(solution, solution.more, tokens),
+        "traded": _other(solution, solution.fastest, tokens),
+        "least": _other(solution, solution.least, tokens),
+    }
 
 
 def _other(solution: Solution, other: tuple[Setting, int] | None, tokens: int) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.base.load import stored_head
+from qlora_kit.base.architecture import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.run.folder import DATA, recorded_classes

@@ -3,8 +3,8 @@
 import torch
 from transformers import PretrainedConfig
 
+from qlora_kit.base.architecture import brings_code
 from qlora_kit.base.device import resolve_device, resolve_dtype
-from qlora_kit.base.load import brings_code
 from qlora_kit.base.prequantized import stored_quantization
 from qlora_kit.errors import ModelError
 from qlora_kit.recipe import Recipe, not_read

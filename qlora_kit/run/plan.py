@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from qlora_kit.base import locate_model
+from qlora_kit.base.architecture import read_config
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.device import resolve_device, resolve_dtype
-from qlora_kit.base.load import read_config
 from qlora_kit.data import bits_to_learn, check_lengths
 from qlora_kit.errors import FitError
 from qlora_kit.export import rehearse_merge

@@ -7,9 +7,9 @@ from typing import NamedTuple
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_kit.base import locate_model
+from qlora_kit.base.architecture import read_config
 from qlora_kit.base.device import resolve_device
 from qlora_kit.base.hub import is_folder
-from qlora_kit.base.load import read_config
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     EncodedSet,

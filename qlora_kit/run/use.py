@@ -7,8 +7,9 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base import load_base, locate_model
+from qlora_kit.base.architecture import head_of, stored_head
 from qlora_kit.base.hub import say_nothing
-from qlora_kit.base.load import Watching, head_of, stored_as, stored_head
+from qlora_kit.base.load import Watching, stored_as
 from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from transformers import PretrainedConfig
 
-from qlora_kit.base.load import Head, reads_both_ways
+from qlora_kit.base.architecture import Head, reads_both_ways
 from qlora_kit.data.classes import Classes
 
 

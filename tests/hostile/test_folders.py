@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.base.architecture import read_config
 from qlora_kit.base.files import check_model_folder
-from qlora_kit.base.load import load_base, read_config
+from qlora_kit.base.load import load_base
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.errors import AdapterError, ModelError, RecipeError
 from qlora_kit.export import merge

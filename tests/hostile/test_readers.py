@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_report import full_documents, write_run
 
+from qlora_kit.base.architecture import read_config as read_model_config
 from qlora_kit.base.files import check_model_folder, read_header, weight_files
-from qlora_kit.base.load import read_config as read_model_config
 from qlora_kit.data import Encoded, EncodedSet, cache, load_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.errors import QloraKitError

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qlora_kit.base.load import brings_code, head_of
+from qlora_kit.base.architecture import brings_code, head_of
 from qlora_kit.errors import RunError
 from qlora_kit.export.gguf.rope import rope_keys
 

@@ -1,0 +1,169 @@
+"""Files: which hold rows, and those rows as they stand, each with its place.
+
+What is text (.jsonl, .json, .csv, .txt, .md) is read here, so that a fault has a file and a line; .parquet goes through
+pyarrow, batch by batch and with no copy on the disk.
+"""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from qlora_kit.data.faults import Faults
+from qlora_kit.errors import DataError
+
+RawRow: TypeAlias = tuple[str, Any]
+"""Where a row stands, and what was found there."""
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder that hold rows, or the documents, sorted; not both, since a README is seldom meant.
+
+    Raises:
+        DataError: there are none, or both, or data sets as `datasets` saves them.
+    """
+    visible = (
+        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.parts[len(folder.parts) :])
+    )
+    files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in READERS)
+    documents = [file for file in files if READERS[file.suffix.lower()] is _document]
+    if any(folder.rglob("*.arrow")):
+        raise DataError(f"{folder} holds .arrow files, which are not read: write them again with Dataset.to_parquet")
+    if not files:
+        raise DataError(f"{folder} is empty: no file in it ends in {', '.join(READERS)}")
+    if documents and len(documents) < len(files):
+        rows = next(file for file in files if file not in documents)
+        raise DataError(
+            f"{folder} holds rows ({rows.name}) and documents ({documents[0].name}): "
+            "list the files that are meant under data.train"
+        )
+    return files
+
+
+def rows_in(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """The rows of a file, by its ending, which is in `READERS`; of one that is UTF-16 one fault, and not one a line."""
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            faults.add(f"{path} is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)", hides_rows=True)
+            return
+    yield from READERS[path.suffix.lower()](path, faults)
+
+
+def _json_lines(path: Path, faults: Faults) -> Iterator[RawRow]:
+    with path.open("rb") as file:
+        # By bytes and "\n" alone: other line ends (U+2028, a lone "\r") may stand inside JSON text.
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            try:
+                text = _decode(line, where).strip()
+                if text:
+                    yield where, _parse(text, where)
+            except DataError as error:
+                faults.add(error)
+
+
+def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """One list of objects, one object over several lines, or one object a line as in .jsonl."""
+    with path.open("rb") as file:
+        start = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        is_whole = start.startswith(b"[") or start == b"{" or not start
+    if not is_whole:
+        yield from _json_lines(path, faults)
+        return
+    try:
+        text = _decode(path.read_bytes(), path)
+        rows = _parse(text, path) if text.strip() else []
+    except DataError as error:
+        faults.add(error, hides_rows=True)
+        return
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        yield f"{path} row {number}", row
+
+
+def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
+    try:
+        text = _decode(path.read_bytes(), path)
+    except DataError as error:
+        faults.add(error, hides_rows=True)
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise a cell ends at 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns: list[str] = []
+    start = 1  # the line in which a row begins: its cells may hold line breaks
+    try:
+        for values in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not columns:
+                columns = values
+                if twice := [name for name, count in Counter(columns).items() if count > 1]:
+                    faults.add(f"{where}: the column {twice[0]!r} is there twice", hides_rows=True)
+                    return
+            elif len(values) == len(columns):
+                yield where, dict(zip(columns, values, strict=True))
+            elif values:
+                faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
+    except csv.Error as error:
+        faults.add(f"{path}:{start}: not CSV: {error}", hides_rows=True)
+
+
+def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
+    try:
+        text = _decode(path.read_bytes(), path)
+    except DataError as error:
+        faults.add(error)
+        return
+    if text.strip():
+        yield str(path), {"text": text}
+
+
+def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """Rows, counted from 1."""
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (ArrowException, ValueError, OverflowError) as error:  # of Python's own: a date that it has not
+        faults.add(f"{path}: not Parquet that can be read, after row {number}: {error}", hides_rows=True)
+
+
+READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_file,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".txt": _document,
+    ".md": _document,
+}
+"""What reads a file, by its ending."""
+
+
+def _decode(data: bytes, where: object) -> str:
+    """UTF-8, strictly; a byte order mark is dropped. `where` is a file, or a file and line."""
+    try:
+        return data.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        place = where if isinstance(where, str) else f"{where}:{line}"
+        raise DataError(
+            f"{place}: not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8"
+        ) from None
+
+
+def _parse(text: str, where: object) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = where if isinstance(where, str) else f"{where}:{error.lineno}"
+        what = error.msg.removesuffix(" at")
+        raise DataError(f"{place}: not JSON: {what} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets
+        raise DataError(f"{where}: not JSON that can be read: {error}") from None
