@@ -5,7 +5,7 @@
 Input by input: what rounding the weights of one has lost is taken up by those that are not rounded yet, as far as the
 inputs go together. The strongest inputs come first.
 
-The constant of a block, or of a row in int8, is chosen before, among shrunk ranges: what lies beyond is cut off, and the
+The constant of a block, in int8 of a row, is chosen before, among shrunk ranges: what lies beyond is cut off, and the
 rest gets finer steps. A loss counts by what is left of it once later inputs have taken up what they can. Constants are
 those that can be stored, double quantisation included, so every weight is rounded to what will be read. One that is of
 inputs outside of a part, too, stays that of plain rounding.
