@@ -32,15 +32,16 @@ from qlora_kit.base.load import load_base
 from qlora_kit.base.prequantized import packed
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError
-from qlora_kit.export import compare, export_quantized, merged_tensors
+from qlora_kit.export import compare, compensate, export_quantized, merged_tensors
 from qlora_kit.export import quantized as room
-from qlora_kit.export.compensate import PIECE_TOKENS, Compensation, calibration_pieces, compensated
+from qlora_kit.export.calibrate import PIECE_TOKENS, Compensation, calibration_pieces
+from qlora_kit.export.compensate import compensated
 from qlora_kit.export.shelf import Shelf
 from qlora_kit.lora import add_lora, lora_layers
 from qlora_kit.units import MIB
 
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", False)]
-SHAPES = [(5, 3), (7, 48), (130, 257)]
+SHAPES = [(5, 3), (7, 48), (130, 257), (6, 192)]
 
 
 def numpy_read(tensors, prefix):
@@ -213,12 +214,43 @@ def test_a_grid_finds_the_nearest_of_all_values(shape, kind, double_quant):
 
 
 @pytest.mark.parametrize(("kind", "double_quant"), FORMATS)
-def test_inputs_that_do_not_go_together_leave_every_weight_at_its_nearest(tmp_path, kind, double_quant):
-    how, weight = Quantization(kind, double_quant), matrix((9, 130))
-    stored = chosen(weight, torch.diag(torch.linspace(1, 2, 130)), how, tmp_path)
+@pytest.mark.parametrize("width", [128, 130])
+def test_inputs_that_do_not_go_together_leave_every_weight_at_its_nearest(tmp_path, kind, double_quant, width):
+    how, weight = Quantization(kind, double_quant), matrix((9, width))
+    stored = chosen(weight, torch.diag(torch.linspace(1, 2, width)), how, tmp_path)
     grid = Grid(stored, weight.shape, how)
-    codes = torch.stack([grid.nearest(weight[:, column], column)[0] for column in range(130)], 1)
+    codes = torch.stack([grid.nearest(weight[:, column], column)[0] for column in range(width)], 1)
     assert torch.equal(stored["codes"], grid.packed(codes))
+
+
+@pytest.mark.parametrize("part", [compensate.PART, 128])
+@pytest.mark.parametrize(("kind", "double_quant"), FORMATS)
+def test_chosen_constants_keep_outputs_better_than_those_of_plain_rounding(
+    tmp_path, monkeypatch, kind, double_quant, part
+):
+    how, inputs = Quantization(kind, double_quant), correlated(256).double()
+    weight = matrix((96, 256)).pow(3)  # a few large ones among many small, or there is nothing to cut off
+    wanted = inputs @ weight.T.double()
+    monkeypatch.setattr(compensate, "PART", part)
+    both = chosen(weight, inputs.float(), how, tmp_path)
+    monkeypatch.setattr(compensate, "RANGES", [])
+    with_codes = chosen(weight, inputs.float(), how, tmp_path)
+    assert torch.equal(with_codes["absmax"], quantize(weight, how)["absmax"])
+    if kind == "int8" and part < 256:  # a row is in two parts
+        assert torch.equal(both["absmax"], with_codes["absmax"])
+        return
+    assert (both["absmax"] != with_codes["absmax"]).any()
+    errors = [
+        relative(inputs @ QuantizedLinear.from_stored((96, 256), each, None, how).dense(torch.float64).T, wanted)
+        for each in (with_codes, both)
+    ]
+    assert errors[1] < (1 if kind == "int8" else 0.99) * errors[0]  # int8 changes 3 of 96 rows
+
+
+def test_blocks_that_reach_into_the_next_row_keep_their_constants(tmp_path):
+    how, weight = Quantization(), matrix((8, 96))
+    stored = chosen(weight, correlated(96), how, tmp_path)
+    assert torch.equal(stored["absmax"], quantize(weight, how)["absmax"])
 
 
 @pytest.mark.parametrize(("kind", "double_quant"), FORMATS)

@@ -122,34 +122,68 @@ def _slices(count: int, step: int, weight: Tensor) -> Iterator[tuple[int, int]]:
 
 
 class Grid:
-    """The values that the weights of a matrix can have, its constants given: level[code] * constant.
+    """The values that the weights of a matrix can have: level[code] * constant.
 
     Args:
-        stored: as `quantize` gives them; the codes are not read.
+        stored: as `quantize` gives them; the codes are not read. Constants that are put stand in its `absmax`.
         shape: (out, in).
         quantization: of these.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], shape: tuple[int, ...], quantization: Quantization) -> None:
         out, self.in_features = shape
-        self.quantization, absmax = quantization, stored["absmax"]
-        self.constants, self.rows_O = absmax, torch.arange(out, device=absmax.device)
+        self.quantization, self._stored = quantization, stored
+        self.constants, self.rows_O = stored["absmax"], torch.arange(out, device=stored["absmax"].device)
         if quantization.is_4bit:
-            self.constants = constants_4bit(absmax, stored.get("absmax_scale"), stored.get("absmax_offset"))
+            self.constants = constants_4bit(
+                stored["absmax"], stored.get("absmax_scale"), stored.get("absmax_offset")
+            ).clone()
 
     def nearest(self, w_O: Tensor, column: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Codes, one a byte, and what they are read as, fp32, of the weights nearest to `w_O` in some rows of a
         column."""
         how, rows_O = self.quantization, self.rows_O[rows]
         blocks_O = (rows_O * self.in_features + column) // how.block_size if how.is_4bit else rows_O
-        constants_O = self.constants[blocks_O]
-        x_O = torch.where(constants_O == 0, 0, w_O / constants_O)
-        if how.is_4bit:
-            bounds, codes = intervals(how.kind, w_O.device)
-            codes_O = codes[torch.bucketize(x_O, bounds)]
-            return codes_O, table_4bit(how.kind, w_O.device)[codes_O.int()] * constants_O
-        codes_O = (x_O * 127).round_().clamp_(-127, 127)
-        return codes_O.to(torch.int8), codes_O * constants_O / 127
+        return self.nearest_with(w_O, self.constants[blocks_O])
+
+    def nearest_with(self, w: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of weights of any shape with constants that broadcast to it."""
+        x = torch.where(constants == 0, 0, w / constants)
+        if self.quantization.is_4bit:
+            bounds, codes = intervals(self.quantization.kind, w.device)
+            codes = codes[torch.bucketize(x, bounds, out_int32=True)]
+            return codes, table_4bit(self.quantization.kind, w.device)[codes.int()] * constants
+        codes = (x * 127).round_().clamp_(-127, 127)
+        return codes.to(torch.int8), codes * constants / 127
+
+    def blocks(self, rows: slice, columns: slice) -> Tensor | None:
+        """Numbers of the constants of some rows and columns, (rows, constants of each), int64; None where one of them
+        is others', too."""
+        size = self.quantization.block_size if self.quantization.is_4bit else self.in_features
+        if any(end % size for end in (self.in_features, columns.start, columns.stop)):
+            return None
+        of_row_K = torch.arange(columns.start // size, columns.stop // size, device=self.rows_O.device)
+        return self.rows_O[rows, None] * (self.in_features // size) + of_row_K
+
+    def constants_near(self, wanted: Tensor, blocks: Tensor) -> Tensor:
+        """What constants would be read as, if these were stored as nearly as they can be."""
+        return self._second_level(wanted, blocks)[1] if self._is_double else wanted
+
+    def put(self, constants: Tensor, blocks: Tensor) -> None:
+        """Take other constants, which `constants_near` gave."""
+        self.constants[blocks] = constants
+        self._stored["absmax"][blocks] = self._second_level(constants, blocks)[0] if self._is_double else constants
+
+    @property
+    def _is_double(self) -> bool:
+        return self.quantization.is_4bit and self.quantization.double_quant
+
+    def _second_level(self, wanted: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Under double quantisation: 8-bit codes, and what they are read as."""
+        levels, codes = table_8bit(wanted.device).sort()
+        scale, offset = self._stored["absmax_scale"][blocks // ABSMAX_BLOCK], self._stored["absmax_offset"]
+        places = torch.bucketize((wanted - offset) / scale, (levels[1:] + levels[:-1]) / 2)
+        return codes[places].to(torch.uint8), levels[places] * scale + offset
 
     def packed(self, codes_OI: Tensor) -> Tensor:
         """Such codes of all columns as `quantize` stores them."""

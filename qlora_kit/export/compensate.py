@@ -1,46 +1,33 @@
-"""Codes that make up for each other: weights are rounded so that a layer's outputs stay, not each weight.
+"""Codes and constants that make up for each other: weights are rounded so that a layer's outputs stay, not each weight.
 
-    min over codes of  tr((W - Q) H (W - Q)^T),   H = X^T X   of the layer's inputs X on calibration rows
+    min over codes and constants of  tr((W - Q) H (W - Q)^T),   H = X^T X   of the layer's inputs X
 
 Input by input: what rounding the weights of one has lost is taken up by those that are not rounded yet, as far as the
-inputs go together. The constants are those of plain rounding, double quantisation included, so every weight is rounded
-to what will be read. The strongest inputs come first.
+inputs go together. The strongest inputs come first.
 
-Layers go in the order in which they run, and X is what the layers before, re-quantised already, hand on: they make up
-for those, too. The model runs a block at a time, on rows of its training; the rows of the audit are others. When a
-block is done, nothing of it has changed.
+The constant of a block, in int8 of a row, is chosen before, among shrunk ranges: what lies beyond is cut off, and the
+rest gets finer steps. A loss counts by what is left of it once later inputs have taken up what they can. Constants are
+those that can be stored, double quantisation included, so every weight is rounded to what will be read. One that is of
+inputs outside of a part, too, stays that of plain rounding.
 
-Memory beside the model does not grow with it: H is formed of some inputs at a time, which take up each other's losses
-alone, and weights are rounded tile by tile. A whole weight, codes, and what a block is given on all calibration rows
-wait on a shelf of files; a piece of those rows is as much as runs through a block at once.
+H is formed of some inputs at a time, which take up each other's losses alone, and weights are rounded tile by tile; a
+whole weight and codes wait on a shelf of files.
 
 Source: Frantar et al. 2022, arXiv 2210.17323 (GPTQ), algorithm 1, in the form that needs no inverse: the nearest plane
 of Babai, as Chen et al. 2025, arXiv 2507.18553, found it to be.
 
-Axes: I in, O out, P inputs of a part, R outputs of a tile, C inputs of a batch of them, B sequences, T tokens, S all of
-their tokens.
+Axes: I in, O out, P inputs of a part, R outputs of a tile, C inputs of a batch of them, K blocks of a tile's row, W
+weights of a block.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from qlora_kit.base.dense import Linear, QuantizedLinear, device_of, is_transposed, linear_shape
 from qlora_kit.base.formats import Grid, Quantization, quantize
-from qlora_kit.data.collate import Batch
-from qlora_kit.errors import RunError
 from qlora_kit.export.shelf import Shelf
 from qlora_kit.export.stream import row_slices
-from qlora_kit.lora.layer import LoraLinear, bare
-from qlora_kit.train.activations import activation_blocks
-from qlora_kit.train.evaluate import evaluation_mode
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean: a sound inverse. From 0.001 to 0.1 the audit tells no difference
@@ -55,14 +42,15 @@ PART = 2048
 TILE_ELEMENTS = 2**22
 """Weights that are rounded at one time: 16 MiB."""
 
-PIECE_TOKENS = 512
-"""Tokens that go through a block together."""
+RANGES = [share / 40 for share in range(39, 27, -1)]
+"""Shares of a block's range, 0.975 to 0.7, that are tried for its constant. With larger and smaller ones, too, the
+outputs come out the same within 1 % (quickstart)."""
+
+SEARCH_ELEMENTS = 2**16
+"""Weights whose constants are chosen at one time: 256 KiB, a few of which stay in a core's cache."""
 
 Stored = dict[str, Tensor]
 """Codes and constants of a matrix, as `quantize` names them."""
-
-_More = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is given beside its input: arguments by place, and by name."""
 
 
 @torch.no_grad()
@@ -83,12 +71,13 @@ def compensated(
         device: on which it is computed.
 
     Returns:
-        of each the constants that `quantize` gives, with other codes.
+        of each what `quantize` gives, with other codes, and other constants where rows are whole blocks.
     """
     chosen = [_Choice(w_OI, quantization, shelf, device) for w_OI in weights]
     for inputs in _parts(weights[0].shape[1]):
-        order_P, shares_PP = _shares(gram(inputs))
+        order_P, shares_PP, costs_P = _shares(gram(inputs))
         for each in chosen:
+            each.shrink(inputs, costs_P)
             each.choose(inputs, order_P, shares_PP)
     return [each.stored() for each in chosen]
 
@@ -99,20 +88,22 @@ def quantized_onto(shelf: Shelf, w_OI: Tensor, quantization: Quantization) -> St
 
 
 def _parts(width: int) -> Iterator[slice]:
-    """Inputs in parts of about one size, none above `PART`."""
+    """Inputs in parts of about one size, none above `PART`, that cut as few blocks as can be."""
     step = -(-width // -(-width // PART))
+    step += -step % COLUMNS if step < width else 0
     for begin in range(0, width, step):
         yield slice(begin, min(begin + step, width))
 
 
-def _shares(gram_PP: Tensor) -> tuple[Tensor, Tensor]:
+def _shares(gram_PP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In which order inputs are rounded, and how much each is to take up of what rounding the ones before has lost.
 
     With H = U U^T, U upper triangular, what is lost at all outputs is |(W - Q) U|^2; its column of one input is zero
     where that takes up U[before, input] / U[input, input] of theirs.
 
     Returns:
-        order (P,) and shares (P before, P), fp32.
+        order (P,), shares (P before, P), fp32, and U[input, input]^2, what a loss of one costs in the end, in the order
+        of the inputs (P,), fp32; nothing where nothing comes in.
     """
     diagonal_P = gram_PP.diagonal().clone()
     order_P = diagonal_P.argsort(descending=True, stable=True)
@@ -123,14 +114,18 @@ def _shares(gram_PP: Tensor) -> tuple[Tensor, Tensor]:
     factor_PP = gram_PP.double().t()  # the library works on columns, and on these in place
     del gram_PP
     torch.linalg.cholesky(factor_PP, out=factor_PP)
-    factor_PP /= factor_PP.diagonal().clone()
+    lengths_P = factor_PP.diagonal().clone()
+    factor_PP /= lengths_P
     shares_PP = factor_PP.float()
     del factor_PP
-    return order_P, shares_PP.flip(0, 1).contiguous()
+    costs_P = torch.zeros_like(diagonal_P)
+    if diagonal_P.any():
+        costs_P[order_P.flip(0)] = lengths_P.square().float()
+    return order_P, shares_PP.flip(0, 1).contiguous(), costs_P
 
 
 class _Choice:
-    """Codes of one matrix while they are chosen, some inputs after others."""
+    """Codes and constants of one matrix while they are chosen, some inputs after others."""
 
     def __init__(self, w_OI: Tensor, quantization: Quantization, shelf: Shelf, device: torch.device) -> None:
         self.w_OI, self.shelf = w_OI, shelf
@@ -138,6 +133,29 @@ class _Choice:
         plain = self.constants.pop("codes")
         self.grid = Grid(self.constants, w_OI.shape, quantization)
         self.codes_OI = shelf.empty(w_OI.shape, plain.dtype)
+
+    def shrink(self, inputs: slice, costs_P: Tensor) -> None:
+        """Choose the constants of the weights in a part: of some ranges that in which rounding costs least."""
+        for rows in row_slices((len(self.w_OI), len(costs_P)), SEARCH_ELEMENTS):
+            blocks_RK = self.grid.blocks(rows, inputs)
+            if blocks_RK is None:
+                return
+            w_RKW = self.w_OI[rows, inputs].to(costs_P.device).unflatten(1, (blocks_RK.shape[1], -1))
+            costs_KW = costs_P.view(blocks_RK.shape[1], -1)
+            widest_RK, best_RK = w_RKW.abs().amax(2), self.grid.constants[blocks_RK]
+            least_RK = self._cost(w_RKW, best_RK, costs_KW)
+            for share in RANGES:
+                constants_RK = self.grid.constants_near(share * widest_RK, blocks_RK)
+                cost_RK = self._cost(w_RKW, constants_RK, costs_KW)
+                is_less_RK = cost_RK < least_RK
+                best_RK = torch.where(is_less_RK, constants_RK, best_RK)
+                least_RK = torch.where(is_less_RK, cost_RK, least_RK)
+            self.grid.put(best_RK, blocks_RK)
+
+    def _cost(self, w_RKW: Tensor, constants_RK: Tensor, costs_KW: Tensor) -> Tensor:
+        """Of rounding each weight of a block for itself, by block."""
+        _, read_RKW = self.grid.nearest_with(w_RKW, constants_RK[..., None])
+        return (w_RKW - read_RKW).square_().mul_(costs_KW).sum(2)
 
     def choose(self, inputs: slice, order_P: Tensor, shares_PP: Tensor) -> None:
         """Choose those of the inputs in a part, as many outputs at a time as a tile holds."""
@@ -164,233 +182,3 @@ class _Choice:
         """All of them, with the constants."""
         kept = {name: self.shelf.keep(each) for name, each in self.constants.items()}
         return {**kept, "codes": self.shelf.keep(self.grid.packed(self.codes_OI))}
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Calibration rows that go through a block together."""
-
-    input_ids: Tensor
-    """(B, T), int64."""
-    lengths: tuple[int, ...]
-    """Tokens of each row without padding."""
-    is_masked: bool
-    """Whether the model reads both ways, and is to be told what is padding."""
-
-    @property
-    def structure(self) -> dict[str, Tensor]:
-        """What the model must be told beside the tokens."""
-        return {"attention_mask": self.is_real.view(self.input_ids.shape)} if self.is_masked else {}
-
-    @property
-    def is_real(self) -> Tensor:
-        """Which places hold a token and no padding, (B * T,)."""
-        return (torch.arange(self.input_ids.shape[1]) < torch.tensor(self.lengths)[:, None]).view(-1)
-
-
-def calibration_pieces(batches: Iterable[Batch]) -> list[Piece]:
-    """Rows in pieces of at most `PIECE_TOKENS` tokens; of a longer row the beginning."""
-    pieces = []
-    for batch in batches:
-        ids = batch.input_ids[:, :PIECE_TOKENS]
-        lengths = [min(length, PIECE_TOKENS) for length in batch.lengths]
-        for rows in row_slices(ids.shape, PIECE_TOKENS):
-            longest, is_masked = max(lengths[rows]), batch.attention_mask is not None
-            pieces.append(Piece(ids[rows, :longest], tuple(lengths[rows]), is_masked))
-    return pieces
-
-
-class Compensation:
-    """Codes and constants of a model's layers, asked for by name in the order in which they run.
-
-    Args:
-        model: as trained; it is unchanged whenever nothing is being asked.
-        weight: gives what is to be stored of a layer, (out, in), fp32, contiguous, in no memory of the model's.
-        names: of the layers that will be asked for.
-        quantization: the format.
-        pieces: calibration rows.
-        shelf: where what waits is kept.
-
-    Raises:
-        RunError: the model's blocks do not hand their output on to each other.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        weight: Callable[[str], Tensor],
-        names: Collection[str],
-        quantization: Quantization,
-        pieces: Sequence[Piece],
-        shelf: Shelf,
-    ) -> None:
-        self.model, self.weight, self.names, self.quantization = model, weight, names, quantization
-        self.shelf, self._pieces = shelf, pieces
-        with evaluation_mode(model):
-            self._inputs, self._more = _record(model, pieces, shelf)
-        self._done: dict[str, Stored] = {}
-
-    def __call__(self, name: str) -> Stored:
-        """Codes and constants of one layer; plainly rounded if it is in no block, or nothing comes in."""
-        while any(name.startswith(f"{block}.") for block in self._more):
-            self._done = self._block(next(iter(self._more)))
-        if name in self._done:
-            return self._done.pop(name)
-        return quantized_onto(self.shelf, self.weight(name).to(self.model.device), self.quantization)
-
-    def _block(self, name: str) -> dict[str, Stored]:
-        """All layers of a block; what it makes of its inputs with them becomes the inputs of the next."""
-        block, made = self.model.get_submodule(name), dict[str, Stored]()
-        leaves = [each.removeprefix(f"{name}.") for each in self.names if each.startswith(f"{name}.")]
-        more = self._more.pop(name)
-        with evaluation_mode(self.model), _alone(block), ExitStack() as swapped:
-            for group in _groups(block, leaves, lambda: self._run(block, 0, more)):
-                gram = partial(self._gram, block, name, group[0], more)
-                weights = [self.weight(f"{name}.{leaf}") for leaf in group]
-                chosen = compensated(weights, gram, self.quantization, self.shelf, self.model.device)
-                for leaf, stored in zip(group, chosen, strict=True):
-                    swapped.enter_context(_in_place(block, leaf, stored, self.quantization))
-                    made[f"{name}.{leaf}"] = stored
-            for number in range(len(self._inputs)):
-                self._inputs[number] = self.shelf.keep(self._run(block, number, more))
-        return made
-
-    def _run(self, block: nn.Module, number: int, more: Sequence[_More]) -> Tensor:
-        """What a block makes of its input on one piece."""
-        x, args, kwargs = tree_map_only(
-            Tensor, lambda each: each.to(self.model.device), (self._inputs[number], *more[number])
-        )
-        return _first(block(x, *args, **kwargs))
-
-    def _gram(self, block: nn.Module, name: str, leaf: str, more: Sequence[_More], inputs: slice) -> Tensor:
-        """H of some inputs of a layer over the tokens of all pieces, without padding."""
-        layer, device, width = block.get_submodule(leaf), self.model.device, inputs.stop - inputs.start
-        gram_PP = torch.zeros(width, width, device=device)
-
-        def add(is_real_S: Tensor, x: Tensor) -> None:
-            x_SP = x.flatten(0, -2)[:, inputs].float()
-            x_SP = x_SP[is_real_S] if len(x_SP) == len(is_real_S) else x_SP
-            gram_PP.addmm_(x_SP.t(), x_SP)
-
-        for number, piece in enumerate(self._pieces):
-            with _before(layer, partial(add, piece.is_real.to(device))):
-                self._run(block, number, more)
-        if not torch.isfinite(gram_PP).all():
-            raise RunError(f"{name}.{leaf} gets NaN or infinite inputs on the calibration rows")
-        return gram_PP
-
-
-def _record(
-    model: PreTrainedModel, pieces: Sequence[Piece], shelf: Shelf
-) -> tuple[list[Tensor], dict[str, list[_More]]]:
-    """What goes into the first block, piece by piece; and by block, what else each is given."""
-    inputs: list[Tensor] = []
-    more: dict[str, list[_More]] = {}
-    for piece in pieces:
-        noted = _Noted(shelf)
-        with ExitStack() as hooks:
-            for name, block in activation_blocks(model).items():
-                hooks.callback(block.register_forward_hook(partial(noted.see, name), with_kwargs=True).remove)
-            told = {name: each.to(model.device) for name, each in piece.structure.items()}
-            model.base_model(input_ids=piece.input_ids.to(model.device), **told, use_cache=False)
-        if not noted.is_chain or noted.first is None:
-            raise RunError(
-                f"the blocks of a {model.config.model_type} do not hand on what they make, so codes cannot be chosen "
-                "block by block; export with --calibration-rows 0, which rounds each weight for itself"
-            )
-        inputs.append(noted.first)
-        for name, each in noted.more.items():
-            more.setdefault(name, []).append(each)
-    return inputs, more
-
-
-class _Noted:
-    """What the blocks are given in one pass; of their outputs only the last is held."""
-
-    def __init__(self, shelf: Shelf) -> None:
-        self.shelf, self.is_chain = shelf, True
-        self.first: Tensor | None = None
-        self.more: dict[str, _More] = {}
-        self._last: Tensor | None = None
-        self._kept: dict[Tensor, Tensor] = {}
-
-    def see(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A forward hook of the block of that name."""
-        self.is_chain &= bool(args) and name not in self.more and (self._last is None or args[0] is self._last)
-        if self.first is None and args:
-            self.first = self.shelf.keep(args[0])
-        self.more[name] = tree_map_only(Tensor, self._keep, (args[1:], kwargs))
-        self._last = _first(output)
-
-    def _keep(self, given: Tensor) -> Tensor:
-        """Positions and masks are the same for all blocks, and kept once."""
-        if given not in self._kept:
-            self._kept[given] = self.shelf.keep(given)
-        return self._kept[given]
-
-
-def _first(output: Any) -> Tensor:
-    """What a block hands on: some give it beside other things."""
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first
-
-
-def _groups(block: nn.Module, leaves: Sequence[str], run: Callable[[], object]) -> list[list[str]]:
-    """The layers that a run calls, in order; those called with one input, one after another, are a group."""
-    calls: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for leaf in leaves:
-            hooks.enter_context(_before(block.get_submodule(leaf), partial(calls.setdefault, leaf)))
-        run()
-    groups: list[list[str]] = []
-    last: Tensor | None = None
-    for leaf, x in calls.items():
-        if x is last:
-            groups[-1].append(leaf)
-        else:
-            groups.append([leaf])
-        last = x
-    return groups
-
-
-@contextmanager
-def _before(layer: nn.Module, see: Callable[[Tensor], object]) -> Iterator[None]:
-    """In the block, show the input of each call of a layer."""
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        see(args[0])
-
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _alone(block: nn.Module) -> Iterator[None]:
-    """In the block, each layer takes its own products: those that it shares them with may have been replaced."""
-    joined = {layer: layer.siblings for layer in block.modules() if isinstance(layer, LoraLinear)}
-    for layer in joined:
-        layer.siblings = None
-    try:
-        yield
-    finally:
-        for layer, siblings in joined.items():
-            layer.siblings = siblings
-
-
-@contextmanager
-def _in_place(block: nn.Module, leaf: str, stored: Stored, quantization: Quantization) -> Iterator[None]:
-    """In the block, a layer as it will be read, in the place of the one that was trained."""
-    layer = block.get_submodule(leaf)
-    base: Linear = bare(layer)
-    held = {name: each.to(device_of(base)) for name, each in stored.items()}
-    twin = QuantizedLinear.from_stored(
-        linear_shape(base), held, base.bias, quantization, is_transposed=is_transposed(base)
-    )
-    block.set_submodule(leaf, twin)
-    try:
-        yield
-    finally:
-        block.set_submodule(leaf, layer)

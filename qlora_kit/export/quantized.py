@@ -3,8 +3,8 @@
     Wq' = quantize(decode(Wq) + scale B A)     nf4, fp4 or int8
 
 What was trained is no number of the format any more, so it is rounded a second time, which costs more than a merge in
-16 bits; how much is in the audit. With calibration rows the codes are chosen so that the layers' outputs stay
-(`compensate.py`); without, each weight is rounded for itself.
+16 bits; how much is in the audit. With calibration rows codes and constants are chosen so that the layers' outputs
+stay (`compensate.py`); without, each weight is rounded for itself.
 
 Quantised is what transformers quantises: the linear layers of the body that were quantised in training, or all of them
 where the base was dense. Embeddings, heads and layers of `base.skip` are dense, in `dtype`. Files are written as layers
@@ -38,7 +38,8 @@ from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
 from qlora_kit.export.audit import check_audit, compare
-from qlora_kit.export.compensate import Compensation, Piece, Stored, calibration_pieces, quantized_onto
+from qlora_kit.export.calibrate import Compensation, Piece, calibration_pieces
+from qlora_kit.export.compensate import Stored, quantized_onto
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
 from qlora_kit.export.plain import check_own_code, made_of, original_of
