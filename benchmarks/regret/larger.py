@@ -22,8 +22,6 @@ ARMS = {
     "MLP alone, rank 55": ("lora.targets=mlp", "lora.rank=55", LORA),
     "all layers, rank 32": ("lora.rank=32", LORA),
     "rank 16 on nf4": ("lora.rank=16", "base.quantization=nf4", LORA),
-    "rank 16 on fp4": ("lora.rank=16", "base.quantization=fp4", LORA),
-    "rank 16 on int8": ("lora.rank=16", "base.quantization=int8", LORA),
 }
 
 

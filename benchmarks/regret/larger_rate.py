@@ -16,7 +16,7 @@ def main() -> None:
     """60 steps each, two seeds."""
     torch.set_num_threads(1)
     base = larger_base()
-    rows = arms({"method": "lora"}, "lora.rank=1,16,128", LORA, SEEDS, base)
+    rows = arms({"method": "lora"}, "lora.rank=16,128", LORA, SEEDS, base)
     record("larger_rate", rows)
     record("larger_rate", rows + arms({"method": "full"}, "train.full_finetune=true", FULL, SEEDS, base))
 

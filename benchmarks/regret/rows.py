@@ -3,18 +3,25 @@
 python benchmarks/regret/rows.py       write benchmarks/regret/rows.jsonl
 """
 
+import tempfile
+
 import torch
-from common import record
-from data import on_rows
+from common import arms, record
+from data import RATES, first_rows
 
 
 def main() -> None:
-    """Near and far text at the better of data.py's rates for each, one seed: these runs are long."""
+    """Rank 64 and full fine-tuning on near and far text, on far text rank 4, too; one seed, since the runs are long."""
     torch.set_num_threads(2)
     rows = []
-    for kind, lora, full in (("near", 2e-3, 5e-4), ("far", 8e-3, 2e-3)):
-        rows += on_rows(kind, 10_000, 1, {"lora": f"train.lr={lora}", "full": f"train.lr={full}"}, "train.seed=0")
-        record("rows", rows)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, (lora, full) in RATES.items():
+            label, settings = {"kind": kind, "rows": 10_000}, first_rows(folder, kind, 10_000, 1)
+            rows += arms({**label, "method": "full"}, "train.full_finetune=true", f"train.lr={full}", *settings)
+            for rank in (64,) if kind == "near" else (4, 64):
+                own = {**label, "method": "lora", "rank": rank}
+                rows += arms(own, f"lora.rank={rank}", f"train.lr={lora}", *settings)
+            record("rows", rows)
 
 
 if __name__ == "__main__":
