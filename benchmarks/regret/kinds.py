@@ -1,9 +1,9 @@
-"""GPT-2's and BERT's kinds beside Llama's: the first goes on with far text, the second tells files apart.
+"""GPT-2's and BERT's kinds beside Llama's: the first goes on with far text, the second tells kinds of files apart.
 
     python benchmarks/regret/kinds.py       write benchmarks/regret/kinds.jsonl
 
 Both are pretrained here for minutes, with 2.4 M parameters, on the corpus and the tokenizer of the quickstart's base.
-The classes are the packages of torch that a piece of Python comes from; whole files are held out.
+The classes are kinds of files in the installed torch package, of each 800 pieces; whole files are held out.
 """
 
 import json
@@ -23,7 +23,13 @@ make_rows, pretraining = import_module("make_rows"), import_module("pretrain")
 
 BASE = RECIPES.parent / "quickstart" / "base"
 STEPS, BATCH, TOKENS = 400, 16, 128
-CLASSES = ("_inductor", "ao", "distributed", "fx", "nn", "onnx", "testing", "utils")
+CLASSES = ("py", "pyi", "h", "cuh", "cmake")
+RATES = {
+    ("GPT-2, far text", "lora"): "2e-3,4e-3,8e-3",
+    ("GPT-2, far text", "full"): "8e-4,1.6e-3,3.2e-3",
+    ("BERT, kinds of files", "lora"): "1e-3,2e-3,4e-3",
+    ("BERT, kinds of files", "full"): "4e-4,8e-4,1.6e-3",
+}
 HIDDEN_SHARE = 0.15
 """Of tokens that BERT is to tell (Devlin et al. 2018, arXiv 1810.04805, section 3.1, without its further cases)."""
 
@@ -61,20 +67,22 @@ def pretrain(model: PreTrainedModel, loss_of: Callable[..., torch.Tensor], folde
 
 
 def labelled(folder: Path) -> tuple[Path, Path]:
-    """Pieces of Python with the package that they come from."""
-    root, sides = Path(torch.__file__).parent, ([], [])
+    """Pieces of files with their kind, as many of each, to train on and held out."""
+    root, rng = Path(torch.__file__).parent, random.Random(0)
+    sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for label in CLASSES:
-        for path in sorted((root / label).rglob("*.py")):
+        own: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
+        for path in sorted(root.rglob(f"*.{label}")):
             text = make_rows.body(path.read_text(encoding="utf-8", errors="replace"))
-            side = make_rows.is_held_out(path.relative_to(root).as_posix())
-            rows = (
-                {"text": piece, "label": label} for piece in make_rows.pieces(text, 200) if len(piece.strip()) > 100
-            )
-            sides[side].extend(rows)
-    paths = folder / "packages.jsonl", folder / "packages-held-out.jsonl"
-    for path, rows, count in zip(paths, sides, (4000, 400), strict=True):
-        random.Random(0).shuffle(rows)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+            pieces = [piece for piece in make_rows.pieces(text, 200) if len(piece.strip()) > 100]
+            is_held_out = make_rows.is_held_out(path.relative_to(root).as_posix())
+            own[is_held_out].extend({"text": piece, "label": label} for piece in pieces)
+        for side, rows, count in zip(sides, own, (800, 50), strict=True):
+            side += rng.sample(rows, count)
+    paths = folder / "kinds.jsonl", folder / "kinds-held-out.jsonl"
+    for path, rows in zip(paths, sides, strict=True):
+        rng.shuffle(rows)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return paths
 
 
@@ -95,17 +103,15 @@ def main() -> None:
         trained, held_out = labelled(folder)
         kinds = {
             "GPT-2, far text": (pretrain(GPT2LMHeadModel(gpt2), gpt2_loss, folder / "gpt2"), ()),
-            "BERT, packages": (
+            "BERT, kinds of files": (
                 pretrain(BertForMaskedLM(bert), bert_loss, folder / "bert"),
                 ("train.task=classify", f"data.train={trained}", f"data.eval={held_out}"),
             ),
         }
         for kind, (base, more) in kinds.items():
             common = (f"base.model={base}", "train.steps=120", "train.eval_every=120", *more)
-            for method, setting, rates in (
-                ("lora", "lora.rank=16", "train.lr=2e-3,4e-3,8e-3"),
-                ("full", "train.full_finetune=true", "train.lr=2e-4,4e-4,8e-4"),
-            ):
+            for method, setting in (("lora", "lora.rank=16"), ("full", "train.full_finetune=true")):
+                rates = f"train.lr={RATES[kind, method]}"
                 rows += arms({"kind": kind, "method": method}, setting, rates, SEEDS, *common)
                 record("kinds", rows)
 
