@@ -61,10 +61,10 @@ def over(rows: Sequence[Row], name: str, key: str, places: Sequence[Any], style:
 
 
 def best(rows: Sequence[Row], key: str = "lr", **wanted: Any) -> tuple[Any, list[float]]:
-    """The value of `key` with the lowest mean loss, and the losses there."""
+    """The value of `key` with the lowest mean loss, of those with most seeds, and the losses there."""
     values = {row[key] for row in rows if all(row.get(name) == value for name, value in wanted.items())}
-    ranked = [(fmean(found), at) for at in values if (found := losses(rows, **wanted, **{key: at}))]
-    at = min(ranked)[1]
+    ranked = [(-len(found), fmean(found), at) for at in values if (found := losses(rows, **wanted, **{key: at}))]
+    at = min(ranked)[2]
     return at, losses(rows, **wanted, **{key: at})
 
 
@@ -81,15 +81,27 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
 
 def _rate() -> str:
     rows = read("rate")
+    _draw_rates("rate", "Held-out loss after 60 steps, by learning rate", rows, (1, 4, 16, 128))
+    return _best_rates(rows, (1, 4, 16, 128))
+
+
+def _larger_rate() -> str:
+    return _best_rates(read("larger_rate"), (16, 128))
+
+
+def _draw_rates(name: str, title: str, rows: Sequence[Row], ranks: Sequence[int]) -> None:
     rates = sorted({row["lr"] for row in rows})
     series = [over(rows, f"rank {rank}", "lr", rates, f"run-{place}", method="lora", rank=rank)
-              for place, rank in enumerate((1, 4, 16, 128))]  # fmt: skip
+              for place, rank in enumerate(ranks)]  # fmt: skip
     series.append(over(rows, "full fine-tuning", "lr", rates, "run-6 broken", method="full"))
-    _write("rate", "Held-out loss after 60 steps, by learning rate", series, x_label="learning rate",
-          y_label="held-out loss, nats", x_names=[f"{rate:g}" for rate in rates], top=3.4)  # fmt: skip
+    _write(name, title, series, x_label="learning rate", y_label="held-out loss, nats",
+           x_names=[f"{rate:g}" for rate in rates], top=3.4)  # fmt: skip
+
+
+def _best_rates(rows: Sequence[Row], ranks: Sequence[int]) -> str:
     full, at_full = best(rows, method="full")
     table = [["full fine-tuning", f"{full:g}", spread(at_full), "1"]]
-    for rank in (1, 4, 16, 128):
+    for rank in ranks:
         lr, values = best(rows, method="lora", rank=rank)
         table.append([f"LoRA, rank {rank}", f"{lr:g}", spread(values), f"{lr / full:g}"])
     return markdown(["", "best rate", "held-out loss there", "rate over full fine-tuning's"], table)
@@ -98,19 +110,35 @@ def _rate() -> str:
 def _capacity() -> str:
     rows = read("capacity")
     series, table = [], []
-    for place, rank in enumerate(sorted({row["rank"] for row in rows if "rank" in row})):
-        lr, _ = best(rows, rank=rank)
-        (row,) = [row for row in rows if row.get("rank") == rank and row["lr"] == lr]
-        series.append(Series(f"rank {rank}", [tuple(point) for point in row["curve"]], f"run-{place}"))
-        table.append([f"rank {rank}", f"{row['trainable']:,}", f"{2 * row['trainable'] / 1e3:,.0f} kbit", f"{lr:g}",
-                      *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (50, 150, 300))])  # fmt: skip
-    lr, _ = best(rows, method="full")
-    (row,) = [row for row in rows if row["method"] == "full" and row["lr"] == lr]
-    series.append(Series("full fine-tuning", [tuple(point) for point in row["curve"]], "run-6 broken"))
-    table.append(["full fine-tuning", f"{row['trainable']:,}", "", f"{lr:g}",
-                  *(f"{dict(map(tuple, row['curve']))[step]:.3f}" for step in (50, 150, 300))])  # fmt: skip
+    arms = [(f"rank {rank}", f"run-{place}", {"method": "lora", "rank": rank})
+            for place, rank in enumerate((1, 16, 128))]  # fmt: skip
+    for name, style, wanted in (*arms, ("full fine-tuning", "run-6 broken", {"method": "full"})):
+        lr, _ = best(rows, **wanted)
+        own = [row for row in rows if all(row.get(key) == value for key, value in {**wanted, "lr": lr}.items())]
+        curve = _curve(own)
+        series.append(Series(name, [(step, fmean(values)) for step, values in curve.items()], style))
+        holds = f"{2 * own[0]['trainable'] / 1e3:,.0f} kbit" if "rank" in wanted else ""
+        table.append([name, f"{own[0]['trainable']:,}", holds, f"{lr:g}",
+                      *(spread(curve[step]) for step in (50, 150, 300))])  # fmt: skip
     _write("capacity", "Held-out loss over steps, by rank", series, x_label="step", y_label="held-out loss, nats")
     return markdown(["", "trained", "holds at 2 bits", "rate", "step 50", "step 150", "step 300"], table)
+
+
+def _curve(rows: Sequence[Row]) -> dict[int, list[float]]:
+    """The held-out losses of some seeds, by step."""
+    return {step: [dict(map(tuple, row["curve"]))[step] for row in rows] for step, _ in rows[0]["curve"]}
+
+
+def _larger() -> str:
+    rows = read("larger")
+    full = fmean(losses(rows, arm="full fine-tuning"))
+    table = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        curve, values = _curve(own), losses(own)
+        table.append([arm, f"{own[0]['trainable']:,}", spread(curve[50]), spread(values),
+                      f"{100 * (fmean(values) / full - 1):+.1f} %"])  # fmt: skip
+    return markdown(["", "trained", "step 50", "step 150", "against full"], table)
 
 
 def _embedding() -> str:
@@ -187,15 +215,23 @@ def _masters() -> str:
 
 
 def _data() -> str:
-    table = []
-    for row in read("data"):
-        lowest = min(row["curve"], key=lambda point: point[1])
-        more = {"dropout": "dropout", "weight_decay": "weight decay"}
-        said = ", ".join(f"{words} {row[key]}" for key, words in more.items() if key in row)
-        table.append([row["kind"], f"{row['rows']:,}", row["rank"], said, f"{row['base_loss']:.3f}",
-                      f"{lowest[1]:.3f} ({lowest[0]})", f"{row['held_out_loss']:.3f}",
-                      f"{row['train_loss']:.3f}"])  # fmt: skip
-    return markdown(["text", "rows", "rank", "", "base", "lowest (step)", "last", "training"], table)
+    rows = [*read("data"), *(read("rows") if (HERE / "rows.jsonl").exists() else [])]
+    shrunk, table = ("dropout", "weight_decay"), []
+    keys = ("kind", "rows", "method", "rank", *shrunk)
+    for arm in sorted({tuple(row.get(key) for key in keys) for row in rows}, key=str):
+        own = [row for row in rows if tuple(row.get(key) for key in keys) == arm]
+        kind, count, method, rank, dropout, decay = arm
+        said = {"full": "full fine-tuning", "lora": f"rank {rank}"}[method]
+        said += f", dropout {dropout}" if dropout else f", weight decay {decay}" if decay else ""
+        curve = {step: fmean(values) for step, values in _curve(own).items()}
+        lowest = min(curve, key=curve.__getitem__)
+        table.append((list(dict.fromkeys(row["kind"] for row in rows)).index(kind), count, [
+            kind, f"{count:,}", said, f"{own[0]['base_loss']:.3f}", f"{curve[lowest]:.3f} ({lowest})",
+            spread(losses(own)), f"{fmean(row['train_loss'] for row in own):.3f}",
+        ]))  # fmt: skip
+    table.sort(key=lambda line: line[:2])
+    head = ["text", "rows", "", "base", "lowest (step)", "last", "last 20 steps of training"]
+    return markdown(head, [line for _, _, line in table])
 
 
 def _continual() -> str:
@@ -221,8 +257,9 @@ def _kinds() -> str:
 
 
 def _methods() -> str:
-    rows = read("methods")
-    table = []
+    same = [{**row, "method": "LoRA, rank 16"} for row in read("quantised")
+            if row["method"] == "lora" and row["base"] == "none"]  # fmt: skip
+    rows, table = [*read("methods"), *({"lr": 4e-3, **row} for row in same)], []
     for method in dict.fromkeys(row["method"] for row in rows):
         lr, values = best(rows, method=method)
         row = next(row for row in rows if row["method"] == method)
@@ -245,6 +282,8 @@ TABLES = {
     "flops": _flops,
     "adapters": _adapters,
     "masters": _masters,
+    "larger_rate": _larger_rate,
+    "larger": _larger,
     "data": _data,
     "continual": _continual,
     "kinds": _kinds,
