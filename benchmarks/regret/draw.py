@@ -86,7 +86,7 @@ def _rate() -> str:
 
 
 def _larger_rate() -> str:
-    return _best_rates(read("larger_rate"), (16, 128))
+    return _best_rates(read("larger_rate"), (16,))
 
 
 def _draw_rates(name: str, title: str, rows: Sequence[Row], ranks: Sequence[int]) -> None:
@@ -138,7 +138,7 @@ def _larger() -> str:
         curve, values = _curve(own), losses(own)
         table.append([arm, f"{own[0]['trainable']:,}", spread(curve[50]), spread(values),
                       f"{100 * (fmean(values) / full - 1):+.1f} %"])  # fmt: skip
-    return markdown(["", "trained", "step 50", "step 150", "against full"], table)
+    return markdown(["", "trained", "step 50", "step 100", "against full"], table)
 
 
 def _embedding() -> str:

@@ -47,6 +47,7 @@ from qlora_kit.export.sealed import Made, check_disk, check_request, finish, tor
 from qlora_kit.export.shelf import Shelf
 from qlora_kit.export.stream import StreamedTensor, streamed, write_weights
 from qlora_kit.lora.targets import adaptable_linears
+from qlora_kit.memory.allocator import give_back_free_memory
 from qlora_kit.storage import staged_folder
 from qlora_kit.train.activations import activation_blocks
 from qlora_kit.units import MIB
@@ -130,7 +131,9 @@ def _requantized(made: Made, how: Quantization, widths: Collection[int], rows: i
     facts: dict[str, Any] = {"format": how.kind}
     if how.is_4bit:
         facts |= {"double_quant": how.double_quant, "block_size": how.block_size}
-    facts["codes"] = "chosen for the layers' outputs on calibration rows" if pieces else "nearest of each weight"
+    facts["codes"] = (
+        "chosen with constants for the layers' outputs on calibration rows" if pieces else "nearest of each weight"
+    )
     facts["calibration_rows"] = rows
     facts["calibration_tokens"] = sum(sum(piece.lengths) for piece in pieces)
     odd = [width for width in sorted(widths) if how.is_4bit and width % 64]
@@ -230,7 +233,9 @@ def _packed(
             yield tensor
             continue
         shape = tensor.shape[::-1] if names[name] else tensor.shape
-        for leaf, part in packed(choose(name), (shape[0], shape[1]), how, tensor.dtype).items():
+        made = packed(choose(name), (shape[0], shape[1]), how, tensor.dtype)
+        give_back_free_memory()  # what quantising a whole weight takes would stay with the heap, layer upon layer
+        for leaf, part in made.items():
             yield streamed(f"{name}.{leaf}", part)
 
 
