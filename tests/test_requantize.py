@@ -350,7 +350,8 @@ def test_the_folder_says_what_it_is_and_what_was_lost(tmp_path):
     assert (content["kind"], content["onto"], content["dtype"]) == ("quantized", "dequantized", "bfloat16")
     assert content["quantization"] == {
         "format": "nf4", "double_quant": True, "block_size": 64, "calibration_rows": 12,
-        "codes": "chosen with constants for the layers' outputs on calibration rows", "calibration_tokens": sum(range(7, 19)),
+        "codes": "chosen with constants for the layers' outputs on calibration rows",
+        "calibration_tokens": sum(range(7, 19)),
         "caution": "layers with 72 inputs, no multiple of 64, are decoded wrongly by bitsandbytes on CPUs with AVX-512",
     }  # fmt: skip
     assert set(content["files"]) == {path.name for path in (tmp_path / "out").iterdir()} - {"export.json"}

@@ -33,7 +33,9 @@ def export(
     ] = None,
     calibration_rows: Annotated[
         int,
-        typer.Option(min=0, help="With --to quantized: training rows on which codes are chosen; 0 rounds plainly."),
+        typer.Option(
+            min=0, help="With --to quantized: training rows on which codes and constants are chosen; 0 rounds plainly."
+        ),
     ] = 128,
     max_kl: Annotated[
         float | None,
