@@ -247,6 +247,18 @@ def test_chosen_constants_keep_outputs_better_than_those_of_plain_rounding(
     assert errors[1] < (1 if kind == "int8" else 0.99) * errors[0]  # int8 changes 3 of 96 rows
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_what_weights_are_about_read_as_is_what_they_are_read_as_but_in_the_middle_of_two_levels(kind):
+    how, weight = Quantization(kind, double_quant=False), matrix((64, 64))
+    grid = Grid(quantize(weight, how), weight.shape, how)
+    grid.put(0.8 * grid.constants, torch.arange(64))  # some weights lie beyond
+    exact = torch.stack([grid.nearest(weight[:, column], column)[1] for column in range(64)], 1)
+    found = grid.about(weight, grid.constants[:, None])
+    assert (found != exact).float().mean() < 0.02
+    middle = (found - weight).abs() - (exact - weight).abs()
+    assert (middle <= 2 * 2**-12 * grid.constants[:, None]).all()
+
+
 def test_blocks_that_reach_into_the_next_row_keep_their_constants(tmp_path):
     how, weight = Quantization(), matrix((8, 96))
     stored = chosen(weight, correlated(96), how, tmp_path)

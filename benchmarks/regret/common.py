@@ -2,6 +2,8 @@
 
 An experiment is a script. It writes NAME.jsonl beside this file, a row an arm, from which `draw.py` makes the drawings
 and the tables of docs/without-regret.md.
+
+    python benchmarks/regret/common.py       make the rows of text and the larger base, which experiments else make
 """
 
 import json
@@ -40,12 +42,11 @@ def rows_ready() -> None:
 
 def larger_base() -> str:
     """The setting that takes the larger base: 9.8 M parameters, made where it is missing (20 minutes on two cores)."""
-    folder = RECIPES / "larger"
-    if not (folder / "model.safetensors").exists():
+    folder, part = RECIPES / "larger", RECIPES / "larger.part"
+    if not folder.exists():
         script = RECIPES.parent / "quickstart" / "pretrain.py"
-        subprocess.run(
-            [sys.executable, script, "--out", folder, "--work", folder / "state", *LARGER.split()], check=True
-        )
+        subprocess.run([sys.executable, script, "--out", part, "--work", part / "state", *LARGER.split()], check=True)
+        part.rename(folder)
     return f"base.model={folder}"
 
 
@@ -132,3 +133,8 @@ def _told(run: Path, failed: str | None) -> dict[str, Any]:
 def _bytes_of_trained(run: Path) -> int:
     folder = run / "model" if (run / "model").is_dir() else run / "adapter"
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    rows_ready()
+    larger_base()

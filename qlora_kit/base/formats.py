@@ -10,6 +10,7 @@ themselves: `Linear4bit.forward` repacks the stored weight in evaluation mode on
 Sources: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; bitsandbytes 0.50.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -29,6 +30,10 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 SLICE_ELEMENTS = 2**18
 """Weights that are made fp16 at once on a CPU, on their way to int8: 512 KiB, which stay in a core's cache."""
+
+
+FINE = 2**12
+"""Steps from -1 to 1 in which 4-bit levels are looked up: 16 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +149,26 @@ class Grid:
         column."""
         how, rows_O = self.quantization, self.rows_O[rows]
         blocks_O = (rows_O * self.in_features + column) // how.block_size if how.is_4bit else rows_O
-        return self.nearest_with(w_O, self.constants[blocks_O])
+        constants_O = self.constants[blocks_O]
+        x_O = torch.where(constants_O == 0, 0, w_O / constants_O)
+        if how.is_4bit:
+            bounds, codes = intervals(how.kind, w_O.device)
+            codes_O = codes[torch.bucketize(x_O, bounds)]
+            return codes_O, table_4bit(how.kind, w_O.device)[codes_O.int()] * constants_O
+        codes_O = (x_O * 127).round_().clamp_(-127, 127)
+        return codes_O.to(torch.int8), codes_O * constants_O / 127
 
-    def nearest_with(self, w: Tensor, constants: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of weights of any shape with constants that broadcast to it."""
-        x = torch.where(constants == 0, 0, w / constants)
-        if self.quantization.is_4bit:
-            bounds, codes = intervals(self.quantization.kind, w.device)
-            codes = codes[torch.bucketize(x, bounds, out_int32=True)]
-            return codes, table_4bit(self.quantization.kind, w.device)[codes.int()] * constants
-        codes = (x * 127).round_().clamp_(-127, 127)
-        return codes.to(torch.int8), codes * constants / 127
+    def about(self, w: Tensor, constants: Tensor) -> Tensor:
+        """What weights of any shape would be read as with constants that broadcast to it, in a tenth of the time.
+
+        One that lies in the middle of two 4-bit levels, within 2^-12 of its constant, may be read as either.
+        """
+        x = w / torch.where(constants == 0, 1, constants)
+        if not self.quantization.is_4bit:
+            return x.mul_(127).round_().clamp_(-127, 127).mul_(constants).div_(127)
+        places = x.add_(1).mul_(FINE / 2).clamp_(0, FINE - 1).int()
+        levels = _fine_levels(self.quantization.kind, w.device)
+        return levels.index_select(0, places.view(-1)).view_as(w).mul_(constants)
 
     def blocks(self, rows: slice, columns: slice) -> Tensor | None:
         """Numbers of the constants of some rows and columns, (rows, constants of each), int64; None where one of them
@@ -192,6 +206,14 @@ class Grid:
         flat = codes_OI.reshape(-1)
         flat = torch.cat((flat, flat.new_zeros(flat.numel() % 2)))
         return flat[::2] * 16 + flat[1::2]
+
+
+@functools.cache
+def _fine_levels(kind: str, device: torch.device) -> Tensor:
+    """The level nearest to the middle of each of the fine steps, fp32."""
+    bounds, codes = intervals(kind, device)
+    middles = (torch.arange(FINE, device=device) + 0.5) * (2 / FINE) - 1
+    return table_4bit(kind, device)[codes[torch.bucketize(middles, bounds)].int()]
 
 
 def decode_4bit(

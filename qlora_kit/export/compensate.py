@@ -154,8 +154,8 @@ class _Choice:
 
     def _cost(self, w_RKW: Tensor, constants_RK: Tensor, costs_KW: Tensor) -> Tensor:
         """Of rounding each weight of a block for itself, by block."""
-        _, read_RKW = self.grid.nearest_with(w_RKW, constants_RK[..., None])
-        return (w_RKW - read_RKW).square_().mul_(costs_KW).sum(2)
+        lost_RKW = self.grid.about(w_RKW, constants_RK[..., None]).sub_(w_RKW)
+        return lost_RKW.square_().mul_(costs_KW).sum(2)
 
     def choose(self, inputs: slice, order_P: Tensor, shares_PP: Tensor) -> None:
         """Choose those of the inputs in a part, as many outputs at a time as a tile holds."""
