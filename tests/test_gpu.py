@@ -10,6 +10,8 @@ from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
+from qlora_kit.memory.limit import whose_memory_ran_out
+from qlora_kit.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from qlora_kit.train.isolation import leaked_gradient
 from qlora_kit.train.optim import AdapterOptimizer
 
@@ -93,3 +95,40 @@ def test_the_counter_reads_the_allocators_peak():
     with PeakCounter(CUDA) as counter:
         torch.empty(2**26, dtype=torch.uint8, device=CUDA)
     assert counter.peak_bytes >= 2**26
+
+
+def stepped(steps, optimizer=None, model=None):
+    """A model whose adapters are large enough to be paged, and its optimizer, some steps on."""
+    if model is None:
+        model = freeze_and_quantize(llama(hidden_size=512, intermediate_size=512), Quantization(), torch.bfloat16, CUDA)
+        torch.manual_seed(0)
+        add_lora(model, rank=256)
+        optimizer = AdapterOptimizer(list(adapter_parameters(model)), "paged_adamw_8bit")
+    for step in steps:
+        ids = tokens(4, 32, seed=step).to(CUDA)
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step(3e-3)
+    return model, optimizer
+
+
+def test_paged_state_comes_back_from_a_checkpoint_to_the_bit(tmp_path):
+    whole, wanted = stepped(range(6))
+    assert any(tensor.dtype == torch.uint8 for tensor in wanted.pageable())
+    assert wanted.effective_kind == "paged_adamw_8bit"
+    first, optimizer = stepped(range(3))
+    made = save_checkpoint(tmp_path, dict(adapter_parameters(first)), optimizer, Progress(step=3), keep=1)
+    second, found = stepped(range(0))
+    assert load_checkpoint(made, dict(adapter_parameters(second)), found).step == 3
+    stepped(range(3, 6), found, second)
+    for (name, ours), (_, theirs) in zip(adapter_parameters(second), adapter_parameters(whole), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert not torch.equal(dict(adapter_parameters(first))[name], theirs)
+    states = dict(found.state_tensors()), dict(wanted.state_tensors())
+    assert states[0].keys() == states[1].keys()
+    assert not [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+
+
+def test_a_cards_refusal_is_known_as_one():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2**50, dtype=torch.uint8, device=CUDA)
+    assert whose_memory_ran_out(refused.value) == "device"
