@@ -61,6 +61,7 @@ regret: $(STAMP)  ## the experiments of docs/without-regret.md, two at a time (t
 	@$(BIN)/python benchmarks/regret/common.py
 	@printf '%s\n' $(EXPERIMENTS) | xargs -P 2 -I NAME $(BIN)/python benchmarks/regret/NAME.py
 	@$(BIN)/python benchmarks/regret/draw.py
+	@$(BIN)/python -m pytest tests/test_findings.py
 
 format: $(STAMP)  ## put the code in shape
 	@$(BIN)/ruff format .

@@ -2,10 +2,8 @@
 
 import ast
 import re
-import sys
 import tomllib
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -65,26 +63,3 @@ def test_packages_are_imported_where_contributing_says():
         files = {where(path) for path in FILES for _, found in imports(path) if found.split(".")[0] == module}
         wrong += [f"{name} in {file}" for file in files if file.startswith(listed) == is_closed]
     assert wrong == []
-
-
-def test_tables_and_drawings_of_the_experiments_are_what_their_rows_say(monkeypatch, tmp_path):
-    page, drawings = ROOT / "docs" / "without-regret.md", ROOT / "docs" / "without-regret"
-    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "regret")
-    try:
-        draw = import_module("draw")
-        monkeypatch.setattr(draw, "PAGE", tmp_path / page.name)
-        monkeypatch.setattr(draw, "DRAWINGS", tmp_path / "drawings")
-        text = page.read_text(encoding="utf-8")
-        draw.PAGE.write_text(re.sub(r"(?m)^\|.*\d.*\n", "", text), encoding="utf-8")
-        draw.main()
-    finally:
-        for name in ("draw", "common"):
-            sys.modules.pop(name, None)
-    own = set(re.findall(r"<!-- table (\w+) -->", text))
-    assert own == set(draw.TABLES)
-    said = {name: re.findall(rf"<!-- table {name} -->\n(.*?)<!-- end -->", text, re.DOTALL) for name in own}
-    found = draw.PAGE.read_text(encoding="utf-8")
-    assert said == {name: re.findall(rf"<!-- table {name} -->\n(.*?)<!-- end -->", found, re.DOTALL) for name in own}
-    assert [path.name for path in drawings.iterdir()] != []
-    for path in drawings.iterdir():
-        assert (tmp_path / "drawings" / path.name).read_bytes() == path.read_bytes()

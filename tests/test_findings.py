@@ -1,0 +1,120 @@
+"""What docs/without-regret.md says is so in the experiments' rows, and in those that `make regret` makes anew."""
+
+import re
+import sys
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+REGRET = ROOT / "benchmarks" / "regret"
+PAGE = ROOT / "docs" / "without-regret.md"
+
+
+def tables(text):
+    """What stands under each mark of a table."""
+    return dict(re.findall(r"<!-- table (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def draw():
+    """`draw.py`, which knows the best arms of rows."""
+    sys.path.insert(0, str(REGRET))
+    try:
+        yield import_module("draw")
+    finally:
+        sys.path.remove(str(REGRET))
+        for name in ("draw", "common"):
+            sys.modules.pop(name, None)
+
+
+def test_tables_and_drawings_are_made_of_the_rows(draw, monkeypatch, tmp_path):
+    text, drawings = PAGE.read_text(encoding="utf-8"), PAGE.with_suffix("")
+    monkeypatch.setattr(draw, "PAGE", tmp_path / PAGE.name)
+    monkeypatch.setattr(draw, "DRAWINGS", tmp_path / "drawings")
+    draw.PAGE.write_text(re.sub(r"(?m)^\|.*\d.*\n", "", text), encoding="utf-8")
+    assert tables(draw.PAGE.read_text(encoding="utf-8")) != tables(text)
+    draw.main()
+    assert tables(draw.PAGE.read_text(encoding="utf-8")) == tables(text)
+    assert tables(text).keys() == draw.TABLES.keys()
+    drawn = {path.name: path.read_bytes() for path in draw.DRAWINGS.iterdir()}
+    assert {path.name: path.read_bytes() for path in drawings.iterdir()} == drawn != {}
+
+
+def above(higher, lower):
+    """Whether every seed of one arm lost more than every seed of another."""
+    return min(higher) > max(lower)
+
+
+def test_one_rate_is_the_best_of_all_ranks_and_above_that_of_full_fine_tuning(draw):
+    rows = draw.read("rate")
+    rates = {rank: draw.best(rows, method="lora", rank=rank)[0] for rank in (1, 4, 16, 128)}
+    assert max(rates.values()) <= 2 * min(rates.values())
+    assert 1 < rates[16] / draw.best(rows, method="full")[0] < 10
+
+
+def test_ranks_end_in_their_order_and_full_fine_tuning_below(draw):
+    rows = draw.read("capacity")
+    ends = [draw.best(rows, method="lora", rank=rank)[1] for rank in (1, 16, 128)]
+    ends.append(draw.best(rows, method="full")[1])
+    assert all(above(higher, lower) for higher, lower in pairwise(ends))
+
+
+def test_a_trained_embedding_is_most_of_what_adapters_leave(draw):
+    rows = draw.read("embedding")
+    full = fmean(draw.best(rows, method="full")[1])
+    left = [fmean(draw.best(rows, method="lora", rank=128, embedding=has)[1]) - full for has in (False, True)]
+    assert 0 < left[1] < 0.5 * left[0]
+
+
+def test_attention_alone_is_worse_than_the_mlp_and_than_all_layers(draw):
+    rows = draw.read("layers")
+    at = {targets: draw.best(rows, targets=targets)[1] for targets in ("attention", "mlp", "all-linear")}
+    assert above(at["attention"], [1.05 * loss for loss in at["mlp"]])
+    assert above(at["attention"], [1.05 * loss for loss in at["all-linear"]])
+
+
+def test_the_gap_to_full_fine_tuning_is_there_at_every_batch_and_largest_at_the_largest(draw):
+    rows = draw.read("batch")
+    gaps = [
+        fmean(draw.best(rows, method="lora", batch=batch)[1]) - fmean(draw.best(rows, method="full", batch=batch)[1])
+        for batch in (8, 32, 128)
+    ]
+    assert min(gaps) > 0
+    assert max(gaps) == gaps[-1]
+
+
+@pytest.mark.parametrize(("base", "percent"), [("nf4", 1), ("fp4", 2), ("int8", 1)])
+def test_a_quantised_base_costs_little_of_the_loss(draw, base, percent):
+    rows = draw.read("quantised")
+    dense, quantised = (fmean(draw.losses(rows, method="lora", base=each)) for each in ("none", base))
+    assert abs(quantised / dense - 1) < percent / 100
+
+
+def test_operations_are_those_of_the_formula(draw):
+    assert all(row["share"] == pytest.approx(row["formula"], abs=1e-4) for row in draw.read("flops"))
+
+
+def test_merged_weights_cost_nothing_and_unmerged_ones_little_for_a_token(draw):
+    ms = {(row["what"], row.get("tokens")): row["ms"] for row in draw.read("adapters")}
+    assert ms["merged", 1] < 1.1 * ms["base", 1] < 1.1 * ms["adapter", 1]
+    assert ms["adapter", 1] < 1.5 * ms["base", 1]
+
+
+def test_small_updates_are_lost_in_16_bits_alone(draw):
+    moved = {(row["kind"], row["lr"]): row["moved"] for row in draw.read("masters")}
+    assert moved["bf16 alone", 1e-5] < 0.7
+    assert min(moved[kind, 1e-5] for kind in ("fp32 adapter", "bf16, fp32 copies", "bf16, rounded at random")) > 0.9
+
+
+def test_an_adapter_that_goes_on_forgets_and_one_for_each_task_does_not(draw):
+    rows = draw.read("continual")
+    near = {row["how"]: [own["near"] for own in rows if own["how"] == row["how"]] for row in rows}
+    learnt, kept = fmean(near["base"]) - fmean(near["A alone"]), fmean(near["base"]) - fmean(near["same adapter"])
+    assert learnt > 0.3
+    assert kept < 0.2 * learnt
+    of_all = [fmean(near["base"]) - fmean(near[how]) for how in ("A alone, all weights", "all weights")]
+    assert kept / learnt < of_all[1] / of_all[0]
