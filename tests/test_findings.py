@@ -118,3 +118,10 @@ def test_an_adapter_that_goes_on_forgets_and_one_for_each_task_does_not(draw):
     assert kept < 0.2 * learnt
     of_all = [fmean(near["base"]) - fmean(near[how]) for how in ("A alone, all weights", "all weights")]
     assert kept / learnt < of_all[1] / of_all[0]
+
+
+def test_rank_1_learns_more_than_ia3_and_a_prompt(draw):
+    rows = draw.read("methods")
+    at = {method: draw.best(rows, method=method)[1] for method in ("IA3", "prompt of 20 tokens", "LoRA, rank 1")}
+    assert above(at["prompt of 20 tokens"], at["IA3"])
+    assert above(at["IA3"], at["LoRA, rank 1"])
