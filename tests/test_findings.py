@@ -125,3 +125,10 @@ def test_rank_1_learns_more_than_ia3_and_a_prompt(draw):
     at = {method: draw.best(rows, method=method)[1] for method in ("IA3", "prompt of 20 tokens", "LoRA, rank 1")}
     assert above(at["prompt of 20 tokens"], at["IA3"])
     assert above(at["IA3"], at["LoRA, rank 1"])
+
+
+def test_on_a_wider_base_the_rates_lie_further_apart(draw):
+    apart = []
+    for rows in map(draw.read, ("rate", "larger_rate")):
+        apart.append(draw.best(rows, method="lora", rank=16)[0] / draw.best(rows, method="full")[0])
+    assert 1 < apart[0] < apart[1]
