@@ -1,11 +1,11 @@
-"""What quantising again costs, with codes rounded plainly and with codes chosen on calibration rows, three seeds.
+"""What quantising again costs, rounded plainly and with codes and constants chosen on calibration rows, three seeds.
 
     python benchmarks/requantize.py [RUN ...]      write benchmarks/results/requantize.jsonl, a row a seed and export
 
 Each seed trains the quickstart in a process of its own; run folders that are given are measured as they are. `kl` is
 the mean divergence of the export from the model as trained, in nats a token, on the run's 200 held-out rows, which are
 from modules that neither training nor calibration has seen; `kept` is the share of plain rounding's that is left with
-chosen codes. Dense parts and sums are fp32, so that nothing but the codes differs; nf4 in bf16, as the
+chosen ones. Dense parts and sums are fp32, so that nothing but codes and constants differs; nf4 in bf16, as the
 command line makes it, and the merges in 16 bits stand beside. CPU seconds hold loading, the reading of the training
 rows, and the audit.
 """

@@ -45,7 +45,8 @@ def larger_base() -> str:
     folder, part = RECIPES / "larger", RECIPES / "larger.part"
     if not folder.exists():
         script = RECIPES.parent / "quickstart" / "pretrain.py"
-        subprocess.run([sys.executable, script, "--out", part, "--work", part / "state", *LARGER.split()], check=True)
+        with tempfile.TemporaryDirectory() as work:
+            subprocess.run([sys.executable, script, "--out", part, "--work", work, *LARGER.split()], check=True)
         part.rename(folder)
     return f"base.model={folder}"
 

@@ -80,22 +80,18 @@ def markdown(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
 
 
 def _rate() -> str:
-    rows = read("rate")
-    _draw_rates("rate", "Held-out loss after 60 steps, by learning rate", rows, (1, 4, 16, 128))
-    return _best_rates(rows, (1, 4, 16, 128))
-
-
-def _larger_rate() -> str:
-    return _best_rates(read("larger_rate"), (16,))
-
-
-def _draw_rates(name: str, title: str, rows: Sequence[Row], ranks: Sequence[int]) -> None:
+    rows, ranks = read("rate"), (1, 4, 16, 128)
     rates = sorted({row["lr"] for row in rows})
     series = [over(rows, f"rank {rank}", "lr", rates, f"run-{place}", method="lora", rank=rank)
               for place, rank in enumerate(ranks)]  # fmt: skip
     series.append(over(rows, "full fine-tuning", "lr", rates, "run-6 broken", method="full"))
-    _write(name, title, series, x_label="learning rate", y_label="held-out loss, nats",
-           x_names=[f"{rate:g}" for rate in rates], top=3.4)  # fmt: skip
+    _write("rate", "Held-out loss after 60 steps, by learning rate", series, x_label="learning rate",
+           y_label="held-out loss, nats", x_names=[f"{rate:g}" for rate in rates], top=3.4)  # fmt: skip
+    return _best_rates(rows, ranks)
+
+
+def _larger_rate() -> str:
+    return _best_rates(read("larger_rate"), (16,))
 
 
 def _best_rates(rows: Sequence[Row], ranks: Sequence[int]) -> str:

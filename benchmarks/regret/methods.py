@@ -1,8 +1,8 @@
-"""LoRA beside other ways to train few parameters, prompt tuning and IA3, all by PEFT or the kit on the same rows.
+"""LoRA beside other ways to train few parameters, prompt tuning and IA3 by PEFT, on rows of the same text.
 
     python benchmarks/regret/methods.py       write benchmarks/regret/methods.jsonl
 
-150 steps of the same 8 rows each, each method at the best of four rates, AdamW in fp32.
+150 steps of 8 rows, AdamW in fp32; PEFT's methods at the best of four rates, rank 1 at that of rate.py.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from common import RECIPES, arms, record, rows_ready
-from peft import IA3Config, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import IA3Config, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BASE = RECIPES.parent / "quickstart" / "base"
@@ -32,6 +32,7 @@ def loss_of(model: PeftModel, rows: list[torch.Tensor]) -> torch.Tensor:
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1)
     seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     labels = torch.where(seen == 1, ids, -100)
+    labels[:, 0] = -100  # only a prompt has something before it
     return model(input_ids=ids, attention_mask=seen, labels=labels).loss
 
 
@@ -70,9 +71,11 @@ def main() -> None:
     ia3 = IA3Config(
         task_type=causal, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     )
+    prompt = PromptTuningConfig(
+        task_type=causal, num_virtual_tokens=20, prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB
+    )
     rows = with_seeds("IA3", ia3, (1e-2, 3e-2, 1e-1, 3e-1))
-    rows += with_seeds("prompt of 20 tokens", PromptTuningConfig(task_type=causal, num_virtual_tokens=20),
-                       (3e-2, 1e-1, 3e-1, 1.0))  # fmt: skip
+    rows += with_seeds("prompt of 20 tokens", prompt, (1e-1, 3e-1, 1.0, 3.0))
     steps = (f"train.steps={STEPS}", f"train.eval_every={STEPS}")
     rows += arms({"method": "LoRA, rank 1", "lr": 4e-3}, "lora.rank=1", "train.lr=4e-3", "train.seed=0,1,2", *steps)
     record("methods", rows)

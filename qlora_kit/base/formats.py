@@ -31,7 +31,6 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SLICE_ELEMENTS = 2**18
 """Weights that are made fp16 at once on a CPU, on their way to int8: 512 KiB, which stay in a core's cache."""
 
-
 FINE = 2**12
 """Steps from -1 to 1 in which 4-bit levels are looked up: 16 KiB."""
 
@@ -140,9 +139,7 @@ class Grid:
         self.quantization, self._stored = quantization, stored
         self.constants, self.rows_O = stored["absmax"], torch.arange(out, device=stored["absmax"].device)
         if quantization.is_4bit:
-            self.constants = constants_4bit(
-                stored["absmax"], stored.get("absmax_scale"), stored.get("absmax_offset")
-            ).clone()
+            self.constants = constants_4bit(stored["absmax"], stored.get("absmax_scale"), stored.get("absmax_offset"))
 
     def nearest(self, w_O: Tensor, column: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Codes, one a byte, and what they are read as, fp32, of the weights nearest to `w_O` in some rows of a
@@ -168,7 +165,7 @@ class Grid:
             return x.mul_(127).round_().clamp_(-127, 127).mul_(constants).div_(127)
         places = x.add_(1).mul_(FINE / 2).clamp_(0, FINE - 1).int()
         levels = _fine_levels(self.quantization.kind, w.device)
-        return levels.index_select(0, places.view(-1)).view_as(w).mul_(constants)
+        return levels.index_select(0, places.reshape(-1)).view(w.shape).mul_(constants)
 
     def blocks(self, rows: slice, columns: slice) -> Tensor | None:
         """Numbers of the constants of some rows and columns, (rows, constants of each), int64; None where one of them

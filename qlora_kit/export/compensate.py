@@ -71,7 +71,7 @@ def compensated(
         device: on which it is computed.
 
     Returns:
-        of each what `quantize` gives, with other codes, and other constants where rows are whole blocks.
+        of each what `quantize` gives, with other codes, and other constants where a part's rows are whole blocks.
     """
     chosen = [_Choice(w_OI, quantization, shelf, device) for w_OI in weights]
     for inputs in _parts(weights[0].shape[1]):
@@ -135,7 +135,7 @@ class _Choice:
         self.codes_OI = shelf.empty(w_OI.shape, plain.dtype)
 
     def shrink(self, inputs: slice, costs_P: Tensor) -> None:
-        """Choose the constants of the weights in a part: of some ranges that in which rounding costs least."""
+        """Choose the constants of the weights in a part: of some ranges that which is estimated to cost least."""
         for rows in row_slices((len(self.w_OI), len(costs_P)), SEARCH_ELEMENTS):
             blocks_RK = self.grid.blocks(rows, inputs)
             if blocks_RK is None:

@@ -82,7 +82,7 @@ def export_quantized(
         tokenizer: as there.
         out: as there.
         quantization: nf4, fp4 or int8; None takes the base's format, or nf4 for a dense one, in blocks of 64.
-        calibration: training rows on which codes are chosen; none rounds each weight to its nearest code.
+        calibration: training rows on which codes and constants are chosen; none rounds each weight to its nearest code.
         onto: as for `export_merged`, like all below.
         dtype: of what stays dense.
         audit_batches: held-out rows, other ones than those of `calibration`.

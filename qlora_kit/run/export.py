@@ -25,7 +25,7 @@ KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")
 FORMATS = ("nf4", "fp4", "int8")
 
 CALIBRATION_ROWS = 128
-"""Training rows on which re-quantised codes are chosen."""
+"""Training rows on which re-quantised codes and constants are chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Asked:
         dtype: of merged weights, of what stays dense in a quantised export, or of a GGUF file; None takes bfloat16, or
             q4_k_m.
         quantization: nf4, fp4 or int8; None is the base's own.
-        calibration_rows: training rows on which re-quantised codes are chosen; 0 rounds each weight for itself.
+        calibration_rows: training rows on which codes and constants are chosen anew; 0 rounds each weight for itself.
         max_kl: largest mean KL of the audit that passes; None takes the kind's own.
         force: take the adapter although its base's fingerprint differs, and write what the audit finds too far off.
     """
