@@ -47,7 +47,7 @@ from qlora_kit.export.sealed import Made, check_disk, check_request, finish, tor
 from qlora_kit.export.shelf import Shelf
 from qlora_kit.export.stream import StreamedTensor, streamed, write_weights
 from qlora_kit.lora.targets import adaptable_linears
-from qlora_kit.memory.allocator import give_back_free_memory
+from qlora_kit.memory.allocator import set_allocation_policy
 from qlora_kit.storage import staged_folder
 from qlora_kit.train.activations import activation_blocks
 from qlora_kit.units import MIB
@@ -111,6 +111,7 @@ def export_quantized(
     pieces = calibration_pieces(calibration)
     packed_bytes = sum(_bytes(tensor, names, how) for tensor in tensors)
     check_disk(out, packed_bytes + min(packed_bytes, shard_bytes) + _waiting_bytes(model, tensors, names, pieces))
+    set_allocation_policy()  # or the heap keeps what whole weights and calibration take, layer upon layer
     with staged_folder(out, replaces=False) as staged:
         shelf = Shelf(staged)
         choose = _chooser(model, partial(_weight, model, exact, names, shelf), names, how, pieces, shelf)
@@ -233,9 +234,7 @@ def _packed(
             yield tensor
             continue
         shape = tensor.shape[::-1] if names[name] else tensor.shape
-        made = packed(choose(name), (shape[0], shape[1]), how, tensor.dtype)
-        give_back_free_memory()  # what quantising a whole weight takes would stay with the heap, layer upon layer
-        for leaf, part in made.items():
+        for leaf, part in packed(choose(name), (shape[0], shape[1]), how, tensor.dtype).items():
             yield streamed(f"{name}.{leaf}", part)
 
 
