@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from qlora_kit.recipe import Cell, Grid, has_axes, read_grid, read_recipe
-from qlora_kit.run import sweep
+from qlora_kit.recipe import has_axes, read_grid, read_recipe
+from qlora_kit.run import sweep, train
 from qlora_kit.watch import Watch
 
 HERE = Path(__file__).parent
@@ -64,11 +64,14 @@ def arms(label: Mapping[str, Any], *settings: str, recipe: Path = RECIPES / "tex
         held-out losses, sizes, memory and time.
     """
     rows_ready()
-    with tempfile.TemporaryDirectory() as folder:
-        outcomes = sweep(_grid(recipe, settings, Path(folder, "arms")), watch=_Lines())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "arms")
+        if not has_axes(settings):
+            train(read_recipe(recipe, [*settings, f"output={folder}"]))
+            return [{**label, **_told(folder, None)}]
+        outcomes = sweep(read_grid(recipe, [*settings, f"output={folder}"]), watch=_Lines())
         return [
-            {**label, **_axes(outcome.settings), **_told(Path(folder, "arms", outcome.name), outcome.failed)}
-            for outcome in outcomes
+            {**label, **_axes(outcome.settings), **_told(folder / outcome.name, outcome.failed)} for outcome in outcomes
         ]
 
 
@@ -89,13 +92,6 @@ def record(name: str, rows: Iterable[dict[str, Any]]) -> None:
 def read(name: str) -> list[dict[str, Any]]:
     """An experiment's rows."""
     return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _grid(recipe: Path, settings: Sequence[str], folder: Path) -> Grid:
-    if has_axes(settings):
-        return read_grid(recipe, [*settings, f"output={folder}"])
-    alone = read_recipe(recipe, [*settings, f"output={folder / 'alone'}"])
-    return Grid(str(recipe), folder, {}, [Cell("alone", {}, alone)])
 
 
 def _axes(settings: Mapping[str, str]) -> dict[str, Any]:
