@@ -132,3 +132,28 @@ def test_on_a_wider_base_the_rates_lie_further_apart(draw):
     for rows in map(draw.read, ("rate", "larger_rate")):
         apart.append(draw.best(rows, method="lora", rank=16)[0] / draw.best(rows, method="full")[0])
     assert 1 < apart[0] < apart[1]
+
+
+def test_a_larger_base_says_the_same(draw):
+    rows = draw.read("larger")
+    at = {arm: draw.losses(rows, arm=arm) for arm in dict.fromkeys(row["arm"] for row in rows)}
+    order = ("rank 1", "rank 16", "rank 128", "full fine-tuning")
+    assert all(above(at[higher], at[lower]) for higher, lower in pairwise(order))
+    assert above(at["attention alone, rank 77"], [1.05 * loss for loss in at["MLP alone, rank 55"]])
+    assert abs(fmean(at["rank 16 on nf4"]) / fmean(at["rank 16"]) - 1) < 0.01
+
+
+def test_a_base_that_has_learnt_little_gives_adapters_little(draw):
+    rows = draw.read("kinds")
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        ends = [draw.best(rows, kind=kind, method=method)[1] for method in ("lora", "full")]
+        assert above([loss / 1.1 for loss in ends[0]], ends[1])
+
+
+def test_ten_passes_over_a_hundred_rows_lose_what_two_to_five_gained(draw):
+    rows = [
+        row for row in draw.read("data") if row["rows"] == 100 and "dropout" not in row and "weight_decay" not in row
+    ]
+    assert {row.get("rank") for row in rows} == {4, 64, None}
+    for row in rows:
+        assert min(loss for _, loss in row["curve"]) < 0.95 * row["base_loss"] < row["held_out_loss"]
