@@ -6,7 +6,7 @@ The models and adapters of benchmarks/merge.py; one thread, no audit. Each type 
 are the process's from the loaded model to the written folder, checksums and flushing to the disk included, once for the
 time and once for the memory: what the process holds at most above what it held before, sampled every 2 ms, anonymous
 pages. A tensor is as large as its fp32 is. "nf4, calibrated" chooses codes and constants on 16 rows of 256 tokens; that
-takes a quarter of an hour at 1.1b, and is done at 134m alone.
+takes minutes at 134m, and is done there alone.
 """
 
 import ctypes

@@ -191,10 +191,10 @@ class Grid:
 
     def _second_level(self, wanted: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Under double quantisation: 8-bit codes, and what they are read as."""
-        levels, codes = table_8bit(wanted.device).sort()
+        levels = table_8bit(wanted.device)  # in rising order
         scale, offset = self._stored["absmax_scale"][blocks // ABSMAX_BLOCK], self._stored["absmax_offset"]
         places = torch.bucketize((wanted - offset) / scale, (levels[1:] + levels[:-1]) / 2)
-        return codes[places].to(torch.uint8), levels[places] * scale + offset
+        return places.to(torch.uint8), levels[places] * scale + offset
 
     def packed(self, codes_OI: Tensor) -> Tensor:
         """Such codes of all columns as `quantize` stores them."""
