@@ -1,12 +1,12 @@
 """Writing a trained model as a GGUF, or quantised again: time, memory and size, by type.
 
-    python benchmarks/export_memory.py [SHAPE ...]    shapes: 1.1b 134m; rows: benchmarks/results/export_memory.jsonl
+    python benchmarks/export_memory.py [SHAPE ...]    of 134m, 1.1b, 7b-layers; rows: results/export_memory.jsonl
 
 The models and adapters of benchmarks/merge.py; one thread, no audit. Each type has processes of its own. CPU seconds
 are the process's from the loaded model to the written folder, checksums and flushing to the disk included, once for the
 time and once for the memory: what the process holds at most above what it held before, sampled every 2 ms, anonymous
-pages. A tensor is as large as its fp32 is. "nf4, calibrated" chooses codes and constants on 16 rows of 256 tokens; that
-takes minutes at 134m, and is done there alone.
+pages. A tensor is as large as its fp32 is. "nf4, calibrated" chooses codes and constants on 16 rows of 256 tokens,
+which takes minutes. The two layers of a 7B model are there for their widths: they are quantised again and not more.
 """
 
 import ctypes
@@ -35,8 +35,9 @@ from qlora_kit.memory.counter import PeakCounter
 from qlora_kit.units import MIB
 
 RESULTS = Path(__file__).parent / "results" / "export_memory.jsonl"
-DTYPES = ("f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "nf4")
 CALIBRATED = "nf4, calibrated"
+GGUF = ("f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k")
+DTYPES = {"134m": (*GGUF, "nf4", CALIBRATED), "1.1b": (*GGUF, "nf4"), "7b-layers": ("nf4", CALIBRATED)}
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 16, 256
 ONE = "--one"
 
@@ -108,19 +109,18 @@ def main() -> None:
         dtype, what, *folders = sys.argv[2:]
         print(json.dumps(measure(dtype, *map(Path, folders), is_timed=what == "time")))
         return
-    for name in sys.argv[1:] or ["134m", "1.1b"]:
+    for name in sys.argv[1:] or DTYPES:
         with tempfile.TemporaryDirectory() as folder:
             base, adapter = Path(folder) / "base", Path(folder) / "adapter"
             make_checkpoint(SHAPES[name], base)
             adapter.mkdir()
             make_adapter(SHAPES[name], adapter)
-            dtypes = (*DTYPES, CALIBRATED) if name == "134m" else DTYPES
-            rows = [row(name, dtype, base, adapter) for dtype in dtypes]
+            rows = [row(name, dtype, base, adapter) for dtype in DTYPES[name]]
         lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
         others = [each for each in map(json.loads, lines) if each["shape"] != name]
         RESULTS.write_text("".join(json.dumps(each) + "\n" for each in [*others, *rows]), encoding="utf-8")
         for each in rows:
-            print(f"{name:5} {each['dtype']:15} {each['cpu_s']:7.1f} s  {each['extra_mib']:7.1f} MiB", flush=True)
+            print(f"{name:9} {each['dtype']:15} {each['cpu_s']:7.1f} s  {each['extra_mib']:7.1f} MiB", flush=True)
 
 
 if __name__ == "__main__":
