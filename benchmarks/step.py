@@ -51,7 +51,15 @@ SHAPES = {
     "7b-layers": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 2, "num_attention_heads": 32},
 }
 VOCAB, TOKENS = 32_000, 256
-MACHINE = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, 1 thread"
+BF16 = " and ".join(
+    name
+    for name, is_there in (
+        ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported()),
+        ("AMX", torch.cpu._is_amx_tile_supported()),
+    )
+    if is_there
+)
+MACHINE = f"{platform.machine()}, {BF16 or 'no bf16 instructions'}, torch {torch.__version__}, 1 thread"
 Step = Callable[[], object]
 
 
@@ -210,9 +218,10 @@ def compare(name: str, kind: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def replace_rows(name: str, kind: str, rows: list[dict[str, Any]]) -> None:
-    """Put the rows of one shape in the place of those that were there."""
+    """Put the rows of one shape in the place of those of the same kind of processor."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    others = [row for row in map(json.loads, lines) if (row["shape"], row["kind"]) != (name, kind)]
+    same = (name, kind, MACHINE)
+    others = [row for row in map(json.loads, lines) if (row["shape"], row["kind"], row["machine"]) != same]
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [*others, *rows]), encoding="utf-8")
 
 

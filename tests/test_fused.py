@@ -1,4 +1,4 @@
-"""Norms and gated MLPs as single operators, in C, in Triton and in plain torch; layers with one input"""
+"""Norms, gated MLPs and rotary embeddings as one operator each, in C, Triton and plain torch; layers with one input."""
 
 import copy
 import pickle
@@ -11,14 +11,25 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from qlora_kit.base import fuse as fuse_module
 from qlora_kit.base import kernels
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import BLOCK_SIZES, Quantization, decode_4bit, quantize
 from qlora_kit.base.fuse import fuse
 from qlora_kit.lora import add_lora, lora_layers, use_adapter
-from qlora_kit.ops import gated, gated_plain, native, rms_norm, rms_norm_plain, share_input
+from qlora_kit.ops import (
+    gated,
+    gated_plain,
+    native,
+    rms_norm,
+    rms_norm_plain,
+    rotary,
+    rotary_plain,
+    share_input,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # by numpy, for Triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,6 +115,40 @@ def test_far_from_zero_a_gate_is_open_or_shut_as_torchs_own(dtype, gate, value, 
         torch.testing.assert_close(each, other, rtol=2 * EPS[dtype], atol=1e-35, equal_nan=True)
 
 
+HEADS = [(2, 5, 3, 8), (1, 7, 1, 2), (3, 4, 2, 66), (1, 300, 12, 64)]
+
+
+def turned(shape, dtype, rows):
+    """Queries, the angles of some rows (no sine and cosine of one angle, so that each number is told from the others),
+    and a gradient."""
+    _, tokens, _, width = shape
+    angles = (draw(rows, tokens, width, seed=seed, dtype=dtype) for seed in (1, 2))
+    return draw(*shape, dtype=dtype), *angles, draw(*shape, seed=3, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", HEADS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rotary_embedding_rounds_as_torch_does_and_its_gradient_is_within_rounding_of_float64(
+    shape, shared, dtype, way
+):
+    x, cos, sin, grad = turned(shape, dtype, 1 if shared else shape[0])
+    y, dx = with_gradients(lambda x: rotary(x, cos, sin), [x], grad)
+    truth = with_gradients(lambda x: rotary_plain(x, cos.double(), sin.double()), [x.double()], grad)
+    assert torch.equal(y, rotary_plain(x, cos, sin))
+    assert error(y, truth[0]) > 0 or dtype == torch.float32
+    assert error(dx, truth[1]) < 1.5 * EPS[dtype]  # two products and their sum, rounded one by one
+    assert y.dtype == dx.dtype == dtype
+
+
+def test_a_rotary_embedding_keeps_its_angles_alone():
+    x, cos, sin, _ = turned(HEADS[0], torch.bfloat16, 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        rotary(x.requires_grad_(), cos, sin)
+    assert {*kept} == {cos.data_ptr(), sin.data_ptr()}
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_no_number_stays_none_in_a_norm(dtype, value, way):
@@ -118,10 +163,12 @@ def test_operators_take_tensors_that_are_not_contiguous(way):
     x, w = draw(6, 4, 48).transpose(0, 1), draw(48, seed=1)
     assert not x.is_contiguous()
     g = draw(6, 4, 48, seed=2).transpose(0, 1)
+    angles = g[None, :, 0], g[None, :, 1]
     for function, plain in [
         (lambda x: rms_norm(x, w, 1e-6), lambda x: rms_norm_plain(x, w, 1e-6)),
         (lambda x: gated(x, g, "silu"), lambda x: gated_plain(x, g, "silu")),
         (lambda x: gated(g, x, "gelu"), lambda x: gated_plain(g, x, "gelu")),
+        (lambda x: rotary(x[None], *angles)[0], lambda x: rotary_plain(x[None], *angles)[0]),
     ]:
         for found, wanted in zip(with_gradients(function, [x], g), with_gradients(plain, [x], g), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -135,6 +182,8 @@ def test_compiled_kernels_give_the_same_bits_with_more_threads(threads):
         for count in (1, threads):
             torch.set_num_threads(count)
             made = [*with_gradients(lambda x: rms_norm(x, w, 1e-6), [x], x), gated(x, x, "silu")]
+            heads, angles = x.view(2, 32, 8, 64), (x[None, :32, :64], x[None, 32:, :64])
+            made += with_gradients(lambda x, angles=angles: rotary(x, *angles), [heads], heads)
             alone = made if alone is None else alone
             assert all(map(torch.equal, made, alone))
     finally:
@@ -195,9 +244,54 @@ def test_norms_and_gated_mlps_are_known_and_a_fused_model_says_the_same(name):
     fuse(model)
     assert {kind[-7:] for kind in fused(model)} >= {"RMSNorm"}
     assert any(kind.endswith("MLP") for kind in fused(model))
+    assert any(kind.endswith("Attention") for kind in fused(model))
     assert not any("Norm" in type(m).__name__ and "forward" not in vars(m) for m in model.modules())
     # The same roundings: what differs is the order of a sum of 32 squares, and an exponential's last bit.
     assert error(tiny.logits(model, ids), before.double()) < 2 * EPS[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("name", "dtype", "turns"), [
+    ("Llama", torch.float32, 4),
+    ("Llama", torch.bfloat16, 4),
+    ("Qwen3", torch.bfloat16, 4),
+    ("Phi", torch.bfloat16, 4),  # a part of each head, which the layer cuts off
+    ("StableLm", torch.float32, 4),
+    ("GPTNeoX", torch.bfloat16, 0),  # a part of each head, which the function cuts off
+    ("Olmo2", torch.float32, 4),
+    ("Olmo2", torch.bfloat16, 0),  # angles in fp32
+])  # fmt: skip
+def test_with_our_rotary_embedding_a_family_s_code_gives_the_same_bits(name, dtype, turns, monkeypatch):
+    model, ids = family(name).to(dtype), tiny.tokens(vocab=61)
+    before = tiny.logits(model, ids)
+    for module in model.modules():
+        if type(module).__name__.endswith(("Norm", "MLP")):
+            module.forward = module.forward  # somebody's own, and so left as it is
+    fuse(model)
+    assert any(kind.endswith("Attention") for kind in fused(model))
+    seen = []
+    monkeypatch.setattr(fuse_module, "rotary", lambda *given: seen.append(given[0].dtype) or rotary(*given))
+    assert torch.equal(tiny.logits(model, ids), before)
+    assert seen == [dtype] * turns
+
+
+@pytest.mark.parametrize("name", ["Cohere", "Glm", "Llama4Text", "GPT2"])
+def test_heads_that_turn_otherwise_are_left_as_they_are(name):
+    fuse(model := family(name))
+    assert not any(kind.endswith("Attention") for kind in fused(model))
+
+
+def test_fusing_a_model_leaves_its_family_s_code_to_others():
+    before, rotate = modeling_llama.LlamaAttention.forward, modeling_llama.apply_rotary_pos_emb
+    fuse(family("Llama"))
+    assert modeling_llama.LlamaAttention.forward is before
+    assert before.__globals__["apply_rotary_pos_emb"] is modeling_llama.apply_rotary_pos_emb is rotate
+
+
+def test_an_attention_that_turns_by_something_else_is_left_as_it_is(monkeypatch):
+    rotate = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: rotate(q, k, sin, cos))
+    fuse(model := family("Llama"))
+    assert "LlamaAttention" not in fused(model)
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Cohere", "StableLm"])
@@ -220,7 +314,7 @@ def test_a_module_that_does_something_else_under_the_same_names_is_left_as_it_is
     for layer in model.model.layers:
         layer.input_layernorm.__class__, layer.mlp.__class__ = Doubling, Swapped
     fuse(model)
-    assert fused(model) == {"LlamaRMSNorm"}
+    assert fused(model) == {"LlamaRMSNorm", "LlamaAttention"}
 
 
 class Clamped(LlamaMLP):
@@ -290,6 +384,8 @@ def test_operators_refuse_shapes_that_do_not_belong_together():
     for fails in (
         lambda: rms_norm(x, draw(1), 1e-6),
         lambda: gated(x, draw(48), "silu"),
+        lambda: rotary(draw(1, 4, 1, 48), draw(1, 3, 48), draw(1, 4, 48)),
+        lambda: rotary(draw(3, 4, 1, 48), draw(2, 4, 48), draw(2, 4, 48)),
         lambda: kernels.decode_int8_into(x, torch.zeros(2, 48, dtype=torch.int8), draw(2)),
         lambda: kernels.decode_int8_into(x, torch.zeros(4, 48, dtype=torch.int8), draw(4).bfloat16()),
     ):
@@ -301,7 +397,8 @@ def test_operators_refuse_shapes_that_do_not_belong_together():
 
 def test_no_rows_are_no_fault(way):
     x = torch.zeros(0, 48).requires_grad_()
-    (gated(x, x, "silu") + rms_norm(x, draw(48), 1e-6)).sum().backward()
+    turned = rotary(x[:, None, None], x[:, None].detach(), x[:, None].detach())[:, 0, 0]
+    (gated(x, x, "silu") + rms_norm(x, draw(48), 1e-6) + turned).sum().backward()
     assert x.grad.shape == (0, 48)
 
 

@@ -1,5 +1,6 @@
 """The loss a few tokens at a time is the loss: same value, same gradients, and the logits never stand whole."""
 
+import math
 import sys
 
 import pytest
@@ -28,6 +29,7 @@ from qlora_kit.ops import (
     head_cross_entropy,
     linear_cross_entropy,
     linear_cross_entropy_plain,
+    native,
     sliced_cross_entropy,
     sliced_linear,
 )
@@ -45,6 +47,16 @@ RULES = [LogitRule(), LogitRule(0.25), LogitRule(cap=5.0), LogitRule(2.0, 5.0)]
 CHUNKS = [1, 7, 1000]
 TOKENS, WIDTH, VOCAB = 37, 24, 61
 DIVISOR = 17
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request, monkeypatch):
+    """Row by row in C, and by torch's operators in slices."""
+    if request.param == "plain":
+        tiny.uncompiled(monkeypatch)
+    else:
+        assert native.library() is not None, "these tests want a C compiler"
+    return request.param
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -100,7 +112,7 @@ def test_value_and_gradients_are_those_of_whole_logits(kind, chunk, rule):
 
 @pytest.mark.parametrize("kind", [dense, any_head])
 @pytest.mark.parametrize("rule", RULES)
-def test_in_fp32_it_is_the_same_up_to_its_rounding(kind, rule):
+def test_in_fp32_it_is_the_same_up_to_its_rounding(kind, rule, way):
     h, labels, *head = problem(torch.float32)
     found, wanted = (answers(loss, h, *head) for loss in (kind(labels, rule, 7), plain(labels, rule)))
     assert max(map(tiny.relative, found, wanted)) < 1e-6
@@ -109,7 +121,7 @@ def test_in_fp32_it_is_the_same_up_to_its_rounding(kind, rule):
 @pytest.mark.parametrize("kind", [dense, any_head])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", RULES)
-def test_in_16_bits_it_is_no_further_from_the_truth_than_whole_logits_are(kind, dtype, rule):
+def test_in_16_bits_it_is_no_further_from_the_truth_than_whole_logits_are(kind, dtype, rule, way):
     """dh is rounded as often as there: the same up to 5 %. dW is rounded once a chunk, which costs up to a half."""
     for seed in range(3):
         h, labels, *head = problem(dtype, seed)
@@ -123,6 +135,7 @@ def test_in_16_bits_it_is_no_further_from_the_truth_than_whole_logits_are(kind, 
 
 
 def test_a_slice_of_the_vocabulary_at_a_time_changes_nothing(monkeypatch):
+    tiny.uncompiled(monkeypatch)
     h, labels, *head = problem(torch.bfloat16)
     once = answers(dense(labels, RULES[3], 13), h, *head)
     monkeypatch.setattr(op, "SLICE_ELEMENTS", 2 * VOCAB + 1)
@@ -223,7 +236,7 @@ def test_a_head_read_by_slices_survives_logits_that_overflow_an_exponential():
 
 
 @pytest.mark.parametrize("kind", [dense, any_head])
-def test_ignored_tokens_get_no_gradient_and_do_no_harm(kind):
+def test_ignored_tokens_get_no_gradient_and_do_no_harm(kind, way):
     h, labels, *head = problem(torch.float32)
     h[11] *= 1e4
     _, dh, dw, _ = answers(kind(labels, LogitRule(), 7), h, *head)
@@ -251,6 +264,58 @@ def test_what_asks_for_no_gradient_gets_none(kind):
     assert torch.equal(value, wanted[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("vocab", [1, 15, 16, 1024, 5003])
+def test_row_by_row_in_c_it_is_float64_up_to_one_rounding(vocab, rule, dtype, way):
+    draw = torch.Generator().manual_seed(0)
+    logits = (6 * torch.randn(9, vocab, generator=draw)).to(dtype)
+    labels = torch.randint(0, vocab, (9,), generator=draw)
+    labels[[0, 4]], labels[1] = IGNORED, vocab - 1
+    l64 = logits.double().requires_grad_()
+    wanted = 0.7 * nn.functional.cross_entropy(rule(l64), labels, ignore_index=IGNORED, reduction="sum")
+    wanted.backward()
+    loss = op._loss_and_gradient(logits, labels, rule, 0.7)  # puts the gradient in the place of the logits
+    assert not logits[labels == IGNORED].any()
+    assert (loss - wanted.detach()).abs() <= 1e-6 * wanted.detach().abs() + 1e-6
+    if vocab > 1:  # of a single token the gradient is nothing
+        # Exponentials and sums are fp32, off by some units of its last place; what is kept is rounded once.
+        assert tiny.relative(logits, l64.grad) < max(torch.finfo(dtype).eps, 2e-6)
+
+
+def test_logits_that_are_no_numbers_are_so_in_c_as_in_plain_torch(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(6, 40, generator=draw), torch.full((1,), 3)
+    logits[0] *= 1e4
+    logits[1, 5] = -math.inf
+    logits[2, 5] = math.inf
+    logits[3, 5] = math.nan
+    logits[4] = -3e38
+    logits[5] = -math.inf
+    found = {}
+    for way in ("compiled", "plain"):
+        if way == "plain":
+            tiny.uncompiled(monkeypatch)
+        rows = logits.clone()
+        assert (op._kernel(rows) is None) == (way == "plain")
+        losses = torch.stack([op._loss_and_gradient(row[None], labels, RULES[0], 0.7) for row in rows])
+        found[way] = losses, rows
+    assert found["plain"][0].isfinite().tolist() == [True, True, False, False, True, False]
+    for compiled, plain in zip(*found.values(), strict=True):
+        torch.testing.assert_close(compiled, plain, equal_nan=True, rtol=1e-6, atol=1e-7)
+
+
+def test_in_c_more_threads_give_the_same_bits(monkeypatch):
+    logits, labels = torch.randn(37, 3001).bfloat16(), torch.arange(37)
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(op, "threads", lambda threads=threads: threads)
+        rows = logits.clone()
+        found.append((op._loss_and_gradient(rows, labels, RULES[0], 1.0), rows))
+    assert found[0][1].any()
+    assert all(map(torch.equal, *found))
+
+
 def test_a_second_backward_pass_gives_the_same_again():
     h, labels, w, b = problem()
     h.requires_grad_()
@@ -268,12 +333,12 @@ def test_under_autocast_the_products_are_autocasts():
     assert all(map(torch.equal, found, wanted))
 
 
-def test_a_label_that_is_no_token_is_refused():
+def test_a_label_that_is_no_token_is_refused(way):
     h, labels, w, _ = problem()
     for odd in (VOCAB, -5):
         labels[3] = odd
         with pytest.raises((RuntimeError, IndexError)):
-            linear_cross_entropy(h, labels, w, chunk=7)
+            linear_cross_entropy(h.float(), labels, w.float(), chunk=7)
         with pytest.raises((RuntimeError, IndexError)):
             sliced_cross_entropy(h, labels, lambda rows, _: w[rows], tuple(w.shape))
 
@@ -442,15 +507,15 @@ STANDING = {
 
 @pytest.mark.parametrize("head", STANDING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_never_stand_whole(head, dtype, monkeypatch):
-    """By hand: a chunk's logits in the compute dtype; in 16 bits a slice of them in fp32; dh; what the head needs.
+def test_the_logits_never_stand_whole(head, dtype, way, monkeypatch):
+    """By hand: a chunk's logits in the compute dtype; of 16 bits, but in C, a slice in fp32; dh; what the head needs.
     Two more rows of the chunk and 4 KiB pay for what is as small as a column."""
     make, needed = STANDING[head]
     monkeypatch.setattr(op, "SLICE_ELEMENTS", 2 * WIDE["vocab_size"])
     monkeypatch.setattr(slices, "SLICE_ELEMENTS", 64 * 48)
     size, vocab = dtype.itemsize, WIDE["vocab_size"]
-    bound = (CHUNK + 2) * vocab * size + (2 * vocab * 4 if size == 2 else 0) + ROWS * LENGTH * 48 * size + 4096
-    bound += needed
+    sliced = 2 * vocab * 4 if size == 2 and way == "plain" else 0
+    bound = (CHUNK + 2) * vocab * size + sliced + ROWS * LENGTH * 48 * size + 4096 + needed
     whole = ROWS * (LENGTH - 1) * vocab * size
     assert watched(make(dtype), None)[1] > 2 * whole
     ledger, above = watched(make(dtype), CHUNK)
@@ -466,7 +531,7 @@ def test_full_fine_tuning_holds_the_gradient_of_its_head_and_a_chunk():
 
 @pytest.mark.parametrize("head", ["dense", "quantised", "adapted", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fake_and_real_accounts_agree_to_the_byte(head, dtype, monkeypatch):
+def test_fake_and_real_accounts_agree_to_the_byte(head, dtype, way, monkeypatch):
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     monkeypatch.setattr(slices, "SLICE_ELEMENTS", 9 * tiny.LLAMA["hidden_size"])  # of which fake tensors see three
 

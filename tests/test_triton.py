@@ -26,6 +26,8 @@ from qlora_kit.ops import (
     linear_cross_entropy_plain,
     rms_norm,
     rms_norm_plain,
+    rotary,
+    rotary_plain,
     triton,
 )
 from qlora_kit.ops.rows import row_parts
@@ -179,7 +181,7 @@ def test_a_step_of_a_model_by_triton_is_the_step_without(request):
     without = step_of(tiny.quantized(tiny.llama(num_hidden_layers=1)))
     asked = request.getfixturevalue("by_triton")
     found = step_of(tiny.quantized(tiny.llama(num_hidden_layers=1)))
-    assert {*asked} == {"rms_norm", "rms_norm_backward", "gated", "gated_backward", "softmax_gradient"}
+    assert {*asked} == {"rms_norm", "rms_norm_backward", "gated", "gated_backward", "rotary", "softmax_gradient"}
     assert without.norm() > 0
     assert tiny.relative(found, without) < 1e-5  # fp32, sums in other orders
 
@@ -246,7 +248,7 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from qlora_kit.ops.triton import gate, loss, norm
+from qlora_kit.ops.triton import gate, loss, norm, turn
 
 class Card:
     def __init__(self, capability): self.target = GPUTarget("cuda", capability, 32)
@@ -257,7 +259,7 @@ class Card:
 made, run = [], JITFunction.run
 def compiled(self, *args, grid, warmup, **how):
     kernel = run(self, *args, grid=grid, warmup=True, **how)
-    about, rounded = kernel.metadata, kernel.asm["ptx"].count("cvt.rn.bf16")
+    about, rounded = kernel.metadata, kernel.asm["ptx"].count(".rn.bf16")
     made.append((self.__name__, about.target.arch, rounded, about.shared))
 JITFunction.run = compiled
 
@@ -269,6 +271,8 @@ norm.rms_norm_backward(x, x, x[0], inverse, "offset", x)
 for kind in ("silu", "gelu"):
     gate.gated(x, x, kind, x)
     gate.gated_backward(x, x, x, kind, x, x)
+for is_back in (False, True):
+    turn.rotary(x.view(3, 8, 8, 64), x[:, :512].view(3, 8, 64), x[:, :512].view(3, 8, 64), is_back, x)
 for cap in (None, 30.0):
     loss.softmax_gradient(x, labels, inverse, 0.5, 1.0, cap, -100)
 print(json.dumps(made))
@@ -286,7 +290,7 @@ def test_every_kernel_compiles_for_a_card_and_rounds_to_nearest_there(capability
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout)
-    assert [name for name, *_ in made] == ["_forward", "_backward"] * 3 + ["_row"] * 2
+    assert [name for name, *_ in made] == ["_forward", "_backward"] * 3 + ["_turn"] * 2 + ["_row"] * 2
     assert {target for _, target, *_ in made} == {capability}
     assert all(rounded > 0 for _, _, rounded, _ in made)
     assert all(shared < 48 * 1024 for *_, shared in made)  # what any card gives a program
@@ -333,6 +337,23 @@ def test_a_gate_on_the_gpu_is_within_rounding_of_float64(gate, dtype):
     for found, wanted in zip((out, g.grad, u.grad), (truth, *(each.grad for each in exact)), strict=True):
         # As on a CPU; a device's own exponential is off by up to 1e-6 where it is small against one.
         assert tiny.relative(found.detach(), wanted.detach()) < max(2 * torch.finfo(dtype).eps, 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (1, 300, 32, 128), (3, 7, 1, 66)])
+def test_a_rotary_embedding_on_the_gpu_is_within_rounding_of_float64(shape, dtype):
+    assert triton.serves(torch.empty(0, device=CUDA).device)
+    _, tokens, _, width = shape
+    x, grad = (draw(*shape, seed=seed, dtype=dtype, device=CUDA) for seed in (0, 1))
+    cos, sin = (draw(1, tokens, width, seed=seed, dtype=dtype, device=CUDA) for seed in (2, 3))
+    x64 = x.double().requires_grad_()
+    truth = rotary_plain(x64, cos.double(), sin.double())
+    truth.backward(grad.double())
+    y = rotary(x.requires_grad_(), cos, sin)
+    y.backward(grad)
+    for found, wanted in ((y.detach(), truth.detach()), (x.grad, x64.grad)):
+        assert tiny.relative(found, wanted) < 1.5 * torch.finfo(dtype).eps
 
 
 @pytest.mark.gpu

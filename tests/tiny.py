@@ -229,8 +229,8 @@ def told(monkeypatch, *losses):
 
 
 def uncompiled(monkeypatch):
-    """Let norms and gates run by torch's own operators, which give the bits of transformers' modules."""
-    for name in ("rms_norm", "gated"):
+    """Let operators run by torch's own, which give the bits of transformers' modules."""
+    for name in ("rms_norm", "gated", "rotary", "linear_cross_entropy"):
         monkeypatch.setattr(sys.modules[f"qlora_kit.ops.{name}"], "typed_kernel", lambda *_: None)
 
 
@@ -252,9 +252,13 @@ def by_triton(monkeypatch):
     cut_off = interpreter._convert_float
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
     monkeypatch.setattr(triton, "serves", lambda device: True)
-    for name in ("rms_norm", "gated"):
+    for name, directions in (
+        ("rms_norm", ("_forward", "_backward")),
+        ("gated", ("_forward", "_backward")),
+        ("rotary", ("_rotary",)),
+    ):
         op = sys.modules[f"qlora_kit.ops.{name}"]
-        for direction in ("_forward", "_backward"):
+        for direction in directions:
             monkeypatch.setattr(op, direction, getattr(op, f"{direction}_cuda"))
 
 

@@ -1,21 +1,25 @@
-"""RMS norms and gated MLPs of a model as one operator each, whatever family they are of.
+"""RMS norms, gated MLPs and rotary embeddings of a model as one operator each, whatever family they are of.
 
-Families write the same few lines under many names, so they are known by what they do: a norm or an MLP is tried on
-small random numbers, in bf16, and fused where the operator gives the same bits. What the state dict holds, and what the
-modules are called, stays.
+Families write the same few lines under many names, so they are known by what they do: each is tried on small random
+numbers, in bf16, and fused where the operator gives the same bits. What the state dict holds, and what the modules are
+called, stays.
 """
 
 import copy
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from types import FunctionType
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qlora_kit.ops import Form, Gate, gated, gated_plain, rms_norm, rms_norm_plain
+from qlora_kit.ops import Form, Gate, gated, gated_plain, rms_norm, rms_norm_plain, rotary, rotary_plain
+
+_ROTATE = "apply_rotary_pos_emb"
+"""What transformers calls the function that turns queries and keys, in each family's file."""
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -24,9 +28,10 @@ _FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Ar
 
 
 def fuse(model: nn.Module) -> None:
-    """Let each norm and gated MLP that is known run as one operator; a forward pass that somebody has set stays."""
+    """Let each norm, gated MLP and rotary embedding that is known run as one operator; a forward pass that somebody has
+    set stays."""
     for module in model.modules():
-        forward = None if "forward" in vars(module) else _norm(module) or _mlp(module)
+        forward = None if "forward" in vars(module) else _norm(module) or _mlp(module) or _attention(module)
         if forward is not None:
             module.forward = forward
 
@@ -77,6 +82,54 @@ def _mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def _mlp_forward(module: Any, gate: Gate, x: Tensor) -> Tensor:
     g, u = module.gate_proj(x), module.up_proj(x)
     return module.down_proj(gated(g, u, gate))
+
+
+def _attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward pass of an attention layer with its rotary embedding fused."""
+    forward: Any = type(module).forward
+    if not inspect.isfunction(forward) or _ROTATE not in forward.__code__.co_names:
+        return None
+    rotate = forward.__globals__.get(_ROTATE)
+    return partial(_attention_forward, module) if inspect.isfunction(rotate) and _rotates(rotate) else None
+
+
+def _attention_forward(module: Any, *args: Any, **named: Any) -> Any:
+    return _with_fused_rotation(type(module).forward)(module, *args, **named)
+
+
+@cache
+def _with_fused_rotation(forward: FunctionType) -> FunctionType:
+    """The same code, which finds our function under the name of its family's; others go on with that."""
+    rotate = forward.__globals__[_ROTATE]
+
+    def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        is_known = cos.ndim == 3 and len({each.dtype for each in (q, k, cos, sin)}) == 1
+        if more or named or not is_known or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+            turned: tuple[Tensor, Tensor] = rotate(q, k, cos, sin, *more, **named)
+            return turned
+        return _turned(q, cos, sin, rotary), _turned(k, cos, sin, rotary)
+
+    names = {**forward.__globals__, _ROTATE: fused}
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+@cache
+def _rotates(rotate: Callable[..., Any]) -> bool:
+    """Whether a family turns halves of heads by angles of every position, and rounds as our function does."""
+    with _disable_current_modes(), torch.no_grad():
+        q, k = _numbers(2, 3, 5, 8), _numbers(2, 1, 5, 8, seed=1)
+        cos, sin = _numbers(2, 5, 8, seed=2), _numbers(2, 5, 8, seed=3)
+        try:
+            found = rotate(q, k, cos, sin)
+        except _FOREIGN:
+            return False
+        return all(torch.equal(each, _turned(x, cos, sin, rotary_plain)) for each, x in zip(found, (q, k), strict=True))
+
+
+def _turned(x_BNTD: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    return turn(x_BNTD.transpose(1, 2), cos, sin).transpose(1, 2)
 
 
 def _gives(module: nn.Module, x: Tensor, wanted: Tensor, **inner: dict[str, Any]) -> bool:

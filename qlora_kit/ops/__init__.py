@@ -21,6 +21,7 @@ from qlora_kit.ops.lora_linear import (
 )
 from qlora_kit.ops.products import KeptProducts
 from qlora_kit.ops.rms_norm import Form, rms_norm, rms_norm_plain
+from qlora_kit.ops.rotary import rotary, rotary_plain
 from qlora_kit.ops.sliced_cross_entropy import sliced_cross_entropy
 from qlora_kit.ops.slices import sliced_linear
 from qlora_kit.ops.workspace import Workspace
@@ -46,6 +47,8 @@ __all__ = [
     "lora_linear_plain",
     "rms_norm",
     "rms_norm_plain",
+    "rotary",
+    "rotary_plain",
     "row_norms",
     "share_input",
     "sliced_cross_entropy",

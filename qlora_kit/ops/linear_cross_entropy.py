@@ -12,8 +12,8 @@ divisor is given here and not divided by outside, where 16 bits would be rounded
 of one, and the factor that is left a power of two.
 
 The logits of a chunk are in the compute dtype, the softmax is in fp32 over a slice of the chunk: 2 bytes a logit in
-16 bits, and 4 in fp32, where the slice is the chunk's own memory. A CUDA device does it in one kernel, which needs no
-slice (`ops/triton/loss.py`).
+16 bits, and 4 in fp32, where the slice is the chunk's own memory. A kernel, in C on a CPU and in Triton on a CUDA
+device, does it row by row and needs no slice.
 
 Axes: N tokens, D width of the head's input, V vocabulary; C tokens of a chunk, S tokens of a slice.
 
@@ -22,6 +22,7 @@ Source: the gradient in the forward pass, chunk by chunk, is Liger Kernel's, arX
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_float
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.lora_linear import compute_dtype
+from qlora_kit.ops.native import address, size, threads, typed_kernel
 from qlora_kit.ops.triton import device_kernel
 
 IGNORED = -100
@@ -251,7 +253,7 @@ def split_factor(share: float) -> tuple[float, float]:
 
 def _loss_and_gradient(logits_CV: Tensor, labels_C: Tensor, rule: LogitRule, weight: float) -> Tensor:
     """The summed loss of a chunk times `weight`, a scalar; its gradient takes the place of the logits."""
-    if logits_CV.is_contiguous() and device_kernel("softmax_gradient", logits_CV) is not None:
+    if _kernel(logits_CV) is not None:
         losses_C: Tensor = torch.ops.qlora_kit.softmax_gradient(logits_CV, labels_C, weight, rule.scale, rule.cap)
         return losses_C.sum()
     is_ignored_C1 = (labels_C == IGNORED)[:, None]
@@ -277,12 +279,36 @@ def _of_slice(logits_SV: Tensor, label_S1: Tensor, weight_S1: Tensor, rule: Logi
     return loss
 
 
-@torch.library.impl("qlora_kit::softmax_gradient", "default")
-def _softmax_gradient(logits_CV: Tensor, labels_C: Tensor, weight: float, scale: float, cap: float | None) -> Tensor:
+def _kernel(logits_CV: Tensor) -> Callable[..., None] | None:
+    """What does it row by row; where there is none, slices do, which a ledger sees."""
+    if not logits_CV.is_contiguous():
+        return None
+    compiled = typed_kernel("softmax_gradient", logits_CV) if logits_CV.is_cpu else None
+    return compiled or device_kernel("softmax_gradient", logits_CV)
+
+
+def _on_device(logits_CV: Tensor, labels_C: Tensor, weight: float, scale: float, cap: float | None) -> Tensor:
     kernel = device_kernel("softmax_gradient", logits_CV)
-    assert kernel is not None  # or the caller would have taken slices, which a ledger sees
+    assert kernel is not None
     losses_C = _losses(logits_CV, labels_C)
     kernel(logits_CV, labels_C.contiguous(), losses_C, weight, scale, cap, IGNORED)
+    return losses_C
+
+
+torch.library.impl("qlora_kit::softmax_gradient", "default", _on_device)
+
+
+@torch.library.impl("qlora_kit::softmax_gradient", "cpu")
+def _on_cpu(logits_CV: Tensor, labels_C: Tensor, weight: float, scale: float, cap: float | None) -> Tensor:
+    kernel = typed_kernel("softmax_gradient", logits_CV)
+    if kernel is None:
+        return _on_device(logits_CV, labels_C, weight, scale, cap)
+    losses_C, labels_C = _losses(logits_CV, labels_C), labels_C.contiguous()
+    (rows, width), how = logits_CV.shape, (c_float(weight), c_float(scale), c_float(cap or 0.0))
+    is_label_C = (labels_C == IGNORED) | ((labels_C >= 0) & (labels_C < width))
+    torch._check_index(bool(is_label_C.all()), lambda: f"a label that is none of the {width} tokens")
+    shape, labels = (size(rows), size(width)), (address(labels_C), size(IGNORED))
+    kernel(address(logits_CV), *labels, *how, *shape, address(losses_C), threads())
     return losses_C
 
 

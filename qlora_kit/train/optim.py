@@ -236,7 +236,7 @@ def _build(kind: str, groups: Any, weight_decay: float) -> Any:
     paged, name = kind.startswith("paged_"), kind.removeprefix("paged_")
     # The rate is set before every step; the constructors only want some number.
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=weight_decay, foreach=False)
+        return torch.optim.AdamW(groups, lr=0.0, betas=_BETAS, weight_decay=weight_decay, fused=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, weight_decay=weight_decay)
     family, _, bits = name.partition("_")

@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 16 }; /* partial sums, so that a sum of floats fills a vector register without -ffast-math */
+enum { LANES = 16 };  /* partial sums, so that a sum of floats fills a vector register without -ffast-math */
+enum { PART = 1024 }; /* floats whose sum is fp32; longer sums are of these, in double */
 
 typedef uint16_t bf16;
 
@@ -54,6 +55,23 @@ static inline float exponential(float y) {
     return y > 88.0f ? INFINITY : sum * power;
 }
 
+/* e^y of a softmax, whose y is at most 0: nothing of what is masked out. */
+static inline float share(float y) { return y < -87.0f ? 0.0f : exponential(y); }
+
+/* tanh(x); near zero by its series, where the difference of two halves would lose them. */
+static inline float tangent(float x) {
+    float s = x * x;
+    float series = x * (1.0f + s * (-1.0f / 3 + s * (2.0f / 15 + s * (-17.0f / 315 + s * (62.0f / 2835)))));
+    return s < 0.0625f ? series : 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
+}
+
+/* Of a logit in the product that it was made of. */
+static inline float slope(float z, float scale, float cap) {
+    return cap > 0.0f ? scale * (1.0f - z / cap * (z / cap)) : scale;
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 static inline float total(const float *lanes) {
     float sum = 0.0f;
     for (int i = 0; i < LANES; i++) sum += lanes[i];
@@ -85,6 +103,18 @@ int decodes_fast(void) {
 #endif
 }
 
+#ifdef __AVX512BW__
+/* `narrow` of 16 numbers, twice, for an index of five bits whose first says nothing. */
+static inline __m512i twice_narrow(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(rounded));
+}
+#endif
+
 /* A 4-bit matrix to bfloat16, each value rounded once from the fp32 product of table entry and constant.
    Constants are `absmax8` (table8[absmax8] * scale[of 256] + offset) or, where that is null, `absmax`. */
 void decode_4bit_bf16(const uint8_t *codes, const uint8_t *absmax8, const float *scale, const float *offset,
@@ -94,19 +124,18 @@ void decode_4bit_bf16(const uint8_t *codes, const uint8_t *absmax8, const float 
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t b = 0; b < blocks; b++) {
         float constant = absmax8 ? table8[absmax8[b]] * scale[b / 256] + *offset : absmax[b];
-        bf16 values[32];
-        for (int i = 0; i < 32; i++) values[i] = narrow(table4[i & 15] * constant);
         const uint8_t *from = codes + b * block / 2;
         bf16 *to = out + b * block;
 #ifdef __AVX512BW__
-        __m512i table = _mm512_loadu_si512(values);
+        __m512i table = twice_narrow(_mm512_mul_ps(_mm512_loadu_ps(table4), _mm512_set1_ps(constant)));
         for (int64_t i = 0; i < block / 2; i += 16) {
             __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
-            __m512i low = _mm512_slli_epi32(_mm512_and_si512(byte, _mm512_set1_epi32(15)), 16);
-            __m512i both = _mm512_or_si512(_mm512_srli_epi32(byte, 4), low);
+            __m512i both = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
             _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(both, table));
         }
 #else
+        bf16 values[16];
+        for (int i = 0; i < 16; i++) values[i] = narrow(table4[i] * constant);
         for (int64_t i = 0; i < block / 2; i++) {
             to[2 * i] = values[from[i] >> 4];
             to[2 * i + 1] = values[from[i] & 15];

@@ -20,6 +20,7 @@ _LAUNCHERS = {
     "rms_norm_backward": "norm",
     "gated": "gate",
     "gated_backward": "gate",
+    "rotary": "turn",
     "softmax_gradient": "loss",
 }
 """The file of each."""
