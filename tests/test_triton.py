@@ -177,7 +177,7 @@ def test_in_16_bits_norms_and_gates_round_where_plain_torch_does(dtype, by_trito
 
 
 def test_a_step_of_a_model_by_triton_is_the_step_without(request):
-    """Through norms, gates and the loss of a small model at once."""
+    """Through norms, gates, rotary embeddings and the loss of a small model at once."""
     without = step_of(tiny.quantized(tiny.llama(num_hidden_layers=1)))
     asked = request.getfixturevalue("by_triton")
     found = step_of(tiny.quantized(tiny.llama(num_hidden_layers=1)))

@@ -319,7 +319,7 @@ def _triton_kernels(device: str) -> str:
             "none, plain torch instead: Triton is not installed, switched off (QLORA_KIT_TRITON=0), or cannot compile "
             "(it wants a C compiler and Python's headers)"
         )
-    return "norms, gates and the loss"
+    return "norms, gates, rotary embeddings and the loss"
 
 
 def _pinned_memory() -> str:

@@ -95,15 +95,7 @@ class AdapterOptimizer:
         """
         for pairs in self._stepped_together:
             self._lift(pairs)
-            for _, stepped in pairs:
-                self._take_scratch(stepped)
             self._lower(pairs)
-
-    def _take_scratch(self, stepped: Tensor) -> None:
-        """What torch's AdamW holds while it steps one tensor: the root of its second moment, twice. bitsandbytes works
-        in place."""
-        if self.effective_kind == "adamw" and stepped.grad is not None:
-            _ = [torch.empty_like(stepped) for _ in range(2)]
 
     def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that outlives a step, named by parameter and role; not the tables that bitsandbytes shares."""
@@ -182,7 +174,7 @@ class AdapterOptimizer:
             for position, stepped in enumerate(group["params"]):
                 if self.effective_kind == "adamw":
                     zeros = {key: torch.zeros_like(stepped) for key in ("exp_avg", "exp_avg_sq")}
-                    self.inner.state[stepped] = {"step": torch.zeros(()), **zeros}
+                    self.inner.state[stepped] = {"step": torch.zeros((), device=stepped.device), **zeros}
                 elif self.effective_kind != "sgd":
                     self.inner.init_state(group, stepped, index, position)
         if self.master_weights == "stochastic":
