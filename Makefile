@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHMARKS := quickstart exports learning_rate pick_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_memory packing growth
-EXPERIMENTS := rate capacity layers batch embedding quantised flops masters larger_rate larger kinds continual data rows methods
+EXPERIMENTS := rate capacity layers batch embedding quantised flops masters larger_rate larger kinds classes continual data rows methods
 
 .PHONY: help quickstart test setup lint types slow long llamacpp gpu bench regret format clean
 

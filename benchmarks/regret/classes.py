@@ -1,6 +1,6 @@
 """Kinds of files told apart by the quickstart's base, which has learnt its language: LoRA beside full fine-tuning.
 
-python benchmarks/regret/classes.py       write benchmarks/regret/classes.jsonl
+    python benchmarks/regret/classes.py       write benchmarks/regret/classes.jsonl
 
 The rows are those of kinds.py, whose BERT has learnt little before it sees them.
 """
@@ -24,7 +24,9 @@ def main() -> None:
         settings = ("train.task=classify", f"data.train={trained}", f"data.eval={held_out}", "train.steps=240",
                     "train.eval_every=60", "train.warmup=0.1", "train.max_grad_norm=1.0")  # fmt: skip
         for method, setting in (("lora", "lora.rank=16"), ("full", "train.full_finetune=true")):
-            rows += arms_with_seeds({"method": method}, RATES[method], setting, *settings)
+            rows += arms_with_seeds(
+                {"kind": "Llama, kinds of files", "method": method}, RATES[method], setting, *settings
+            )
             record("classes", rows)
 
 

@@ -211,7 +211,7 @@ def _masters() -> str:
 
 
 def _data() -> str:
-    rows = [*read("data"), *(read("rows") if (HERE / "rows.jsonl").exists() else [])]
+    rows = [*read("data"), *read("rows")]
     shrunk, table = ("dropout", "weight_decay"), []
     keys = ("kind", "rows", "method", "rank", *shrunk)
     for arm in sorted({tuple(row.get(key) for key in keys) for row in rows}, key=str):
@@ -240,8 +240,7 @@ def _continual() -> str:
 
 
 def _kinds() -> str:
-    rows = read("kinds")
-    table = []
+    rows, table = [*read("kinds"), *read("classes")], []
     for kind in dict.fromkeys(row["kind"] for row in rows):
         for method, words in (("full", "full fine-tuning"), ("lora", "LoRA, rank 16")):
             lr, values = best(rows, kind=kind, method=method)
