@@ -910,6 +910,28 @@ def test_a_comparison_has_a_line_a_kind_and_keeps_what_it_wrote_only_where_it_is
         assert_mistake(told, "not empty")
 
 
+def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_are_the_same(model_folder, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(model_folder, base)
+    rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call("train", write_recipe(tmp_path, base)).exit_code == 0
+    assert call("export", tmp_path / "run", "--out", out).exit_code == 0
+    shutil.rmtree(out)
+    tensors = load_file(base / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("down_proj.weight"):
+            tensor[0] = 30.0  # and not its middle row, of which the mark of the weights is taken
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    for kind in ("merged", "quantized"):
+        told = call("export", tmp_path / "run", "--to", kind, "--out", out)
+        assert_mistake(told, "lost", "when it was trained", "its base or its adapter has changed since", "--force")
+        assert not out.exists()
+    assert call("export", tmp_path / "run", "--out", out, "--force").exit_code == 0
+    assert call("export", tmp_path / "run", "--to", "adapter", "--out", tmp_path / "adapter").exit_code == 0
+    assert_mistake(call("generate", tmp_path / "adapter", "--prompt", "x"), "without its base", "--to merged")
+
+
 def test_an_export_far_from_what_was_trained_exits_2_and_is_not_kept_unless_forced(finished, tmp_path):
     more = ("--max-kl", "0", "--out", tmp_path / "out")
     assert_mistake(call("export", finished[0], *more), "above 0", "--force")

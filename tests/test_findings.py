@@ -150,11 +150,44 @@ def test_a_base_that_has_learnt_little_gives_adapters_little(draw):
         assert above([loss / 1.1 for loss in ends[0]], ends[1])
 
 
+def test_on_a_base_that_knows_its_language_adapters_tell_texts_apart_as_full_fine_tuning_does(draw):
+    rows = draw.read("classes")
+    (lora_lr, lora), (full_lr, full) = (draw.best(rows, method=method) for method in ("lora", "full"))
+    assert min(lora) < max(full), "seeds overlap"
+    assert lora_lr > 2 * full_lr
+    right = {
+        method: fmean(row["accuracy"] for row in rows if (row["method"], row["lr"]) == (method, lr))
+        for method, lr in (("lora", lora_lr), ("full", full_lr))
+    }
+    assert min(right.values()) > 0.7
+    assert abs(right["lora"] - right["full"]) < 0.05
+
+
 def test_ten_passes_over_a_hundred_rows_lose_what_two_to_five_gained(draw):
-    rows = [
-        row for row in draw.read("data") if row["rows"] == 100 and "dropout" not in row and "weight_decay" not in row
-    ]
-    assert {row.get("rank") for row in rows} == {4, 64, None}
+    rows = [row for row in draw.read("data") if row["rows"] == 100 and not {"dropout", "weight_decay"} & row.keys()]
+    assert {(row["kind"], row.get("rank")) for row in rows} == {
+        (kind, r) for kind in ("near", "far") for r in (4, 64, None)
+    }
     for row in rows:
-        assert min(loss for _, loss in row["curve"]) < 0.95 * row["base_loss"]
-        assert row["held_out_loss"] > row["base_loss"]
+        step, lowest = min(row["curve"], key=lambda point: point[1])
+        assert lowest < 0.95 * row["base_loss"]
+        assert step < row["steps"] * 0.7
+        assert row["held_out_loss"] > 1.05 * lowest
+        assert row["kind"] == "far" or row["held_out_loss"] > row["base_loss"]
+
+
+def test_dropout_keeps_some_of_what_ten_passes_lose_and_weight_decay_little(draw):
+    rows = [row for row in draw.read("data") if (row["kind"], row["rows"], row.get("rank")) == ("near", 100, 64)]
+    plain = fmean(row["held_out_loss"] for row in rows if not {"dropout", "weight_decay"} & row.keys())
+    lowest = min(min(loss for _, loss in row["curve"]) for row in rows)
+    ends = {(row.get("dropout"), row.get("weight_decay")): row["held_out_loss"] for row in rows}
+    assert ends[0.3, None] - lowest < 0.8 * (plain - lowest)
+    assert ends[None, 1.0] - lowest > 0.9 * (plain - lowest)
+
+
+@pytest.mark.parametrize("kind", ["near", "far"])
+def test_a_thousand_rows_twice_are_not_too_many_passes_and_more_numbers_learn_more(draw, kind):
+    rows = [row for row in draw.read("data") if (row["kind"], row["rows"]) == (kind, 1000)]
+    ends = {row.get("rank"): row["held_out_loss"] for row in rows}
+    assert all(row["curve"][-1][1] == min(loss for _, loss in row["curve"]) for row in rows)
+    assert ends[None] < ends[64] / 1.02 < ends[4] / 1.02

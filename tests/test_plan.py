@@ -442,6 +442,20 @@ def test_the_device_is_known():
     assert fast == pytest.approx(1.5 * slow)
 
 
+@pytest.mark.parametrize(("load", "threads", "kind", "is_told"), [
+    (2.5, 2, "cpu", True), (2.5, 1, "cpu", False), (1.5, 2, "cpu", False), (2.5, 2, "cuda", False),
+])  # fmt: skip
+def test_a_busy_machine_is_told_of_where_threads_would_wait_for_each_other(load, threads, kind, is_told, monkeypatch):
+    monkeypatch.setattr(devices.psutil, "cpu_count", lambda: 2)
+    monkeypatch.setattr(devices.psutil, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    told = devices.busy_note(torch.device(kind))
+    assert (told is not None) == is_told
+    if told is not None:
+        assert "load 2.5 on 2 cores" in told
+        assert "OMP_NUM_THREADS=1" in told
+
+
 @pytest.mark.parametrize(("limit", "is_lower"), [("1073741824", True), ("max", False), ("99999999999999", False)])
 def test_in_a_container_what_is_free_is_what_its_limit_leaves(limit, is_lower, tmp_path, monkeypatch):
     free = available_bytes(torch.device("cpu"))

@@ -50,7 +50,8 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if DEBUG["on"] or error.errno not in _DISK_FAULTS:
                 raise
-            typer.echo(visible(f"error: {error.filename or 'the disk'}: {error.strerror}"), err=True)
+            way_on = "; free some, and run it again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            typer.echo(visible(f"error: {error.filename or 'writing to the disk'}: {error.strerror}{way_on}"), err=True)
             raise typer.Exit(QloraKitError.exit_code) from None
 
     return guarded

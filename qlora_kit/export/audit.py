@@ -33,6 +33,10 @@ LIMITS = {"merged": 0.01}
 """Mean KL in nats a token or text that an export may have, by its kind. On the quickstart, bf16 costs 1.5e-5; what is
 re-quantised, or leaves the quantised base, is another model, and its audit says how much of one."""
 
+SCORE_ABSOLUTE, SCORE_RELATIVE = 0.01, 0.01
+"""How far a loss may be from the one that the run was scored with. Another device, dtype or order of sums moves it by
+less than a hundredth, and what has changed that little says what was trained."""
+
 CHUNK = 64
 """Predictions compared at a time: with a vocabulary of 152 k, logits and their fp32 copies take about 0.15 GiB."""
 
@@ -74,25 +78,42 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
     }
 
 
-def check_audit(kind: str, found: Mapping[str, float] | None, onto: str, max_kl: float | None, *, force: bool) -> None:
-    """Refuse an export that is too far from what was trained.
+def check_audit(
+    kind: str,
+    found: Mapping[str, float] | None,
+    onto: str,
+    max_kl: float | None,
+    scored_loss: float | None,
+    *,
+    force: bool,
+) -> None:
+    """Refuse an export that is too far from what was trained, and one of what is no longer what was trained.
 
     Args:
         kind: of the export.
         found: what `compare` told; None where nothing was compared.
         onto: what an adapter was merged into: no other weights are expected to be near those that were trained.
         max_kl: largest mean KL asked for, in nats a token or text; None takes the kind's own, or any.
+        scored_loss: of the same model on the same rows when it was trained, in nats; None where nobody knows.
         force: let it pass all the same.
 
     Raises:
-        RunError: it is farther off.
+        RunError: it is farther off, or the model loses another amount than it did.
     """
-    limit = max_kl if max_kl is not None or onto != "dequantized" else LIMITS.get(kind)
-    if found is not None and limit is not None and found["mean_kl"] > limit and not force:
+    if found is None or force:
+        return
+    unit = "text" if "texts" in found else "token"
+    loss = found["loss_as_trained"]
+    if scored_loss is not None and abs(loss - scored_loss) > SCORE_ABSOLUTE + SCORE_RELATIVE * scored_loss:
         raise RunError(
-            f"the {kind} export is {found['mean_kl']:.2g} nats a {'text' if 'texts' in found else 'token'} (mean KL) "
-            f"from the model as trained, above {limit:.2g}, and is not kept; see whether the dtype is too narrow, or "
-            "export with --force"
+            f"the model loses {loss:.4g} nats a {unit} on its held-out rows and lost {scored_loss:.4g} when it was "
+            "trained, so its base or its adapter has changed since; put back what was there, or export with --force"
+        )
+    limit = max_kl if max_kl is not None or onto != "dequantized" else LIMITS.get(kind)
+    if limit is not None and found["mean_kl"] > limit:
+        raise RunError(
+            f"the {kind} export is {found['mean_kl']:.2g} nats a {unit} (mean KL) from the model as trained, above "
+            f"{limit:.2g}, and is not kept; see whether the dtype is too narrow, or export with --force"
         )
 
 

@@ -125,6 +125,7 @@ def export_merged(
     shard_bytes: int = SHARD_BYTES,
     is_whole: bool = False,
     max_kl: float | None = None,
+    scored_loss: float | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the model as trained as a plain transformers checkpoint; the model itself is not changed.
@@ -140,6 +141,7 @@ def export_merged(
         shard_bytes: of weights in one file.
         is_whole: whether every weight was trained, so that there is no adapter to merge.
         max_kl: largest mean KL that the audit lets pass, in nats a token; None takes that of `audit.LIMITS`.
+        scored_loss: what the model lost on the same rows when it was scored, in nats; None if it was not.
         force: write the export although the audit finds it farther off.
 
     Returns:
@@ -149,7 +151,7 @@ def export_merged(
         AdapterError: no adapter is in use, or a merged weight is NaN or infinite.
         ModelError: a weight that no adapter is on is NaN or infinite, or the original is asked for and not at hand.
         RunError: `dtype` is not known, `out` is not empty, the disk has no room, the model runs code of its own, or the
-            audit finds the export too far off.
+            audit finds the export too far off, or the model another than was scored.
     """
     check_request(out, dtype, onto)
     made = made_of(model, dtype, onto, is_whole=is_whole)
@@ -158,7 +160,7 @@ def export_merged(
     with staged_folder(out, replaces=False) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
         found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches)
-        check_audit("merged", found, onto, max_kl, force=force)
+        check_audit("merged", found, onto, max_kl, scored_loss, force=force)
         return finish(model, staged, "merged", made, provenance or {}, found, sums)
 
 

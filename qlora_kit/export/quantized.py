@@ -73,6 +73,7 @@ def export_quantized(
     shard_bytes: int = SHARD_BYTES,
     is_whole: bool = False,
     max_kl: float | None = None,
+    scored_loss: float | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the model as trained as a bitsandbytes checkpoint; the model itself is not changed.
@@ -90,6 +91,7 @@ def export_quantized(
         shard_bytes: of weights in one file.
         is_whole: as there.
         max_kl: as there, but None lets any pass.
+        scored_loss: as there.
         force: as there.
 
     Returns:
@@ -121,7 +123,7 @@ def export_quantized(
         config = _config(how, dtype, dense)
         write_model_files(model, tokenizer, staged, dtype=torch_dtype(dtype), tensor_names=written, quantization=config)
         found = None if audit_batches is None else _audit(model, staged, how, dtype, audit_batches)
-        check_audit("quantized", found, onto, max_kl, force=force)
+        check_audit("quantized", found, onto, max_kl, scored_loss, force=force)
         widths = {width for tensor in tensors if (width := _width(tensor, names)) is not None}
         made = _requantized(made, how, widths, sum(batch.rows for batch in calibration), pieces)
         return finish(model, staged, "quantized", made, provenance or {}, found, sums)

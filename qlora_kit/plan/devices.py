@@ -25,6 +25,18 @@ def available_bytes(device: torch.device) -> int:
     return int(min(psutil.virtual_memory().available, _left_by_container()))
 
 
+def busy_note(device: torch.device) -> str | None:
+    """What to say of a processor that others keep busy: threads that wait for each other then wait for those, too. On
+    two cores with a load of 5 to 8 a run with two threads was 12 to 25 times as slow as with one."""
+    threads, cores, load = torch.get_num_threads(), psutil.cpu_count() or 1, psutil.getloadavg()[0]
+    if device.type != "cpu" or threads == 1 or load <= cores:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {counted(cores, 'core')}): {threads} threads, which wait for each "
+        "other, may take many times as long as one; OMP_NUM_THREADS=1 takes one"
+    )
+
+
 def _left_by_container() -> float:
     """What a container's limit leaves, where there is one; the system tells of the whole machine."""
     try:

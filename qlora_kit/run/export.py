@@ -11,15 +11,16 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base.formats import Kind, Quantization
-from qlora_kit.data import Batch, Encoded
+from qlora_kit.data import Batch, Encoded, EncodedSet
 from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.export import check_request, export_adapter, export_merged, export_quantized
 from qlora_kit.recipe import Recipe, read_recipe
-from qlora_kit.run.folder import RECIPE, provenance_of
+from qlora_kit.recipe.tasks import TASKS
+from qlora_kit.run.folder import DATA, RECIPE, SCORES, provenance_of
 from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_run
-from qlora_kit.storage import passing_folder
+from qlora_kit.storage import passing_folder, read_json
 
 KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")
 FORMATS = ("nf4", "fp4", "int8")
@@ -78,7 +79,7 @@ class Asked:
     def check(self, out: Path | None, recipe: Recipe) -> None:
         """Refuse before a model is loaded what cannot be (RunError); `out` is None where the folder is chosen later."""
         if self.to not in KINDS:
-            raise RunError(f"--to {self.to} is not built yet in this version; built: {', '.join(KINDS)}")
+            raise RunError(f"--to {self.to} is none of the kinds of export: {', '.join(KINDS)}")
         if self.quantization not in (None, *FORMATS):
             raise RunError(f"--quantization {self.quantization} is none of the formats: {', '.join(FORMATS)}")
         (_gguf().check_gguf_request if self.is_gguf else check_request)(out, self.written_in, self.onto)
@@ -95,14 +96,32 @@ class Asked:
 class _Loaded:
     """A run in memory, and the rows on which its exports are made and judged."""
 
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe
 
     @cached_property
+    def rows(self) -> EncodedSet:
+        """What was held out."""
+        return held_out_rows(self.recipe, self.tokenizer, self.model.config, None)
+
+    @cached_property
     def held_out(self) -> list[Batch] | None:
         """Rows of the audit; None where nothing was held out."""
-        return self._batches(held_out_rows(self.recipe, self.tokenizer, self.model.config, None).rows) or None
+        return self._batches(self.rows.rows) or None
+
+    @property
+    def scored_loss(self) -> float | None:
+        """What the run lost on these rows when it was scored, in nats a token or text; None where it was scored on
+        others, with another loss, or not at all."""
+        if not (self.folder / SCORES).is_file() or TASKS[self.recipe.train.task].is_preference:
+            return None
+        scored_on = read_json(self.folder / DATA).get("fingerprints", {}).get("eval")
+        if scored_on != self.rows.fingerprint:
+            return None
+        loss: float | None = read_json(self.folder / SCORES)["adapter"].get("loss")
+        return loss
 
     def calibration(self, count: int) -> list[Batch]:
         """Some training rows."""
@@ -127,6 +146,7 @@ class _Loaded:
             "provenance": provenance,
             "is_whole": self.recipe.train.full_finetune,
             "max_kl": asked.max_kl,
+            "scored_loss": self.scored_loss,
             "force": asked.force,
         }
         if asked.to in ("merged", "gguf"):
@@ -152,7 +172,7 @@ def export_run(folder: Path, out: Path, asked: Asked, *, trust_remote_code: bool
     if (folder / RECIPE).is_file():
         asked.check(out, read_recipe(folder / RECIPE))
         asked.check_options()
-    loaded = _Loaded(*load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
+    loaded = _Loaded(folder, *load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
     return loaded.export(out, asked)
 
 
@@ -173,7 +193,7 @@ def compare_exports(
     asked = replace(asked, max_kl=float("inf"))
     if (folder / RECIPE).is_file():
         replace(asked, to="merged", onto="dequantized").check(out, read_recipe(folder / RECIPE))
-    loaded = _Loaded(*load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
+    loaded = _Loaded(folder, *load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
     rows: list[dict[str, Any]] = []
     for name, one in _each(asked).items():
         with _place(folder, out, name) as place:

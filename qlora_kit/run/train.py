@@ -18,6 +18,7 @@ from qlora_kit.export import save_model, trained_against
 from qlora_kit.interrupt import first_interrupt
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
+from qlora_kit.plan.devices import busy_note
 from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.report import LossWatch, write_report
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
@@ -125,6 +126,9 @@ def train(
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
         watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
+    busy = busy_note(device)
+    if busy is not None:
+        watch.note(busy)
     with run_folder(folder), one_line_if_it_does_not_fit(limit, plan, folder), limit:
         check_run_folder(folder, recipe, resume, overwrite, force)  # planning takes its time
         ledger = Ledger(host_apart=device.type == "cuda")

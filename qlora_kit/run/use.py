@@ -36,6 +36,13 @@ from qlora_kit.train.probe import settled_chunk
 from qlora_kit.train.tasks import has_reference, task_of
 from qlora_kit.watch import Watch
 
+_NO_MODEL = {
+    "adapter_config.json": "an adapter without its base, for PEFT",
+    "model.gguf": "a GGUF file, for llama.cpp and Ollama",
+    "adapter.gguf": "an adapter without its base, for llama.cpp",
+}
+"""Exports that are no model of their own here, by a file that each has."""
+
 MAX_TOKENS = 2048
 """Longest row on which a model folder without a recipe is evaluated."""
 
@@ -112,6 +119,9 @@ def load_any(
     if run_of(folder) is not None:
         return load_run(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if not (folder / "config.json").is_file():
+        held = next((what for name, what in _NO_MODEL.items() if (folder / name).is_file()), None)
+        if held is not None:
+            raise RunError(f"{folder} holds {held}; give the run that it is of, or the run's export --to merged")
         raise RunError(
             f"{folder} is no run folder (it has no recipe.yaml) and holds no model (config.json); give the output of a "
             "`qlora-kit train` or of an export"

@@ -63,6 +63,7 @@ def export_gguf(
     provenance: Mapping[str, str] | None = None,
     is_whole: bool = False,
     max_kl: float | None = None,
+    scored_loss: float | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the model as trained as one GGUF file; the model itself is not changed.
@@ -77,6 +78,7 @@ def export_gguf(
         provenance: facts for the card and export.json, such as `base` (a hub id) and `revision`.
         is_whole: whether every weight was trained, so that there is no adapter to merge.
         max_kl: as for `export_merged`, but None lets any pass.
+        scored_loss: as there.
         force: as there.
 
     Returns:
@@ -104,7 +106,7 @@ def export_gguf(
             sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, tensors)}
         write_text(staged / MODELFILE, modelfile(WEIGHTS, tokenizer, end_tokens(model, tokenizer)))
         found = None if audit_batches is None else _audit(model, staged, places, audited_in, audit_batches)
-        check_audit("gguf", found, onto, max_kl, force=force)
+        check_audit("gguf", found, onto, max_kl, scored_loss, force=force)
         return finish(model, staged, "gguf", _in_one_file(made, dtype, tensors), provenance or {}, found, sums)
 
 
