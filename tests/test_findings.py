@@ -191,3 +191,13 @@ def test_a_thousand_rows_twice_are_not_too_many_passes_and_more_numbers_learn_mo
     ends = {row.get("rank"): row["held_out_loss"] for row in rows}
     assert all(row["curve"][-1][1] == min(loss for _, loss in row["curve"]) for row in rows)
     assert ends[None] < ends[64] / 1.02 < ends[4] / 1.02
+
+
+@pytest.mark.parametrize("kind", ["near", "far"])
+def test_adapters_fall_further_behind_with_more_rows(draw, kind):
+    gaps = []
+    for name, count in (("data", 1000), ("rows", 10_000)):
+        rows = [row for row in draw.read(name) if (row["kind"], row["rows"]) == (kind, count)]
+        ends = {row.get("rank"): row["held_out_loss"] for row in rows}
+        gaps.append(ends[64] / ends[None] - 1)
+    assert 0 < gaps[0] < gaps[1] / 1.5
