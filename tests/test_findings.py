@@ -84,7 +84,7 @@ def test_the_gap_to_full_fine_tuning_is_there_at_every_batch_and_largest_at_the_
         for batch in (8, 32, 128)
     ]
     assert min(gaps) > 0
-    assert max(gaps) == gaps[-1]
+    assert gaps[-1] > max(gaps[:-1]) + 0.03  # twice what seeds are apart
 
 
 @pytest.mark.parametrize(("base", "percent"), [("nf4", 1), ("fp4", 2), ("int8", 1)])

@@ -166,7 +166,7 @@ def _batch() -> str:
     for batch in sorted({row["batch"] for row in rows}):
         (lora_lr, lora), (full_lr, full) = (best(rows, method=method, batch=batch) for method in ("lora", "full"))
         steps = next(row["steps"] for row in rows if row["batch"] == batch)
-        table.append([batch, steps, f"{fmean(lora):.3f} ({lora_lr:g})", f"{fmean(full):.3f} ({full_lr:g})",
+        table.append([batch, steps, f"{spread(lora)} ({lora_lr:g})", f"{spread(full)} ({full_lr:g})",
                       f"{fmean(lora) - fmean(full):+.3f}"])  # fmt: skip
     return markdown(["rows a step", "steps", "LoRA, rank 16 (rate)", "full fine-tuning (rate)", "gap"], table)
 
