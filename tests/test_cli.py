@@ -927,6 +927,12 @@ def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_
         told = call("export", tmp_path / "run", "--to", kind, "--out", out)
         assert_mistake(told, "lost", "when it was trained", "its base or its adapter has changed since", "--force")
         assert not out.exists()
+    scores = tmp_path / "run" / "scores.json"
+    before = scores.read_text()
+    for broken in ("{}", '{"base": {}, "adapter": []}', '{"base": {}, "adapter": {"loss": "x"}}', "["):
+        scores.write_text(broken)
+        assert_mistake(call("export", tmp_path / "run", "--out", out), "scores.json")
+    scores.write_text(before)
     assert call("export", tmp_path / "run", "--out", out, "--force").exit_code == 0
     assert call("export", tmp_path / "run", "--to", "adapter", "--out", tmp_path / "adapter").exit_code == 0
     assert_mistake(call("generate", tmp_path / "adapter", "--prompt", "x"), "without its base", "--to merged")

@@ -282,16 +282,38 @@ def test_heads_that_turn_otherwise_are_left_as_they_are(name):
 
 def test_fusing_a_model_leaves_its_family_s_code_to_others():
     before, rotate = modeling_llama.LlamaAttention.forward, modeling_llama.apply_rotary_pos_emb
-    fuse(family("Llama"))
+    fuse(model := family("Llama"))
+    tiny.logits(model, tiny.tokens(vocab=61))
     assert modeling_llama.LlamaAttention.forward is before
     assert before.__globals__["apply_rotary_pos_emb"] is modeling_llama.apply_rotary_pos_emb is rotate
 
 
-def test_an_attention_that_turns_by_something_else_is_left_as_it_is(monkeypatch):
-    rotate = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: rotate(q, k, sin, cos))
+ROTATE = modeling_llama.apply_rotary_pos_emb
+
+
+@pytest.mark.parametrize("other", [
+    lambda q, k, cos, sin: ROTATE(q, k, sin, cos),
+    lambda q, k, cos, sin: None,
+    lambda q, k, cos, sin: ROTATE(q, k, cos, sin)[:1],
+    lambda q, k, cos, sin: [each.float() for each in ROTATE(q, k, cos, sin)],
+    lambda q, k, positions: ROTATE(q, k, *positions),
+])  # fmt: skip
+def test_an_attention_that_turns_by_something_else_is_left_as_it_is(other, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
     fuse(model := family("Llama"))
     assert "LlamaAttention" not in fused(model)
+
+
+def test_angles_that_are_trained_get_their_gradient():
+    ours = fuse_module._with_fused_rotation(modeling_llama.LlamaAttention.forward).__globals__["apply_rotary_pos_emb"]
+    q, k, sin = draw(1, 2, 4, 8), draw(1, 1, 4, 8, seed=1), draw(1, 4, 8, seed=2)
+    grads = []
+    for rotate in (ours, ROTATE):
+        cos = draw(1, 4, 8, seed=3).requires_grad_()
+        sum(each.square().sum() for each in rotate(q, k, cos, sin)).backward()
+        grads.append(cos.grad)
+    assert grads[0].any()
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Cohere", "StableLm"])

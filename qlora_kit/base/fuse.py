@@ -99,12 +99,12 @@ def _attention_forward(module: Any, *args: Any, **named: Any) -> Any:
 
 @cache
 def _with_fused_rotation(forward: FunctionType) -> FunctionType:
-    """The same code, which finds our function under the name of its family's; others go on with that."""
+    """The same code, which finds our function under the name of its family's; others go on with that. It sees the other
+    names of its file as they are when it runs first."""
     rotate = forward.__globals__[_ROTATE]
 
     def fused(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        is_known = cos.ndim == 3 and len({each.dtype for each in (q, k, cos, sin)}) == 1
-        if more or named or not is_known or not cos.shape[-1] == q.shape[-1] == k.shape[-1]:
+        if more or named or not _are_known(q, k, cos, sin):
             turned: tuple[Tensor, Tensor] = rotate(q, k, cos, sin, *more, **named)
             return turned
         return _turned(q, cos, sin, rotary), _turned(k, cos, sin, rotary)
@@ -115,17 +115,26 @@ def _with_fused_rotation(forward: FunctionType) -> FunctionType:
     return made
 
 
+def _are_known(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether it is whole heads that turn, in one dtype, by angles that take no gradient."""
+    widths, dtypes = {each.shape[-1] for each in (q, k, cos, sin)}, {each.dtype for each in (q, k, cos, sin)}
+    is_shaped = q.ndim == k.ndim == 4 and cos.ndim == sin.ndim == 3
+    return is_shaped and len(widths) == len(dtypes) == 1 and not (cos.requires_grad or sin.requires_grad)
+
+
 @cache
 def _rotates(rotate: Callable[..., Any]) -> bool:
     """Whether a family turns halves of heads by angles of every position, and rounds as our function does."""
     with _disable_current_modes(), torch.no_grad():
         q, k = _numbers(2, 3, 5, 8), _numbers(2, 1, 5, 8, seed=1)
         cos, sin = _numbers(2, 5, 8, seed=2), _numbers(2, 5, 8, seed=3)
+        wanted = [_turned(x, cos, sin, rotary_plain) for x in (q, k)]
         try:
             found = rotate(q, k, cos, sin)
+            pairs = list(zip(found, wanted, strict=True))
+            return all(each.dtype == other.dtype and torch.equal(each, other) for each, other in pairs)
         except _FOREIGN:
             return False
-        return all(torch.equal(each, _turned(x, cos, sin, rotary_plain)) for each, x in zip(found, (q, k), strict=True))
 
 
 def _turned(x_BNTD: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:

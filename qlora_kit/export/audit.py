@@ -33,9 +33,9 @@ LIMITS = {"merged": 0.01}
 """Mean KL in nats a token or text that an export may have, by its kind. On the quickstart, bf16 costs 1.5e-5; what is
 re-quantised, or leaves the quantised base, is another model, and its audit says how much of one."""
 
-SCORE_ABSOLUTE, SCORE_RELATIVE = 0.01, 0.01
-"""How far a loss may be from the one that the run was scored with. Another device, dtype or order of sums moves it by
-less than a hundredth, and what has changed that little says what was trained."""
+SCORE_SHARE = 0.01
+"""How far a loss may be from the one that the run was scored with, of one nat and that loss; ten times as far where it
+is of one prediction alone, since another device or dtype moves single ones more than their mean."""
 
 CHUNK = 64
 """Predictions compared at a time: with a vocabulary of 152 k, logits and their fp32 copies take about 0.15 GiB."""
@@ -103,11 +103,12 @@ def check_audit(
     if found is None or force:
         return
     unit = "text" if "texts" in found else "token"
-    loss = found["loss_as_trained"]
-    if scored_loss is not None and abs(loss - scored_loss) > SCORE_ABSOLUTE + SCORE_RELATIVE * scored_loss:
+    loss, count = found["loss_as_trained"], found[f"{unit}s"]
+    if scored_loss is not None and abs(loss - scored_loss) > SCORE_SHARE * (1 + scored_loss + 10 / count**0.5):
         raise RunError(
             f"the model loses {loss:.4g} nats a {unit} on its held-out rows and lost {scored_loss:.4g} when it was "
-            "trained, so its base or its adapter has changed since; put back what was there, or export with --force"
+            "trained: its base or its adapter has changed since, or it computes in another dtype; put back what was "
+            "there, or export with --force"
         )
     limit = max_kl if max_kl is not None or onto != "dequantized" else LIMITS.get(kind)
     if limit is not None and found["mean_kl"] > limit:

@@ -26,8 +26,8 @@ def available_bytes(device: torch.device) -> int:
 
 
 def busy_note(device: torch.device) -> str | None:
-    """What to say of a processor that others keep busy: threads that wait for each other then wait for those, too. On
-    two cores with a load of 5 to 8 a run with two threads was 12 to 25 times as slow as with one."""
+    """What to say of a processor that others keep busy: threads that wait for each other then wait for those, too, and
+    two may be ten times as slow as one (benchmarks/LOG.md)."""
     threads, cores, load = torch.get_num_threads(), psutil.cpu_count() or 1, psutil.getloadavg()[0]
     if device.type != "cpu" or threads == 1 or load <= cores:
         return None

@@ -16,11 +16,13 @@ from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.export import check_request, export_adapter, export_merged, export_quantized
 from qlora_kit.recipe import Recipe, read_recipe
 from qlora_kit.recipe.tasks import TASKS
+from qlora_kit.report.folder import SCORES as SCORED
+from qlora_kit.report.folder import TEXT, document
 from qlora_kit.run.folder import DATA, RECIPE, SCORES, provenance_of
 from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_run
-from qlora_kit.storage import passing_folder, read_json
+from qlora_kit.storage import passing_folder
 
 KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")
 FORMATS = ("nf4", "fp4", "int8")
@@ -117,10 +119,10 @@ class _Loaded:
         others, with another loss, or not at all."""
         if not (self.folder / SCORES).is_file() or TASKS[self.recipe.train.task].is_preference:
             return None
-        scored_on = read_json(self.folder / DATA).get("fingerprints", {}).get("eval")
-        if scored_on != self.rows.fingerprint:
+        scored_on = document(self.folder / DATA, {"fingerprints?": {"*": TEXT}}).get("fingerprints", {})
+        if scored_on.get("eval") != self.rows.fingerprint:
             return None
-        loss: float | None = read_json(self.folder / SCORES)["adapter"].get("loss")
+        loss: float | None = document(self.folder / SCORES, SCORED)["adapter"].get("loss")
         return loss
 
     def calibration(self, count: int) -> list[Batch]:
@@ -146,7 +148,7 @@ class _Loaded:
             "provenance": provenance,
             "is_whole": self.recipe.train.full_finetune,
             "max_kl": asked.max_kl,
-            "scored_loss": self.scored_loss,
+            "scored_loss": None if asked.force else self.scored_loss,
             "force": asked.force,
         }
         if asked.to in ("merged", "gguf"):
