@@ -149,8 +149,8 @@ def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro
     planned, (measured, _) = dry_run(CONFIGS["llama"], work), real_step(CONFIGS["llama"], work, tmp_path)
     assert_agrees(planned, measured)
     held = measured["by_category"]
-    # Inputs of one row beside a dense base are 2.9 %: norms and gates keep no fp32 copies, turned heads no products.
-    assert held["activations"] > 0.025 * measured["peak_bytes"]
+    inputs = CONFIGS["llama"].num_hidden_layers * micro_batch * WORK.tokens * CONFIGS["llama"].hidden_size * 4
+    assert held["activations"] > inputs, "every block keeps at least what it runs again from"
     assert held["other"] < 0.01 * measured["peak_bytes"]
     assert min(held["base_weights"], held["adapters"], held["optimizer_state"]) > 0
     assert (held["quantization_state"] > 0) == (kind != "none")

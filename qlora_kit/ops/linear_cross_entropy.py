@@ -289,7 +289,7 @@ def _kernel(logits_CV: Tensor) -> Callable[..., None] | None:
 
 def _on_device(logits_CV: Tensor, labels_C: Tensor, weight: float, scale: float, cap: float | None) -> Tensor:
     kernel = device_kernel("softmax_gradient", logits_CV)
-    assert kernel is not None
+    assert kernel is not None  # or the caller would have taken slices, which a ledger sees
     losses_C = _losses(logits_CV, labels_C)
     kernel(logits_CV, labels_C.contiguous(), losses_C, weight, scale, cap, IGNORED)
     return losses_C

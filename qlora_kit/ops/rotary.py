@@ -38,6 +38,9 @@ def rotary(x_BTND: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
 
     Returns:
         (B, T, N, D), in the dtype of x.
+
+    Raises:
+        RuntimeError: D is odd, or the angles are not as many as the tokens.
     """
     return _Rotary.apply(x_BTND, cos_BTD, sin_BTD)
 
