@@ -16,7 +16,7 @@ Axes: I in, O out, R rank; E experts, where the layer has them.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,8 @@ from torch import Tensor, nn
 
 from qlora_kit.base.dense import Linear, decode, device_of, linear_shape, reader
 from qlora_kit.base.experts import ExpertStack
+from qlora_kit.lora.siblings import NAMES, Siblings
 from qlora_kit.ops import Decode, Update, dora_linear, lora_linear, row_norms
-
-if TYPE_CHECKING:
-    from qlora_kit.lora.siblings import Siblings
 
 Scaling = Literal["standard", "rslora"]
 
@@ -239,7 +237,7 @@ class LoraLinear(LoraLayer):
         siblings: the layers that have the same input.
     """
 
-    siblings: "Siblings | None" = None
+    siblings: Siblings | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x; with no adapter in use it is the base, bit for bit."""
@@ -253,11 +251,22 @@ class LoraLinear(LoraLayer):
         return self.adapter(self.active).forward(x, read, bias)
 
     def plain_update(self) -> Update | None:
-        """The update in use; None where there is none, or it is no plain product of A and B with the input."""
+        """As `Sibling` has it."""
         adapter = None if self.active is None else self.adapter(self.active)
         if adapter is None or adapter.is_dora or (adapter.training and adapter.dropout > 0):
             return None
         return Update(reader(self.base), *adapter.matrices, adapter.scale)
+
+
+def join_siblings(model: nn.Module) -> None:
+    """Let the layers of a model that have one input know of each other."""
+    for parent in model.modules():
+        for names in NAMES:
+            children = (parent._modules.get(name) for name in names)
+            layers = [child for child in children if isinstance(child, LoraLinear)]
+            siblings = Siblings(layers) if len(layers) > 1 else None
+            for layer in layers:
+                layer.siblings = siblings
 
 
 def weight_shape(base: Any) -> tuple[int, ...]:

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.lora.layer import Adapter, Carrier, LoraLayer, carriers, lora_layers
-from qlora_kit.lora.siblings import join_siblings
+from qlora_kit.lora.layer import Adapter, Carrier, LoraLayer, carriers, join_siblings, lora_layers
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -6,16 +6,22 @@ find theirs. Whether they do have one input is seen as they are called: where on
 
 import threading
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlora_kit.lora.layer import LoraLinear
-from qlora_kit.ops import Shared, compute_dtype, share_input
+from qlora_kit.ops import Shared, Update, compute_dtype, share_input
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Under which families have such layers, beside each other in one module."""
+
+
+class Sibling(Protocol):
+    """A layer that takes its low-rank product with others."""
+
+    def plain_update(self) -> Update | None:
+        """The update in use; None where there is none, or it is no plain product of A and B with the input."""
 
 
 class Siblings:
@@ -25,15 +31,15 @@ class Siblings:
         layers: in the order in which they are called.
     """
 
-    def __init__(self, layers: Sequence[LoraLinear]) -> None:
+    def __init__(self, layers: Sequence[Sibling]) -> None:
         self.layers = list(layers)
-        self._waiting: dict[int, tuple[Tensor, Hashable, dict[LoraLinear, Shared]]] = {}
+        self._waiting: dict[int, tuple[Tensor, Hashable, dict[Sibling, Shared]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy: a pass that broke off stays here."""
         return {"layers": self.layers, "_waiting": {}}
 
-    def take(self, layer: LoraLinear, x: Tensor) -> Shared | None:
+    def take(self, layer: Sibling, x: Tensor) -> Shared | None:
         """What `layer` needs of the common products with its input `x`; None where it has to take its own."""
         if torch.compiler.is_compiling() or layer not in self.layers:
             return None
@@ -50,7 +56,7 @@ class Siblings:
             self._waiting[thread] = (x, state, waiting)
         return mine
 
-    def _share(self, x: Tensor) -> dict[LoraLinear, Shared]:
+    def _share(self, x: Tensor) -> dict[Sibling, Shared]:
         """The common products; none where an update is no plain one, or has a scale of its own."""
         layers = tuple(self.layers)  # another thread may part them meanwhile
         updates = [layer.plain_update() for layer in layers]
@@ -58,14 +64,3 @@ class Siblings:
         if len(known) < len(updates) or len({update.scale for update in known}) > 1:
             return {}
         return dict(zip(layers, share_input(x, known), strict=True))
-
-
-def join_siblings(model: nn.Module) -> None:
-    """Let the layers of a model that have one input know of each other."""
-    for parent in model.modules():
-        for names in NAMES:
-            children = (parent._modules.get(name) for name in names)
-            layers = [child for child in children if isinstance(child, LoraLinear)]
-            siblings = Siblings(layers) if len(layers) > 1 else None
-            for layer in layers:
-                layer.siblings = siblings
