@@ -11,6 +11,7 @@
 #endif
 
 enum { LANES = 16 };  /* partial sums, so that a sum of floats fills a vector register without -ffast-math */
+enum { STREAMED = 48 << 20 }; /* bytes of a result that a core's share of the caches does not keep */
 enum { PART = 1024 }; /* floats whose sum is fp32; longer sums are of these, in double */
 
 typedef uint16_t bf16;
@@ -115,31 +116,47 @@ static inline __m512i twice_narrow(__m512 x) {
 }
 #endif
 
+/* One block to `to`; past the caches if it `streams`: a line that is written whole is then not read first. */
+static inline void decode_block(const uint8_t *from, float constant, const float *table4, int64_t block, int streams,
+                                bf16 *to) {
+#ifdef __AVX512BW__
+    __m512i table = twice_narrow(_mm512_mul_ps(_mm512_loadu_ps(table4), _mm512_set1_ps(constant)));
+    for (int64_t i = 0; i < block / 2; i += 16) {
+        __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
+        __m512i both = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+        __m512i made = _mm512_permutexvar_epi16(both, table);
+        if (streams)
+            _mm512_stream_si512((__m512i *)(to + 2 * i), made);
+        else
+            _mm512_storeu_si512(to + 2 * i, made);
+    }
+#else
+    (void)streams;
+    bf16 values[16];
+    for (int i = 0; i < 16; i++) values[i] = narrow(table4[i] * constant);
+    for (int64_t i = 0; i < block / 2; i++) {
+        to[2 * i] = values[from[i] >> 4];
+        to[2 * i + 1] = values[from[i] & 15];
+    }
+#endif
+}
+
 /* A 4-bit matrix to bfloat16, each value rounded once from the fp32 product of table entry and constant.
    Constants are `absmax8` (table8[absmax8] * scale[of 256] + offset) or, where that is null, `absmax`. */
 void decode_4bit_bf16(const uint8_t *codes, const uint8_t *absmax8, const float *scale, const float *offset,
                       const float *table8, const float *absmax, const float *table4, int64_t blocks, int64_t block,
                       bf16 *out, int threads) {
     (void)threads;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t b = 0; b < blocks; b++) {
-        float constant = absmax8 ? table8[absmax8[b]] * scale[b / 256] + *offset : absmax[b];
-        const uint8_t *from = codes + b * block / 2;
-        bf16 *to = out + b * block;
+    int streams = blocks * block * (int64_t)sizeof(bf16) > STREAMED && (uintptr_t)out % 64 == 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for
+        for (int64_t b = 0; b < blocks; b++) {
+            float constant = absmax8 ? table8[absmax8[b]] * scale[b / 256] + *offset : absmax[b];
+            decode_block(codes + b * block / 2, constant, table4, block, streams, out + b * block);
+        }
 #ifdef __AVX512BW__
-        __m512i table = twice_narrow(_mm512_mul_ps(_mm512_loadu_ps(table4), _mm512_set1_ps(constant)));
-        for (int64_t i = 0; i < block / 2; i += 16) {
-            __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + i)));
-            __m512i both = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
-            _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(both, table));
-        }
-#else
-        bf16 values[16];
-        for (int i = 0; i < 16; i++) values[i] = narrow(table4[i] * constant);
-        for (int64_t i = 0; i < block / 2; i++) {
-            to[2 * i] = values[from[i] >> 4];
-            to[2 * i + 1] = values[from[i] & 15];
-        }
+        if (streams) _mm_sfence(); /* what another thread is to read next is there */
 #endif
     }
 }
