@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file: of the same tensors and metadata, the same bytes.
 
     Raises:
         RunError: it cannot be written; the library's own error is none that says so.
@@ -58,6 +58,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
         raise RunError(f"{path} cannot be written: {error}; see that the disk has room") from error
+    if metadata is not None and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put in order what the library writes in another one each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, f"{path}: a header of {size} bytes became {len(text)}"
+        file.seek(8)
+        file.write(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

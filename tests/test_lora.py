@@ -768,6 +768,17 @@ def test_a_save_that_fails_leaves_the_old_folder_or_none(failing, is_there, tmp_
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG, FILE]
 
 
+def test_an_adapter_is_saved_in_the_same_bytes_each_time_whatever_its_metadata_says(tmp_path):
+    said = {"base": 'a "b" \\ ü', "new\nline": "\x1f\x7f\U0001f600", "": "", "z": "a", "y": "b", "x": "c"}
+    model, written = tuned(), set()
+    for number in range(8):
+        save_adapter(model, tmp_path / str(number), provenance=said)
+        written.add((tmp_path / str(number) / FILE).read_bytes())
+    assert len(written) == 1
+    with safetensors.safe_open(tmp_path / "0" / FILE, "pt") as file:
+        assert {key: file.metadata()[key] for key in said} == said
+
+
 def test_saving_again_replaces_the_adapter(tmp_path):
     save_adapter(tuned(rank=4), tmp_path / "adapter")
     save_adapter(tuned(rank=2), tmp_path / "adapter")

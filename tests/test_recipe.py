@@ -176,7 +176,7 @@ def test_schema_has_exactly_the_keys_defaults_and_order_of_the_design():
 
 def test_only_the_model_and_the_training_rows_have_no_default():
     required = {key for key, slot in SLOTS.items() if slot.field and slot.field.is_required()}
-    assert required - {"data.train[].path"} == {"base", "base.model", "data", "data.train"}
+    assert required - {"data.train[].path", "data.eval[].path"} == {"base", "base.model", "data", "data.train"}
 
 
 def test_every_key_says_on_one_line_what_it_is():
@@ -338,8 +338,8 @@ memory:
             "recipe.yaml:12: lora.alpha is written twice, first in line 11",
             "recipe.yaml:15: data.train[0].wieght is not a key (did you mean data.train[].weight?)",
             "recipe.yaml:16: data.train[1].path is missing; it must be a file, a folder or a hub id",
-            "recipe.yaml:17: data.train[2] must be a file, a folder, a hub id or a mapping of path, split, weight, "
-            "format, columns, found 5",
+            "recipe.yaml:17: data.train[2] must be a file, a folder, a hub id or a mapping of path, split, format, "
+            "columns, weight, found 5",
             "recipe.yaml:19: train.task must be sft, pretrain, classify, dpo, ipo, orpo or kto, found 'sleep'",
             "recipe.yaml:20: train.lr must be a number above 0 or auto, found -1",
             "recipe.yaml:21: loar is not a key (did you mean lora?)",
@@ -362,7 +362,7 @@ def test_missing_keys_are_named_with_what_they_take(refused):
             "2 mistakes in recipe.yaml",
             "recipe.yaml: base.model is missing; it must be a folder or a hub id",
             "recipe.yaml: data.train is missing; it must be a file, a folder, a hub id or a list of these or of "
-            "{path, split, weight, format, columns}",
+            "{path, split, format, columns, weight}",
         ]
     )
     assert refused("data: {train: org/rows}\nbase:\n  device: cpu\n").startswith("recipe.yaml:2: base.model is missing")
@@ -577,6 +577,9 @@ def test_inputs_in_a_file_resolve_against_the_file_and_overrides_against_the_wor
     assert [recipe.data.train[0], recipe.data.train[1].path] == [str(recipes / "rows.jsonl"), str(recipes / "more")]
     assert (recipe.data.eval, recipe.data.template) == (str(recipes / "held"), str(recipes / "chat.txt"))
     assert recipe.output == str(work / "out")
+    (recipes / "mine.yaml").write_text(text.replace("held,", "[held.jsonl, {path: ./held, split: test}, org/rows],"))
+    held = read_recipe(recipes / "mine.yaml").data.eval
+    assert [held[0], held[1].path, held[2]] == [str(recipes / "held.jsonl"), str(recipes / "held"), "org/rows"]
     overrides = [
         "base.model=tiny",
         "data.train=[{path: a.csv}]",

@@ -31,7 +31,7 @@ from qlora_kit.data import (
     load_rows,
     remarks_on,
 )
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, RecipeError
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import rows as rows_module
 from qlora_kit.run.prepare import prepare
@@ -201,6 +201,18 @@ def test_splits_of_a_hub_data_set_and_parts_of_them_are_what_is_trained_on(recip
         DataError, match=r"^owner/name \(split nope\) cannot be read: Unknown split \"nope\"\. Should be"
     ):
         load_rows({"path": "owner/name", "split": "nope"})
+
+
+def test_held_out_rows_come_from_several_sources_and_splits_and_have_no_weights(recipe, hub, tmp_path):
+    held = [str(write(tmp_path / "held.jsonl", *SMALL[:2])), {"path": "owner/name", "split": "test"}]
+    found = prepared(recipe, "data.train=owner/name", f"data.eval={json.dumps(held)}")
+    assert [row.where for row in found.eval.rows] == [
+        *(f"{tmp_path}/held.jsonl:{n}" for n in (1, 2)),
+        *(f"owner/name row {n}" for n in range(1, len(SMALL) + 1)),
+    ]
+    assert found.train.counts.rows == len(LARGE), "none is taken from what is trained on"
+    with pytest.raises(RecipeError, match=r"data.eval\[0\].weight is not a key"):
+        prepared(recipe, "data.eval=[{path: owner/name, weight: 2}]")
 
 
 def test_why_a_hub_data_set_cannot_be_had_is_one_line_with_a_way_out(recipe, monkeypatch):

@@ -13,6 +13,8 @@ _SUFFIXES = {
     "data.train[]": _DATA,
     "data.train[].path": _DATA,
     "data.eval": _ALWAYS,
+    "data.eval[]": _DATA,
+    "data.eval[].path": _DATA,
     "data.template": (".jinja", ".jinja2", ".j2"),
     "output": _ALWAYS,
 }

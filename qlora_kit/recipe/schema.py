@@ -161,23 +161,33 @@ class Lora(Section):
     """Let an adapter change a head that is tied to the embedding; merged exports then hold both."""
 
 
-class Source(Section):
-    """One of several sources of training rows."""
+class HeldOut(Section):
+    """One of several sources of held-out rows."""
 
     path: DataName
     """Where its rows are; of a hub data set that has several configurations ID:CONFIG."""
     split: Text = "train"
     """Split of a hub data set."""
-    weight: Weight = 1
-    """How often an epoch sees each of its rows: 2 twice; 0.5 half of them, and the other half in the next epoch."""
     format: Format | None = None
     """Format of its rows; null takes data.format."""
     columns: Columns | None = None
     """Expected column to column in the file; null takes data.columns."""
 
 
+class Source(HeldOut):
+    """One of several sources of training rows."""
+
+    weight: Weight = 1
+    """How often an epoch sees each of its rows: 2 twice; 0.5 half of them, and the other half in the next epoch."""
+
+
 Sources = Annotated[
-    list[DataName | Source], Field(min_length=1), Says("a list of these or of {path, split, weight, format, columns}")
+    list[DataName | Source], Field(min_length=1), Says("a list of these or of {path, split, format, columns, weight}")
+]
+HeldOutSources = Annotated[
+    list[DataName | HeldOut],
+    Field(min_length=1),
+    Says("a list of files, folders, hub ids or {path, split, format, columns}"),
 ]
 
 
@@ -186,8 +196,8 @@ class Data(Section):
 
     train: DataName | Sources
     """The training rows: one source or several."""
-    eval: EvalName | None = "auto"
-    """Held-out rows; auto: 2 % of the rows, at most 200, split by content; null: none."""
+    eval: EvalName | HeldOutSources | None = "auto"
+    """Held-out rows: a file, or sources; auto: 2 % of the rows, at most 200, split by content; null: none."""
     format: Format = "auto"
     """Format of the rows; auto looks at the column names."""
     columns: Columns = {}
