@@ -56,10 +56,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 
     try:
         save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
-    except SafetensorError as error:
+        if metadata is not None:
+            _sort_metadata(path)
+    except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be written: {error}; see that the disk has room") from error
-    if metadata is not None and len(metadata) > 1:
-        _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -69,9 +69,9 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(text) == size, f"{path}: a header of {size} bytes became {len(text)}"
-        file.seek(8)
-        file.write(text)
+        if len(text) == size:  # the library's JSON is Python's
+            file.seek(8)
+            file.write(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

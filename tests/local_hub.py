@@ -1,7 +1,4 @@
-"""A hub on this machine: folders as repositories, by the few requests that the hub's own clients make.
-
-`datasets` and `huggingface_hub` speak to it over HTTP as they do to huggingface.co, once `HF_ENDPOINT` names it.
-"""
+"""A hub on this machine, by the few requests that its clients make: what it holds, the files, its refusals."""
 
 import hashlib
 import json
@@ -12,123 +9,124 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "a" * 40
-"""Of every repository; its branch is main."""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Attributes:
+    repositories: by `models/OWNER/NAME` or `datasets/OWNER/NAME` their files' bytes by name.
+    commit: of every repository; its branch is main.
+    sizes: of files that are listed with another one than they have.
+    gated: ids of models that list their files and give none.
+    refusals: by the id of a model the status and the code that it is refused with.
+    fetched: names of the files that were given.
+    asked: method and path of every request.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.commit, self.sizes = COMMIT, dict[str, int]()
+        self.gated, self.refusals = set[str](), dict[str, tuple[int, str | None]]()
+        self.fetched, self.asked = list[str](), list[str]()
+
+    @property
+    def url(self) -> str:
+        """What `HF_ENDPOINT` is set to."""
+        return f"http://127.0.0.1:{self.server_port}"
 
 
 @contextmanager
-def serving(root: Path) -> Iterator["Hub"]:
-    """Serve ROOT/models/OWNER/NAME and ROOT/datasets/OWNER/NAME."""
-    hub = Hub(root)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+def serving() -> Iterator[Hub]:
+    """An empty one that runs."""
+    hub = Hub()
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub
     finally:
         hub.shutdown()
-        thread.join()
         hub.server_close()
+        thread.join()
 
 
-class Hub(ThreadingHTTPServer):
-    """Attributes: `asked`, the method and path of every request."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.root, self.asked = root, list[str]()
-
-    @property
-    def address(self) -> str:
-        """What `HF_ENDPOINT` is set to."""
-        return f"http://127.0.0.1:{self.server_port}"
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Those of a folder, as a repository has them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers: `/api/KIND/OWNER/NAME...` about a repository, and `/[datasets/]OWNER/NAME/resolve/COMMIT/FILE`."""
+
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-    def do_HEAD(self) -> None:
-        """As GET, without the body."""
-        self.do_GET()
 
     def do_GET(self) -> None:
-        """A repository, its files, or one of them."""
-        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
-        self.server.asked.append(f"{self.command} {'/'.join(parts)}")
-        if parts[0] == "api" and parts[1] in ("models", "datasets"):
-            kind, owner, name, *rest = parts[1:]
-            return self._about(kind, self._repository(kind, owner, name), f"{owner}/{name}", rest)
-        kind, parts = (parts[0], parts[1:]) if parts[0] == "datasets" else ("models", parts)
-        if len(parts) > 4 and parts[2] == "resolve" and parts[3] in ("main", COMMIT):
-            folder = self._repository(kind, *parts[:2])
-            return self._file(folder, "/".join(parts[4:]))
-        return self._refuse("EntryNotFound")
+        """A listing or a file."""
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.asked.append(f"{self.command} {path}")
+        if path.startswith("api/"):
+            return self.answer_api(path.removeprefix("api/"))
+        kind, path = ("datasets", path.removeprefix("datasets/")) if path.startswith("datasets/") else ("models", path)
+        return self.answer_file(kind, *path.split("/", 4))
 
-    def do_POST(self) -> None:
-        """What is known of some files of a repository."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        parts = urlsplit(self.path).path.strip("/").split("/")
-        self.server.asked.append(f"POST {'/'.join(parts)}")
-        folder = self._repository(*parts[1:4]) if parts[4:5] == ["paths-info"] else None
-        if folder is None:
-            return self._refuse("EntryNotFound")
-        wanted = json.loads(body)["paths"]
-        return self._answer([entry for entry in _entries(folder) if entry["path"] in wanted])
+    def do_HEAD(self) -> None:
+        """The same without a body."""
+        self.do_GET()
 
-    def _repository(self, kind: str, owner: str, name: str) -> Path | None:
-        folder = self.server.root / kind / owner / name
-        return folder if folder.is_dir() else None
-
-    def _about(self, kind: str, folder: Path | None, name: str, rest: list[str]) -> None:
-        if folder is None:
-            return self._refuse("RepoNotFound")
+    def answer_api(self, path: str) -> None:
+        """What a repository holds, at one level for all its folders."""
+        kind, owner, name, *rest = path.split("/")
+        repository, model = f"{kind}/{owner}/{name}", f"{owner}/{name}"
+        if model in self.server.refusals:
+            return self.refuse(*self.server.refusals[model])
+        if repository not in self.server.repositories:
+            return self.refuse(404, "RepoNotFound")
+        if rest[:1] == ["revision"] and rest[1] not in ("main", self.server.commit):
+            return self.refuse(404, "RevisionNotFound")
+        files = self.server.repositories[repository]
+        listing = {name: (self.server.sizes.get(name, len(data)), _mark(data)) for name, data in files.items()}
         if rest[:1] == ["tree"]:
-            return self._answer(_entries(folder))
-        if rest[1:2] not in ([], ["main"], [COMMIT]):
-            return self._refuse("RevisionNotFound")
-        files = [
-            {"rfilename": entry["path"], "size": entry["size"], "blobId": entry["oid"]} for entry in _entries(folder)
-        ]
-        return self._answer({"id": name, "sha": COMMIT, "siblings": files, "private": False, "gated": False,
-                             "disabled": False, "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
+            return self.send_json([{"type": "file", "path": n, "size": s, "oid": m} for n, (s, m) in listing.items()])
+        siblings = [{"rfilename": n, "size": s, "blobId": m} for n, (s, m) in listing.items()]
+        return self.send_json({"id": model, "sha": self.server.commit, "siblings": siblings})
 
-    def _file(self, folder: Path | None, name: str) -> None:
-        if folder is None or not (folder / name).is_file():
-            return self._refuse("EntryNotFound" if folder else "RepoNotFound")
-        content = (folder / name).read_bytes()
+    def answer_file(self, kind: str, owner: str, name: str, _resolve: str, _commit: str, file: str) -> None:
+        """One file."""
+        if f"{owner}/{name}" in self.server.gated:
+            return self.refuse(403, "GatedRepo")
+        files = self.server.repositories.get(f"{kind}/{owner}/{name}")
+        if files is None or file not in files:
+            return self.refuse(404, "RepoNotFound" if files is None else "EntryNotFound")
+        if self.command == "GET":
+            self.server.fetched.append(file)
+        return self.send(files[file], {"ETag": f'"{_mark(files[file])}"', "X-Repo-Commit": self.server.commit})
+
+    def send_json(self, content: object) -> None:
+        """An answer in JSON."""
+        self.send(json.dumps(content).encode())
+
+    def send(self, data: bytes, headers: dict[str, str] | None = None) -> None:
+        """An answer."""
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{_mark(content)}"')
-        return self._send(content, "application/octet-stream")
-
-    def _answer(self, content: object) -> None:
-        self.send_response(200)
-        self._send(json.dumps(content).encode(), "application/json")
-
-    def _refuse(self, code: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", code)
-        self._send(b"{}", "application/json")
-
-    def _send(self, content: bytes, kind: str) -> None:
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
+        for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def refuse(self, status: int, code: str | None = None) -> None:
+        """No answer, and why."""
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
 
 
-def _entries(folder: Path) -> list[dict[str, object]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        {"type": "file", "path": path.relative_to(folder).as_posix(), "size": path.stat().st_size,
-         "oid": _mark(path.read_bytes())} for path in files
-    ]  # fmt: skip
-
-
-def _mark(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+def _mark(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()

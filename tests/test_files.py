@@ -1,19 +1,16 @@
 """Claims about reading model folders and fetching them: everything unsafe or damaged is refused in words that help."""
 
 import errno
-import hashlib
 import json
 import os
 import shutil
-import threading
 from collections import namedtuple
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
+from local_hub import COMMIT, Handler, files_of, serving
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.base.files import check_model_folder, read_header, weight_files
@@ -23,7 +20,6 @@ from qlora_kit.units import GIB
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 INDEX = "model.safetensors.index.json"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 # --- folders ---
@@ -257,86 +253,10 @@ def test_any_cut_of_a_sound_file_is_noticed(folder):
 # --- the hub ---
 
 
-class FakeHub(ThreadingHTTPServer):
-    """A hub with the answers that matter: what it holds, the files, and the ways in which it refuses.
-
-    `files` maps a path to its bytes; `refusals` maps an id to (status, X-Error-Code); `gated` ids list their files but
-    give none.
-    """
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), FakeHubHandler)
-        self.files, self.refusals, self.gated, self.fetched = {}, {}, set(), []
-        self.sizes, self.commit = {}, COMMIT
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class FakeHubHandler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        if path.startswith("/api/models/"):
-            self.answer_api(path.removeprefix("/api/models/"))
-        else:
-            self.answer_file(path)
-
-    do_HEAD = do_GET
-
-    def answer_api(self, path):
-        owner, name, *rest = path.split("/")
-        model = f"{owner}/{name}"
-        if model in self.server.refusals:
-            return self.refuse(*self.server.refusals[model])
-        if model != "owner/model" and model not in self.server.gated:
-            return self.refuse(404, "RepoNotFound")
-        if rest[:1] == ["revision"] and rest[1] not in ("main", self.server.commit):
-            return self.refuse(404, "RevisionNotFound")
-        listing = {name: self.server.sizes.get(name, len(data)) for name, data in self.server.files.items()}
-        blobs = {name: hashlib.sha1(data).hexdigest() for name, data in self.server.files.items()}
-        if rest[:1] == ["tree"]:
-            files = [{"type": "file", "path": n, "size": s, "oid": blobs[n]} for n, s in listing.items()]
-            return self.send(json.dumps(files).encode())
-        siblings = [{"rfilename": n, "size": s, "blobId": blobs[n]} for n, s in listing.items()]
-        return self.send(json.dumps({"id": model, "sha": self.server.commit, "siblings": siblings}).encode())
-
-    def answer_file(self, path):
-        owner, name, _, _, file = path.lstrip("/").split("/", 4)
-        if f"{owner}/{name}" in self.server.gated:
-            return self.refuse(403, "GatedRepo")
-        data = self.server.files[file]
-        if self.command == "GET":
-            self.server.fetched.append(file)
-        return self.send(data, {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.server.commit})
-
-    def send(self, data, headers=()):
-        self.send_response(200)
-        for key, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def refuse(self, status, code=None):
-        self.send_response(status)
-        if code:
-            self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        """Quiet."""
-
-
 @pytest.fixture
 def hub(tmp_path, folder, monkeypatch):
     """A running fake hub with one sound model in its top folder, and things beside it that nobody wants."""
-    server = FakeHub()
-    server.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    server.files |= {
+    files = files_of(folder) | {
         "tokenizer.model": b"spm",
         "chat_template.jinja": b"{{ messages }}",
         "merges.txt": b"a b",
@@ -350,13 +270,10 @@ def hub(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    point_at(server.url, monkeypatch)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving() as server:
+        server.repositories["models/owner/model"] = files
+        point_at(server.url, monkeypatch)
+        yield server
 
 
 def point_at(url, monkeypatch):
@@ -425,7 +342,7 @@ def test_a_models_own_code_is_fetched_only_if_it_may_run(hub):
 def test_a_new_commit_fetches_only_what_changed(hub):
     locate_model("owner/model")
     hub.fetched.clear()
-    hub.files["merges.txt"] = b"a c"
+    hub.repositories["models/owner/model"]["merges.txt"] = b"a c"
     hub.commit = COMMIT[::-1]
     news = []
     assert locate_model("owner/model", notify=news.append).name == hub.commit
@@ -434,7 +351,7 @@ def test_a_new_commit_fetches_only_what_changed(hub):
 
 
 def test_shards_are_fetched_with_their_index_and_a_second_set_is_not(hub, sharded):
-    hub.files = {path.name: path.read_bytes() for path in sharded.iterdir()} | {"consolidated.safetensors": b"again"}
+    hub.repositories["models/owner/model"] = files_of(sharded) | {"consolidated.safetensors": b"again"}
     found = locate_model("owner/model")
     assert [path.name[:11] for path in weight_files(found)] == ["model-00001", "model-00002"]
     assert "consolidated.safetensors" not in hub.fetched
@@ -452,7 +369,7 @@ def test_a_download_that_does_not_fit_the_disk_is_refused_before_it_begins(hub, 
 
 
 def test_a_repository_of_pickles_is_refused_before_a_download(hub):
-    hub.files = {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"pickle"}
+    hub.repositories["models/owner/model"] = {"config.json": b'{"model_type": "llama"}', "pytorch_model.bin": b"pickle"}
     assert "safe_serialization" in hub_refusal("owner/model")
     assert hub.fetched == []
 
@@ -460,6 +377,7 @@ def test_a_repository_of_pickles_is_refused_before_a_download(hub):
 @pytest.mark.parametrize("lists_its_files", [True, False])
 def test_a_gated_model_is_answered_with_its_page_and_the_login(hub, lists_its_files):
     hub.gated.add("owner/gated")
+    hub.repositories["models/owner/gated"] = hub.repositories["models/owner/model"]
     if not lists_its_files:
         hub.refusals["owner/gated"] = (401, "GatedRepo")
     message = hub_refusal("owner/gated")
@@ -505,7 +423,7 @@ def test_offline_and_without_network_name_the_download_for_another_machine(hub, 
 
 
 def test_a_page_in_place_of_the_hub_is_told_apart_from_it(hub, monkeypatch):
-    monkeypatch.setattr(FakeHubHandler, "answer_api", lambda self, path: self.send(b"<html>log in</html>"))
+    monkeypatch.setattr(Handler, "answer_api", lambda self, path: self.send(b"<html>log in</html>"))
     assert "does not answer as a hub" in hub_refusal("owner/model")
 
 

@@ -219,15 +219,17 @@ def test_the_compiled_decoder_gives_the_bits_of_bitsandbytes(kind, double_quant,
             assert torch.equal(*found), (block_size, shape)
 
 
-@pytest.mark.parametrize("offset", [0, 1, 32])
-def test_a_matrix_that_no_cache_keeps_has_the_bits_of_its_parts_wherever_it_lies(offset):
-    """Above 48 MiB the decoder writes past the caches, if a result begins where a line does."""
+@pytest.mark.parametrize(("offset", "threads"), [(0, 1), (0, 2), (1, 1), (32, 2)])
+def test_a_matrix_that_no_cache_keeps_has_the_bits_of_its_parts_wherever_it_lies(offset, threads, monkeypatch):
+    """Above 48 MiB the decoder for AVX512 writes past the caches, if a result begins where a line does."""
+    monkeypatch.setattr(kernels, "threads", lambda: threads)
     rows, width = 6200, 4096
     codes = torch.randint(256, (rows * width // 2,), dtype=torch.uint8)
     absmax = torch.rand(rows * width // 64)
     whole = torch.empty(offset + rows * width + 64, dtype=torch.bfloat16).fill_(7)
     out = whole[offset:-64].view(rows, width)
     assert out.nbytes > 48 * 2**20
+    assert (out.data_ptr() % 64 == 0) == (offset % 32 == 0)
     kernels.decode_4bit_into(out, codes, absmax, 64, "nf4")
     parts = zip(out.split(2000), codes.split(1000 * width), absmax.split(2000 * width // 64), strict=True)
     for part, *stored in parts:

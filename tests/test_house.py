@@ -56,8 +56,12 @@ def imports(path: Path) -> list[tuple[int, str]]:
                 found += [(node.lineno, f"qlora_kit.{a.name}") for a in node.names if a.name != "__version__"]
             else:
                 folder = ROOT.parent.joinpath(*node.module.split("."))
-                files = [a.name for a in node.names if (folder / f"{a.name}.py").is_file()]
-                found += [(node.lineno, f"{node.module}.{name}") for name in files] or [(node.lineno, node.module)]
+                files = [
+                    a.name for a in node.names if (folder / f"{a.name}.py").is_file() or (folder / a.name).is_dir()
+                ]
+                found += [(node.lineno, f"{node.module}.{name}") for name in files]
+                if len(files) < len(node.names):
+                    found.append((node.lineno, node.module))
     return found
 
 

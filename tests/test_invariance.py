@@ -15,7 +15,7 @@ from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.step import accumulate_gradients
 
-FP32 = 1e-6  # a dozen roundings of 6e-8: sums are taken in another order in every layout
+FP32 = 1e-6  # some roundings of 6e-8: sums are taken in another order in every layout
 LENGTHS = (5, 17, 9, 3)
 LAYOUTS = {  # micro-batches of sequences of rows
     ("padded", "4 rows"): [[[0], [1], [2], [3]]],

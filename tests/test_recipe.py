@@ -356,6 +356,20 @@ def test_a_single_mistake_is_one_line(refused):
     assert refused(MINIMAL + "lora:\n  rnak: 32\n") == message
 
 
+@pytest.mark.parametrize(("wrong", "meant"), [
+    ("path: rows.jsonl", "data.train[].path"),
+    ("splits: test", "data.train[].split"),
+    ("eval: [{pth: rows.jsonl}]", "data.eval[].path"),
+])  # fmt: skip
+def test_of_keys_of_one_name_the_training_rows_is_meant_unless_another_stands_beside(wrong, meant, refused):
+    assert f"did you mean {meant}?" in refused(f"base: {{model: org/name}}\ndata:\n  train: org/rows\n  {wrong}\n")
+
+
+def test_held_out_rows_of_the_hub_are_named_as_training_rows_are(read):
+    assert read(MINIMAL, "data.eval=org/rows").data.eval == "org/rows"
+    assert read(MINIMAL, "data.eval=[org/rows]").data.eval == ["org/rows"]
+
+
 def test_missing_keys_are_named_with_what_they_take(refused):
     assert refused("train: {seed: 1}\n") == "\n".join(
         [
@@ -570,27 +584,29 @@ def test_inputs_in_a_file_resolve_against_the_file_and_overrides_against_the_wor
     for folder in (recipes, work):
         (folder / "tiny").mkdir()
         (folder / "chat.txt").touch()
-    text = "base: {model: tiny}\ndata: {train: [rows.jsonl, {path: ./more}], eval: held, template: chat.txt}\n"
+    text = "base: {model: tiny}\ndata: {train: [rows.jsonl, {path: ./more}], eval: held.jsonl, template: chat.txt}\n"
     (recipes / "mine.yaml").write_text(text + "output: out\n")
     recipe = read_recipe(recipes / "mine.yaml")
     assert recipe.base.model == str(recipes / "tiny")
     assert [recipe.data.train[0], recipe.data.train[1].path] == [str(recipes / "rows.jsonl"), str(recipes / "more")]
-    assert (recipe.data.eval, recipe.data.template) == (str(recipes / "held"), str(recipes / "chat.txt"))
+    assert (recipe.data.eval, recipe.data.template) == (str(recipes / "held.jsonl"), str(recipes / "chat.txt"))
     assert recipe.output == str(work / "out")
-    (recipes / "mine.yaml").write_text(text.replace("held,", "[held.jsonl, {path: ./held, split: test}, org/rows],"))
+    (recipes / "mine.yaml").write_text(
+        text.replace("held.jsonl,", "[held.jsonl, {path: ./held, split: test}, org/rows],")
+    )
     held = read_recipe(recipes / "mine.yaml").data.eval
     assert [held[0], held[1].path, held[2]] == [str(recipes / "held.jsonl"), str(recipes / "held"), "org/rows"]
     overrides = [
         "base.model=tiny",
         "data.train=[{path: a.csv}]",
-        "data.eval=held",
+        "data.eval=held.jsonl",
         "data.template=chat.txt",
         "output=out",
     ]
     recipe = read_recipe("../recipes/mine.yaml", overrides)
     assert recipe.base.model == str(work / "tiny")
     assert recipe.data.train[0].path == str(work / "a.csv")
-    assert (recipe.data.eval, recipe.data.template) == (str(work / "held"), str(work / "chat.txt"))
+    assert (recipe.data.eval, recipe.data.template) == (str(work / "held.jsonl"), str(work / "chat.txt"))
     assert recipe.output == str(work / "out")
 
 

@@ -12,7 +12,7 @@ _SUFFIXES = {
     "data.train": _DATA,
     "data.train[]": _DATA,
     "data.train[].path": _DATA,
-    "data.eval": _ALWAYS,
+    "data.eval": _DATA,
     "data.eval[]": _DATA,
     "data.eval[].path": _DATA,
     "data.template": (".jinja", ".jinja2", ".j2"),

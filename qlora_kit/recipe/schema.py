@@ -71,7 +71,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})$"), Say
 ModelName = Annotated[Text, Says("a folder", "a hub id")]
 AdapterName = Annotated[Text, Says("the folder of an adapter", "the folder of a run")]
 DataName = Annotated[Text, Says("a file", "a folder", "a hub id")]
-EvalName = Annotated[Text, Says("auto", "a file")]
+EvalName = Annotated[Text, Says("auto", "a file", "a folder", "a hub id")]
 TemplateName = Annotated[Text, Says("auto", "the name of a shipped template", "a file")]
 Layers = Literal["all-linear", "attention", "mlp", "experts", "head"]
 Expression = Annotated[
@@ -161,8 +161,8 @@ class Lora(Section):
     """Let an adapter change a head that is tied to the embedding; merged exports then hold both."""
 
 
-class HeldOut(Section):
-    """One of several sources of held-out rows."""
+class Place(Section):
+    """One of several sources of rows."""
 
     path: DataName
     """Where its rows are; of a hub data set that has several configurations ID:CONFIG."""
@@ -174,7 +174,7 @@ class HeldOut(Section):
     """Expected column to column in the file; null takes data.columns."""
 
 
-class Source(HeldOut):
+class Source(Place):
     """One of several sources of training rows."""
 
     weight: Weight = 1
@@ -184,10 +184,8 @@ class Source(HeldOut):
 Sources = Annotated[
     list[DataName | Source], Field(min_length=1), Says("a list of these or of {path, split, format, columns, weight}")
 ]
-HeldOutSources = Annotated[
-    list[DataName | HeldOut],
-    Field(min_length=1),
-    Says("a list of files, folders, hub ids or {path, split, format, columns}"),
+Places = Annotated[
+    list[DataName | Place], Field(min_length=1), Says("a list of these or of {path, split, format, columns}")
 ]
 
 
@@ -196,8 +194,8 @@ class Data(Section):
 
     train: DataName | Sources
     """The training rows: one source or several."""
-    eval: EvalName | HeldOutSources | None = "auto"
-    """Held-out rows: a file, or sources; auto: 2 % of the rows, at most 200, split by content; null: none."""
+    eval: EvalName | Places | None = "auto"
+    """Held-out rows: one source or several; auto: 2 % of the rows, at most 200, split by content; null: none."""
     format: Format = "auto"
     """Format of the rows; auto looks at the column names."""
     columns: Columns = {}

@@ -90,10 +90,10 @@ def brief(text: str, most: int = 60) -> str:
 def nearest(trail: Trail) -> str | None:
     """The key most likely meant by a wrong one: the same name elsewhere, another program's name, or a similar name."""
     parent, name = slot_at(trail[:-1]), str(trail[-1])
-    keys = sorted((slot.key for slot in SLOTS.values() if slot.field), key=len)
+    keys = sorted((slot.key for slot in SLOTS.values() if slot.field), key=lambda key: key.count("."))
     beside = f"{parent.key}." if parent else ""
     siblings = {_leaf(key): key for key in keys if key == beside + _leaf(key)}
-    anywhere = {_leaf(key): key for key in reversed(keys)}
+    anywhere = {_leaf(key): key for key in reversed(keys)}  # of the least deep ones the first
     if name in anywhere:
         return anywhere[name]
     if name in FAMILIAR:

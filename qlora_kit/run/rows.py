@@ -30,7 +30,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.errors import AdapterError, listed
 from qlora_kit.recipe import Recipe
-from qlora_kit.recipe.schema import DataName, HeldOutSources, Sources
+from qlora_kit.recipe.schema import DataName, Places, Sources
 from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.tokenizer import pad_id, settle_template
 from qlora_kit.train.classes import classes_in, known_classes, name_classes
@@ -176,7 +176,7 @@ def _classes(recipe: Recipe, found: Scan, config: PretrainedConfig) -> Classes:
     return classes_of(found.labels, found.is_multi, known_classes(config) if start is None else start.names)
 
 
-def _open_sources(recipe: Recipe, sources: DataName | Sources | HeldOutSources) -> list[Reader]:
+def _open_sources(recipe: Recipe, sources: DataName | Sources | Places) -> list[Reader]:
     data = recipe.data
     listed = [sources] if isinstance(sources, str) else sources
     named = [each if isinstance(each, str) else each.model_dump(exclude_none=True) for each in listed]

