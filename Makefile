@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BENCHMARKS := quickstart exports learning_rate pick_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_memory packing growth
-EXPERIMENTS := rate capacity layers batch embedding quantised flops masters larger_rate larger kinds classes continual data rows methods
+EXPERIMENTS := adapters capacity kinds rate layers batch embedding quantised flops masters larger_rate larger classes continual data rows methods
 
 .PHONY: help quickstart test setup lint types slow long llamacpp gpu bench regret format clean
 
@@ -57,10 +57,9 @@ gpu: $(STAMP)  ## the tests that need a CUDA device
 bench: $(STAMP)  ## the benchmarks (an hour and a half on two cores); rows go to benchmarks/results/
 	@for each in $(BENCHMARKS); do $(BIN)/python benchmarks/$$each.py; done
 
-regret: $(STAMP)  ## the experiments of docs/without-regret.md, two at a time (three hours on two cores)
+regret: $(STAMP)  ## the experiments of docs/without-regret.md (three hours on two cores)
 	@$(BIN)/python benchmarks/regret/common.py
-	@$(BIN)/python benchmarks/regret/adapters.py
-	@printf '%s\n' $(EXPERIMENTS) | xargs -P 2 -I NAME $(BIN)/python benchmarks/regret/NAME.py
+	@for NAME in $(EXPERIMENTS); do echo "$$NAME ..."; $(BIN)/python "benchmarks/regret/$$NAME.py" || exit 1; done
 	@$(BIN)/python benchmarks/regret/draw.py
 	@$(BIN)/python -m pytest tests/test_findings.py
 

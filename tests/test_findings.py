@@ -44,6 +44,14 @@ def test_tables_and_drawings_are_made_of_the_rows(draw, monkeypatch, tmp_path):
     assert {path.name: path.read_bytes() for path in drawings.iterdir()} == drawn != {}
 
 
+def test_no_experiment_took_more_than_twenty_minutes(draw):
+    (named,) = re.findall(r"^EXPERIMENTS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    minutes = {row["experiment"]: row["minutes"] for row in draw.read("minutes")}
+    assert 0 < len(minutes) <= len(named.split())
+    assert minutes.keys() <= set(named.split())
+    assert {name: took for name, took in minutes.items() if took > 20} == {}
+
+
 def above(higher, lower):
     """Whether every seed of one arm lost more than every seed of another."""
     return min(higher) > max(lower)
@@ -148,6 +156,14 @@ def test_a_base_that_has_learnt_little_gives_adapters_little(draw):
     for kind in dict.fromkeys(row["kind"] for row in rows):
         ends = [draw.best(rows, kind=kind, method=method)[1] for method in ("lora", "full")]
         assert above([loss / 1.1 for loss in ends[0]], ends[1])
+
+
+@pytest.mark.parametrize("name", ["kinds", "classes"])
+def test_the_best_rates_of_kinds_of_models_lie_inside_those_tried(draw, name):
+    rows = draw.read(name)
+    for kind, method in dict.fromkeys((row["kind"], row["method"]) for row in rows):
+        tried = sorted({row["lr"] for row in rows if (row["kind"], row["method"]) == (kind, method)})
+        assert draw.best(rows, kind=kind, method=method)[0] in tried[1:-1], (kind, method)
 
 
 def test_on_a_base_that_knows_its_language_adapters_tell_texts_apart_as_full_fine_tuning_does(draw):

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import quantiles
 
 import torch
-from common import record
+from common import experiment, record
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora_kit as qk
@@ -56,8 +56,8 @@ def main() -> None:
         one = {tokens: timed(lambda n=tokens: plain(torch.ones(1, n, dtype=torch.long))) for tokens in (1, 64)}
     for what, each in (("base", bare), ("adapter", adapted), ("merged", one)):
         rows += [{"what": what, "tokens": tokens, **told} for tokens, told in each.items()]
-    record("adapters", rows)
+    record("adapters", rows, "1 thread")
 
 
 if __name__ == "__main__":
-    main()
+    experiment("adapters", main)

@@ -6,13 +6,11 @@ LoRA Without Regret: ranks follow one line until what they can hold is full; hig
 fine-tuning.
 """
 
-import torch
-from common import SEEDS, arms, record
+from common import SEEDS, arms, experiment, record
 
 
 def main() -> None:
     """300 steps of 8 rows, at the best rates of rate.py; of the two that are near for full fine-tuning the better."""
-    torch.set_num_threads(1)
     steps = ("train.steps=300", "train.eval_every=25", SEEDS)
     rows = arms({"method": "lora", "lr": 4e-3}, "lora.rank=1,16,128", "train.lr=4e-3", *steps)
     record("capacity", rows)
@@ -20,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("capacity", main)

@@ -8,8 +8,7 @@ The rows are those of kinds.py, whose BERT has learnt little before it sees them
 import tempfile
 from pathlib import Path
 
-import torch
-from common import arms_with_seeds, record
+from common import arms_with_seeds, experiment, record
 from kinds import labelled
 
 RATES = {"lora": (1e-3, 2e-3, 4e-3), "full": (2.5e-4, 5e-4, 1e-3)}
@@ -17,7 +16,6 @@ RATES = {"lora": (1e-3, 2e-3, 4e-3), "full": (2.5e-4, 5e-4, 1e-3)}
 
 def main() -> None:
     """Rank 16 and full fine-tuning at three rates each, the best with three seeds."""
-    torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         trained, held_out = labelled(Path(folder))
@@ -31,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("classes", main)

@@ -1,37 +1,41 @@
 """What the experiments share: arms as sweeps of one recipe, and rows of results that say how each was made.
 
 An experiment is a script. It writes NAME.jsonl beside this file, a row an arm, from which `draw.py` makes the drawings
-and the tables of docs/without-regret.md.
+and the tables of docs/without-regret.md, and how long it took into minutes.jsonl. Models are too small to keep two
+cores busy: runs go two at a time, each in a process with one thread.
 
     python benchmarks/regret/common.py       make the rows of text and the larger base, which experiments else make
 """
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from qlora_kit.recipe import has_axes, read_grid, read_recipe
-from qlora_kit.run import sweep, train
-from qlora_kit.watch import Watch
+from qlora_kit.errors import QloraKitError
+from qlora_kit.recipe import Cell, has_axes, read_grid, read_recipe
+from qlora_kit.run import train
+from qlora_kit.run.common import Common
+
+T, R = TypeVar("T"), TypeVar("R")
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "without-regret"
 SEEDS = "train.seed=0,1"
+AT_ONCE = 2
+"""Runs that go side by side."""
+ON_TWO_CORES = f"{AT_ONCE} runs at a time, 1 thread each"
 LARGER = "--hidden 384 --mlp 1056 --layers 5 --heads 6 --batch 8 --steps 1800 --lr 2e-3"
-
-
-class _Lines(Watch):
-    """A line a run on standard error."""
-
-    def run_ended(self, outcome: Any) -> None:
-        print(f"  {outcome.name}: {outcome.failed or f'{outcome.seconds:.0f} s'}", file=sys.stderr, flush=True)
 
 
 def rows_ready() -> None:
@@ -65,14 +69,45 @@ def arms(label: Mapping[str, Any], *settings: str, recipe: Path = RECIPES / "tex
     """
     rows_ready()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name, "arms")
-        if not has_axes(settings):
-            train(read_recipe(recipe, [*settings, f"output={folder}"]))
-            return [{**label, **_told(folder, None)}]
-        outcomes = sweep(read_grid(recipe, [*settings, f"output={folder}"]), watch=_Lines())
-        return [
-            {**label, **_axes(outcome.settings), **_told(folder / outcome.name, outcome.failed)} for outcome in outcomes
-        ]
+        own = [*settings, f"output={Path(name, 'arm')}"]
+        cells = read_grid(recipe, own).cells if has_axes(own) else [Cell("arm", {}, read_recipe(recipe, own))]
+        found = each(_trained, cells)
+    if all("failed" in told for told in found):
+        raise SystemExit(f"every run failed, the first: {found[0]['failed']}")
+    return [{**label, **told} for told in found]
+
+
+def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """What a function of a script makes of each item, in their order, two at a time on one thread each."""
+    return list(_processes().map(function, items))
+
+
+@cache
+def _processes() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        AT_ONCE, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+
+
+@cache
+def _shared() -> Common:
+    """What the runs of one process share: the rows as tokens, and the scores of the base."""
+    return Common()
+
+
+def _trained(cell: Cell) -> dict[str, Any]:
+    """A run's axes and what it came to."""
+    folder, started = Path(cell.recipe.output), time.process_time()
+    _shared().clear("base")  # loaded by every run, so that their times compare
+    try:
+        train(cell.recipe, common=_shared())
+        told = _told(folder)
+    except QloraKitError as error:
+        told = {"held_out_loss": None, "failed": str(error).splitlines()[0]}
+    told["cpu_s"] = round(time.process_time() - started, 2)
+    print(f"  {cell.name}: {told.get('failed') or told['held_out_loss']}, {told['cpu_s']:.0f} s of processor time",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return {**{key.rpartition(".")[2]: _value(value) for key, value in cell.settings.items()}, **told}
 
 
 def arms_with_seeds(label: Mapping[str, Any], rates: Sequence[float], *settings: str) -> list[dict[str, Any]]:
@@ -82,11 +117,25 @@ def arms_with_seeds(label: Mapping[str, Any], rates: Sequence[float], *settings:
     return rows + arms({**label, "lr": best}, f"train.lr={best}", "train.seed=1,2", *settings)
 
 
-def record(name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write an experiment's rows."""
-    machine = f"{os.cpu_count()} cores, torch {torch.__version__}, CPU, {torch.get_num_threads()} thread"
-    lines = (json.dumps({"experiment": name, **row, "machine": machine}) + "\n" for row in rows)
-    (HERE / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+def record(name: str, rows: Iterable[dict[str, Any]], how: str = ON_TWO_CORES) -> None:
+    """Write an experiment's rows.
+
+    Args:
+        name: of the experiment.
+        rows: all that there are.
+        how: they were run.
+    """
+    _write(name, ({"experiment": name, **row, "machine": _machine(how)} for row in rows))
+
+
+def experiment(name: str, main: Callable[[], None]) -> None:
+    """Run an experiment, and write the minutes that it took to minutes.jsonl."""
+    started = time.perf_counter()
+    main()
+    minutes = {row["experiment"]: row for row in (read("minutes") if (HERE / "minutes.jsonl").exists() else ())}
+    took = round((time.perf_counter() - started) / 60, 2)
+    minutes[name] = {"experiment": name, "minutes": took, "machine": _machine(ON_TWO_CORES)}
+    _write("minutes", (minutes[key] for key in sorted(minutes)))
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -94,8 +143,12 @@ def read(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _axes(settings: Mapping[str, str]) -> dict[str, Any]:
-    return {key.rpartition(".")[2]: _value(value) for key, value in settings.items()}
+def _machine(how: str) -> str:
+    return f"{os.cpu_count()} cores, torch {torch.__version__}, CPU, {how}"
+
+
+def _write(name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _value(text: str) -> Any:
@@ -105,10 +158,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def _told(run: Path, failed: str | None) -> dict[str, Any]:
-    """What a run came to; None for the loss of one that failed."""
-    if failed is not None:
-        return {"held_out_loss": None, "failed": failed}
+def _told(run: Path) -> dict[str, Any]:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     plan, memory, scores = (json.loads((run / f"{name}.json").read_text()) for name in ("plan", "memory", "scores"))
     evaluated = [[row["step"], round(row["eval_loss"], 5)] for row in metrics if "eval_loss" in row]

@@ -6,11 +6,11 @@ What is told is the held-out loss on both tasks after both: A is the near text, 
 """
 
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import RECIPES, record, rows_ready
+from common import RECIPES, each, experiment, record, rows_ready
 
 import qlora_kit as qk
 from qlora_kit.recipe import read_recipe
@@ -50,33 +50,34 @@ def added(first: Path, second: Path) -> dict[str, float]:
     return told
 
 
+def both(seed: int) -> list[dict[str, Any]]:
+    """A and then B in every way; what each loses on both."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lora = ("lora.rank=16", "train.lr=4e-3", f"train.seed={seed}")
+        full = ("train.full_finetune=true", "train.lr=1e-3", f"train.seed={seed}")
+        first = learn(folder / "a", "near", *lora)
+        second = learn(folder / "b", "far", *lora)
+        export_run(first, folder / "merged", Asked("merged"))
+        whole = learn(folder / "full-a", "near", *full)
+        told = {
+            "base": losses(first, bare_base=True),
+            "A alone": losses(first),
+            "same adapter": losses(learn(folder / "ab", "far", *lora, f"lora.from={first}")),
+            "new adapter": losses(second),
+            "both added": added(first, second),
+            "merged, then new": losses(learn(folder / "merged-b", "far", *lora, f"base.model={folder / 'merged'}")),
+            "A alone, all weights": losses(whole),
+            "all weights": losses(learn(folder / "full-b", "far", *full, f"base.model={whole / 'model'}")),
+        }
+    return [{"how": how, "seed": seed, **found} for how, found in told.items()]
+
+
 def main() -> None:
     """120 steps a task, rank 16, two seeds."""
-    torch.set_num_threads(1)
     rows_ready()
-    rows: list[dict[str, Any]] = []
-    for seed in (0, 1):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            lora = ("lora.rank=16", "train.lr=4e-3", f"train.seed={seed}")
-            full = ("train.full_finetune=true", "train.lr=1e-3", f"train.seed={seed}")
-            first = learn(folder / "a", "near", *lora)
-            rows.append({"how": "base", "seed": seed, **losses(first, bare_base=True)})
-            rows.append({"how": "A alone", "seed": seed, **losses(first)})
-            rows.append({"how": "same adapter", "seed": seed,
-                         **losses(learn(folder / "ab", "far", *lora, f"lora.from={first}"))})  # fmt: skip
-            second = learn(folder / "b", "far", *lora)
-            rows.append({"how": "new adapter", "seed": seed, **losses(second)})
-            rows.append({"how": "both added", "seed": seed, **added(first, second)})
-            export_run(first, folder / "merged", Asked("merged"))
-            on_top = learn(folder / "merged-b", "far", *lora, f"base.model={folder / 'merged'}")
-            rows.append({"how": "merged, then new", "seed": seed, **losses(on_top)})
-            whole = learn(folder / "full-a", "near", *full)
-            rows.append({"how": "A alone, all weights", "seed": seed, **losses(whole)})
-            after = learn(folder / "full-b", "far", *full, f"base.model={whole / 'model'}")
-            rows.append({"how": "all weights", "seed": seed, **losses(after)})
-        record("continual", rows)
+    record("continual", chain.from_iterable(each(both, (0, 1))))
 
 
 if __name__ == "__main__":
-    main()
+    experiment("continual", main)

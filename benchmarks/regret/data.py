@@ -10,8 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
-from common import RECIPES, SEEDS, arms, record, rows_ready
+from common import RECIPES, SEEDS, arms, experiment, record, rows_ready
 
 RATES = {"near": (4e-3, 1e-3), "far": (8e-3, 2e-3)}
 """Of LoRA and of full fine-tuning: on far text the best for 32 rows a step (batch.py), on near text half of that."""
@@ -30,7 +29,6 @@ def first_rows(folder: str, kind: str, count: int, passes: int) -> tuple[str, ..
 
 def main() -> None:
     """Two kinds of text and two sizes, where rows are fewest with two seeds; dropout and weight decay there, too."""
-    torch.set_num_threads(2)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for count, passes, seeds in ((100, 10, SEEDS), (1000, 2, "train.seed=0")):
@@ -47,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("data", main)

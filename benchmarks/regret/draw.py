@@ -162,8 +162,16 @@ def _layers() -> str:
 
 def _batch() -> str:
     rows = read("batch")
-    table = []
-    for batch in sorted({row["batch"] for row in rows}):
+    table, batches = [], sorted({row["batch"] for row in rows})
+    series = []
+    for name, method, style in (("LoRA, rank 16", "lora", "run-0"), ("full fine-tuning", "full", "run-6 broken")):
+        at_best = [best(rows, method=method, batch=batch)[1] for batch in batches]
+        means = [(place, fmean(values)) for place, values in enumerate(at_best)]
+        spreads = [(place, min(values), max(values)) for place, values in enumerate(at_best)]
+        series.append(Series(name, means, style, marked=True, spread=spreads))
+    _write("batch", "Held-out loss after 1,536 rows, by rows a step", series, x_label="rows a step",
+           y_label="held-out loss, nats", x_names=[str(batch) for batch in batches])  # fmt: skip
+    for batch in batches:
         (lora_lr, lora), (full_lr, full) = (best(rows, method=method, batch=batch) for method in ("lora", "full"))
         steps = next(row["steps"] for row in rows if row["batch"] == batch)
         table.append([batch, steps, f"{spread(lora)} ({lora_lr:g})", f"{spread(full)} ({full_lr:g})",
@@ -171,10 +179,15 @@ def _batch() -> str:
     return markdown(["rows a step", "steps", "LoRA, rank 16 (rate)", "full fine-tuning (rate)", "gap"], table)
 
 
+def seconds(rows: Sequence[Row]) -> float:
+    """Of processor time, the least of some seeds: the first run of a process also warms it up."""
+    return min(row["cpu_s"] for row in rows)
+
+
 def _quantised() -> str:
     rows = read("quantised")
     full = fmean(losses(rows, method="full"))
-    whole = next(row for row in rows if row["method"] == "full")
+    whole = [row for row in rows if row["method"] == "full"]
     table = []
     for method, base in (("full", "none"), *(("lora", base) for base in ("none", "nf4", "fp4", "int8"))):
         own = [row for row in rows if row["method"] == method and row["base"] == base]
@@ -182,8 +195,8 @@ def _quantised() -> str:
         table.append([
             "full fine-tuning" if method == "full" else f"LoRA on {base if base != 'none' else 'a dense base'}",
             spread(values), f"{100 * (fmean(values) / full - 1):+.1f} %",
-            f"{100 * own[0]['trainable'] / whole['parameters']:.1f} %", f"{own[0]['peak_bytes'] / 2**20:.0f} MiB",
-            f"{own[0]['trained_bytes'] / 2**20:.1f} MiB", f"{own[0]['cpu_s'] / whole['cpu_s']:.2f}",
+            f"{100 * own[0]['trainable'] / whole[0]['parameters']:.1f} %", f"{own[0]['peak_bytes'] / 2**20:.0f} MiB",
+            f"{own[0]['trained_bytes'] / 2**20:.1f} MiB", f"{seconds(own) / seconds(whole):.2f}",
         ])  # fmt: skip
     return markdown(["", "held-out loss", "against full", "trained", "peak", "stored", "time"], table)
 
@@ -212,6 +225,19 @@ def _masters() -> str:
 
 def _data() -> str:
     rows = [*read("data"), *read("rows")]
+    few = [row for row in rows if (row["kind"], row["rows"]) == ("near", 100)]
+    arms = {
+        "rank 4": [row for row in few if row.get("rank") == 4],
+        "rank 64": [row for row in few if row.get("rank") == 64 and not {"dropout", "weight_decay"} & row.keys()],
+        "rank 64, dropout 0.3, one seed": [row for row in few if row.get("dropout") == 0.3],
+        "full fine-tuning": [row for row in few if row["method"] == "full"],
+    }
+    series = []
+    for (name, own), style in zip(arms.items(), ("run-0", "run-1", "run-2", "run-6 broken"), strict=True):
+        curve = {0: [row["base_loss"] for row in own], **_curve(own)}
+        series.append(Series(name, [(step, fmean(values)) for step, values in curve.items()], style, marked=True))
+    _write("data", "Held-out loss over ten passes of 100 near rows", series, x_label="step",
+           y_label="held-out loss, nats")  # fmt: skip
     shrunk, table = ("dropout", "weight_decay"), []
     keys = ("kind", "rows", "method", "rank", *shrunk)
     for arm in sorted({tuple(row.get(key) for key in keys) for row in rows}, key=str):
@@ -262,6 +288,10 @@ def _methods() -> str:
     return markdown(["", "trained", "best rate", "held-out loss"], table)
 
 
+def _minutes() -> str:
+    return markdown(["", "minutes"], [[f"{row['experiment']}.py", row["minutes"]] for row in read("minutes")])
+
+
 def _write(name: str, title: str, series: Sequence[Series], **options: Any) -> None:
     DRAWINGS.mkdir(exist_ok=True)
     (DRAWINGS / f"{name}.svg").write_text(standing_alone(title, series, **options) + "\n", encoding="utf-8")
@@ -283,6 +313,7 @@ TABLES = {
     "continual": _continual,
     "kinds": _kinds,
     "methods": _methods,
+    "minutes": _minutes,
 }
 
 

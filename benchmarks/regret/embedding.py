@@ -7,15 +7,13 @@ other tokens. LoRA Without Regret has an adapter on the unembedding, too. Where 
 part.
 """
 
-import torch
-from common import SEEDS, arms, record
+from common import SEEDS, arms, experiment, record
 
 STEPS = ("train.steps=150", "train.eval_every=150", SEEDS)
 
 
 def main() -> None:
     """Ranks 16 and 128 with the embedding frozen and trained, full fine-tuning; at the best of two rates; two seeds."""
-    torch.set_num_threads(1)
     rows = arms({"method": "full", "embedding": True}, "train.full_finetune=true", "train.lr=1e-3,2e-3", *STEPS)
     for is_trained in (False, True):
         more = ("lora.also_train=[embed_tokens,lm_head]", "lora.untie_head=true") if is_trained else ()
@@ -25,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("embedding", main)

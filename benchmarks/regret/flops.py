@@ -7,7 +7,7 @@ rank R takes 2 N^2 + 6 N R, so 2/3 + 2 R / N of it.
 """
 
 import torch
-from common import record
+from common import experiment, record
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kit.lora.layer import Adapter
@@ -51,8 +51,8 @@ def main() -> None:
             lora = matrix(size, rank)
             rows.append({"size": size, "rank": rank, "full": full, "lora": lora, "share": round(lora / full, 4),
                          "formula": round(2 / 3 + 2 * rank / size, 4)})  # fmt: skip
-    record("flops", rows)
+    record("flops", rows, "1 thread")
 
 
 if __name__ == "__main__":
-    main()
+    experiment("flops", main)

@@ -12,27 +12,28 @@ import random
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import torch
-from common import RECIPES, arms_with_seeds, record, rows_ready
+from common import RECIPES, arms_with_seeds, each, experiment, record, rows_ready
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 sys.path[:0] = [str(RECIPES), str(RECIPES.parent / "quickstart")]
 make_rows, pretraining = import_module("make_rows"), import_module("pretrain")
 
 BASE = RECIPES.parent / "quickstart" / "base"
-STEPS, BATCH, TOKENS = 400, 16, 128
+STEPS, BATCH, TOKENS = 1500, 16, 128
 CLASSES = ("py", "pyi", "h", "cuh", "cmake")
 RATES = {
     ("GPT-2, far text", "lora"): (2e-3, 4e-3, 8e-3),
     ("GPT-2, far text", "full"): (8e-4, 1.6e-3, 3.2e-3),
-    ("BERT, kinds of files", "lora"): (2.5e-4, 5e-4, 1e-3),
-    ("BERT, kinds of files", "full"): (5e-5, 1e-4, 2e-4),
+    ("BERT, kinds of files", "lora"): (5e-4, 1e-3, 2e-3, 4e-3),
+    ("BERT, kinds of files", "full"): (1e-4, 2e-4, 4e-4, 8e-4),
 }
-"""BERT has its norms behind the sums, and learns nothing at the rates of the others."""
+"""BERT has its norms behind the sums, and its adapters learn nothing at the rates of the others."""
 HIDDEN_SHARE = 0.15
 """Of tokens that BERT is to tell (Devlin et al. 2018, arXiv 1810.04805, section 3.1, without its further cases)."""
 
@@ -48,28 +49,36 @@ def bert_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids.masked_fill(is_hidden, 0), labels=ids.masked_fill(~is_hidden, -100)).loss
 
 
-def pretrain(
-    make: Callable[[], PreTrainedModel], loss_of: Callable[..., torch.Tensor], lr: float, folder: Path
-) -> Path:
+@dataclass(frozen=True)
+class Pretraining:
+    """What becomes a base in `folder`: `make` gives its random start, `loss_of` what it learns, at rate `lr`."""
+
+    make: Callable[[], PreTrainedModel]
+    loss_of: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
+    lr: float
+    folder: Path
+
+
+def pretrain(what: Pretraining) -> Path:
     """A base that has learnt something, with its tokenizer."""
     torch.manual_seed(0)
-    model, tokenizer = make(), AutoTokenizer.from_pretrained(BASE)
+    model, tokenizer = what.make(), AutoTokenizer.from_pretrained(BASE)
     documents = [document for document in pretraining.gather_corpus() if not document.is_held_out]
     stream = torch.cat(pretraining.encode(tokenizer, documents))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=what.lr, weight_decay=0.1)
     for step in range(STEPS):
         starts = torch.randint(0, len(stream) - TOKENS, (BATCH,))
-        loss = loss_of(model, torch.stack([stream[start : start + TOKENS] for start in starts.tolist()]))
+        loss = what.loss_of(model, torch.stack([stream[start : start + TOKENS] for start in starts.tolist()]))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 40, (STEPS - step) / 80)
+            group["lr"] = what.lr * min(1.0, (step + 1) / 40, (STEPS - step) / 80)
         optimizer.step()
         optimizer.zero_grad()
-    print(f"  {folder.name}: loss {loss.item():.3f} after {STEPS} steps", file=sys.stderr, flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    print(f"  {what.folder.name}: loss {loss.item():.3f} after {STEPS} steps", file=sys.stderr, flush=True)
+    model.save_pretrained(what.folder)
+    tokenizer.save_pretrained(what.folder)
+    return what.folder
 
 
 def labelled(folder: Path) -> tuple[Path, Path]:
@@ -95,8 +104,7 @@ def labelled(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    """LoRA of rank 16 and full fine-tuning at three rates each, the best with three seeds."""
-    torch.set_num_threads(1)
+    """LoRA of rank 16 and full fine-tuning at three or four rates each, the best with three seeds."""
     rows_ready()
     sizes = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     gpt2 = GPT2Config(n_embd=192, n_layer=4, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -108,13 +116,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trained, held_out = labelled(folder)
+        starts = (
+            Pretraining(partial(GPT2LMHeadModel, gpt2), gpt2_loss, 2e-3, folder / "gpt2"),
+            Pretraining(partial(BertForMaskedLM, bert), bert_loss, 5e-4, folder / "bert"),
+        )
+        gpt2_base, bert_base = each(pretrain, starts)
         kinds = {
             "GPT-2, far text": (
-                pretrain(partial(GPT2LMHeadModel, gpt2), gpt2_loss, 2e-3, folder / "gpt2"),
+                gpt2_base,
                 ("train.steps=120", "train.eval_every=120"),
             ),
             "BERT, kinds of files": (
-                pretrain(partial(BertForMaskedLM, bert), bert_loss, 5e-4, folder / "bert"),
+                bert_base,
                 (
                     "train.task=classify",
                     f"data.train={trained}",
@@ -134,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("kinds", main)

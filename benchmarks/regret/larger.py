@@ -5,8 +5,7 @@
 The base is pretrained first where it is missing: 20 minutes more.
 """
 
-import torch
-from common import SEEDS, arms, larger_base, record
+from common import SEEDS, arms, experiment, larger_base, record
 
 STEPS = ("train.steps=100", "train.eval_every=50", SEEDS)
 LORA, FULL = "train.lr=4e-3", "train.lr=1e-3"
@@ -25,7 +24,6 @@ ARMS = {
 
 def main() -> None:
     """100 steps each, two seeds."""
-    torch.set_num_threads(2)
     base, rows = larger_base(), []
     for arm, settings in ARMS.items():
         rows += arms({"arm": arm}, *settings, *STEPS, base)
@@ -33,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("larger", main)

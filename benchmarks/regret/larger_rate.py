@@ -5,13 +5,11 @@
 The base is pretrained first where it is missing: 20 minutes more.
 """
 
-import torch
-from common import arms_with_seeds, larger_base, record
+from common import arms_with_seeds, experiment, larger_base, record
 
 
 def main() -> None:
     """60 steps each; the best of the rates with three seeds."""
-    torch.set_num_threads(1)
     base = larger_base()
     rows = arms_with_seeds({"method": "lora", "rank": 16}, (2e-3, 4e-3, 8e-3), "lora.rank=16", base)
     record("larger_rate", rows)
@@ -20,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("larger_rate", main)

@@ -6,8 +6,7 @@ LoRA Without Regret and QLoRA: attention alone does worse, though it gets a high
 all layers.
 """
 
-import torch
-from common import SEEDS, arms, record
+from common import SEEDS, arms, experiment, record
 
 RANKS = {"attention": 72, "mlp": 51, "all-linear": 30}
 """About 885,000 parameters each: 12,288, 17,280 and 29,568 for each rank."""
@@ -15,7 +14,6 @@ RANKS = {"attention": 72, "mlp": 51, "all-linear": 30}
 
 def main() -> None:
     """150 steps; each at three rates, two seeds."""
-    torch.set_num_threads(1)
     rows = []
     for targets, rank in RANKS.items():
         settings = (f"lora.targets={targets}", f"lora.rank={rank}", "train.lr=2e-3,4e-3,8e-3", "train.steps=150")
@@ -24,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("layers", main)

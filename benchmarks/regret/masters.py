@@ -7,9 +7,10 @@ Without a copy an update that is small beside its parameter is rounded away, the
 
 import json
 from itertools import islice
+from typing import Any
 
 import torch
-from common import RECIPES, record, rows_ready
+from common import RECIPES, each, experiment, record, rows_ready
 from transformers import AutoTokenizer
 
 import qlora_kit as qk
@@ -34,34 +35,34 @@ def encoded(name: str) -> list[Encoded]:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     lines = (RECIPES / name).read_text(encoding="utf-8").splitlines()[: STEPS * ROWS + SPARE]
     ids = ([*tokenizer(json.loads(line)["text"]).input_ids, tokenizer.eos_token_id] for line in lines)
-    return [Encoded(each, [True] * len(each)) for each in ids if len(each) <= 256]
+    return [Encoded(row, [True] * len(row)) for row in ids if len(row) <= 256]
+
+
+def learnt(arm: tuple[float, str]) -> dict[str, Any]:
+    """One run."""
+    lr, kind = arm
+    dtype, masters = KINDS[kind]
+    model = qk.load_base(BASE, quantization="none", compute_dtype="float32", device="cpu")
+    qk.add_lora(model, rank=16, dtype=dtype)
+    trained = list(adapter_parameters(model))
+    before = [parameter.detach().clone() for _, parameter in trained]
+    optimizer = AdapterOptimizer(trained, "adamw", master_weights=masters)
+    rows = iter(encoded("far.jsonl"))
+    for _ in range(STEPS):
+        batch = collate_rows([[row] for row in islice(rows, ROWS)], 1)
+        accumulate_gradients(model.train(), [batch], batch.count)
+        optimizer.step(lr)
+    moved = sum((parameter != old).sum().item() for (_, parameter), old in zip(trained, before, strict=True))
+    loss = evaluate_loss(model, [collate_rows([[row]], 1) for row in encoded("far-held-out.jsonl")]).loss
+    share = moved / sum(old.numel() for old in before)
+    return {"kind": kind, "lr": lr, "held_out_loss": round(loss, 5), "moved": round(share, 4)}
 
 
 def main() -> None:
     """Rank 16, four rates."""
-    torch.set_num_threads(1)
     rows_ready()
-    found = []
-    held_out = [collate_rows([[row]], 1) for row in encoded("far-held-out.jsonl")]
-    for lr in (1e-5, 1e-4, 1e-3, 4e-3):
-        for kind, (dtype, masters) in KINDS.items():
-            model = qk.load_base(BASE, quantization="none", compute_dtype="float32", device="cpu")
-            qk.add_lora(model, rank=16, dtype=dtype)
-            trained = list(adapter_parameters(model))
-            before = [parameter.detach().clone() for _, parameter in trained]
-            optimizer = AdapterOptimizer(trained, "adamw", master_weights=masters)
-            rows = iter(encoded("far.jsonl"))
-            for _ in range(STEPS):
-                batch = collate_rows([[row] for row in islice(rows, ROWS)], 1)
-                accumulate_gradients(model.train(), [batch], batch.count)
-                optimizer.step(lr)
-            moved = sum((parameter != old).sum().item() for (_, parameter), old in zip(trained, before, strict=True))
-            loss = evaluate_loss(model, held_out).loss
-            share = moved / sum(old.numel() for old in before)
-            found.append({"kind": kind, "lr": lr, "held_out_loss": round(loss, 5), "moved": round(share, 4)})
-            print(found[-1], flush=True)
-        record("masters", found)
+    record("masters", each(learnt, [(lr, kind) for lr in (1e-5, 1e-4, 1e-3, 4e-3) for kind in KINDS]))
 
 
 if __name__ == "__main__":
-    main()
+    experiment("masters", main)

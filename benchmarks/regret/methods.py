@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from common import RECIPES, arms, record, rows_ready
+from common import RECIPES, arms, each, experiment, record, rows_ready
 from peft import IA3Config, PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,8 +36,9 @@ def loss_of(model: PeftModel, rows: list[torch.Tensor]) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=seen, labels=labels).loss
 
 
-def tuned(config: IA3Config | PromptTuningConfig, lr: float, seed: int) -> dict[str, Any]:
+def tuned(arm: tuple[IA3Config | PromptTuningConfig, float, int]) -> dict[str, Any]:
     """One run."""
+    config, lr, seed = arm
     torch.manual_seed(seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -58,14 +59,13 @@ def tuned(config: IA3Config | PromptTuningConfig, lr: float, seed: int) -> dict[
 
 def with_seeds(method: str, config: IA3Config | PromptTuningConfig, rates: Sequence[float]) -> list[dict[str, Any]]:
     """Each rate with one seed, and the best with two more."""
-    rows = [tuned(config, lr, 0) for lr in rates]
+    rows = each(tuned, [(config, lr, 0) for lr in rates])
     best = min(rows, key=lambda row: row["held_out_loss"])["lr"]
-    return [{"method": method, **row} for row in (*rows, tuned(config, best, 1), tuned(config, best, 2))]
+    return [{"method": method, **row} for row in (*rows, *each(tuned, [(config, best, 1), (config, best, 2)]))]
 
 
 def main() -> None:
     """IA3, a prompt of 20 tokens, LoRA of rank 1 at its best rate; rank 16 is in quantised.py."""
-    torch.set_num_threads(1)
     rows_ready()
     causal = TaskType.CAUSAL_LM
     ia3 = IA3Config(
@@ -82,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("methods", main)

@@ -6,8 +6,7 @@ LoRA Without Regret: LoRA's best rate is about 10 times that of full fine-tuning
 100 steps, and hardly depends on the rank.
 """
 
-import torch
-from common import SEEDS, arms, record
+from common import SEEDS, arms, experiment, record
 
 LORA = "train.lr=1e-3,2e-3,4e-3,8e-3,1.6e-2,3.2e-2"
 FULL = "train.lr=2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3"
@@ -15,11 +14,10 @@ FULL = "train.lr=2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3"
 
 def main() -> None:
     """60 steps each, two seeds."""
-    torch.set_num_threads(1)
     lora = arms({"method": "lora"}, "lora.rank=1,4,16,128", LORA, SEEDS)
     record("rate", lora)
     record("rate", lora + arms({"method": "full"}, "train.full_finetune=true", FULL, SEEDS))
 
 
 if __name__ == "__main__":
-    main()
+    experiment("rate", main)

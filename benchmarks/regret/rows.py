@@ -5,14 +5,12 @@ python benchmarks/regret/rows.py       write benchmarks/regret/rows.jsonl
 
 import tempfile
 
-import torch
-from common import arms, record
+from common import arms, experiment, record
 from data import RATES, first_rows
 
 
 def main() -> None:
     """Rank 64 and full fine-tuning on near and far text; one seed, since the runs are long."""
-    torch.set_num_threads(2)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind, (lora, full) in RATES.items():
@@ -23,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    experiment("rows", main)
