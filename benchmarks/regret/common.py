@@ -55,26 +55,35 @@ def larger_base() -> str:
     return f"base.model={folder}"
 
 
-def arms(label: Mapping[str, Any], *settings: str, recipe: Path = RECIPES / "text.yaml") -> list[dict[str, Any]]:
+def arms(label: Mapping[str, Any], *settings: str) -> list[dict[str, Any]]:
     """Train a grid and tell of each run what it came to.
 
     Args:
         label: what the rows have in common that is no axis.
         settings: of the recipe, as `qlora-kit sweep` takes them; with no axis among them it is one run.
-        recipe: to run.
 
     Returns:
         a row an arm: `label`, the axes by their last names, and the held-out loss after the last step, the curve of
         held-out losses, sizes, memory and time.
     """
+    return together([(label, settings)])
+
+
+def together(grids: Iterable[tuple[Mapping[str, Any], Sequence[str]]]) -> list[dict[str, Any]]:
+    """The runs of several grids side by side: labels and settings as `arms` takes them."""
     rows_ready()
     with tempfile.TemporaryDirectory() as name:
-        own = [*settings, f"output={Path(name, 'arm')}"]
-        cells = read_grid(recipe, own).cells if has_axes(own) else [Cell("arm", {}, read_recipe(recipe, own))]
-        found = each(_trained, cells)
+        labelled = [(label, cell) for number, (label, settings) in enumerate(grids)
+                    for cell in _cells([*settings, f"output={Path(name, str(number))}"])]  # fmt: skip
+        found = each(_trained, [cell for _, cell in labelled])
     if all("failed" in told for told in found):
         raise SystemExit(f"every run failed, the first: {found[0]['failed']}")
-    return [{**label, **told} for told in found]
+    return [{**label, **told} for (label, _), told in zip(labelled, found, strict=True)]
+
+
+def _cells(settings: Sequence[str]) -> Sequence[Cell]:
+    recipe = RECIPES / "text.yaml"
+    return read_grid(recipe, settings).cells if has_axes(settings) else [Cell("run", {}, read_recipe(recipe, settings))]
 
 
 def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from common import RECIPES, SEEDS, arms, experiment, record, rows_ready
+from common import RECIPES, SEEDS, experiment, record, rows_ready, together
 
 RATES = {"near": (4e-3, 1e-3), "far": (8e-3, 2e-3)}
 """Of LoRA and of full fine-tuning: on far text the best for 32 rows a step (batch.py), on near text half of that."""
@@ -32,16 +32,17 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for count, passes, seeds in ((100, 10, SEEDS), (1000, 2, "train.seed=0")):
+            grids = []
             for kind, (lora, full) in RATES.items():
                 label, settings = {"kind": kind, "rows": count}, (seeds, *first_rows(folder, kind, count, passes))
-                rows += arms({**label, "method": "lora"}, "lora.rank=4,64", f"train.lr={lora}", *settings)
-                rows += arms({**label, "method": "full"}, "train.full_finetune=true", f"train.lr={full}", *settings)
-                record("data", rows)
-        label, settings = {"kind": "near", "rows": 100, "rank": 64}, first_rows(folder, "near", 100, 10)
-        for shrink in SHRINK:
-            own = ("lora.rank=64", f"train.lr={RATES['near'][0]}", shrink)
-            rows += arms({**label, "method": "lora"}, *own, *settings)
+                grids.append(({**label, "method": "lora"}, ("lora.rank=4,64", f"train.lr={lora}", *settings)))
+                grids.append(({**label, "method": "full"}, ("train.full_finetune=true", f"train.lr={full}", *settings)))
+            rows += together(grids)
             record("data", rows)
+        label, settings = {"kind": "near", "rows": 100, "rank": 64}, first_rows(folder, "near", 100, 10)
+        lora = ("lora.rank=64", f"train.lr={RATES['near'][0]}", *settings)
+        rows += together([({**label, "method": "lora"}, (shrink, *lora)) for shrink in SHRINK])
+        record("data", rows)
 
 
 if __name__ == "__main__":
