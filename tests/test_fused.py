@@ -222,6 +222,8 @@ def test_the_compiled_decoder_gives_the_bits_of_bitsandbytes(kind, double_quant,
 @pytest.mark.parametrize(("offset", "threads"), [(0, 1), (0, 2), (1, 1), (32, 2)])
 def test_a_matrix_that_no_cache_keeps_has_the_bits_of_its_parts_wherever_it_lies(offset, threads, monkeypatch):
     """Above 48 MiB the decoder for AVX512 writes past the caches, if a result begins where a line does."""
+    if not native.library().decodes_fast():
+        pytest.skip("this processor has no such decoder")
     monkeypatch.setattr(kernels, "threads", lambda: threads)
     rows, width = 6200, 4096
     codes = torch.randint(256, (rows * width // 2,), dtype=torch.uint8)
@@ -230,7 +232,7 @@ def test_a_matrix_that_no_cache_keeps_has_the_bits_of_its_parts_wherever_it_lies
     out = whole[offset:-64].view(rows, width)
     assert out.nbytes > 48 * 2**20
     assert (out.data_ptr() % 64 == 0) == (offset % 32 == 0)
-    kernels.decode_4bit_into(out, codes, absmax, 64, "nf4")
+    assert kernels.decode_4bit_into(out, codes, absmax, 64, "nf4").any()
     parts = zip(out.split(2000), codes.split(1000 * width), absmax.split(2000 * width // 64), strict=True)
     for part, *stored in parts:
         assert torch.equal(part, kernels.decode_4bit_into(torch.empty_like(part), *stored, 64, "nf4"))

@@ -122,10 +122,7 @@ def main() -> None:
         )
         gpt2_base, bert_base = each(pretrain, starts)
         kinds = {
-            "GPT-2, far text": (
-                gpt2_base,
-                ("train.steps=120", "train.eval_every=120"),
-            ),
+            "GPT-2, far text": (gpt2_base, ("train.steps=120", "train.eval_every=120")),
             "BERT, kinds of files": (
                 bert_base,
                 (

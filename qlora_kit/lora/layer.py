@@ -251,7 +251,8 @@ class LoraLinear(LoraLayer):
         return self.adapter(self.active).forward(x, read, bias)
 
     def plain_update(self) -> Update | None:
-        """As `Sibling` has it."""
+        """The update in use, (rank, in) and (out, rank); None where there is none, or it is more than a product of A and B
+        with the input (DoRA, dropout)."""
         adapter = None if self.active is None else self.adapter(self.active)
         if adapter is None or adapter.is_dora or (adapter.training and adapter.dropout > 0):
             return None
