@@ -251,7 +251,7 @@ class LoraLinear(LoraLayer):
         return self.adapter(self.active).forward(x, read, bias)
 
     def plain_update(self) -> Update | None:
-        """The update in use, (rank, in) and (out, rank); None where there is none, or it is more than a product of A and B
+        """The update in use, A (rank, in) and B (out, rank); None where there is none, or it is more than their product
         with the input (DoRA, dropout)."""
         adapter = None if self.active is None else self.adapter(self.active)
         if adapter is None or adapter.is_dora or (adapter.training and adapter.dropout > 0):
