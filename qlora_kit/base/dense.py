@@ -17,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.formats import Quantization, decode_4bit, quantize
 from qlora_kit.base.kernels import decode_int8_into
+from qlora_kit.base.multiply import can_multiply, multiply_stored
 from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
-from qlora_kit.ops import Decode, Workspace, lora_linear
+from qlora_kit.ops import Decode, Stored, Workspace, lora_linear
 
 STORED = ("codes", "absmax", "absmax_scale", "absmax_offset")
 """What `quantize` gives, in the order in which it gives it; the last two are for double quantisation alone."""
@@ -76,14 +77,37 @@ class QuantizedWeight(nn.Module):
         if codes is None or absmax is None:
             raise ModelError(f"a {type(self).__name__} has lost its codes or constants; load the base again")
         shape = (self.out_features if rows is None else rows, self.in_features)
-        if lent and self.workspace is not None:
-            out_OI = self.workspace.lend(shape, dtype, codes)
-        else:
-            out_OI = torch.empty(shape, dtype=dtype, device=codes.device)
+        out_OI = self._memory(shape, dtype, codes) if lent else torch.empty(shape, dtype=dtype, device=codes.device)
         if self.quantization.kind == "int8":
             return decode_int8_into(out_OI, codes, absmax)
         scale, offset = stored.get("absmax_scale"), stored.get("absmax_offset")
         return decode_4bit(codes, absmax, scale, offset, self.quantization, out_OI)
+
+    def multiply(
+        self, stored: Mapping[str, Tensor | None], x: Tensor, bias: Tensor | None, *, is_back: bool
+    ) -> Tensor | None:
+        """A product with a matrix as it is stored; None where it has to be read for it.
+
+        Args:
+            stored: as `quantize` names them.
+            x: as `Stored.multiply` is given it, like the rest.
+        """
+        shape, codes = (self.out_features, self.in_features), stored["codes"]
+        if codes is None or not can_multiply(x, shape, self.quantization):
+            return None
+        # Memory that nothing is written to, so that the system gives no page for it: plans are made for processors that
+        # decode into it, too, of the same fake tensors.
+        _, made = (
+            self._memory(shape, x.dtype, codes),
+            multiply_stored(x, stored, shape, self.quantization, bias=bias, is_back=is_back),
+        )
+        return made
+
+    def _memory(self, shape: tuple[int, int], dtype: torch.dtype, like: Tensor) -> Tensor:
+        """For a matrix that is let go after a multiplication."""
+        if self.workspace is None:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        return self.workspace.lend(shape, dtype, like)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         """Follow `.to(device)`, but not a change of dtype: constants cut to bf16 would change every weight."""
@@ -108,6 +132,26 @@ class QuantizedWeight(nn.Module):
         if not torch.equal(state.cpu(), self.get_extra_state()):
             found = bytes(state.tolist()).decode(errors="replace")
             raise ModelError(f"the state dict holds a layer in {found}, this one is in {self.quantization}")
+
+
+class Lent(Stored):
+    """A quantised matrix for products: multiplied as it is stored, or read into lent memory.
+
+    Args:
+        weight: that it is, or is part of.
+        stored: gives its codes and constants, as `quantize` names them.
+    """
+
+    def __init__(self, weight: QuantizedWeight, stored: Callable[[], Mapping[str, Tensor | None]]) -> None:
+        self._weight, self._stored = weight, stored
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (out, in)."""
+        return self._weight.read(self._stored(), dtype, lent=True)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None, *, is_back: bool = False) -> Tensor | None:
+        """x W^T + bias, or with `is_back` x W; None where the weight has to be read for it."""
+        return self._weight.multiply(self._stored(), x, bias, is_back=is_back)
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -168,9 +212,14 @@ class QuantizedLinear(QuantizedWeight):
         """The same in memory of the model's workspace, to be multiplied and let go."""
         return self.read(self._buffers, dtype, lent=True)
 
+    @property
+    def lent(self) -> Lent:
+        """The weight for products."""
+        return Lent(self, lambda: self._buffers)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        return lora_linear(x, self.borrow, self.bias)
+        return lora_linear(x, self.lent, self.bias)
 
     def extra_repr(self) -> str:
         """What printing the model shows of the layer."""
@@ -213,7 +262,7 @@ def decode(module: Linear, dtype: torch.dtype) -> Tensor:
 
 def reader(module: Linear) -> Decode:
     """What `lora_linear` reads the frozen weight of a linear layer with."""
-    return module.borrow if isinstance(module, QuantizedLinear) else partial(decode, module)
+    return module.lent if isinstance(module, QuantizedLinear) else partial(decode, module)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qlora_kit.base.dense import STORED, Kept, QuantizedWeight, nothing_kept
+from qlora_kit.base.dense import STORED, Kept, Lent, QuantizedWeight, nothing_kept
 from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.pages import let_go, let_go_of_clean_files
 from qlora_kit.ops import Decode, lora_linear
@@ -99,17 +99,19 @@ class ExpertStack(QuantizedWeight):
 
     def dense(self, expert: int, dtype: torch.dtype) -> Tensor:
         """The weight of one expert, (out, in), in `dtype`."""
-        return self._read(expert, dtype, lent=False)
+        if self.quantization.kind == "none":
+            return self.get_buffer("codes")[expert].to(dtype)
+        return self.read(self._of(expert), dtype)
 
     def decoders(self) -> list[Decode]:
         """For each expert what `lora_linear` reads its weight with."""
-        return [partial(self._read, expert, lent=True) for expert in range(self.experts)]
-
-    def _read(self, expert: int, dtype: torch.dtype, *, lent: bool) -> Tensor:
         if self.quantization.kind == "none":
-            return self.get_buffer("codes")[expert].to(dtype)
-        stored = {name: buffer[expert] for name, buffer in self.named_buffers(recurse=False)}
-        return self.read(stored, dtype, lent=lent)
+            return [partial(self.dense, expert) for expert in range(self.experts)]
+        return [Lent(self, partial(self._of, expert)) for expert in range(self.experts)]
+
+    def _of(self, expert: int) -> dict[str, Tensor]:
+        """Codes and constants of one expert."""
+        return {name: buffer[expert] for name, buffer in self.named_buffers(recurse=False)}
 
     def forward(self) -> list[Callable[[Tensor], Tensor]]:
         """A function for each expert, (tokens, in) -> (tokens, out) in the dtype of its input."""

@@ -8,6 +8,7 @@ Each operator has a fake form, counts no FLOPs, and has a twin in plain torch. A
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -112,17 +113,20 @@ def _check(is_so: bool, message: Callable[[], str]) -> None:
         raise RuntimeError(message())
 
 
-def _check_4bit(
-    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, out: Tensor
+def check_4bit(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, shape: tuple[int, ...]
 ) -> None:
-    """C reads and writes as many as it is told: so they must be there, in this type and order."""
-    count, shape = out.numel(), tuple(out.shape)
+    """C reads as many as it is told: so they must be there, in this type.
+
+    Raises:
+        RuntimeError: codes or constants are not those of a 4-bit matrix of this shape.
+    """
+    count = math.prod(shape)
     blocks = -(-count // block_size)
     dtype = torch.float32 if scale is None else torch.uint8
-    _check(codes.numel() == (count + 1) // 2, lambda: f"{codes.numel()} bytes of codes for {shape}")
-    _check(absmax.numel() == blocks, lambda: f"{absmax.numel()} constants for {shape}")
+    _check(codes.numel() == (count + 1) // 2, lambda: f"{codes.numel()} bytes of codes for {tuple(shape)}")
+    _check(absmax.numel() == blocks, lambda: f"{absmax.numel()} constants for {tuple(shape)}")
     _check(absmax.dtype == dtype, lambda: f"constants in {absmax.dtype}")
-    _check(out.is_contiguous(), lambda: f"strides {out.stride()} of {shape}")
     _check(codes.dtype == torch.uint8, lambda: f"codes in {codes.dtype}")
     _check_constant("scales", scale, -(-blocks // ABSMAX_BLOCK))
     _check_constant("offsets", offset, 1)
@@ -132,6 +136,14 @@ def _check_constant(what: str, constant: Tensor | None, count: int) -> None:
     if constant is not None:
         _check(constant.numel() == count, lambda: f"{constant.numel()} {what}, {count} wanted")
         _check(constant.dtype == torch.float32, lambda: f"{what} in {constant.dtype}")
+
+
+def _check_4bit(
+    codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, out: Tensor
+) -> None:
+    """And writes them one after another."""
+    check_4bit(codes, absmax, scale, offset, block_size, out.shape)
+    _check(out.is_contiguous(), lambda: f"strides {out.stride()} of {tuple(out.shape)}")
 
 
 @torch.library.impl("qlora_kit::decode_4bit", "cpu")
@@ -193,9 +205,14 @@ def _decode_4bit_cuda(
     torch.ops.bitsandbytes.dequantize_4bit.out(codes, absmax, block_size, kind, out.shape, out.dtype, out=out)
 
 
-def _check_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    _check(codes.shape == out.shape, lambda: f"codes {tuple(codes.shape)} for {tuple(out.shape)}")
-    _check(absmax.shape == codes.shape[:1], lambda: f"{tuple(absmax.shape)} constants for {tuple(out.shape)}")
+def check_int8(codes: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> None:
+    """The same for an int8 matrix.
+
+    Raises:
+        RuntimeError: codes or constants are not those of an int8 matrix of this shape.
+    """
+    _check(codes.shape == shape, lambda: f"codes {tuple(codes.shape)} for {tuple(shape)}")
+    _check(absmax.shape == codes.shape[:1], lambda: f"{tuple(absmax.shape)} constants for {tuple(shape)}")
     _check(codes.dtype == torch.int8, lambda: f"codes in {codes.dtype}")
     _check(absmax.dtype == torch.float32, lambda: f"constants in {absmax.dtype}")
 
@@ -212,7 +229,7 @@ torch.library.impl("qlora_kit::decode_int8", "default", _decode_int8)
 
 @torch.library.impl("qlora_kit::decode_int8", "cpu")
 def _decode_int8_cpu(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    _check_int8(codes, absmax, out)
+    check_int8(codes, absmax, out.shape)
     kernel = typed_kernel("decode_int8", out)
     if kernel is None or not out.is_contiguous():
         _decode_int8(codes, absmax, out)
@@ -230,7 +247,7 @@ def _decode_4bit_fake(
 
 @torch.library.register_fake("qlora_kit::decode_int8")
 def _decode_int8_fake(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    _check_int8(codes, absmax, out)
+    check_int8(codes, absmax, out.shape)
 
 
 @register_flop_formula([torch.ops.qlora_kit.decode_4bit, torch.ops.qlora_kit.decode_int8])

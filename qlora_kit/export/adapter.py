@@ -5,14 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.export.folder import write_generation_config, write_tokenizer
 from qlora_kit.export.sealed import check_disk, check_vacant, seal, settings_of, without_prefix, write_card
-from qlora_kit.export.stream import streamed, write_safetensors
 from qlora_kit.export.trained_against import trained_against
-from qlora_kit.lora.adapters import CONFIG, WEIGHTS, save_adapter
+from qlora_kit.lora.adapters import CONFIG, save_adapter
 from qlora_kit.lora.layer import carriers
 from qlora_kit.storage import read_json, staged_folder, write_text
 
@@ -48,7 +46,6 @@ def export_adapter(
     facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)
     with staged_folder(out, replaces=False) as staged:
         save_adapter(model, staged, name=name, provenance={**against, **facts})
-        _stabilise(staged / WEIGHTS)
         config = read_json(staged / CONFIG) | {"base_model_name_or_path": facts["base"]}
         config |= {"revision": facts["revision"]} if "revision" in facts else {}
         write_text(staged / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -62,12 +59,3 @@ def export_adapter(
         }
         write_card(staged, "LoRA adapter", facts["base"], "peft", ["qlora-kit", "qlora", "lora"], sections)
         return seal(staged, {"kind": "adapter", "comparisons": {}, "provenance": facts, "trained_against": against})
-
-
-def _stabilise(path: Path) -> None:
-    """Write an adapter's file again in one fixed order: the library writes metadata in an order of chance."""
-    with safe_open(path, framework="pt") as file:
-        metadata = dict(sorted(file.metadata().items()))
-        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    path.unlink()
-    write_safetensors(path, [streamed(key, tensor) for key, tensor in tensors.items()], metadata)

@@ -1,5 +1,6 @@
 """Differentiable mathematics on plain tensors; nothing here knows a model, a file or a recipe."""
 
+from qlora_kit.ops.frozen import Decode, Stored
 from qlora_kit.ops.gated import Gate, gated, gated_plain
 from qlora_kit.ops.linear_cross_entropy import (
     IGNORED,
@@ -9,7 +10,6 @@ from qlora_kit.ops.linear_cross_entropy import (
     linear_cross_entropy_plain,
 )
 from qlora_kit.ops.lora_linear import (
-    Decode,
     Shared,
     Update,
     compute_dtype,
@@ -34,6 +34,7 @@ __all__ = [
     "KeptProducts",
     "LogitRule",
     "Shared",
+    "Stored",
     "Update",
     "Workspace",
     "compute_dtype",

@@ -31,7 +31,7 @@ Sources: LoRA, arXiv 2106.09685, equation 3; QLoRA, arXiv 2305.14314, equation 5
 and 11.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -39,13 +39,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qlora_kit.ops.frozen import Decode, back_through, times
 from qlora_kit.ops.products import product
 from qlora_kit.ops.rows import as_rows
 
 _TINY = torch.finfo(torch.float32).tiny
-
-Decode = Callable[[torch.dtype], Tensor]
-"""Gives the frozen weight, (out, in), in the dtype asked for."""
 
 
 def lora_linear(
@@ -204,7 +202,7 @@ def _back_through(g: Sequence[Tensor | None], decodes: Sequence[Decode]) -> Tens
     dx: Tensor | None = None
     for g_TO, decode in zip(g, decodes, strict=True):
         if g_TO is not None:
-            through = g_TO @ decode(g_TO.dtype)
+            through = back_through(g_TO, decode)
             dx = through if dx is None else dx.add_(through)  # quicker than addmm_ in 16 bits (benchmarks/LOG.md)
     assert dx is not None
     return dx
@@ -227,7 +225,15 @@ def _add_product(sum_TN: Tensor, parts: tuple[Tensor, ...], right_RN: Tensor, sc
     if len(parts) == 1:
         sum_TN.addmm_(parts[0], right_RN, alpha=scale)
     else:
-        sum_TN.addmm_(torch.cat(parts, 1), torch.cat([right_RN] * len(parts)), alpha=scale)
+        sum_TN.addmm_(torch.cat(parts, 1), _as_it_lies([right_RN] * len(parts)), alpha=scale)
+
+
+def _as_it_lies(matrices_RN: Sequence[Tensor]) -> Tensor:
+    """Matrices one below the other. B comes turned, and copied in its own layout it takes a third of the time
+    (benchmarks/LOG.md)."""
+    if matrices_RN[0].is_contiguous():
+        return torch.cat(list(matrices_RN))
+    return torch.cat([each.t() for each in matrices_RN], 1).t()
 
 
 def lora_linear_plain(
@@ -259,14 +265,14 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, decode: Decode, bias: Tensor | None) -> Tensor:
         ctx.decode, ctx.shape, ctx.dtype = decode, x.shape, x.dtype
-        return product(lambda: _shaped(_base_product(x, decode(compute_dtype(x)), bias), x.shape[:-1]))
+        return product(lambda: _shaped(times(x, decode, bias, compute_dtype(x)), x.shape[:-1]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        dx = as_rows(grad) @ ctx.decode(grad.dtype)
+        dx = back_through(grad, ctx.decode)
         return dx.view(ctx.shape).to(ctx.dtype), None, None
 
 
@@ -334,24 +340,19 @@ class _Product(torch.autograd.Function):
         b_OR: Tensor,
         scale: float,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        def make(w_OI: Tensor) -> Tensor:
-            y_TO = _base_product(x, w_OI, bias)
+        def make(decode: Decode) -> Tensor:
+            y_TO = times(x, decode, bias, slot.dtype)
             _add_product(y_TO, h, b_OR.to(slot.dtype).t(), scale)
             return _shaped(y_TO, x.shape[:-1])
 
         if a_RI is None:
-            return product(lambda: make(decode(slot.dtype)))
+            return product(lambda: make(decode))
         w_OI = decode(slot.dtype)
         aw_RO = F.linear(a_RI.to(slot.dtype), w_OI)
         ctx.mark_non_differentiable(aw_RO)
-        return make(w_OI), aw_RO
+        return make(lambda _: w_OI), aw_RO
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
         return grad, None, None, None, None, None, None, None
-
-
-def _base_product(x: Tensor, w_OI: Tensor, bias: Tensor | None) -> Tensor:
-    """(T, O), in the dtype of the weight."""
-    return F.linear(as_rows(x).to(w_OI.dtype), w_OI, None if bias is None else bias.to(w_OI.dtype))

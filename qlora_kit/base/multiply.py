@@ -1,0 +1,168 @@
+"""Products with a quantised matrix as it is stored, as an operator of torch: `qlora_kit::multiply_stored`.
+
+On a CPU that multiplies tiles (Intel AMX) C code decodes some columns at a time into the first cache and multiplies
+them there (ops/native/tiles.c): faster than to write the decoded matrix and multiply that (benchmarks/LOG.md).
+Elsewhere weights are decoded; `can_multiply` says which.
+
+The operator has a fake form, FLOPs as any product has, and a twin in plain torch. Axes: T tokens, O out, I in.
+"""
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from qlora_kit.base.formats import Quantization, decode_4bit
+from qlora_kit.base.kernels import check_4bit, check_int8, decode_int8_into, table_4bit, table_8bit
+from qlora_kit.ops.native import address, library, size, threads
+
+_BLOCK = 64
+"""Inputs that are decoded together; a block of constants must be some of these, or one constant would be two's."""
+_OUTPUTS = 32
+
+torch.library.define(
+    "qlora_kit::multiply_stored",
+    "(Tensor x, Tensor? bias, Tensor codes, Tensor absmax, Tensor? scale, Tensor? offset, int block_size, str kind, "
+    "int out, int width, bool is_back) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+class _Stored(ctypes.Structure):
+    """`Stored` of tiles.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "absmax8", "scale", "offset", "table8", "absmax", "table4")),
+        *((name, ctypes.c_int64) for name in ("out", "width", "shift")),
+    ]
+
+
+def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization) -> bool:
+    """Whether a product with such a matrix is taken without decoding it first.
+
+    Args:
+        x: what it is multiplied with.
+        shape: (out, in) of the matrix.
+        quantization: its format.
+    """
+    return not torch.compiler.is_compiling() and _fits(x, *shape, quantization.kind, quantization.block_size)
+
+
+def multiply_stored(
+    x: Tensor,
+    stored: Mapping[str, Tensor | None],
+    shape: tuple[int, int],
+    quantization: Quantization,
+    *,
+    bias: Tensor | None = None,
+    is_back: bool = False,
+) -> Tensor:
+    """x W^T + bias, or with `is_back` x W; each weight is rounded once to bf16, sums are fp32 and rounded once.
+
+    Args:
+        x: (T, in), or (T, out) with `is_back`; bf16.
+        stored: codes and constants as `quantize` names them.
+        shape: (out, in).
+        quantization: nf4, fp4 or int8.
+        bias: (out,), bf16, or None.
+        is_back: whether W is meant and not its transpose.
+
+    Returns:
+        (T, out), or (T, in) with `is_back`; bf16.
+    """
+    codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
+    how = quantization.block_size, quantization.kind
+    made: Tensor = torch.ops.qlora_kit.multiply_stored(x, bias, codes, absmax, scale, offset, *how, *shape, is_back)
+    return made
+
+
+def multiply_stored_plain(
+    x: Tensor,
+    stored: Mapping[str, Tensor | None],
+    shape: tuple[int, int],
+    quantization: Quantization,
+    *,
+    bias: Tensor | None = None,
+    is_back: bool = False,
+) -> Tensor:
+    """The same from a decoded matrix."""
+    codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
+    assert codes is not None
+    assert absmax is not None
+    w_OI = torch.empty(shape, dtype=x.dtype)
+    if quantization.is_4bit:
+        decode_4bit(codes, absmax, scale, offset, quantization, w_OI)
+    else:
+        decode_int8_into(w_OI, codes, absmax)
+    return x @ w_OI if is_back else torch.nn.functional.linear(x, w_OI, bias)
+
+
+def _fits(x: Tensor, out: int, width: int, kind: str, block_size: int) -> bool:
+    """Whether the C code takes it, and the processor what the code was compiled to."""
+    step = _BLOCK if kind == "int8" else block_size
+    fits = out % _OUTPUTS == 0 and step % _BLOCK == 0 and width % step == 0
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and kind != "none" and _has_tiles()
+
+
+@functools.cache
+def _has_tiles() -> bool:
+    kernels = library()
+    return kernels is not None and bool(kernels.multiplies_tiles())
+
+
+@torch.library.impl("qlora_kit::multiply_stored", "cpu")
+def _multiply_stored(
+    x: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    kind: str,
+    out: int,
+    width: int,
+    is_back: bool,
+) -> Tensor:
+    kernels = library()
+    if kernels is None or not _fits(x, out, width, kind, block_size):
+        raise RuntimeError(f"{tuple(x.shape)} with {(out, width)} in {kind}: decode it, can_multiply says no")
+    if kind == "int8":
+        check_int8(codes, absmax, (out, width))
+    else:
+        check_4bit(codes, absmax, scale, offset, block_size, (out, width))
+    y = _shaped(x, out, width, is_back)
+    x, codes, absmax = x.contiguous(), codes.contiguous(), absmax.contiguous()
+    coded, plain = (None, absmax) if scale is None else (absmax, None)
+    table4 = None if kind == "int8" else table_4bit(kind, x.device)
+    tensors = codes, coded, scale, offset, table_8bit(x.device), plain, table4
+    matrix = _Stored(*(address(each) for each in tensors), out, width, block_size.bit_length() - 1)
+    bias = None if bias is None else bias.contiguous()
+    if kernels.multiply_stored(
+        address(x), size(len(x)), ctypes.byref(matrix), int(is_back), address(bias), address(y), threads()
+    ):
+        raise MemoryError("1.3 MiB for a thread's part of a product")
+    return y
+
+
+@torch.library.register_fake("qlora_kit::multiply_stored")
+def _multiply_stored_fake(x: Tensor, *rest: Any) -> Tensor:
+    return _shaped(x, *rest[-3:])
+
+
+def _shaped(x: Tensor, out: int, width: int, is_back: bool) -> Tensor:
+    """The result, without values. A pointer is what C is given: x must have what it reads."""
+    inner, outer = (out, width) if is_back else (width, out)
+    if x.dim() != 2 or x.shape[1] != inner:
+        raise RuntimeError(f"x {tuple(x.shape)}, (tokens, {inner}) wanted")
+    return x.new_empty(len(x), outer)
+
+
+@register_flop_formula(torch.ops.qlora_kit.multiply_stored)
+def _flops(x_shape: Any, *rest: Any, out_shape: Any = None, **__: Any) -> int:
+    (tokens, inner), outer = x_shape, out_shape[-1]
+    return int(2 * tokens * inner * outer)

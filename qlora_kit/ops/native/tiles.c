@@ -1,0 +1,306 @@
+/* Products with a quantised matrix that never stands decoded in memory, on processors that multiply tiles (Intel AMX).
+
+   A few columns of the result at a time, the weights behind them are decoded into the first cache, in the pairs that the
+   tile unit reads, and multiplied there: each value as the decoders give it, rounded once from fp32 to bfloat16. Sums
+   are fp32, in an order that does not depend on how many rows are multiplied, or by how many threads.
+
+   Axes of W: out, in. Forward, y = x W^T, columns of the result are outputs and sums run over inputs; back, y = x W, it
+   is the other way round. In what follows a sum has `depth` terms. Pointers are to contiguous memory, counts and widths
+   in elements. Nothing here checks its arguments: base/multiply.py does, and holds the twin in plain torch. */
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define TILES
+#define _GNU_SOURCE
+#include <immintrin.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#include <stdint.h>
+
+typedef uint16_t bf16;
+
+/* A stored matrix. 4 bits: two codes a byte, the even one high, and constants as in kernels.c. int8: `codes` and
+   `absmax` of each row; `table4` is null. */
+typedef struct {
+    const uint8_t *codes, *absmax8;
+    const float *scale, *offset, *table8, *absmax, *table4;
+    int64_t out, in, shift; /* a block has 2^shift weights */
+} Stored;
+
+#ifndef TILES
+
+int multiplies_tiles(void) { return 0; }
+
+int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *y, int threads) {
+    (void)x, (void)rows, (void)w, (void)back, (void)bias, (void)y, (void)threads;
+    return 1;
+}
+
+#else
+
+enum {
+    DEPTH = 256,   /* terms of a sum that are decoded at once: with PANEL columns 32 KiB, of 48 in the first cache */
+    PANEL = 64,    /* columns that are decoded at once */
+    ROWS = 512,    /* rows of x that are multiplied at once; more decode the matrix again */
+    SUMS = 1 << 18 /* sums that wait for their next terms: 1 MiB, of 2 in the second cache */
+};
+enum { TILE = 512, SUM = 256 }; /* elements: 16 rows of 32 bfloat16, 16 of 16 floats */
+
+typedef struct {
+    bf16 panel[PANEL * DEPTH], left[ROWS * DEPTH];
+    float sums[SUMS];
+} Scratch;
+
+/* One a thread, kept: 1.3 MiB, less than the pages of a new one would cost. */
+static Scratch *scratch(void) {
+    static _Thread_local Scratch *kept;
+    if (!kept) kept = aligned_alloc(64, sizeof *kept);
+    return kept;
+}
+
+static inline int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline float constant(const Stored *w, int64_t row, int64_t column) {
+    int64_t b = (row * w->in + column) >> w->shift;
+    return w->absmax8 ? w->table8[w->absmax8[b]] * w->scale[b / 256] + *w->offset : w->absmax[b];
+}
+
+/* Two vectors of 16 floats as bfloat16, in turn: a0 b0 a1 b1 ... */
+static inline __m512i in_turn(__m512 a, __m512 b) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
+/* 16 vectors of 16 words, rows and columns exchanged. */
+static inline void turn(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+            r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k += 8) {
+            t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
+            t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
+        }
+    for (int i = 0; i < 8; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+/* Where in a panel the pairs of term k of the next 16 columns lie; tiles of 32 terms, two beside each other. */
+static inline bf16 *pairs(bf16 *panel, int64_t column, int64_t k) {
+    return panel + column / 32 * 32 * DEPTH + k / 32 * 2 * TILE + column % 32 / 16 * TILE + k % 32 / 2 * 32;
+}
+
+/* 4 bits, forward: 16 outputs, 128 inputs at a time, whose codes are turned so that a vector holds 8 of each output. */
+static void forward4(const Stored *w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
+    const __m512 table = _mm512_loadu_ps(w->table4);
+    for (int64_t k = 0; k < depth; k += 128) {
+        int words = (int)less(depth - k, 128) / 8;
+        __m512i r[16];
+        float factors[2][16];
+        for (int n = 0; n < 16; n++) {
+            r[n] = _mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), w->codes + ((o + n) * w->in + k0 + k) / 2);
+            factors[0][n] = constant(w, o + n, k0 + k);
+            if (words > 8) factors[1][n] = constant(w, o + n, k0 + k + 64);
+        }
+        turn(r);
+        for (int d = 0; d < words; d++) {
+            __m512 factor = _mm512_loadu_ps(factors[d / 8]);
+            bf16 *to = pairs(panel, column, k + 8 * d);
+            for (int j = 0; j < 4; j++) {
+                __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(r[d], 8 * j + 4), table);
+                __m512 odd = _mm512_permutexvar_ps(_mm512_srli_epi32(r[d], 8 * j), table);
+                _mm512_store_si512(to + 32 * j, in_turn(_mm512_mul_ps(even, factor), _mm512_mul_ps(odd, factor)));
+            }
+        }
+    }
+}
+
+/* int8, forward: 16 outputs, 64 inputs at a time, turned so that a vector holds 4 of each output. */
+static void forward8(const Stored *w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
+    const __m512 constants = _mm512_loadu_ps(w->absmax + o), part = _mm512_set1_ps(1.0f / 127);
+    for (int64_t k = 0; k < depth; k += 64) {
+        __m512i r[16];
+        for (int n = 0; n < 16; n++) r[n] = _mm512_loadu_si512(w->codes + (o + n) * w->in + k0 + k);
+        turn(r);
+        for (int d = 0; d < 16; d++) {
+            __m512 value[4];
+            for (int j = 0; j < 4; j++) {
+                __m512i code = _mm512_srai_epi32(_mm512_slli_epi32(r[d], 24 - 8 * j), 24);
+                value[j] = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(code), constants), part);
+            }
+            bf16 *to = pairs(panel, column, k + 4 * d);
+            _mm512_store_si512(to, in_turn(value[0], value[1]));
+            _mm512_store_si512(to + 32, in_turn(value[2], value[3]));
+        }
+    }
+}
+
+/* 32 values of a row of 4-bit codes, of one block whose 16 values are `table`. */
+static inline __m512i values4(const Stored *w, int64_t row, int64_t column, __m512i table) {
+    __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + (row * w->in + column) / 2)));
+    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16)), table);
+}
+
+static inline __m512i table_of(const Stored *w, int64_t row, int64_t column) {
+    __m512 made = _mm512_mul_ps(_mm512_loadu_ps(w->table4), _mm512_set1_ps(constant(w, row, column)));
+    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(made));
+}
+
+/* 4 bits, back: 64 inputs. Of every 32 the even ones come first, then the odd ones, as two halves of a word bring them. */
+static void back4(const Stored *w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
+    for (int64_t k = 0; k < depth; k += 2) {
+        __m512i one = table_of(w, o0 + k, i), other = table_of(w, o0 + k + 1, i);
+        for (int p = 0; p < 64; p += 32) {
+            __m512i a = values4(w, o0 + k, i + p, one), b = values4(w, o0 + k + 1, i + p, other);
+            _mm512_store_si512(pairs(panel, p, k), _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
+            _mm512_store_si512(pairs(panel, p + 16, k), _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+        }
+    }
+}
+
+static inline __m512 values8(const Stored *w, int64_t row, int64_t column) {
+    __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + row * w->in + column)));
+    __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(w->absmax[row]));
+    return _mm512_mul_ps(product, _mm512_set1_ps(1.0f / 127));
+}
+
+/* int8, back: 64 inputs. */
+static void back8(const Stored *w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
+    for (int64_t k = 0; k < depth; k += 2)
+        for (int p = 0; p < 64; p += 16)
+            _mm512_store_si512(pairs(panel, p, k), in_turn(values8(w, o0 + k, i + p), values8(w, o0 + k + 1, i + p)));
+}
+
+/* `columns` columns of W, from the n-th: 64, or forward 32 where no more are left. */
+static void decode_panel(const Stored *w, int back, int64_t n, int64_t columns, int64_t k0, int64_t depth, bf16 *panel) {
+    if (back) {
+        (w->table4 ? back4 : back8)(w, n, k0, depth, panel);
+        return;
+    }
+    for (int64_t c = 0; c < columns; c += 16) (w->table4 ? forward4 : forward8)(w, n + c, c, k0, depth, panel);
+}
+
+/* x in tiles of 16 rows and 32 terms; rows that are not there are zero. */
+static void pack(const bf16 *x, int64_t stride, int64_t rows, int64_t depth, bf16 *left) {
+    for (int64_t r = 0; r < (rows + 15) / 16 * 16; r++) {
+        bf16 *to = left + r / 16 * 16 * depth + r % 16 * 32;
+        for (int64_t k = 0; k < depth; k += 32) {
+            __m512i values = r < rows ? _mm512_loadu_si512(x + r * stride + k) : _mm512_setzero_si512();
+            _mm512_store_si512(to + k * 16, values);
+        }
+    }
+}
+
+#define ALL(DO) DO(0, 0) DO(1, 1) DO(2, 2) DO(3, 3)
+#define CLEAR(tile, place) _tile_zero(tile);
+#define LOAD(tile, place) _tile_loadd(tile, sums + place * SUM, 64);
+#define STORE(tile, place) _tile_stored(tile, sums + place * SUM, 64);
+
+/* 32 rows and 32 columns of sums, and their next terms. */
+static inline void multiply_four(const bf16 *left, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+    const bf16 *below = left + 16 * depth;
+    if (is_first) { ALL(CLEAR) } else { ALL(LOAD) }
+    for (int64_t k = 0; k < depth / 32; k++) {
+        _tile_loadd(6, panel + 2 * k * TILE, 64);
+        _tile_loadd(4, left + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, panel + (2 * k + 1) * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, below + k * TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    ALL(STORE)
+}
+
+/* The same of 16 rows. */
+static inline void multiply_two(const bf16 *left, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+    if (is_first) { CLEAR(0, 0) CLEAR(1, 1) } else { LOAD(0, 0) LOAD(1, 1) }
+    for (int64_t k = 0; k < depth / 32; k++) {
+        _tile_loadd(4, left + k * TILE, 64);
+        _tile_loadd(6, panel + 2 * k * TILE, 64);
+        _tile_loadd(7, panel + (2 * k + 1) * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    STORE(0, 0) STORE(1, 1)
+}
+
+static void multiply_panel(const bf16 *left, int64_t rows, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+    int64_t r = 0;
+    for (; r + 16 < rows; r += 32) multiply_four(left + r * depth, panel, depth, is_first, sums + r * 32);
+    if (r < rows) multiply_two(left + r * depth, panel, depth, is_first, sums + r * 32);
+}
+
+/* 32 columns of the result, rounded. */
+static void give(const float *sums, int64_t rows, int is_in_turn, const bf16 *bias, bf16 *y, int64_t stride) {
+    __m512 low = _mm512_setzero_ps(), high = low;
+    if (bias) {
+        low = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)bias)), 16);
+        high = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(bias + 16))), 16);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = sums + r / 16 * 2 * SUM + r % 16 * 16;
+        __m512 a = _mm512_add_ps(_mm512_load_ps(from), low), b = _mm512_add_ps(_mm512_load_ps(from + SUM), high);
+        _mm512_storeu_si512(y + r * stride, is_in_turn ? in_turn(a, b) : (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+}
+
+/* Columns n0 to `end` of some rows of the result. */
+static void multiply_block(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, int64_t n0,
+                           int64_t end, Scratch *s, bf16 *y) {
+    int64_t depth = back ? w->out : w->in, width = back ? w->in : w->out, padded = (rows + 31) / 32 * 32;
+    for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
+        int64_t terms = less(depth - k0, DEPTH);
+        pack(x + k0, depth, rows, terms, s->left);
+        for (int64_t n = n0; n < end; n += PANEL) {
+            int64_t columns = less(end - n, PANEL);
+            decode_panel(w, back, n, columns, k0, terms, s->panel);
+            for (int64_t c = 0; c < columns; c += 32)
+                multiply_panel(s->left, rows, s->panel + c * DEPTH, terms, k0 == 0, s->sums + padded * (n - n0 + c));
+        }
+    }
+    for (int64_t n = n0; n < end; n += 32)
+        give(s->sums + padded * (n - n0), rows, back && w->table4, bias ? bias + n : bias, y + n, width);
+}
+
+/* 1 if the processor multiplies tiles, and the system lets this process. */
+int multiplies_tiles(void) {
+    enum { REQUEST = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+}
+
+/* y = x W^T + bias or, with `back`, y = x W. Inputs are a multiple of 64 and of the block, which is a multiple of 64;
+   outputs are a multiple of 32. Not 0 where there is no memory. */
+int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *y, int threads) {
+    int64_t width = back ? w->in : w->out, depth = back ? w->out : w->in, at_once = less(rows, ROWS);
+    int64_t fitting = SUMS / ((at_once + 31) / 32 * 32) / PANEL * PANEL, share = (width / threads + PANEL - 1) / PANEL * PANEL;
+    int64_t block = less(fitting, share > PANEL ? share : PANEL);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Scratch *s = scratch();
+        struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+        for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+        _tile_loadconfig(&shape);
+        if (!s) failed = 1;
+#pragma omp for
+        for (int64_t n = 0; n < width; n += block)
+            for (int64_t r = 0; s && r < rows; r += ROWS)
+                multiply_block(x + r * depth, less(rows - r, ROWS), w, back, bias, n, less(n + block, width), s, y + r * width);
+        _tile_release();
+    }
+    return failed;
+}
+#endif
