@@ -5,13 +5,14 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qlora_kit.base import dense, multiply
+from qlora_kit.base import dense
+from qlora_kit.base import multiply as native
 from qlora_kit.base.formats import Quantization, quantize
-from qlora_kit.base.multiply import can_multiply, multiply_stored, multiply_stored_plain
+from qlora_kit.base.multiply import can_multiply
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import Ledger
 
-pytestmark = pytest.mark.skipif(not multiply._has_tiles(), reason="this processor multiplies no tiles")
+pytestmark = pytest.mark.skipif(not native._has_tiles(), reason="this processor multiplies no tiles")
 
 FORMATS = [
     Quantization("nf4", double_quant=True, block_size=64),
@@ -28,6 +29,15 @@ def matrix(shape, quantization, seed=0):
     return quantize((torch.randn(shape, generator=generator) / 50).bfloat16(), quantization)
 
 
+def multiply_stored(x, stored, shape, quantization, **how):
+    return native.multiply_stored(x, stored, quantization, torch.empty(shape, dtype=torch.bfloat16), **how)
+
+
+def decoded(stored, shape, quantization):
+    space, one = torch.empty(shape, dtype=torch.bfloat16), torch.eye(shape[0]).bfloat16()
+    return native.multiply_stored_plain(one, stored, quantization, space, is_back=True)
+
+
 def inputs(tokens, width, seed=1):
     return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
@@ -40,7 +50,7 @@ def relative(found, exact):
 @pytest.mark.parametrize("quantization", FORMATS, ids=str)
 def test_each_weight_is_multiplied_as_the_decoders_give_it_bit_for_bit(shape, quantization):
     stored, (out, width) = matrix(shape, quantization), shape
-    w_OI = multiply_stored_plain(torch.eye(out).bfloat16(), stored, shape, quantization, is_back=True)
+    w_OI = decoded(stored, shape, quantization)
     assert w_OI.unique().numel() > 100
     assert torch.equal(multiply_stored(torch.eye(width).bfloat16(), stored, shape, quantization), w_OI.t())
     assert torch.equal(multiply_stored(torch.eye(out).bfloat16(), stored, shape, quantization, is_back=True), w_OI)
@@ -51,7 +61,7 @@ def test_each_weight_is_multiplied_as_the_decoders_give_it_bit_for_bit(shape, qu
 def test_products_err_by_one_rounding_of_the_exact_ones(tokens, quantization):
     shape = out, width = 96, 1152
     stored = matrix(shape, quantization)
-    w = multiply_stored_plain(torch.eye(out).bfloat16(), stored, shape, quantization, is_back=True).double()
+    w = decoded(stored, shape, quantization).double()
     x, g, bias = inputs(tokens, width), inputs(tokens, out), inputs(1, out, seed=2)[0]
     y, dx = (
         multiply_stored(x, stored, shape, quantization, bias=bias),
@@ -128,7 +138,9 @@ def step_of(kind, monkeypatch, *, with_tiles):
     taken = []
     with monkeypatch.context() as patch:
         patch.setattr(dense, "can_multiply", lambda *of: with_tiles and can_multiply(*of))
-        patch.setattr(dense, "multiply_stored", lambda *of, **how: taken.append(1) or multiply_stored(*of, **how))
+        patch.setattr(
+            dense, "multiply_stored", lambda *of, **how: taken.append(1) or native.multiply_stored(*of, **how)
+        )
         model = tiny.quantized(tiny.llama(hidden_size=128, intermediate_size=192), kind, dtype=torch.bfloat16)
         add_lora(model, rank=4)
         torch.manual_seed(0)

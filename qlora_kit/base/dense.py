@@ -95,13 +95,8 @@ class QuantizedWeight(nn.Module):
         shape, codes = (self.out_features, self.in_features), stored["codes"]
         if codes is None or not can_multiply(x, shape, self.quantization):
             return None
-        # Memory that nothing is written to, so that the system gives no page for it: plans are made for processors that
-        # decode into it, too, of the same fake tensors.
-        _, made = (
-            self._memory(shape, x.dtype, codes),
-            multiply_stored(x, stored, shape, self.quantization, bias=bias, is_back=is_back),
-        )
-        return made
+        space = self._memory(shape, x.dtype, codes)  # as if to decode into: so a plan is the same for all processors
+        return multiply_stored(x, stored, self.quantization, space, bias=bias, is_back=is_back)
 
     def _memory(self, shape: tuple[int, int], dtype: torch.dtype, like: Tensor) -> Tensor:
         """For a matrix that is let go after a multiplication."""

@@ -27,7 +27,7 @@ _OUTPUTS = 32
 torch.library.define(
     "qlora_kit::multiply_stored",
     "(Tensor x, Tensor? bias, Tensor codes, Tensor absmax, Tensor? scale, Tensor? offset, int block_size, str kind, "
-    "int out, int width, bool is_back) -> Tensor",
+    "bool is_back, Tensor(a!) space) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -55,8 +55,8 @@ def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization) 
 def multiply_stored(
     x: Tensor,
     stored: Mapping[str, Tensor | None],
-    shape: tuple[int, int],
     quantization: Quantization,
+    space_OI: Tensor,
     *,
     bias: Tensor | None = None,
     is_back: bool = False,
@@ -66,8 +66,8 @@ def multiply_stored(
     Args:
         x: (T, in), or (T, out) with `is_back`; bf16.
         stored: codes and constants as `quantize` names them.
-        shape: (out, in).
         quantization: nf4, fp4 or int8.
+        space_OI: memory of the decoded matrix, (out, in), bf16, contiguous; x is put there in another order.
         bias: (out,), bf16, or None.
         is_back: whether W is meant and not its transpose.
 
@@ -76,29 +76,28 @@ def multiply_stored(
     """
     codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
     how = quantization.block_size, quantization.kind
-    made: Tensor = torch.ops.qlora_kit.multiply_stored(x, bias, codes, absmax, scale, offset, *how, *shape, is_back)
+    made: Tensor = torch.ops.qlora_kit.multiply_stored(x, bias, codes, absmax, scale, offset, *how, is_back, space_OI)
     return made
 
 
 def multiply_stored_plain(
     x: Tensor,
     stored: Mapping[str, Tensor | None],
-    shape: tuple[int, int],
     quantization: Quantization,
+    space_OI: Tensor,
     *,
     bias: Tensor | None = None,
     is_back: bool = False,
 ) -> Tensor:
-    """The same from a decoded matrix."""
+    """The same from the decoded matrix, for which there is that memory."""
     codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
     assert codes is not None
     assert absmax is not None
-    w_OI = torch.empty(shape, dtype=x.dtype)
     if quantization.is_4bit:
-        decode_4bit(codes, absmax, scale, offset, quantization, w_OI)
+        decode_4bit(codes, absmax, scale, offset, quantization, space_OI)
     else:
-        decode_int8_into(w_OI, codes, absmax)
-    return x @ w_OI if is_back else torch.nn.functional.linear(x, w_OI, bias)
+        decode_int8_into(space_OI, codes, absmax)
+    return x @ space_OI if is_back else torch.nn.functional.linear(x, space_OI, bias)
 
 
 def _fits(x: Tensor, out: int, width: int, kind: str, block_size: int) -> bool:
@@ -124,39 +123,40 @@ def _multiply_stored(
     offset: Tensor | None,
     block_size: int,
     kind: str,
-    out: int,
-    width: int,
     is_back: bool,
+    space: Tensor,
 ) -> Tensor:
-    kernels = library()
+    kernels, (out, width) = library(), space.shape
     if kernels is None or not _fits(x, out, width, kind, block_size):
         raise RuntimeError(f"{tuple(x.shape)} with {(out, width)} in {kind}: decode it, can_multiply says no")
     if kind == "int8":
         check_int8(codes, absmax, (out, width))
     else:
         check_4bit(codes, absmax, scale, offset, block_size, (out, width))
-    y = _shaped(x, out, width, is_back)
+    if space.dtype != x.dtype or not space.is_contiguous():
+        raise RuntimeError(f"{space.dtype} with strides {space.stride()} for x")
+    y = _shaped(x, space, is_back)
     x, codes, absmax = x.contiguous(), codes.contiguous(), absmax.contiguous()
     coded, plain = (None, absmax) if scale is None else (absmax, None)
     table4 = None if kind == "int8" else table_4bit(kind, x.device)
     tensors = codes, coded, scale, offset, table_8bit(x.device), plain, table4
     matrix = _Stored(*(address(each) for each in tensors), out, width, block_size.bit_length() - 1)
     bias = None if bias is None else bias.contiguous()
-    if kernels.multiply_stored(
-        address(x), size(len(x)), ctypes.byref(matrix), int(is_back), address(bias), address(y), threads()
-    ):
-        raise MemoryError("1.3 MiB for a thread's part of a product")
+    how = ctypes.byref(matrix), int(is_back), address(bias)
+    if kernels.multiply_stored(address(x), size(len(x)), *how, address(space), address(y), threads()):
+        raise MemoryError("no memory for 1 MiB of sums a thread")
     return y
 
 
 @torch.library.register_fake("qlora_kit::multiply_stored")
 def _multiply_stored_fake(x: Tensor, *rest: Any) -> Tensor:
-    return _shaped(x, *rest[-3:])
+    is_back, space = rest[-2:]
+    return _shaped(x, space, is_back)
 
 
-def _shaped(x: Tensor, out: int, width: int, is_back: bool) -> Tensor:
+def _shaped(x: Tensor, space: Tensor, is_back: bool) -> Tensor:
     """The result, without values. A pointer is what C is given: x must have what it reads."""
-    inner, outer = (out, width) if is_back else (width, out)
+    inner, outer = space.shape if is_back else reversed(space.shape)
     if x.dim() != 2 or x.shape[1] != inner:
         raise RuntimeError(f"x {tuple(x.shape)}, (tokens, {inner}) wanted")
     return x.new_empty(len(x), outer)

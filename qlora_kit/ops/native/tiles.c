@@ -32,8 +32,9 @@ typedef struct {
 
 int multiplies_tiles(void) { return 0; }
 
-int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *y, int threads) {
-    (void)x, (void)rows, (void)w, (void)back, (void)bias, (void)y, (void)threads;
+int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *space, bf16 *y,
+                    int threads) {
+    (void)x, (void)rows, (void)w, (void)back, (void)bias, (void)space, (void)y, (void)threads;
     return 1;
 }
 
@@ -48,11 +49,11 @@ enum {
 enum { TILE = 512, SUM = 256 }; /* elements: 16 rows of 32 bfloat16, 16 of 16 floats */
 
 typedef struct {
-    bf16 panel[PANEL * DEPTH], left[ROWS * DEPTH];
+    bf16 panel[PANEL * DEPTH];
     float sums[SUMS];
 } Scratch;
 
-/* One a thread, kept: 1.3 MiB, less than the pages of a new one would cost. */
+/* One a thread, kept: 1 MiB, for which the pages of a new one would cost more. */
 static Scratch *scratch(void) {
     static _Thread_local Scratch *kept;
     if (!kept) kept = aligned_alloc(64, sizeof *kept);
@@ -61,10 +62,12 @@ static Scratch *scratch(void) {
 
 static inline int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline float constant(const Stored *w, int64_t row, int64_t column) {
-    int64_t b = (row * w->in + column) >> w->shift;
-    return w->absmax8 ? w->table8[w->absmax8[b]] * w->scale[b / 256] + *w->offset : w->absmax[b];
+static inline float constant_of(Stored w, int64_t b) {
+    return w.absmax8 ? w.table8[w.absmax8[b]] * w.scale[b / 256] + *w.offset : w.absmax[b];
 }
+
+
+static inline int64_t block_of(Stored w, int64_t row, int64_t column) { return (row * w.in + column) >> w.shift; }
 
 /* Two vectors of 16 floats as bfloat16, in turn: a0 b0 a1 b1 ... */
 static inline __m512i in_turn(__m512 a, __m512 b) {
@@ -102,16 +105,18 @@ static inline bf16 *pairs(bf16 *panel, int64_t column, int64_t k) {
 }
 
 /* 4 bits, forward: 16 outputs, 128 inputs at a time, whose codes are turned so that a vector holds 8 of each output. */
-static void forward4(const Stored *w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
-    const __m512 table = _mm512_loadu_ps(w->table4);
+static void forward4(Stored w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
+    const __m512 table = _mm512_loadu_ps(w.table4);
     for (int64_t k = 0; k < depth; k += 128) {
         int words = (int)less(depth - k, 128) / 8;
         __m512i r[16];
         float factors[2][16];
+        int64_t block = block_of(w, o, k0 + k), next = block_of(w, o, k0 + k + 64), a_row = w.in >> w.shift;
         for (int n = 0; n < 16; n++) {
-            r[n] = _mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), w->codes + ((o + n) * w->in + k0 + k) / 2);
-            factors[0][n] = constant(w, o + n, k0 + k);
-            if (words > 8) factors[1][n] = constant(w, o + n, k0 + k + 64);
+            r[n] = _mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), w.codes + ((o + n) * w.in + k0 + k) / 2);
+            _mm_prefetch(w.codes + ((o + n + PANEL) * w.in + k0 + k) / 2, _MM_HINT_T1);
+            factors[0][n] = constant_of(w, block + n * a_row);
+            if (words > 8) factors[1][n] = constant_of(w, next + n * a_row);
         }
         turn(r);
         for (int d = 0; d < words; d++) {
@@ -127,11 +132,11 @@ static void forward4(const Stored *w, int64_t o, int64_t column, int64_t k0, int
 }
 
 /* int8, forward: 16 outputs, 64 inputs at a time, turned so that a vector holds 4 of each output. */
-static void forward8(const Stored *w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
-    const __m512 constants = _mm512_loadu_ps(w->absmax + o), part = _mm512_set1_ps(1.0f / 127);
+static void forward8(Stored w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
+    const __m512 constants = _mm512_loadu_ps(w.absmax + o), part = _mm512_set1_ps(1.0f / 127);
     for (int64_t k = 0; k < depth; k += 64) {
         __m512i r[16];
-        for (int n = 0; n < 16; n++) r[n] = _mm512_loadu_si512(w->codes + (o + n) * w->in + k0 + k);
+        for (int n = 0; n < 16; n++) r[n] = _mm512_loadu_si512(w.codes + (o + n) * w.in + k0 + k);
         turn(r);
         for (int d = 0; d < 16; d++) {
             __m512 value[4];
@@ -147,20 +152,22 @@ static void forward8(const Stored *w, int64_t o, int64_t column, int64_t k0, int
 }
 
 /* 32 values of a row of 4-bit codes, of one block whose 16 values are `table`. */
-static inline __m512i values4(const Stored *w, int64_t row, int64_t column, __m512i table) {
-    __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + (row * w->in + column) / 2)));
+static inline __m512i values4(Stored w, int64_t row, int64_t column, __m512i table) {
+    __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w.codes + (row * w.in + column) / 2)));
     return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16)), table);
 }
 
-static inline __m512i table_of(const Stored *w, int64_t row, int64_t column) {
-    __m512 made = _mm512_mul_ps(_mm512_loadu_ps(w->table4), _mm512_set1_ps(constant(w, row, column)));
+static inline __m512i table_of(Stored w, int64_t row, int64_t column) {
+    __m512 made = _mm512_mul_ps(_mm512_loadu_ps(w.table4), _mm512_set1_ps(constant_of(w, block_of(w, row, column))));
     return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(made));
 }
 
 /* 4 bits, back: 64 inputs. Of every 32 the even ones come first, then the odd ones, as two halves of a word bring them. */
-static void back4(const Stored *w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
+static void back4(Stored w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
     for (int64_t k = 0; k < depth; k += 2) {
         __m512i one = table_of(w, o0 + k, i), other = table_of(w, o0 + k + 1, i);
+        _mm_prefetch(w.codes + ((o0 + k) * w.in + i + 2 * PANEL) / 2, _MM_HINT_T1);
+        _mm_prefetch(w.codes + ((o0 + k + 1) * w.in + i + 2 * PANEL) / 2, _MM_HINT_T1);
         for (int p = 0; p < 64; p += 32) {
             __m512i a = values4(w, o0 + k, i + p, one), b = values4(w, o0 + k + 1, i + p, other);
             _mm512_store_si512(pairs(panel, p, k), _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
@@ -169,14 +176,14 @@ static void back4(const Stored *w, int64_t i, int64_t o0, int64_t depth, bf16 *p
     }
 }
 
-static inline __m512 values8(const Stored *w, int64_t row, int64_t column) {
-    __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(w->codes + row * w->in + column)));
-    __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(w->absmax[row]));
+static inline __m512 values8(Stored w, int64_t row, int64_t column) {
+    __m512i code = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(w.codes + row * w.in + column)));
+    __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(w.absmax[row]));
     return _mm512_mul_ps(product, _mm512_set1_ps(1.0f / 127));
 }
 
 /* int8, back: 64 inputs. */
-static void back8(const Stored *w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
+static void back8(Stored w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
     for (int64_t k = 0; k < depth; k += 2)
         for (int p = 0; p < 64; p += 16)
             _mm512_store_si512(pairs(panel, p, k), in_turn(values8(w, o0 + k, i + p), values8(w, o0 + k + 1, i + p)));
@@ -185,19 +192,22 @@ static void back8(const Stored *w, int64_t i, int64_t o0, int64_t depth, bf16 *p
 /* `columns` columns of W, from the n-th: 64, or forward 32 where no more are left. */
 static void decode_panel(const Stored *w, int back, int64_t n, int64_t columns, int64_t k0, int64_t depth, bf16 *panel) {
     if (back) {
-        (w->table4 ? back4 : back8)(w, n, k0, depth, panel);
+        (w->table4 ? back4 : back8)(*w, n, k0, depth, panel);
         return;
     }
-    for (int64_t c = 0; c < columns; c += 16) (w->table4 ? forward4 : forward8)(w, n + c, c, k0, depth, panel);
+    for (int64_t c = 0; c < columns; c += 16) (w->table4 ? forward4 : forward8)(*w, n + c, c, k0, depth, panel);
 }
 
-/* x in tiles of 16 rows and 32 terms; rows that are not there are zero. */
-static void pack(const bf16 *x, int64_t stride, int64_t rows, int64_t depth, bf16 *left) {
-    for (int64_t r = 0; r < (rows + 15) / 16 * 16; r++) {
-        bf16 *to = left + r / 16 * 16 * depth + r % 16 * 32;
+/* Rows in tiles. */
+static inline int64_t whole_tiles(int64_t rows) { return (rows + 15) / 16 * 16; }
+
+/* Some terms of x in tiles of 16 rows and 32 terms; rows that are not there are zero. */
+static void pack(const bf16 *x, int64_t stride, int64_t rows, int64_t depth, bf16 *tiles) {
+    for (int64_t r = 0; r < whole_tiles(rows); r++) {
+        bf16 *to = tiles + r / 16 * 16 * depth + r % 16 * 32;
         for (int64_t k = 0; k < depth; k += 32) {
             __m512i values = r < rows ? _mm512_loadu_si512(x + r * stride + k) : _mm512_setzero_si512();
-            _mm512_store_si512(to + k * 16, values);
+            _mm512_storeu_si512(to + k * 16, values);
         }
     }
 }
@@ -208,12 +218,12 @@ static void pack(const bf16 *x, int64_t stride, int64_t rows, int64_t depth, bf1
 #define STORE(tile, place) _tile_stored(tile, sums + place * SUM, 64);
 
 /* 32 rows and 32 columns of sums, and their next terms. */
-static inline void multiply_four(const bf16 *left, const bf16 *panel, int64_t depth, int is_first, float *sums) {
-    const bf16 *below = left + 16 * depth;
+static inline void multiply_four(const bf16 *tiles, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+    const bf16 *below = tiles + 16 * depth;
     if (is_first) { ALL(CLEAR) } else { ALL(LOAD) }
     for (int64_t k = 0; k < depth / 32; k++) {
         _tile_loadd(6, panel + 2 * k * TILE, 64);
-        _tile_loadd(4, left + k * TILE, 64);
+        _tile_loadd(4, tiles + k * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, panel + (2 * k + 1) * TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
@@ -225,10 +235,10 @@ static inline void multiply_four(const bf16 *left, const bf16 *panel, int64_t de
 }
 
 /* The same of 16 rows. */
-static inline void multiply_two(const bf16 *left, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+static inline void multiply_two(const bf16 *tiles, const bf16 *panel, int64_t depth, int is_first, float *sums) {
     if (is_first) { CLEAR(0, 0) CLEAR(1, 1) } else { LOAD(0, 0) LOAD(1, 1) }
     for (int64_t k = 0; k < depth / 32; k++) {
-        _tile_loadd(4, left + k * TILE, 64);
+        _tile_loadd(4, tiles + k * TILE, 64);
         _tile_loadd(6, panel + 2 * k * TILE, 64);
         _tile_loadd(7, panel + (2 * k + 1) * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -237,10 +247,10 @@ static inline void multiply_two(const bf16 *left, const bf16 *panel, int64_t dep
     STORE(0, 0) STORE(1, 1)
 }
 
-static void multiply_panel(const bf16 *left, int64_t rows, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+static void multiply_panel(const bf16 *tiles, int64_t rows, const bf16 *panel, int64_t depth, int is_first, float *sums) {
     int64_t r = 0;
-    for (; r + 16 < rows; r += 32) multiply_four(left + r * depth, panel, depth, is_first, sums + r * 32);
-    if (r < rows) multiply_two(left + r * depth, panel, depth, is_first, sums + r * 32);
+    for (; r + 16 < rows; r += 32) multiply_four(tiles + r * depth, panel, depth, is_first, sums + r * 32);
+    if (r < rows) multiply_two(tiles + r * depth, panel, depth, is_first, sums + r * 32);
 }
 
 /* 32 columns of the result, rounded. */
@@ -257,18 +267,18 @@ static void give(const float *sums, int64_t rows, int is_in_turn, const bf16 *bi
     }
 }
 
-/* Columns n0 to `end` of some rows of the result. */
-static void multiply_block(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, int64_t n0,
+/* Columns n0 to `end` of some rows of the result, of which x is given in tiles, DEPTH terms after others. */
+static void multiply_block(const bf16 *tiles, int64_t rows, const Stored *w, int back, const bf16 *bias, int64_t n0,
                            int64_t end, Scratch *s, bf16 *y) {
     int64_t depth = back ? w->out : w->in, width = back ? w->in : w->out, padded = (rows + 31) / 32 * 32;
     for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
         int64_t terms = less(depth - k0, DEPTH);
-        pack(x + k0, depth, rows, terms, s->left);
         for (int64_t n = n0; n < end; n += PANEL) {
             int64_t columns = less(end - n, PANEL);
             decode_panel(w, back, n, columns, k0, terms, s->panel);
             for (int64_t c = 0; c < columns; c += 32)
-                multiply_panel(s->left, rows, s->panel + c * DEPTH, terms, k0 == 0, s->sums + padded * (n - n0 + c));
+                multiply_panel(tiles + k0 * whole_tiles(rows), rows, s->panel + c * DEPTH, terms, k0 == 0,
+                               s->sums + padded * (n - n0 + c));
         }
     }
     for (int64_t n = n0; n < end; n += 32)
@@ -282,9 +292,10 @@ int multiplies_tiles(void) {
 }
 
 /* y = x W^T + bias or, with `back`, y = x W. Inputs are a multiple of 64 and of the block, which is a multiple of 64;
-   outputs are a multiple of 32. Not 0 where there is no memory. */
-int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *y, int threads) {
-    int64_t width = back ? w->in : w->out, depth = back ? w->out : w->in, at_once = less(rows, ROWS);
+   outputs are a multiple of 32. `space` is of the size of the decoded matrix. Not 0 where there is no memory. */
+int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *space, bf16 *y,
+                    int threads) {
+    int64_t width = back ? w->in : w->out, depth = back ? w->out : w->in, at_once = less(less(rows, ROWS), width / 32 * 32);
     int64_t fitting = SUMS / ((at_once + 31) / 32 * 32) / PANEL * PANEL, share = (width / threads + PANEL - 1) / PANEL * PANEL;
     int64_t block = less(fitting, share > PANEL ? share : PANEL);
     int failed = 0;
@@ -295,10 +306,15 @@ int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, cons
         for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
         _tile_loadconfig(&shape);
         if (!s) failed = 1;
+        for (int64_t r = 0; r < rows; r += at_once) {
+            int64_t part = less(rows - r, at_once);
 #pragma omp for
-        for (int64_t n = 0; n < width; n += block)
-            for (int64_t r = 0; s && r < rows; r += ROWS)
-                multiply_block(x + r * depth, less(rows - r, ROWS), w, back, bias, n, less(n + block, width), s, y + r * width);
+            for (int64_t k = 0; k < depth; k += DEPTH)
+                pack(x + r * depth + k, depth, part, less(depth - k, DEPTH), space + k * whole_tiles(part));
+#pragma omp for
+            for (int64_t n = 0; n < width; n += block)
+                if (s) multiply_block(space, part, w, back, bias, n, less(n + block, width), s, y + r * width);
+        }
         _tile_release();
     }
     return failed;
