@@ -12,7 +12,7 @@ from qlora_kit.base.multiply import can_multiply
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import Ledger
 
-pytestmark = pytest.mark.skipif(not native._has_tiles(), reason="this processor multiplies no tiles")
+pytestmark = pytest.mark.skipif(not native.has_tiles(), reason="this processor multiplies no tiles")
 
 FORMATS = [
     Quantization("nf4", double_quant=True, block_size=64),

@@ -10,10 +10,11 @@ The operator has a fake form, FLOPs as any product has, and a twin in plain torc
 import ctypes
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from qlora_kit.base.formats import Quantization, decode_4bit
@@ -39,6 +40,15 @@ class _Stored(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "absmax8", "scale", "offset", "table8", "absmax", "table4")),
         *((name, ctypes.c_int64) for name in ("out", "width", "shift")),
     ]
+
+
+class _Matrix(NamedTuple):
+    codes: Tensor
+    absmax: Tensor
+    scale: Tensor | None
+    offset: Tensor | None
+    block_size: int
+    kind: str
 
 
 def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization) -> bool:
@@ -104,13 +114,29 @@ def _fits(x: Tensor, out: int, width: int, kind: str, block_size: int) -> bool:
     """Whether the C code takes it, and the processor what the code was compiled to."""
     step = _BLOCK if kind == "int8" else block_size
     fits = out % _OUTPUTS == 0 and step % _BLOCK == 0 and width % step == 0
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and kind != "none" and _has_tiles()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and kind != "none" and has_tiles()
 
 
 @functools.cache
-def _has_tiles() -> bool:
+def has_tiles() -> bool:
+    """Whether the processor multiplies tiles, the system lets it, and what was compiled gives the right bits."""
     kernels = library()
-    return kernels is not None and bool(kernels.multiplies_tiles())
+    if kernels is None or not kernels.multiplies_tiles():
+        return False
+    with _disable_current_modes():
+        return all(_is_right(kernels, kind, is_back) for kind in ("nf4", "int8") for is_back in (False, True))
+
+
+def _is_right(kernels: ctypes.CDLL, kind: Literal["nf4", "int8"], is_back: bool) -> bool:
+    """Whether a matrix of all codes, times one, is what it is decoded to."""
+    out, width = 32, 64
+    codes = torch.arange(out * width // (2 if kind == "nf4" else 1)).to(torch.uint8)
+    codes = codes if kind == "nf4" else codes.view(torch.int8).view(out, width)
+    absmax = torch.linspace(0.1, 3, out)
+    one, space = torch.eye(out if is_back else width).bfloat16(), torch.empty(out, width, dtype=torch.bfloat16)
+    made = _run(kernels, one, None, _Matrix(codes, absmax, None, None, _BLOCK, kind), is_back, space)
+    stored = {"codes": codes, "absmax": absmax}
+    return torch.equal(made, multiply_stored_plain(one, stored, Quantization(kind), space, is_back=is_back))
 
 
 @torch.library.impl("qlora_kit::multiply_stored", "cpu")
@@ -135,14 +161,18 @@ def _multiply_stored(
         check_4bit(codes, absmax, scale, offset, block_size, (out, width))
     if space.dtype != x.dtype or not space.is_contiguous():
         raise RuntimeError(f"{space.dtype} with strides {space.stride()} for x")
+    return _run(kernels, x, bias, _Matrix(codes, absmax, scale, offset, block_size, kind), is_back, space)
+
+
+def _run(kernels: ctypes.CDLL, x: Tensor, bias: Tensor | None, matrix: _Matrix, is_back: bool, space: Tensor) -> Tensor:
     y = _shaped(x, space, is_back)
-    x, codes, absmax = x.contiguous(), codes.contiguous(), absmax.contiguous()
-    coded, plain = (None, absmax) if scale is None else (absmax, None)
-    table4 = None if kind == "int8" else table_4bit(kind, x.device)
-    tensors = codes, coded, scale, offset, table_8bit(x.device), plain, table4
-    matrix = _Stored(*(address(each) for each in tensors), out, width, block_size.bit_length() - 1)
+    x, codes, absmax = x.contiguous(), matrix.codes.contiguous(), matrix.absmax.contiguous()
     bias = None if bias is None else bias.contiguous()
-    how = ctypes.byref(matrix), int(is_back), address(bias)
+    coded, plain = (None, absmax) if matrix.scale is None else (absmax, None)
+    table4 = None if matrix.kind == "int8" else table_4bit(matrix.kind, x.device)
+    tensors = codes, coded, matrix.scale, matrix.offset, table_8bit(x.device), plain, table4
+    stored = _Stored(*(address(each) for each in tensors), *space.shape, matrix.block_size.bit_length() - 1)
+    how = ctypes.byref(stored), int(is_back), address(bias)
     if kernels.multiply_stored(address(x), size(len(x)), *how, address(space), address(y), threads()):
         raise MemoryError("no memory for 1 MiB of sums a thread")
     return y

@@ -206,13 +206,16 @@ def _processor() -> str:
 
 
 def _compiled_code() -> str:
+    from qlora_kit.base.multiply import has_tiles
     from qlora_kit.base.quantizer import c_functions
 
     if c_functions() is None:
         raise _AbsentError(
             "none, plain torch instead: no C compiler (cc, gcc, clang) whose code may be kept and is right"
         )
-    return "there, for a CPU"
+    return "there, for a CPU" + (
+        ", which multiplies quantised matrices as they are stored (AMX)" if has_tiles() else ""
+    )
 
 
 def _cuda() -> str:
