@@ -47,8 +47,7 @@ def test_tables_and_drawings_are_made_of_the_rows(draw, monkeypatch, tmp_path):
 def test_no_experiment_took_more_than_twenty_minutes(draw):
     (named,) = re.findall(r"^EXPERIMENTS := (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     minutes = {row["experiment"]: row["minutes"] for row in draw.read("minutes")}
-    assert 0 < len(minutes) <= len(named.split())
-    assert minutes.keys() <= set(named.split())
+    assert minutes.keys() == set(named.split())
     assert {name: took for name, took in minutes.items() if took > 20} == {}
 
 
@@ -140,11 +139,13 @@ def test_on_a_wider_base_too_the_best_rate_is_above_that_of_full_fine_tuning(dra
     assert 1 < draw.best(rows, method="lora", rank=16)[0] / draw.best(rows, method="full")[0] < 10
 
 
-def test_a_larger_base_says_the_same(draw):
+def test_a_larger_base_says_the_same_but_for_high_ranks_which_end_level(draw):
     rows = draw.read("larger")
     at = {arm: draw.losses(rows, arm=arm) for arm in dict.fromkeys(row["arm"] for row in rows)}
-    order = ("rank 1", "rank 16", "rank 128", "full fine-tuning")
-    assert all(above(at[higher], at[lower]) for higher, lower in pairwise(order))
+    for rank in ("rank 16", "rank 128"):
+        assert above(at["rank 1"], at[rank])
+        assert above(at[rank], at["full fine-tuning"])
+    assert abs(fmean(at["rank 128"]) / fmean(at["rank 16"]) - 1) < 0.01
     assert above(at["attention alone, rank 77"], [1.05 * loss for loss in at["MLP alone, rank 55"]])
     assert abs(fmean(at["rank 16 on nf4"]) / fmean(at["rank 16"]) - 1) < 0.01
 

@@ -69,15 +69,15 @@ def test_gradients_on_the_gpu_agree_with_the_cpus_in_fp32():
 def test_forward_and_backward_decode_into_one_buffer_though_they_are_two_threads():
     model = freeze_and_quantize(llama(hidden_size=128, intermediate_size=256), Quantization(), torch.bfloat16, CUDA)
     layer = model.model.layers[0].mlp.up_proj
-    threads, addresses, borrow = set(), set(), layer.borrow
+    threads, addresses, read = set(), set(), layer.read
 
-    def watched(dtype):
+    def watched(*asked, **how):
         threads.add(threading.get_ident())
-        weight = borrow(dtype)
+        weight = read(*asked, **how)
         addresses.add(weight.data_ptr())
         return weight
 
-    layer.borrow = watched
+    layer.read = watched
     x = torch.randn(4, 128, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()
     assert (len(threads), len(addresses)) == (2, 1)

@@ -1,5 +1,7 @@
 """Products with a quantised matrix as it is stored: those of the decoded one, on processors that multiply tiles."""
 
+import threading
+
 import pytest
 import tiny
 import torch
@@ -11,6 +13,8 @@ from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.multiply import can_multiply
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import Ledger
+from qlora_kit.memory.counter import resident_bytes
+from qlora_kit.units import MIB
 
 pytestmark = pytest.mark.skipif(not native.has_tiles(), reason="this processor multiplies no tiles")
 
@@ -123,6 +127,36 @@ def test_codes_and_constants_that_are_too_few_are_refused_and_not_read(how):
             multiply_stored(x, stored | {name: stored[name][:-1]}, (96, 640), how)
     with pytest.raises(RuntimeError, match=r"x \(3, 600\), \(tokens, 640\) wanted"):
         multiply_stored(x[:, :600], stored, (96, 640), how)
+
+
+def test_a_bias_of_another_kind_and_scales_without_an_offset_are_refused_too():
+    stored, x = matrix((96, 640), FORMATS[0]), inputs(3, 640)
+    for bias in (torch.zeros(96), torch.zeros(95).bfloat16()):
+        with pytest.raises(RuntimeError, match=r"\(96,\) in torch.bfloat16 wanted"):
+            multiply_stored(x, stored, (96, 640), FORMATS[0], bias=bias)
+    with pytest.raises(RuntimeError, match="scales without an offset"):
+        multiply_stored(x, stored | {"absmax_offset": None}, (96, 640), FORMATS[0])
+
+
+def test_no_rows_make_none():
+    stored = matrix((96, 640), FORMATS[0])
+    assert multiply_stored(inputs(0, 640), stored, (96, 640), FORMATS[0]).shape == (0, 96)
+    assert multiply_stored(inputs(0, 96), stored, (96, 640), FORMATS[0], is_back=True).shape == (0, 640)
+
+
+def test_a_thread_that_ends_takes_its_sums_with_it():
+    stored, x = matrix((1376, 512), FORMATS[0]), inputs(600, 512)
+
+    def in_threads(count):
+        for _ in range(count):
+            thread = threading.Thread(target=multiply_stored, args=(x, stored, (1376, 512), FORMATS[0]))
+            thread.start()
+            thread.join()
+
+    in_threads(5)
+    before = resident_bytes()[0]
+    in_threads(50)
+    assert resident_bytes()[0] - before < 10 * MIB, "50 threads of 1 MiB each"
 
 
 def test_it_counts_the_flops_of_the_product_that_it_is():

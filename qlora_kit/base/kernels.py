@@ -128,6 +128,7 @@ def check_4bit(
     _check(absmax.numel() == blocks, lambda: f"{absmax.numel()} constants for {tuple(shape)}")
     _check(absmax.dtype == dtype, lambda: f"constants in {absmax.dtype}")
     _check(codes.dtype == torch.uint8, lambda: f"codes in {codes.dtype}")
+    _check((scale is None) == (offset is None), lambda: "scales without an offset, or it without them")
     _check_constant("scales", scale, -(-blocks // ABSMAX_BLOCK))
     _check_constant("offsets", offset, 1)
 

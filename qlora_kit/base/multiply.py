@@ -161,6 +161,10 @@ def _multiply_stored(
         check_4bit(codes, absmax, scale, offset, block_size, (out, width))
     if space.dtype != x.dtype or not space.is_contiguous():
         raise RuntimeError(f"{space.dtype} with strides {space.stride()} for x")
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (out,) or is_back):
+        raise RuntimeError(
+            f"a bias of {tuple(bias.shape)} in {bias.dtype}, ({out},) in {x.dtype} wanted, forward alone"
+        )
     return _run(kernels, x, bias, _Matrix(codes, absmax, scale, offset, block_size, kind), is_back, space)
 
 

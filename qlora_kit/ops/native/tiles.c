@@ -1,8 +1,8 @@
 /* Products with a quantised matrix that never stands decoded in memory, on processors that multiply tiles (Intel AMX).
 
-   A few columns of the result at a time, the weights behind them are decoded into the first cache, in the pairs that the
-   tile unit reads, and multiplied there: each value as the decoders give it, rounded once from fp32 to bfloat16. Sums
-   are fp32, in an order that does not depend on how many rows are multiplied, or by how many threads.
+   A few columns of the result at a time, the weights behind them are decoded into the first cache, in the pairs that
+   the tile unit reads, and multiplied there: each value as the decoders give it, rounded once from fp32 to bfloat16.
+   Sums are fp32, in an order that does not depend on how many rows are multiplied, or by how many threads.
 
    Axes of W: out, in. Forward, y = x W^T, columns of the result are outputs and sums run over inputs; back, y = x W, it
    is the other way round. In what follows a sum has `depth` terms. Pointers are to contiguous memory, counts and widths
@@ -12,6 +12,7 @@
 #define TILES
 #define _GNU_SOURCE
 #include <immintrin.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,26 +54,31 @@ typedef struct {
     float sums[SUMS];
 } Scratch;
 
-/* One a thread, kept: 1 MiB, for which the pages of a new one would cost more. */
+static pthread_key_t kept;
+
+static void keep(void) { pthread_key_create(&kept, free); }
+
+/* One a thread, until it ends: 1 MiB, whose pages would cost more than they bring if it were a new one each time. */
 static Scratch *scratch(void) {
-    static _Thread_local Scratch *kept;
-    if (!kept) kept = aligned_alloc(64, sizeof *kept);
-    return kept;
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, keep);
+    Scratch *own = pthread_getspecific(kept);
+    if (!own) pthread_setspecific(kept, own = aligned_alloc(64, sizeof *own));
+    return own;
 }
 
-static inline int64_t less(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline float constant_of(Stored w, int64_t b) {
     return w.absmax8 ? w.table8[w.absmax8[b]] * w.scale[b / 256] + *w.offset : w.absmax[b];
 }
 
-
 static inline int64_t block_of(Stored w, int64_t row, int64_t column) { return (row * w.in + column) >> w.shift; }
 
 /* Two vectors of 16 floats as bfloat16, in turn: a0 b0 a1 b1 ... */
 static inline __m512i in_turn(__m512 a, __m512 b) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
@@ -108,13 +114,14 @@ static inline bf16 *pairs(bf16 *panel, int64_t column, int64_t k) {
 static void forward4(Stored w, int64_t o, int64_t column, int64_t k0, int64_t depth, bf16 *panel) {
     const __m512 table = _mm512_loadu_ps(w.table4);
     for (int64_t k = 0; k < depth; k += 128) {
-        int words = (int)less(depth - k, 128) / 8;
+        int words = (int)smaller(depth - k, 128) / 8;
         __m512i r[16];
         float factors[2][16];
         int64_t block = block_of(w, o, k0 + k), next = block_of(w, o, k0 + k + 64), a_row = w.in >> w.shift;
         for (int n = 0; n < 16; n++) {
-            r[n] = _mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), w.codes + ((o + n) * w.in + k0 + k) / 2);
-            _mm_prefetch(w.codes + ((o + n + PANEL) * w.in + k0 + k) / 2, _MM_HINT_T1);
+            const uint8_t *codes = w.codes + ((o + n) * w.in + k0 + k) / 2;
+            r[n] = _mm512_maskz_loadu_epi32((__mmask16)((1u << words) - 1), codes);
+            _mm_prefetch(codes + PANEL * w.in / 2, _MM_HINT_T1); /* of the next panel: short rows are no stream */
             factors[0][n] = constant_of(w, block + n * a_row);
             if (words > 8) factors[1][n] = constant_of(w, next + n * a_row);
         }
@@ -136,7 +143,11 @@ static void forward8(Stored w, int64_t o, int64_t column, int64_t k0, int64_t de
     const __m512 constants = _mm512_loadu_ps(w.absmax + o), part = _mm512_set1_ps(1.0f / 127);
     for (int64_t k = 0; k < depth; k += 64) {
         __m512i r[16];
-        for (int n = 0; n < 16; n++) r[n] = _mm512_loadu_si512(w.codes + (o + n) * w.in + k0 + k);
+        for (int n = 0; n < 16; n++) {
+            const uint8_t *codes = w.codes + (o + n) * w.in + k0 + k;
+            r[n] = _mm512_loadu_si512(codes);
+            _mm_prefetch(codes + PANEL * w.in, _MM_HINT_T1);
+        }
         turn(r);
         for (int d = 0; d < 16; d++) {
             __m512 value[4];
@@ -162,16 +173,17 @@ static inline __m512i table_of(Stored w, int64_t row, int64_t column) {
     return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(made));
 }
 
-/* 4 bits, back: 64 inputs. Of every 32 the even ones come first, then the odd ones, as two halves of a word bring them. */
+/* 4 bits, back: 64 inputs. Of every 32 the even ones come first, then the odd ones, as halves of a word bring them. */
 static void back4(Stored w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
     for (int64_t k = 0; k < depth; k += 2) {
         __m512i one = table_of(w, o0 + k, i), other = table_of(w, o0 + k + 1, i);
         _mm_prefetch(w.codes + ((o0 + k) * w.in + i + 2 * PANEL) / 2, _MM_HINT_T1);
         _mm_prefetch(w.codes + ((o0 + k + 1) * w.in + i + 2 * PANEL) / 2, _MM_HINT_T1);
-        for (int p = 0; p < 64; p += 32) {
+        for (int p = 0; p < PANEL; p += 32) {
             __m512i a = values4(w, o0 + k, i + p, one), b = values4(w, o0 + k + 1, i + p, other);
             _mm512_store_si512(pairs(panel, p, k), _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)));
-            _mm512_store_si512(pairs(panel, p + 16, k), _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b));
+            __m512i odd = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+            _mm512_store_si512(pairs(panel, p + 16, k), odd);
         }
     }
 }
@@ -184,13 +196,17 @@ static inline __m512 values8(Stored w, int64_t row, int64_t column) {
 
 /* int8, back: 64 inputs. */
 static void back8(Stored w, int64_t i, int64_t o0, int64_t depth, bf16 *panel) {
-    for (int64_t k = 0; k < depth; k += 2)
-        for (int p = 0; p < 64; p += 16)
+    for (int64_t k = 0; k < depth; k += 2) {
+        _mm_prefetch(w.codes + (o0 + k) * w.in + i + PANEL, _MM_HINT_T1);
+        _mm_prefetch(w.codes + (o0 + k + 1) * w.in + i + PANEL, _MM_HINT_T1);
+        for (int p = 0; p < PANEL; p += 16)
             _mm512_store_si512(pairs(panel, p, k), in_turn(values8(w, o0 + k, i + p), values8(w, o0 + k + 1, i + p)));
+    }
 }
 
 /* `columns` columns of W, from the n-th: 64, or forward 32 where no more are left. */
-static void decode_panel(const Stored *w, int back, int64_t n, int64_t columns, int64_t k0, int64_t depth, bf16 *panel) {
+static void decode_panel(const Stored *w, int back, int64_t n, int64_t columns, int64_t k0, int64_t depth,
+                         bf16 *panel) {
     if (back) {
         (w->table4 ? back4 : back8)(*w, n, k0, depth, panel);
         return;
@@ -247,7 +263,8 @@ static inline void multiply_two(const bf16 *tiles, const bf16 *panel, int64_t de
     STORE(0, 0) STORE(1, 1)
 }
 
-static void multiply_panel(const bf16 *tiles, int64_t rows, const bf16 *panel, int64_t depth, int is_first, float *sums) {
+static void multiply_panel(const bf16 *tiles, int64_t rows, const bf16 *panel, int64_t depth, int is_first,
+                           float *sums) {
     int64_t r = 0;
     for (; r + 16 < rows; r += 32) multiply_four(tiles + r * depth, panel, depth, is_first, sums + r * 32);
     if (r < rows) multiply_two(tiles + r * depth, panel, depth, is_first, sums + r * 32);
@@ -272,9 +289,9 @@ static void multiply_block(const bf16 *tiles, int64_t rows, const Stored *w, int
                            int64_t end, Scratch *s, bf16 *y) {
     int64_t depth = back ? w->out : w->in, width = back ? w->in : w->out, padded = (rows + 31) / 32 * 32;
     for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
-        int64_t terms = less(depth - k0, DEPTH);
+        int64_t terms = smaller(depth - k0, DEPTH);
         for (int64_t n = n0; n < end; n += PANEL) {
-            int64_t columns = less(end - n, PANEL);
+            int64_t columns = smaller(end - n, PANEL);
             decode_panel(w, back, n, columns, k0, terms, s->panel);
             for (int64_t c = 0; c < columns; c += 32)
                 multiply_panel(tiles + k0 * whole_tiles(rows), rows, s->panel + c * DEPTH, terms, k0 == 0,
@@ -295,9 +312,11 @@ int multiplies_tiles(void) {
    outputs are a multiple of 32. `space` is of the size of the decoded matrix. Not 0 where there is no memory. */
 int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, const bf16 *bias, bf16 *space, bf16 *y,
                     int threads) {
-    int64_t width = back ? w->in : w->out, depth = back ? w->out : w->in, at_once = less(less(rows, ROWS), width / 32 * 32);
-    int64_t fitting = SUMS / ((at_once + 31) / 32 * 32) / PANEL * PANEL, share = (width / threads + PANEL - 1) / PANEL * PANEL;
-    int64_t block = less(fitting, share > PANEL ? share : PANEL);
+    if (rows == 0) return 0;
+    int64_t width = back ? w->in : w->out, depth = back ? w->out : w->in;
+    int64_t at_once = smaller(smaller(rows, ROWS), width); /* in tiles no more than `space` holds */
+    int64_t fitting = SUMS / ((at_once + 31) / 32 * 32) / PANEL * PANEL;
+    int64_t block = smaller(fitting, (width / threads + PANEL - 1) / PANEL * PANEL);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -307,13 +326,13 @@ int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, cons
         _tile_loadconfig(&shape);
         if (!s) failed = 1;
         for (int64_t r = 0; r < rows; r += at_once) {
-            int64_t part = less(rows - r, at_once);
+            int64_t part = smaller(rows - r, at_once);
 #pragma omp for
             for (int64_t k = 0; k < depth; k += DEPTH)
-                pack(x + r * depth + k, depth, part, less(depth - k, DEPTH), space + k * whole_tiles(part));
+                pack(x + r * depth + k, depth, part, smaller(depth - k, DEPTH), space + k * whole_tiles(part));
 #pragma omp for
             for (int64_t n = 0; n < width; n += block)
-                if (s) multiply_block(space, part, w, back, bias, n, less(n + block, width), s, y + r * width);
+                if (s) multiply_block(space, part, w, back, bias, n, smaller(n + block, width), s, y + r * width);
         }
         _tile_release();
     }
