@@ -8,7 +8,8 @@
    is the other way round. In what follows a sum has `depth` terms. Pointers are to contiguous memory, counts and widths
    in elements. Nothing here checks its arguments: base/multiply.py does, and holds the twin in plain torch. */
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+/* clang 14 calls it __AMXBF16__. */
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__) && defined(__linux__)
 #define TILES
 #define _GNU_SOURCE
 #include <immintrin.h>
