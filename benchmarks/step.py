@@ -8,8 +8,8 @@ five rounds after one that does not count. The peer comes in two forms: as its d
 Memory is what a process of its own holds at most above what it held before the step, in anonymous pages, the second
 step's.
 
-The floor is the products with frozen weights alone, at the rate that this processor multiplies with: forward, backward,
-and forward once more where a block is recomputed from its input.
+The floor is the products with frozen weights alone, at the rate at which torch multiplies here, median of all rounds:
+forward, backward, and forward once more where a block is recomputed from its input.
 """
 
 import ctypes
@@ -185,12 +185,14 @@ def compare(name: str, kind: str, folder: Path) -> list[dict[str, Any]]:
     shape = SHAPES[name]
     steps = {way: load() for way, load in ways(folder, kind).items()}
     taken: dict[str, list[float]] = {way: [] for way in steps}
+    rates = []
     for turn in range(ROUNDS + 1):
+        rates.append(flops_a_second(shape))
         for way, step in steps.items():
             took = seconds(step)
             if turn:
                 taken[way].append(took)
-    rate = flops_a_second(shape)
+    rate = statistics.median(rates)
     linears = 4 * shape["hidden_size"] ** 2 + 3 * shape["hidden_size"] * shape["intermediate_size"]
     body, head = shape["num_hidden_layers"] * linears, VOCAB * shape["hidden_size"]
     best = min(statistics.median(times) for way, times in taken.items() if way.startswith("peft"))

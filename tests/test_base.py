@@ -4,6 +4,8 @@ import copy
 import gc
 import json
 import shutil
+import subprocess
+import sys
 from functools import cache
 
 import bitsandbytes.functional as bnb
@@ -20,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kernels, linear_shape, load_base
+from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kernels, linear_shape, load_base, multiply
 from qlora_kit.base.dense import parameter_count, quantize_linear
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
@@ -744,3 +746,30 @@ def test_an_evaluation_in_between_changes_no_bit_of_the_next_gradients(kind):
     assert len(plain) == 28
     assert all(g.norm() > 0 for g in plain)
     assert all(torch.equal(a, b) for a, b in zip(plain, after, strict=True))
+
+
+def test_where_a_processor_multiplies_no_tiles_weights_are_decoded(monkeypatch):
+    layer = tiny.quantized_layers(
+        tiny.quantized(tiny.llama(hidden_size=128, intermediate_size=192), dtype=torch.bfloat16)
+    )["model.layers.0.mlp.up_proj"]
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    monkeypatch.setattr(multiply, "has_tiles", lambda: False)
+    assert layer.lent.multiply(x) is None
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.dense(torch.bfloat16)))
+    space = torch.empty(192, 128, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="can_multiply says no"):
+        multiply.multiply_stored(x, layer._buffers, layer.quantization, space)
+
+
+@pytest.mark.parametrize("default", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
+def test_the_tables_of_codes_are_the_same_whatever_torchs_defaults_are(default):
+    told = "[each.tolist() for each in (table_4bit('nf4', cpu), table_4bit('fp4', cpu), table_8bit(cpu))]"
+    made = f"from qlora_kit.base.kernels import *; cpu = torch.device('cpu'); print({told})"
+    found = {
+        first: subprocess.run(
+            [sys.executable, "-c", f"import torch; {first}; {made}"], check=True, capture_output=True, text=True
+        ).stdout
+        for first in ("pass", default)
+    }
+    assert found[default] == found["pass"]
+    assert "0.0795802" in found["pass"], "nf4's least positive value: QLoRA, appendix E"

@@ -1,16 +1,20 @@
 """Products with a quantised matrix as it is stored: those of the decoded one, on processors that multiply tiles."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from qlora_kit.base import dense
 from qlora_kit.base import multiply as native
 from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.multiply import can_multiply
+from qlora_kit.errors import ModelError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.memory.counter import resident_bytes
@@ -86,11 +90,51 @@ def test_a_row_depends_neither_on_how_many_there_are_nor_on_threads():
         assert torch.equal(multiply_stored(g[rows], stored, shape, how, is_back=True), together[1][rows])
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(3 - min(before, 2))
-        assert torch.equal(multiply_stored(x, stored, shape, how), together[0])
-        assert torch.equal(multiply_stored(g, stored, shape, how, is_back=True), together[1])
+        for count in (1, 2, 3, 33):
+            torch.set_num_threads(count)
+            assert torch.equal(multiply_stored(x, stored, shape, how), together[0])
+            assert torch.equal(multiply_stored(g, stored, shape, how, is_back=True), together[1])
     finally:
         torch.set_num_threads(before)
+
+
+def test_more_threads_than_there_are_columns_are_no_fault():
+    stored, x, g = matrix((32, 128), FORMATS[0]), inputs(3, 128), inputs(3, 32)
+    alone = multiply_stored(x, stored, (32, 128), FORMATS[0])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(150)
+        assert torch.equal(multiply_stored(x, stored, (32, 128), FORMATS[0]), alone)
+        assert multiply_stored(g, stored, (32, 128), FORMATS[0], is_back=True).isfinite().all()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("first", [
+    "torch.set_default_dtype(torch.bfloat16)", "torch.set_default_dtype(torch.float64)",
+    "torch.set_default_device('meta')", "torch.set_num_threads(33)",
+])  # fmt: skip
+def test_that_a_processor_has_tiles_is_found_whatever_the_defaults_are(first):
+    found = "from qlora_kit.base.multiply import has_tiles; print(has_tiles())"
+    command = [sys.executable, "-c", f"import torch; {first}; {found}"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "True"
+
+
+def test_a_layer_without_constants_says_so():
+    layer = tiny.quantized_layers(tiny.quantized(wide_llama(), dtype=torch.bfloat16))["model.layers.0.mlp.up_proj"]
+    x = inputs(3, 128)
+    assert layer(x).isfinite().all()
+    layer.absmax = None
+    with pytest.raises(ModelError, match="has lost its codes or constants"):
+        layer(x)
+
+
+def test_scales_that_lie_apart_are_read_as_those_that_do_not():
+    stored, x = matrix((1376, 512), FORMATS[0]), inputs(3, 512)
+    apart = stored["absmax_scale"].repeat_interleave(2)[::2]
+    assert not apart.is_contiguous()
+    made = multiply_stored(x, stored | {"absmax_scale": apart}, (1376, 512), FORMATS[0])
+    assert torch.equal(made, multiply_stored(x, stored, (1376, 512), FORMATS[0]))
 
 
 def test_torchs_own_products_and_these_take_turns_with_the_tiles():
@@ -112,7 +156,8 @@ def test_torchs_own_products_and_these_take_turns_with_the_tiles():
     ((96, 640), Quantization("none"), torch.bfloat16),
 ], ids=str)  # fmt: skip
 def test_what_the_code_does_not_take_is_told_before(shape, how, dtype):
-    assert can_multiply(inputs(1, 640), (96, 640), FORMATS[0])
+    assert can_multiply(inputs(48, 640), (96, 640), FORMATS[0])
+    assert not can_multiply(inputs(49, 640), (96, 640), FORMATS[0]), "decoding first is faster then"
     assert not can_multiply(torch.zeros(1, shape[1], dtype=dtype), shape, how)
     if how.kind != "none":
         with pytest.raises(RuntimeError, match="can_multiply says no"):
@@ -145,18 +190,18 @@ def test_no_rows_make_none():
 
 
 def test_a_thread_that_ends_takes_its_sums_with_it():
-    stored, x = matrix((1376, 512), FORMATS[0]), inputs(600, 512)
+    stored, x = matrix((96, 640), FORMATS[0]), inputs(512, 640)
 
     def in_threads(count):
         for _ in range(count):
-            thread = threading.Thread(target=multiply_stored, args=(x, stored, (1376, 512), FORMATS[0]))
+            thread = threading.Thread(target=multiply_stored, args=(x, stored, (96, 640), FORMATS[0]))
             thread.start()
             thread.join()
 
-    in_threads(5)
+    in_threads(20)
     before = resident_bytes()[0]
-    in_threads(50)
-    assert resident_bytes()[0] - before < 10 * MIB, "50 threads of 1 MiB each"
+    in_threads(200)
+    assert resident_bytes()[0] - before < 10 * MIB, "0.2 MiB of each thread's sums would be 40"
 
 
 def test_it_counts_the_flops_of_the_product_that_it_is():
@@ -167,7 +212,17 @@ def test_it_counts_the_flops_of_the_product_that_it_is():
     assert counter.get_total_flops() == 2 * 2 * 5 * 96 * 640
 
 
-def step_of(kind, monkeypatch, *, with_tiles):
+def wide_llama():
+    return tiny.llama(hidden_size=128, intermediate_size=192)
+
+
+def wide_mixtral():
+    sizes = {**tiny.EXPERTS, "hidden_size": 128, "head_dim": 32, "intermediate_size": 64, "num_local_experts": 4}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(MixtralConfig(**sizes), dtype=torch.float32).eval()
+
+
+def step_of(make, kind, monkeypatch, *, with_tiles):
     """Gradients of a tiny model's adapters in bf16, its peak by the ledger, and the number of products of this kind."""
     taken = []
     with monkeypatch.context() as patch:
@@ -175,7 +230,7 @@ def step_of(kind, monkeypatch, *, with_tiles):
         patch.setattr(
             dense, "multiply_stored", lambda *of, **how: taken.append(1) or native.multiply_stored(*of, **how)
         )
-        model = tiny.quantized(tiny.llama(hidden_size=128, intermediate_size=192), kind, dtype=torch.bfloat16)
+        model = tiny.quantized(make(), kind, dtype=torch.bfloat16)
         add_lora(model, rank=4)
         torch.manual_seed(0)
         for _, parameter in adapter_parameters(model):
@@ -190,9 +245,10 @@ def step_of(kind, monkeypatch, *, with_tiles):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_models_step_takes_its_products_so_with_the_same_gradients_and_the_same_memory(kind, monkeypatch):
-    with_tiles, peak, count = step_of(kind, monkeypatch, with_tiles=True)
-    decoded, other_peak, none = step_of(kind, monkeypatch, with_tiles=False)
+@pytest.mark.parametrize("make", [wide_llama, wide_mixtral])
+def test_a_models_step_takes_its_products_so_with_the_same_gradients_and_the_same_memory(make, kind, monkeypatch):
+    with_tiles, peak, count = step_of(make, kind, monkeypatch, with_tiles=True)
+    decoded, other_peak, none = step_of(make, kind, monkeypatch, with_tiles=False)
     assert count > 20
     assert none == 0
     assert peak == other_peak > 0

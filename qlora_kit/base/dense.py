@@ -93,7 +93,7 @@ class QuantizedWeight(nn.Module):
             x: as `Stored.multiply` is given it, like the rest.
         """
         shape, codes = (self.out_features, self.in_features), stored["codes"]
-        if codes is None or not can_multiply(x, shape, self.quantization):
+        if codes is None or stored.get("absmax") is None or not can_multiply(x, shape, self.quantization):
             return None
         space = self._memory(shape, x.dtype, codes)  # as if to decode into: so a plan is the same for all processors
         return multiply_stored(x, stored, self.quantization, space, bias=bias, is_back=is_back)
@@ -210,7 +210,10 @@ class QuantizedLinear(QuantizedWeight):
     @property
     def lent(self) -> Lent:
         """The weight for products."""
-        return Lent(self, lambda: self._buffers)
+        return Lent(self, self._own)
+
+    def _own(self) -> Mapping[str, Tensor | None]:
+        return self._buffers
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""

@@ -9,7 +9,8 @@ Each operator has a fake form, counts no FLOPs, and has a twin in plain torch. A
 import ctypes
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes
@@ -173,6 +174,7 @@ def _decode_4bit_fast(
     out: Tensor,
 ) -> None:
     coded, plain = (None, absmax) if scale is None else (absmax, None)
+    scale = None if scale is None else scale.contiguous()
     constants = (address(each) for each in (coded, scale, offset, table8, plain))
     sizes = size(absmax.numel()), size(block_size)
     kernels.decode_4bit_bf16(address(codes), *constants, address(table4), *sizes, address(out), threads())
@@ -271,12 +273,24 @@ def _c_decoder(kind: str, dtype: torch.dtype, block_size: int) -> Callable[..., 
 @functools.cache
 def table_4bit(kind: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format, fp32, one real copy a device."""
-    with _disable_current_modes():
+    with _as_by_default():
         return bnb.get_4bit_type(kind, device=device)
 
 
 @functools.cache
 def table_8bit(device: torch.device) -> Tensor:
     """The 256 values in which bitsandbytes stores block constants, fp32, one real copy a device, in nobody's ledger."""
-    with _disable_current_modes():
+    with _as_by_default():
         return bnb.create_dynamic_map().to(device)
+
+
+@contextmanager
+def _as_by_default() -> Iterator[None]:
+    """bitsandbytes makes its tables in torch's default dtype, on its default device: here in fp32, on a CPU."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with _disable_current_modes(), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

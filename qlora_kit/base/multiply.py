@@ -1,8 +1,8 @@
 """Products with a quantised matrix as it is stored, as an operator of torch: `qlora_kit::multiply_stored`.
 
 On a CPU that multiplies tiles (Intel AMX) C code decodes some columns at a time into the first cache and multiplies
-them there (ops/native/tiles.c): faster than to write the decoded matrix and multiply that (benchmarks/LOG.md).
-Elsewhere weights are decoded; `can_multiply` says which.
+them there (ops/native/tiles.c): faster than to write the decoded matrix and multiply that, as long as the rows are not
+many beside it. `can_multiply` says where; elsewhere weights are decoded.
 
 The operator has a fake form, FLOPs as any product has, and a twin in plain torch. Axes: T tokens, O out, I in.
 """
@@ -54,12 +54,17 @@ class _Matrix(NamedTuple):
 def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization) -> bool:
     """Whether a product with such a matrix is taken without decoding it first.
 
+    Not of more rows than half its shorter side: the matrix, decoded again for every 512, is then slower than torch's
+    products (benchmarks/LOG.md).
+
     Args:
-        x: what it is multiplied with.
+        x: what it is multiplied with, (rows, in) or (rows, out).
         shape: (out, in) of the matrix.
         quantization: its format.
     """
-    return not torch.compiler.is_compiling() and _fits(x, *shape, quantization.kind, quantization.block_size)
+    if torch.compiler.is_compiling():
+        return False
+    return 2 * len(x) <= min(shape) and _fits(x, *shape, quantization.kind, quantization.block_size)
 
 
 def multiply_stored(
@@ -114,7 +119,8 @@ def _fits(x: Tensor, out: int, width: int, kind: str, block_size: int) -> bool:
     """Whether the C code takes it, and the processor what the code was compiled to."""
     step = _BLOCK if kind == "int8" else block_size
     fits = out % _OUTPUTS == 0 and step % _BLOCK == 0 and width % step == 0
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and kind != "none" and has_tiles()
+    is_there = min(out, width) > 0 and kind != "none"
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and is_there and has_tiles()
 
 
 @functools.cache
@@ -123,7 +129,7 @@ def has_tiles() -> bool:
     kernels = library()
     if kernels is None or not kernels.multiplies_tiles():
         return False
-    with _disable_current_modes():
+    with _disable_current_modes(), torch.device("cpu"):
         return all(_is_right(kernels, kind, is_back) for kind in ("nf4", "int8") for is_back in (False, True))
 
 
@@ -132,8 +138,11 @@ def _is_right(kernels: ctypes.CDLL, kind: Literal["nf4", "int8"], is_back: bool)
     out, width = 32, 64
     codes = torch.arange(out * width // (2 if kind == "nf4" else 1)).to(torch.uint8)
     codes = codes if kind == "nf4" else codes.view(torch.int8).view(out, width)
-    absmax = torch.linspace(0.1, 3, out)
-    one, space = torch.eye(out if is_back else width).bfloat16(), torch.empty(out, width, dtype=torch.bfloat16)
+    absmax = torch.linspace(0.1, 3, out, dtype=torch.float32)
+    one, space = (
+        torch.eye(out if is_back else width, dtype=torch.bfloat16),
+        torch.empty(out, width, dtype=torch.bfloat16),
+    )
     made = _run(kernels, one, None, _Matrix(codes, absmax, None, None, _BLOCK, kind), is_back, space)
     stored = {"codes": codes, "absmax": absmax}
     return torch.equal(made, multiply_stored_plain(one, stored, Quantization(kind), space, is_back=is_back))
@@ -171,10 +180,10 @@ def _multiply_stored(
 def _run(kernels: ctypes.CDLL, x: Tensor, bias: Tensor | None, matrix: _Matrix, is_back: bool, space: Tensor) -> Tensor:
     y = _shaped(x, space, is_back)
     x, codes, absmax = x.contiguous(), matrix.codes.contiguous(), matrix.absmax.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    coded, plain = (None, absmax) if matrix.scale is None else (absmax, None)
+    bias, scale = (None if each is None else each.contiguous() for each in (bias, matrix.scale))
+    coded, plain = (None, absmax) if scale is None else (absmax, None)
     table4 = None if matrix.kind == "int8" else table_4bit(matrix.kind, x.device)
-    tensors = codes, coded, matrix.scale, matrix.offset, table_8bit(x.device), plain, table4
+    tensors = codes, coded, scale, matrix.offset, table_8bit(x.device), plain, table4
     stored = _Stored(*(address(each) for each in tensors), *space.shape, matrix.block_size.bit_length() - 1)
     how = ctypes.byref(stored), int(is_back), address(bias)
     if kernels.multiply_stored(address(x), size(len(x)), *how, address(space), address(y), threads()):

@@ -1,7 +1,8 @@
 /* Products with a quantised matrix that never stands decoded in memory, on processors that multiply tiles (Intel AMX).
 
    A few columns of the result at a time, the weights behind them are decoded into the first cache, in the pairs that
-   the tile unit reads, and multiplied there: each value as the decoders give it, rounded once from fp32 to bfloat16.
+   the tile unit reads, and multiplied there: each value as the decoders give it, rounded once from fp32 to bfloat16
+   (what is below 2^-126 becomes zero, as in all products of that unit).
    Sums are fp32, in an order that does not depend on how many rows are multiplied, or by how many threads.
 
    Axes of W: out, in. Forward, y = x W^T, columns of the result are outputs and sums run over inputs; back, y = x W, it
@@ -14,7 +15,8 @@
 #define _GNU_SOURCE
 #include <immintrin.h>
 #include <pthread.h>
-#include <stdlib.h>
+#include <stddef.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -48,6 +50,9 @@ enum {
     ROWS = 512,    /* rows of x that are multiplied at once; more decode the matrix again */
     SUMS = 1 << 18 /* sums that wait for their next terms: 1 MiB, of 2 in the second cache */
 };
+/* gcc 12's intrinsics do not say that a tile is read from memory: what was stored there must stand before it. */
+#define WRITTEN(address) __asm__ volatile("" : : "r"(address) : "memory")
+
 enum { TILE = 512, SUM = 256 }; /* elements: 16 rows of 32 bfloat16, 16 of 16 floats */
 
 typedef struct {
@@ -57,14 +62,19 @@ typedef struct {
 
 static pthread_key_t kept;
 
-static void keep(void) { pthread_key_create(&kept, free); }
+static void drop(void *own) { munmap(own, sizeof(Scratch)); }
+
+static void keep(void) { pthread_key_create(&kept, drop); }
 
 /* One a thread, until it ends: 1 MiB, whose pages would cost more than they bring if it were a new one each time. */
 static Scratch *scratch(void) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, keep);
     Scratch *own = pthread_getspecific(kept);
-    if (!own) pthread_setspecific(kept, own = aligned_alloc(64, sizeof *own));
+    if (own) return own;
+    own = mmap(NULL, sizeof *own, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (own == MAP_FAILED) return NULL;
+    pthread_setspecific(kept, own);
     return own;
 }
 
@@ -294,6 +304,7 @@ static void multiply_block(const bf16 *tiles, int64_t rows, const Stored *w, int
         for (int64_t n = n0; n < end; n += PANEL) {
             int64_t columns = smaller(end - n, PANEL);
             decode_panel(w, back, n, columns, k0, terms, s->panel);
+            WRITTEN(s->panel);
             for (int64_t c = 0; c < columns; c += 32)
                 multiply_panel(tiles + k0 * whole_tiles(rows), rows, s->panel + c * DEPTH, terms, k0 == 0,
                                s->sums + padded * (n - n0 + c));
@@ -317,15 +328,20 @@ int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, cons
     int64_t width = back ? w->in : w->out, depth = back ? w->out : w->in;
     int64_t at_once = smaller(smaller(rows, ROWS), width); /* in tiles no more than `space` holds */
     int64_t fitting = SUMS / ((at_once + 31) / 32 * 32) / PANEL * PANEL;
-    int64_t block = smaller(fitting, (width / threads + PANEL - 1) / PANEL * PANEL);
+    int64_t share = (width + threads - 1) / threads;
+    int64_t block = smaller(fitting, (share + PANEL - 1) / PANEL * PANEL);
     int failed = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Scratch *s = scratch();
         struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
         for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+        WRITTEN(&shape);
         _tile_loadconfig(&shape);
-        if (!s) failed = 1;
+        if (!s) {
+#pragma omp atomic write
+            failed = 1;
+        }
         for (int64_t r = 0; r < rows; r += at_once) {
             int64_t part = smaller(rows - r, at_once);
 #pragma omp for
