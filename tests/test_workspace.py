@@ -69,9 +69,9 @@ def some_layers(model):
 def test_one_weight_after_another_stands_in_the_same_memory():
     first, *rest = some_layers(tuned())
     first.workspace.lend((1, LARGEST // 4), torch.float32, first.codes)
-    address = first.borrow(torch.float32).data_ptr()
+    address = first.lent(torch.float32).data_ptr()
     for layer in rest:
-        lent = layer.borrow(torch.float32)
+        lent = layer.lent(torch.float32)
         assert lent.data_ptr() == address
         assert torch.equal(lent, layer.dense(torch.float32))
         del lent
@@ -79,7 +79,7 @@ def test_one_weight_after_another_stands_in_the_same_memory():
 
 def test_a_weight_that_is_held_is_never_written_over():
     one, two, *_ = some_layers(tuned())
-    held, other = one.borrow(torch.float32), two.borrow(torch.float32)
+    held, other = one.lent(torch.float32), two.lent(torch.float32)
     assert torch.equal(held, one.dense(torch.float32))
     assert torch.equal(other, two.dense(torch.float32))
     assert not torch.equal(held[:8], other[:8])
@@ -88,9 +88,9 @@ def test_a_weight_that_is_held_is_never_written_over():
 def test_dense_is_nobody_elses():
     one, two, *_ = some_layers(tuned())
     kept = one.dense(torch.float32)
-    address = one.borrow(torch.float32).data_ptr()
+    address = one.lent(torch.float32).data_ptr()
     assert address != kept.data_ptr() != one.dense(torch.float32).data_ptr()
-    two.borrow(torch.float32).zero_()
+    two.lent(torch.float32).zero_()
     assert torch.equal(kept, one.dense(torch.float32))
 
 
@@ -174,7 +174,7 @@ def test_two_threads_that_train_two_layers_at_once_get_the_right_products():
         layer, leaf = layers[number], x[number].clone().requires_grad_()
 
         def decode(dtype):
-            weight = layer.borrow(dtype)
+            weight = layer.lent(dtype)
             meet()
             lent.append(weight.data_ptr())
             return weight
@@ -204,7 +204,7 @@ def test_a_fake_run_leaves_the_real_one_right_and_the_other_way_around():
     wanted = gradients(without_workspace(tuned()))
     for _ in range(2):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            lent = some_layers(model)[0].borrow(torch.float32)
+            lent = some_layers(model)[0].lent(torch.float32)
             assert isinstance(lent, FakeTensor)
             model.lm_head(model.model(ids, use_cache=False)[0]).sum().backward()
             del lent

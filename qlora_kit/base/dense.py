@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.base.formats import Quantization, decode_4bit, quantize
-from qlora_kit.base.kernels import decode_int8_into
+from qlora_kit.base.formats import Quantization, dequantize, quantize
 from qlora_kit.base.multiply import can_multiply, multiply_stored
 from qlora_kit.base.pages import let_go
 from qlora_kit.errors import ModelError
@@ -73,15 +72,12 @@ class QuantizedWeight(nn.Module):
             lent: in memory of the model's workspace, if it has one: for a multiplication, after which it is let go.
             rows: how many there are, if not all of the matrix.
         """
-        codes, absmax = stored["codes"], stored.get("absmax")
-        if codes is None or absmax is None:
+        codes = stored["codes"]
+        if codes is None or stored.get("absmax") is None:
             raise ModelError(f"a {type(self).__name__} has lost its codes or constants; load the base again")
         shape = (self.out_features if rows is None else rows, self.in_features)
         out_OI = self._memory(shape, dtype, codes) if lent else torch.empty(shape, dtype=dtype, device=codes.device)
-        if self.quantization.kind == "int8":
-            return decode_int8_into(out_OI, codes, absmax)
-        scale, offset = stored.get("absmax_scale"), stored.get("absmax_offset")
-        return decode_4bit(codes, absmax, scale, offset, self.quantization, out_OI)
+        return dequantize(stored, self.quantization, out_OI)
 
     def multiply(
         self, stored: Mapping[str, Tensor | None], x: Tensor, bias: Tensor | None, *, is_back: bool
@@ -203,13 +199,9 @@ class QuantizedLinear(QuantizedWeight):
         """The stored weight, (out, in), in `dtype`; a new tensor at every call."""
         return self.read(self._buffers, dtype)
 
-    def borrow(self, dtype: torch.dtype) -> Tensor:
-        """The same in memory of the model's workspace, to be multiplied and let go."""
-        return self.read(self._buffers, dtype, lent=True)
-
     @property
     def lent(self) -> Lent:
-        """The weight for products."""
+        """The same for products: called, in memory of the model's workspace, to be multiplied and let go."""
         return Lent(self, self._own)
 
     def _own(self) -> Mapping[str, Tensor | None]:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qlora_kit.base.kernels import ABSMAX_BLOCK, constants_4bit, decode_4bit_into, table_4bit, table_8bit
+from qlora_kit.base.kernels import (
+    ABSMAX_BLOCK,
+    constants_4bit,
+    decode_4bit_into,
+    decode_int8_into,
+    table_4bit,
+    table_8bit,
+)
 from qlora_kit.base.quantizer import intervals, quantize_4bit, quantize_int8
 from qlora_kit.errors import ModelError
 
@@ -236,6 +243,25 @@ def decode_4bit(
     """
     how = quantization.block_size, quantization.kind
     return decode_4bit_into(out_OI, codes, absmax, *how, absmax_scale, absmax_offset)
+
+
+def dequantize(stored: Mapping[str, Tensor | None], quantization: Quantization, out_OI: Tensor) -> Tensor:
+    """Read a matrix back, of whatever format.
+
+    Args:
+        stored: codes and constants, as `quantize` names them.
+        quantization: the format that made them; not `none`.
+        out_OI: where to, (out, in), fp32, bf16 or fp16, contiguous.
+
+    Returns:
+        `out_OI`, each value rounded once from fp32.
+    """
+    codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
+    assert codes is not None
+    assert absmax is not None
+    if quantization.kind == "int8":
+        return decode_int8_into(out_OI, codes, absmax)
+    return decode_4bit(codes, absmax, scale, offset, quantization, out_OI)
 
 
 def block_constants(

@@ -143,7 +143,7 @@ def _check_constant(what: str, constant: Tensor | None, count: int) -> None:
 def _check_4bit(
     codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, block_size: int, out: Tensor
 ) -> None:
-    """And writes them one after another."""
+    """The same, and C writes one value after another."""
     check_4bit(codes, absmax, scale, offset, block_size, out.shape)
     _check(out.is_contiguous(), lambda: f"strides {out.stride()} of {tuple(out.shape)}")
 

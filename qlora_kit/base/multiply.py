@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from qlora_kit.base.formats import Quantization, decode_4bit
-from qlora_kit.base.kernels import check_4bit, check_int8, decode_int8_into, table_4bit, table_8bit
+from qlora_kit.base.formats import Quantization, dequantize
+from qlora_kit.base.kernels import check_4bit, check_int8, table_4bit, table_8bit
 from qlora_kit.ops.native import address, library, size, threads
 
 _BLOCK = 64
@@ -105,13 +105,7 @@ def multiply_stored_plain(
     is_back: bool = False,
 ) -> Tensor:
     """The same from the decoded matrix, for which there is that memory."""
-    codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
-    assert codes is not None
-    assert absmax is not None
-    if quantization.is_4bit:
-        decode_4bit(codes, absmax, scale, offset, quantization, space_OI)
-    else:
-        decode_int8_into(space_OI, codes, absmax)
+    dequantize(stored, quantization, space_OI)
     return x @ space_OI if is_back else torch.nn.functional.linear(x, space_OI, bias)
 
 

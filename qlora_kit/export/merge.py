@@ -227,7 +227,7 @@ def _pieces(base: Any) -> Iterator[tuple[slice, Tensor]]:
         for rows in row_slices(linear_shape(base)):
             yield rows, base.rows(torch.arange(rows.start, rows.stop, device=base.codes.device), torch.float32)
     elif isinstance(base, QuantizedLinear):
-        weight_OI = base.borrow(torch.float32)
+        weight_OI = base.lent(torch.float32)
         yield from _spans(weight_OI.t() if base.is_transposed else weight_OI, is_own=True)
     else:
         yield from _spans(base.weight.detach(), is_own=False)

@@ -225,15 +225,15 @@ def _add_product(sum_TN: Tensor, parts: tuple[Tensor, ...], right_RN: Tensor, sc
     if len(parts) == 1:
         sum_TN.addmm_(parts[0], right_RN, alpha=scale)
     else:
-        sum_TN.addmm_(torch.cat(parts, 1), _as_it_lies([right_RN] * len(parts)), alpha=scale)
+        sum_TN.addmm_(torch.cat(parts, 1), _repeated(right_RN, len(parts)), alpha=scale)
 
 
-def _as_it_lies(matrices_RN: Sequence[Tensor]) -> Tensor:
-    """Matrices one below the other. B comes turned, and copied in its own layout it takes a third of the time
+def _repeated(matrix_RN: Tensor, count: int) -> Tensor:
+    """A matrix so often below itself. B comes turned, and copied in its own layout it takes a third of the time
     (benchmarks/LOG.md)."""
-    if matrices_RN[0].is_contiguous():
-        return torch.cat(list(matrices_RN))
-    return torch.cat([each.t() for each in matrices_RN], 1).t()
+    if matrix_RN.is_contiguous():
+        return torch.cat([matrix_RN] * count)
+    return torch.cat([matrix_RN.t()] * count, 1).t()
 
 
 def lora_linear_plain(

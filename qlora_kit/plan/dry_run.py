@@ -274,7 +274,7 @@ def _use(after: Mapping[str, After], run: _Run) -> None:
     work, ledger = run.work, run.ledger
     for module in run.model.modules():
         if isinstance(module, QuantizedLinear) and module.workspace is not None:
-            module.borrow(work.dtype)  # a step leaves its buffer behind
+            module.lent(work.dtype)  # a step leaves its buffer behind
     if work.eval_shape is not None:
         rows = _rows(work.eval_shape, replace(work, packing=False))
         with _told_packing(False):
