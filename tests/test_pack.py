@@ -38,8 +38,8 @@ from qlora_kit.errors import DeviceError, ModelError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
 from qlora_kit.plan import dry_run
-from qlora_kit.recipe import Train, read_recipe
-from qlora_kit.run import plan_memory, train
+from qlora_kit.recipe import Train, is_packed, read_recipe
+from qlora_kit.run import plan_memory, preview, train
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.isolation import check_isolation, leaked_gradient
 from qlora_kit.train.loop import Job, train_loop
@@ -343,6 +343,29 @@ def test_attention_that_trains_on_cards_alone_is_refused_on_a_cpu_and_what_it_tr
     if asked == "flash":
         plan_memory(recipe, gpu="4090")
     assert load_base(model_folder, attention=asked, device="cpu").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex", "flash"])
+@pytest.mark.parametrize("task", ["sft", "pretrain", "dpo", "classify"])
+def test_rows_are_packed_unasked_where_attention_reads_each_document_alone_and_the_task_learns_every_row_by_itself(
+    attention, task
+):
+    words = ["base.model=x", "data.train=y", f"base.attention={attention}", f"train.task={task}"]
+    wanted = attention in ("flex", "flash") and task in ("sft", "pretrain")
+    assert is_packed(read_recipe("default", words)) is wanted
+    for said in (True, False):
+        assert is_packed(read_recipe("default", [*words, f"data.packing={str(said).lower()}"])) is said
+
+
+def test_a_run_whose_rows_are_packed_unasked_is_previewed_and_planned_so(model_folder, tmp_path):
+    text = "".join(f'{{"prompt": "{"ab " * n}", "completion": " c"}}\n' for n in range(1, 21))
+    (tmp_path / "rows.jsonl").write_text(text)
+    words = [f"base.model={model_folder}", f"data.train={tmp_path / 'rows.jsonl'}", "data.max_tokens=64"]
+    dense, apart = (read_recipe("default", [*words, f"base.attention={name}"]) for name in ("sdpa", "flex"))
+    assert [preview(recipe).is_packed for recipe in (dense, apart)] == [False, True]
+    same = read_recipe("default", [*words, "data.packing=true"])
+    alone, unasked, asked = (plan_memory(recipe, gpu="4090")["tokens"] for recipe in (dense, apart, same))
+    assert alone < 64 == unasked == asked
 
 
 def test_attention_whose_package_is_not_installed_is_refused(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 
 from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.formats import Quantization
-from qlora_kit.recipe import Lora, Recipe, base_as_held
+from qlora_kit.recipe import Lora, Recipe, base_as_held, is_packed
 from qlora_kit.train.activations import Blocks, Policy
 from qlora_kit.train.optim import MasterWeights, definite_masters
 from qlora_kit.train.pace import gradients_stand
@@ -90,7 +90,7 @@ class Workload:
             master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head is True,
-            packing=recipe.data.packing is True,
+            packing=is_packed(recipe),
             task=recipe.train.task,
             is_padded=recipe.train.task == "classify" and micro_batch > 1,
             has_reference=has_reference(recipe),

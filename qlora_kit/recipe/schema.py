@@ -205,7 +205,7 @@ class Data(Section):
     over_length: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to a longer row; every one is counted."""
     packing: bool | Auto = "auto"
-    """Rows of a step share sequences of at most max_tokens; auto: false, since a dense mask is not always faster."""
+    """Rows of a step share sequences of at most max_tokens; auto: where attention is flex or flash (no dense mask)."""
     loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
     """The tokens that are learnt: those of the assistant, its last turn, the completion, or all."""
     template: TemplateName = "auto"

@@ -19,7 +19,7 @@ from qlora_kit.data import (
     remarks_on,
 )
 from qlora_kit.errors import DataError
-from qlora_kit.recipe import TASKS, Recipe
+from qlora_kit.recipe import TASKS, Recipe, is_packed
 from qlora_kit.run.common import Common
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.rows import read_rows
@@ -168,8 +168,8 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     Raises:
         DataError: a step has fewer rows than its task needs.
     """
-    epoch, is_packed, max_tokens = rows.epoch, recipe.data.packing is True, recipe.data.max_tokens
-    longest = max(max_tokens, rows.longest) if is_packed else rows.longest
+    epoch, packs, max_tokens = rows.epoch, is_packed(recipe), recipe.data.max_tokens
+    longest = max(max_tokens, rows.longest) if packs else rows.longest
     pace = set_pace(
         recipe.train,
         rows=epoch.rows,
@@ -181,7 +181,7 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
         raise DataError("train.task=kto holds answers of other rows against a prompt, so a step needs two rows: "
                         "raise train.accumulation, or give more rows")  # fmt: skip
-    return pace, longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if is_packed else None
+    return pace, longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if packs else None
 
 
 def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: int | None) -> Filling:

@@ -1,7 +1,7 @@
 """What a run will be given to learn, before anything else of it is done: no weights are needed, and none are read."""
 
 from qlora_kit.data import Filling, Preview, count_classes, measure_lengths, remarks_on, show_rows
-from qlora_kit.recipe import TASKS, Recipe
+from qlora_kit.recipe import TASKS, Recipe, is_packed
 from qlora_kit.run.prepare import fill_batches, gather, pace_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.train.classes import classes_in
@@ -35,7 +35,7 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
         eval=held_out.counts,
         sources=train.parts,
         lengths=measure_lengths(train),
-        is_packed=recipe.data.packing is True,
+        is_packed=is_packed(recipe),
         apart=filling(False),
         packed=filling(True) if TASKS[recipe.train.task].can_pack else None,
         remarks=remarks_on(train, held_out, tokenizer),

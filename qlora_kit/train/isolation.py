@@ -32,7 +32,8 @@ def check_isolation(model: PreTrainedModel, sequences: int = 1) -> None:
     if sequences > 1 and leaked_gradient(model, sequences=2) > 0:
         raise ModelError(
             f"{model.config._attn_implementation} keeps the documents of a sequence apart only where it is alone in a "
-            "micro-batch (in this version of transformers); set train.micro_batch=1, or base.attention=sdpa"
+            "micro-batch (in this version of transformers); set train.micro_batch=1, base.attention=sdpa or "
+            "data.packing=false"
         )
 
 
