@@ -6,60 +6,42 @@ file, which PEFT ignores.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qlora_kit.base.dense import decode
-from qlora_kit.base.experts import expert_stacks, stack_experts
+from qlora_kit.base.experts import stack_experts
 from qlora_kit.base.files import file_inside, read_header
 from qlora_kit.base.record import BaseRecord, base_record
-from qlora_kit.base.vocabulary import row_width
 from qlora_kit.errors import AdapterError, ModelError, listed
+from qlora_kit.lora.contents import LEAVES, PREFIX, ROWS, Contents, Parts, sort_out, stems
 from qlora_kit.lora.inject import LoraReport, lora_report, wrap
-from qlora_kit.lora.layer import Adapter, LoraLayer, bare, carriers, weight_shape
+from qlora_kit.lora.layer import Adapter, LoraLayer, carriers
 from qlora_kit.lora.peft_config import (
     ignored_fields,
-    is_target,
     patterned,
     peft_config,
     read_config,
-    saved_modules,
-    saved_tokens,
-    targeted_experts,
 )
 from qlora_kit.lora.several import adapter_names, check_new_name, use_adapter, whole_or_nothing
-from qlora_kit.lora.targets import adaptable_weights
 from qlora_kit.lora.vocabulary import (
     TokenRows,
-    check_rows,
-    end_names,
-    head_is_tied,
     head_name,
     rows_of_embedding,
     rows_of_head,
 )
-from qlora_kit.lora.whole import WholeModule, check_module, train_module
+from qlora_kit.lora.whole import WholeModule, train_module
 from qlora_kit.storage import staged_folder, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_NAMES = {"a_RI": "lora_A.weight", "b_OR": "lora_B.weight", "magnitude_O": "lora_magnitude_vector"}
-_ROWS = "token_adapter.trainable_tokens_delta"
-"""What PEFT calls the tensors of an adapter, in its files."""
 _FINGERPRINT, _WEIGHTS_MARK = "qlora_kit.base_fingerprint", "qlora_kit.base_weights_mark"
 """Under which the metadata keeps what `BaseRecord` knows of the base."""
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Parts: TypeAlias = dict[str, Tensor]
-"""The tensors of one layer or module by their names here."""
 
 
 def save_adapter(
@@ -132,10 +114,8 @@ def load_adapter(
     record = base_record(model)
     if config.get("target_parameters"):
         stack_experts(model)
-    weights = adaptable_weights(model)
-    contents = _sorted(model, tensors, weights, config)
-    faults = contents.faults + _fit_faults(model, weights, contents.layers, config)
-    faults += _whole_faults(model, contents)
+    contents = sort_out(model, tensors, config)
+    faults = contents.faults
     if not force:
         faults += _stranger_faults(metadata, record, way_on)
     if faults:
@@ -151,19 +131,19 @@ def load_adapter(
 def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     """All of one adapter under PEFT's names; what two modules share comes once."""
     mine = {key: carrier for key, carrier in carriers(model) if name in carrier.adapters}
-    stems = _stems(model, mine)
+    called = stems(model, mine)
     shared: set[nn.Module] = set()
     for key, carrier in mine.items():
-        stem, part = f"{_PREFIX}{stems[key]}", carrier.adapters[name]
+        stem, part = f"{PREFIX}{called[key]}", carrier.adapters[name]
         if isinstance(part, Adapter):
             for leaf, tensor in part.stored().items():
-                yield f"{stem}.{_NAMES[leaf]}", _to_file(tensor, leaf)
+                yield f"{stem}.{LEAVES[leaf]}", _to_file(tensor, leaf)
         elif isinstance(carrier, WholeModule):
             for leaf, tensor in part.state_dict().items():
                 yield f"{stem}.{leaf}", tensor
         elif isinstance(part, TokenRows) and part not in shared:
             shared.add(part)
-            yield f"{stem}.{_ROWS}", part.rows_KD
+            yield f"{stem}.{ROWS}", part.rows_KD
 
 
 def _stranger_faults(metadata: Mapping[str, str], record: BaseRecord, way_on: str) -> list[str]:
@@ -198,20 +178,6 @@ def _adapter(
         for leaf, parameter in adapter.named_parameters():
             parameter.copy_(_from_file(parts[leaf], leaf, parameter.shape))
     return adapter
-
-
-def _stems(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """What PEFT calls each of these layers: its own name, but for experts.
-
-    There PEFT wraps the module that holds the weights, once for each of them, so that the last stands outermost.
-    """
-    stacks = [name for name in expert_stacks(model) if name in set(names)]
-    stems = {name: name for name in names}
-    for name in stacks:
-        holder = name.rpartition(".")[0]
-        siblings = [other for other in stacks if other.rpartition(".")[0] == holder]
-        stems[name] = holder + ".base_layer" * (len(siblings) - 1 - siblings.index(name))
-    return stems
 
 
 def _to_file(tensor: Tensor, leaf: str) -> Tensor:
@@ -250,72 +216,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise AdapterError(f"the adapter in {path.parent} is damaged: {error}") from error
 
 
-@dataclass(slots=True)
-class _Contents:
-    """What a file holds, by the names of this model: layers, whole modules, rows with their ids, and its faults."""
-
-    layers: dict[str, Parts] = field(default_factory=dict)
-    modules: dict[str, Parts] = field(default_factory=dict)
-    rows: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
-
-
-def _sorted(
-    model: PreTrainedModel, tensors: Mapping[str, Tensor], weights: Mapping[str, Any], config: Mapping[str, Any]
-) -> _Contents:
-    """Each tensor where it belongs, and what is wrong with the file itself."""
-    contents = _Contents()
-    stems = {stem: key for key, stem in _stems(model, targeted_experts(model, config)).items()}
-    wanted = {leaf: end for leaf, end in _NAMES.items() if config.get("use_dora") or leaf != "magnitude_O"}
-    whole, ends = saved_modules(model, config), end_names(model)
-    tokens = saved_tokens(model, config)
-    strange = [key for key in tokens if key not in ends]
-    if strange:
-        contents.faults.append(f"trainable_token_indices names {listed(strange)}, neither embedding nor head here")
-    for key, value in tensors.items():
-        if _is_the_bases_own(key, value, weights):
-            continue
-        short = key.removeprefix(_PREFIX)
-        leaf = next((leaf for leaf, end in wanted.items() if key.endswith(f".{end}")), None)
-        module = next((module for module in whole if short.startswith(f"{module}.")), None)
-        rows = short.removesuffix(f".{_ROWS}")
-        if value.dtype not in _DTYPES:
-            contents.faults.append(f"{key} is in {value.dtype}, which is no dtype of weights")
-        elif not torch.isfinite(value).all():
-            contents.faults.append(f"{key} holds NaN or infinity")
-        if module is not None and key.startswith(_PREFIX):
-            contents.modules.setdefault(module, {})[short.removeprefix(f"{module}.")] = value
-        elif rows != short and rows in tokens and rows in ends:
-            contents.rows[rows] = (tokens[rows], value)
-        elif leaf is None and short.removesuffix(".weight").removesuffix(".base_layer") in ends:
-            contents.faults.append(
-                f"{key} is all of a matrix of its base (PEFT saves it where the vocabulary was resized or the head "
-                "adapted), and this base has another"
-            )
-        elif leaf is None or not key.startswith(_PREFIX):
-            contents.faults.append(f"{key} is no LoRA matrix")
-        else:
-            stem = short.removesuffix(f".{wanted[leaf]}")
-            contents.layers.setdefault(stems.get(stem, stem), {})[leaf] = value
-    lonely = [key for key, parts in contents.layers.items() if len(parts) < len(wanted)]
-    if lonely:
-        contents.faults.append(f"one of {', '.join(wanted.values())} is missing for {listed(lonely)}")
-    contents.layers = {key: parts for key, parts in contents.layers.items() if len(parts) == len(wanted)}
-    lost = [key for key in whole if key not in contents.modules]
-    lost += [key for key in tokens if key in ends and key not in contents.rows
-             and not (contents.rows and _is_tied_head(model, key))]  # fmt: skip
-    if lost:
-        contents.faults.append(f"the file has no tensors for {listed(lost)} (modules_to_save or trained rows)")
-    return contents
-
-
-def _is_tied_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether this is the head, and uses the embedding's rows, which the file then holds once."""
-    return head_is_tied(model) and key == head_name(model)
-
-
 def _attach(
-    model: PreTrainedModel, contents: _Contents, config: Mapping[str, Any], name: str, dtype: torch.dtype | None
+    model: PreTrainedModel, contents: Contents, config: Mapping[str, Any], name: str, dtype: torch.dtype | None
 ) -> None:
     """Put everything on the model; `contents` has no faults."""
     for layer_name, parts in contents.layers.items():
@@ -332,68 +234,3 @@ def _attach(
             rows = rows_of_embedding(model, sorted(ids), name, for_tied_head=head_name(model) not in contents.rows)
         with torch.no_grad():
             rows.rows_KD.copy_(values[order])
-
-
-def _whole_faults(model: PreTrainedModel, contents: _Contents) -> list[str]:
-    """What is wrong with whole modules and rows."""
-    faults = []
-    for key, parts in contents.modules.items():
-        try:
-            check_module(model, key)
-        except AdapterError as error:
-            faults.append(str(error))
-            continue
-        own = {leaf: tuple(tensor.shape) for leaf, tensor in bare(model.get_submodule(key)).state_dict().items()}
-        found = {leaf: tuple(tensor.shape) for leaf, tensor in parts.items()}
-        if own != found:
-            faults.append(f"{key} has tensors {found}, wanted {own}")
-    for key, (ids, values) in contents.rows.items():
-        try:
-            check_rows(model, sorted(ids), contents.layers.keys() | contents.modules.keys())
-        except AdapterError as error:
-            faults.append(str(error))
-            continue
-        wanted = (len(set(ids)), row_width(bare(model.get_submodule(key))))
-        if tuple(values.shape) != wanted:
-            faults.append(f"{key} has rows of shape {tuple(values.shape)}, wanted {wanted}")
-    return faults
-
-
-def _fit_faults(
-    model: PreTrainedModel,
-    weights: Mapping[str, Any],
-    layers: Mapping[str, Parts],
-    config: Mapping[str, Any],
-) -> list[str]:
-    faults = []
-    absent = [key for key in layers if key not in weights]
-    if absent:
-        faults.append(f"the model has no linear layer {listed(absent)}")
-    taken = sorted({key for key, carrier in carriers(model) if not isinstance(carrier, LoraLayer)} & layers.keys())
-    if taken:
-        faults.append(f"{listed(taken)} carries a whole module or rows of another adapter")
-    for key, parts in layers.items():
-        if key in weights:
-            experts, out, width = (1, *weight_shape(weights[key]))[-3:]
-            ranks = experts * int(patterned(config.get("rank_pattern"), key, config["r"]))
-            wanted = {"a_RI": (ranks, width), "b_OR": (out, ranks), "magnitude_O": (out,)}
-            faults += [
-                f"{key} has {_NAMES[leaf]} of shape {tuple(tensor.shape)}, wanted {wanted[leaf]}"
-                for leaf, tensor in parts.items()
-                if tensor.shape != wanted[leaf]
-            ]
-    targeted = {key for key in weights if is_target(key, config)} - expert_stacks(model).keys()
-    targeted |= set(targeted_experts(model, config))
-    lacking = [key for key in weights if key in targeted and key not in layers]
-    if lacking:
-        faults.append(f"the file has no matrices for {listed(lacking)}")
-    return faults or ([] if layers else ["the file holds no LoRA matrices"])
-
-
-def _is_the_bases_own(key: str, value: Tensor, weights: Mapping[str, Any]) -> bool:
-    """Whether this is the head's frozen weight, which PEFT saves beside an adapter on the head, as it is here too."""
-    layer = weights.get(key.removeprefix(_PREFIX).removesuffix(".base_layer.weight"))
-    if not key.endswith(".base_layer.weight") or layer is None or tuple(value.shape) != weight_shape(layer):
-        return False
-    weight = decode(layer, layer.weight.dtype if isinstance(layer, nn.Linear) else torch.float32)
-    return torch.equal(value.to(weight.device, weight.dtype), weight)
