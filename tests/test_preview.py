@@ -44,7 +44,7 @@ from qlora_kit.data import (
     show_rows,
     side_by_side,
 )
-from qlora_kit.data.template import Encoded
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import preview
 from qlora_kit.run.prepare import prepare

@@ -28,6 +28,7 @@ from qlora_kit.data.collate import (
 )
 from qlora_kit.data.columns import formats_of, read_row
 from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS
@@ -39,7 +40,7 @@ from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.sources import Reader, Source, open_sources
 from qlora_kit.data.table import RowTable, lengths_of
-from qlora_kit.data.template import Encoded, encode, encode_turns
+from qlora_kit.data.template import encode, encode_turns
 
 __all__ = [
     "FALLBACK",

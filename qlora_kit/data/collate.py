@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora_kit.data.template import Encoded
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.ops import IGNORED
 
 

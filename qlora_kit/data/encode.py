@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from qlora_kit.data.chat_template import check_template
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck
+from qlora_kit.data.encoded import Encoded, LossOn
 from qlora_kit.data.examples import Classified, Example, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.table import Rows, lengths_of
-from qlora_kit.data.template import Encoded, LossOn, encode_text, encode_turns
+from qlora_kit.data.template import encode_text, encode_turns
 from qlora_kit.data.thinking import Thinking, with_thinking
 from qlora_kit.errors import DataError
 

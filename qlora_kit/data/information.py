@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from itertools import compress, islice
 
 from qlora_kit.data.encode import EncodedSet
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.remarks import contents
-from qlora_kit.data.template import Encoded
 from qlora_kit.recipe import TASKS
 
 BITS_A_TOKEN = 1

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.table import lengths_of
-from qlora_kit.data.template import Encoded
 
 
 def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

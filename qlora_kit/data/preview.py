@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck, Sampler
 from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.pack import Room, arrange, efficiency, side_by_side
 from qlora_kit.data.remarks import Remark, sides
-from qlora_kit.data.template import Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

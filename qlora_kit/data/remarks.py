@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.encode import EncodedSet
+from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.template import Encoded
 from qlora_kit.units import counted
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from typing import TypeAlias, overload
 
 import numpy as np
 
-from qlora_kit.data.template import Encoded
+from qlora_kit.data.encoded import Encoded
 
 _SIZES = struct.Struct("<3i")
 _ID = np.dtype("<i4")

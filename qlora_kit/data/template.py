@@ -8,75 +8,19 @@ end token, or a marker that a user quotes, changes nothing. The ids are those th
     Chat         the chat template's rendering, tokenised as it is: the template writes BOS and end tokens, or does not
 
 Of preferences and answers with a verdict, what is trained is the last turn or the completion.
-
-In a chat the assistant's turns are found through the template itself. A turn is what has to follow the prompt that
-inference renders for it, render(messages[:i], generation prompt), to make render(messages[:i + 1]), up to the token
-that ends it. Where all turns stand so in the rendering of the whole chat, token by token, the chat is one row, and the
-turns are (in characters of the rendering)
-
-    1. between `{% generation %}` and `{% endgeneration %}`, where the template has these marks; otherwise
-    2. behind their prompts.
-
-Where one does not (Qwen3 writes earlier turns without their thoughts; a line break that an answer begins with joins
-the one before it in one token), every turn is a row of its own, prompt | turn, as inference has it.
-
-transformers' `return_assistant_tokens_mask` reads the same marks, but is not used: where an answer begins with a space
-it loses that turn and all later ones, and where one ends with a space it marks all that follows (5.23, tokenizers that
-trim offsets; tests/test_data.py shows it).
 """
 
-import re
-from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from qlora_kit.data.chat_template import Renderer, check_template, end_token, special_tokens, through_end
 from qlora_kit.data.classes import Classes
+from qlora_kit.data.encoded import Encoded, LossOn, all_but_bos, gone_on, token_ids, with_end
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
-from qlora_kit.data.thinking import after_prompt, thought_of, written_out
+from qlora_kit.data.turns import encode_chat
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
-Span: TypeAlias = tuple[int, int]
-"""Characters of a rendering, [start, end)."""
-
-Messages: TypeAlias = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One row as the model sees it. `input_ids` and `trained` have the same length."""
-
-    input_ids: list[int]
-    trained: list[bool]
-    """Whether the loss counts the prediction of this token. The first token of a row is never predicted."""
-    prompt: list[int] | None = None
-    """What inference would be given to produce `answer`; None where a row has no single answer at its end."""
-    answer: str | None = None
-    """The reference answer in plain text, without end token."""
-    where: str = ""
-    """`file:line` or `source row N`."""
-    other: "Encoded | None" = None
-    """What goes with it as a sequence of its own: the answer to the same prompt that was not preferred."""
-    is_good: bool | None = None
-    """The verdict on its answer, where there is one."""
-    target: int | tuple[float, ...] | None = None
-    """Of a text that is classified: its class, or for every class whether it is one. No token of it is predicted."""
-    ending: int = 0
-    """Tokens at its end that stand behind every text, and so also behind one that is cut."""
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens that the loss counts, the other sequence's aside; one for the class of a text."""
-        return sum(self.trained[1:]) if self.target is None else 1
-
-    @property
-    def longest(self) -> int:
-        """Tokens of its longest sequence."""
-        return max(len(self.input_ids), 0 if self.other is None else len(self.other.input_ids))
 
 
 def encode(
@@ -122,12 +66,12 @@ def encode_turns(
     """
     match example:
         case Chat():
-            return _encode_chat(example, tokenizer, loss_on, template)
+            return encode_chat(example, tokenizer, loss_on, template)
         case Completion():
             return [_encode_completion(example, tokenizer, loss_on)]
         case Text():
-            ids = _ended(_tokenise(example.text, tokenizer), tokenizer)
-            return [Encoded(ids, _all_but_bos(ids, tokenizer), where=example.where)]
+            ids = with_end(_tokenise(example.text, tokenizer), tokenizer)
+            return [Encoded(ids, all_but_bos(ids, tokenizer), where=example.where)]
         case Preference():
             answers = (example.chosen, example.rejected)
             chosen, rejected = (encode(each, tokenizer, loss_on="last", template=template) for each in answers)
@@ -150,22 +94,19 @@ def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", class
     return Encoded(ids, [False] * len(ids), where=example.where, target=target, ending=ending)
 
 
-# ---- completions and texts -----------------------------------------------------------------------------------------
-
-
 def _encode_completion(example: Completion, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn) -> Encoded:
     prompt = _tokenise(example.prompt, tokenizer)
     whole = _tokenise(example.prompt + example.completion, tokenizer)
-    ids = _ended(_behind(prompt, whole, example.completion, tokenizer), tokenizer)
+    ids = with_end(gone_on(prompt, whole, example.completion, tokenizer), tokenizer)
     trained = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
     if loss_on == "all":
-        trained = _all_but_bos(ids, tokenizer)
+        trained = all_but_bos(ids, tokenizer)
     return Encoded(ids, trained, prompt, example.completion, example.where)
 
 
 def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of a text as a prompt: with one BOS if the tokenizer has the habit of adding it, and no end token."""
-    ids, bos = _ids(text, tokenizer), [tokenizer.bos_token_id]
+    ids, bos = token_ids(text, tokenizer), [tokenizer.bos_token_id]
     if bos == [None] or ids[:1] == bos or tokenizer("a", verbose=False)["input_ids"][:1] != bos:
         return ids
     return bos + ids
@@ -173,225 +114,6 @@ def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def _tokens_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
     """How many tokens of its own the tokenizer puts behind every text."""
-    alone, whole = _ids("a", tokenizer), tokenizer("a", verbose=False)["input_ids"]
+    alone, whole = token_ids("a", tokenizer), tokenizer("a", verbose=False)["input_ids"]
     start = next(start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
     return len(whole) - start - len(alone)
-
-
-def _behind(prompt: list[int], whole: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The prompt's ids and those of the text that goes on from it.
-
-    Tokens of the whole are the most natural; where one of them straddles the seam, the two are tokenised apart.
-    """
-    return whole if whole[: len(prompt)] == prompt else prompt + _continuation(text, tokenizer)
-
-
-def _continuation(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of a text that goes on from another: without the space that SentencePiece puts before every text."""
-    line, ids = _ids("\n", tokenizer), _ids("\n" + text, tokenizer)
-    return ids[len(line) :] if ids[: len(line)] == line else _ids(text, tokenizer)
-
-
-def _ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    # verbose=False: a length above the tokenizer's own idea of a maximum is ours to judge, and counted.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _ended(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids with one end token, which the text may have brought along."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end token (eos_token): a model trained with it would never stop")
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-
-def _all_but_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
-    return [place > 0 or token != tokenizer.bos_token_id for place, token in enumerate(ids)]
-
-
-# ---- chats ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """One answer as inference has it: what it is given, and what is to be said, end token included."""
-
-    prompt: str
-    said: str
-    answer: str | None
-    """Its plain text, where it is nothing but text."""
-
-    def stands_in(self, whole: "_Whole") -> bool:
-        """Whether a rendering of the whole chat has the turn, and all before it, in the same characters and tokens."""
-        return whole.text.startswith(self.prompt + self.said) and whole.begins_with(self.prompt)
-
-    @property
-    def span(self) -> Span:
-        """Where it stands in such a rendering."""
-        return len(self.prompt), len(self.prompt) + len(self.said)
-
-    def row(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> Encoded:
-        """The turn as a row of its own."""
-        prompt = _ids(self.prompt, tokenizer)
-        ids = _behind(prompt, _ids(self.prompt + self.said, tokenizer), self.said, tokenizer)
-        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where)
-
-
-@dataclass(frozen=True, slots=True)
-class _Whole:
-    """A rendering of a whole chat and its tokens."""
-
-    text: str
-    ids: list[int]
-    offsets: list[Span]
-    tokenizer: "PreTrainedTokenizerBase"
-
-    def begins_with(self, prompt: str) -> bool:
-        """Whether the ids begin with those of a prompt with which the text begins.
-
-        Added tokens are cut out of a text before anything else, so that what is behind the last one is enough to look
-        at: to tokenise every prompt of a long chat would take time by the square of its turns. Where a text that stands
-        alone begins otherwise (SentencePiece puts a space there), all of the prompt is tokenised.
-        """
-        count = bisect_left(self.offsets, (len(prompt),))
-        added = self.tokenizer.added_tokens_decoder
-        last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
-        if last is not None and self.offsets[last][1] <= len(prompt):
-            behind = _ids(prompt[self.offsets[last][1] :], self.tokenizer)
-            if behind == self.ids[last + 1 : count]:
-                return True
-        ids = _ids(prompt, self.tokenizer)
-        return self.ids[: len(ids)] == ids
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """How chats are written down: the template, all special tokens, and the one that ends an answer."""
-
-    render: Renderer
-    specials: tuple[str, ...]
-    end: str | None
-
-    def turn(self, messages: Messages, i: int) -> _Turn:
-        """The answer number `i`.
-
-        Raises:
-            DataError: what the template writes for the turn does not go on from the prompt that it gives for it, or
-                leaves out its thought.
-        """
-        message = messages[i]
-        prompt, whole = self.render(messages[:i], prompt=True), self.render(messages[: i + 1])
-        said = after_prompt(prompt, whole, thought_of(message))
-        if said is None:
-            at = next(n for n, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
-            raise DataError(
-                f"the chat template gives a prompt for turn {i + 1} that the turn does not begin with: "
-                f"{_excerpt(prompt, at)} where the turn has {_excerpt(whole, at)}; what inference would see cannot be "
-                "trained: mend the template and name it with data.template=FILE"
-            )
-        if thought_of(message) not in said:
-            raise DataError(
-                f"the chat template leaves out the thought of turn {i + 1}: set data.thinking=strip, or name a "
-                "template that writes it with data.template=FILE"
-            )
-        return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))
-
-
-def _encode_chat(
-    chat: Chat, tokenizer: "PreTrainedTokenizerBase", loss_on: LossOn, template: str | None
-) -> list[Encoded]:
-    check_template(tokenizer, template)
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"{type(tokenizer).__name__} does not say where its tokens stand in a chat: use a fast tokenizer"
-        )
-    render = Renderer(tokenizer, tokenizer.get_chat_template(template, chat.tools), chat.tools)
-    messages = [written_out(message, render.template) for message in chat.messages]
-    text = render(messages)
-    # The template's word on BOS stands: adding special tokens here is how peers get two.
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if loss_on in ("last", "completion"):
-        answers = answers[-1:]
-    asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
-    if loss_on == "all":
-        return [Encoded(whole.ids, _all_but_bos(whole.ids, tokenizer), *asked, chat.where)]
-
-    specials = special_tokens(tokenizer)
-    form = _Form(render, specials, end_token(render, specials))
-    marked = _spans_by_marks(messages, text, form)[-len(answers) :]
-    turns = [form.turn(messages, i) for i in answers if i > 0]
-    is_one_row = all(turn.stands_in(whole) for turn in turns)
-    if answers[0] == 0 and not (marked and is_one_row):
-        raise DataError(
-            "the chat opens with an assistant turn, which answers nothing: put a user or system turn before it"
-        )
-    if not is_one_row:
-        return [turn.row(tokenizer, chat.where) for turn in turns]
-    spans = marked or [turn.span for turn in turns]
-    trained = [_stands_in(token, spans[bisect_right(spans, token[0], key=_start) - 1]) for token in whole.offsets]
-    return [Encoded(whole.ids, trained, *asked, chat.where)]
-
-
-def _asked(messages: Messages, render: Renderer) -> tuple[list[int] | None, str | None]:
-    """What inference would be given for the last turn, and that turn; None for one that is no plain answer."""
-    *before, last = messages
-    answer = _plain(last)
-    if not before or answer is None:
-        return None, None
-    return _ids(render(before, prompt=True), render.tokenizer), answer
-
-
-def _plain(message: dict[str, Any]) -> str | None:
-    """The text of a turn that is nothing but text."""
-    return None if message.get("tool_calls") else message.get("content")
-
-
-_MARK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-_OPEN, _CLOSE = "\ue000", "\ue001"  # Unicode keeps these for private use
-
-
-def _spans_by_marks(messages: Messages, text: str, form: _Form) -> list[Span]:
-    """The spans between generation marks, one a turn; none where there are not as many, or the text hides them.
-
-    The template is rendered once more, printing a private character in place of each mark.
-    """
-
-    def visible(mark: re.Match[str]) -> str:
-        return f"{{%{mark[1]} print '{_CLOSE if mark[2] else _OPEN}' {mark[3]}%}}"
-
-    source, marks = _MARK.subn(visible, form.render.template)
-    if marks == 0:
-        return []
-    pieces = re.split(f"([{_OPEN}{_CLOSE}])", replace(form.render, template=source)(messages))
-    if "".join(pieces[::2]) != text:
-        return []
-    places, end = [], 0
-    for piece, _mark in zip(pieces[::2], pieces[1::2], strict=False):
-        end += len(piece)
-        places.append(end)
-    spans = list(zip(places[::2], places[1::2], strict=True))
-    if len(spans) != sum(message["role"] == "assistant" for message in messages):
-        return []
-    return [_with_end(text, span, form) for span in spans]
-
-
-def _with_end(text: str, span: Span, form: _Form) -> Span:
-    """The span to its end token: marks that stop short of it would teach a model that never stops."""
-    start, end = span
-    if not text[start:end].rstrip().endswith(form.specials):
-        end += max((len(token) for token in form.specials if text.startswith(token, end)), default=0)
-    return start, start + len(through_end(text[start:end], form.end, form.specials))
-
-
-def _excerpt(text: str, at: int) -> str:
-    return repr(text[max(0, at - 20) : at + 20])
-
-
-def _start(span: Span) -> int:
-    return span[0]
-
-
-def _stands_in(token: Span, span: Span) -> bool:
-    """Whether a token begins in a span. One without width at its start is trimmed spaces of what precedes it."""
-    return span[0] <= token[0] < span[1] and token[1] > span[0]

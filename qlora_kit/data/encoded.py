@@ -1,0 +1,80 @@
+"""A row as the model sees it, and the ids that it is made of."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row as the model sees it. `input_ids` and `trained` have the same length."""
+
+    input_ids: list[int]
+    trained: list[bool]
+    """Whether the loss counts the prediction of this token. The first token of a row is never predicted."""
+    prompt: list[int] | None = None
+    """What inference would be given to produce `answer`; None where a row has no single answer at its end."""
+    answer: str | None = None
+    """The reference answer in plain text, without end token."""
+    where: str = ""
+    """`file:line` or `source row N`."""
+    other: "Encoded | None" = None
+    """What goes with it as a sequence of its own: the answer to the same prompt that was not preferred."""
+    is_good: bool | None = None
+    """The verdict on its answer, where there is one."""
+    target: int | tuple[float, ...] | None = None
+    """Of a text that is classified: its class, or for every class whether it is one. No token of it is predicted."""
+    ending: int = 0
+    """Tokens at its end that stand behind every text, and so also behind one that is cut."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that the loss counts, the other sequence's aside; one for the class of a text."""
+        return sum(self.trained[1:]) if self.target is None else 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(self.input_ids), 0 if self.other is None else len(self.other.input_ids))
+
+
+def gone_on(prompt: list[int], whole: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """A prompt's ids and those of the text that goes on from it.
+
+    Tokens of the whole are the most natural; where one of them straddles the seam, the two are tokenised apart.
+    """
+    return whole if whole[: len(prompt)] == prompt else prompt + _continuation(text, tokenizer)
+
+
+def _continuation(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text that goes on from another: without the space that SentencePiece puts before every text."""
+    line, ids = token_ids("\n", tokenizer), token_ids("\n" + text, tokenizer)
+    return ids[len(line) :] if ids[: len(line)] == line else token_ids(text, tokenizer)
+
+
+def token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text, no special ones added."""
+    # verbose=False: a length above the tokenizer's own idea of a maximum is ours to judge, and counted.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def with_end(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids with one end token, which the text may have brought along.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no end token (eos_token): a model trained with it would never stop")
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def all_but_bos(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[bool]:
+    """Every token but a BOS that the row begins with."""
+    return [place > 0 or token != tokenizer.bos_token_id for place, token in enumerate(ids)]
