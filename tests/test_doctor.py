@@ -9,7 +9,8 @@ from huggingface_hub import constants
 
 from qlora_kit.base import formats, quantizer
 from qlora_kit.base.device import default_compute_dtype
-from qlora_kit.cli import doctor
+from qlora_kit.cli import devices, doctor
+from qlora_kit.cli.check import attempt
 from qlora_kit.cli.doctor import Check, checks, run_doctor
 
 
@@ -89,7 +90,7 @@ def test_a_decoder_that_is_wrong_in_one_weight_is_noticed(monkeypatch, wrong):
         return weight
 
     monkeypatch.setattr(formats, "decode_4bit", decode_wrongly)
-    check = only("nf4 decode, cpu", doctor._device_checks("cpu"))
+    check = only("nf4 decode, cpu", devices.device_checks("cpu"))
     assert check.ok is False
     assert "off by" in check.found
     assert check.advice
@@ -97,7 +98,7 @@ def test_a_decoder_that_is_wrong_in_one_weight_is_noticed(monkeypatch, wrong):
 
 def test_an_optimizer_that_does_nothing_is_noticed(monkeypatch):
     monkeypatch.setattr("bitsandbytes.optim.AdamW8bit.step", lambda self: None)
-    check = only("8-bit step, cpu", doctor._device_checks("cpu"))
+    check = only("8-bit step, cpu", devices.device_checks("cpu"))
     assert check.ok is False
     assert "off by 0.001" in check.found
 
@@ -105,7 +106,7 @@ def test_an_optimizer_that_does_nothing_is_noticed(monkeypatch):
 @pytest.mark.parametrize("serves", [True, False])
 def test_kernels_of_a_gpu_are_found_or_are_no_failure(serves, monkeypatch):
     monkeypatch.setattr("qlora_kit.ops.triton.serves", lambda device: serves)
-    check = only("Triton kernels, cuda:0", doctor._device_checks("cuda:0"))
+    check = only("Triton kernels, cuda:0", devices.device_checks("cuda:0"))
     assert check.ok is (True if serves else None)
     assert ("plain torch instead" in check.found) != serves
 
@@ -119,7 +120,7 @@ def test_a_version_outside_the_range_of_the_metadata_fails(monkeypatch):
 
 def test_a_package_that_is_not_there_is_a_finding(monkeypatch):
     monkeypatch.setattr(doctor, "_PACKAGES", ("qlora_kit_has_no_such_package",))
-    monkeypatch.setattr(doctor, "_devices", list)
+    monkeypatch.setattr(doctor, "devices", list)
     check = only("qlora_kit_has_no_such_package", checks())
     assert check.ok is False
     assert "No module named" in check.found
@@ -133,7 +134,7 @@ def test_a_driver_beside_a_cpu_build_of_torch_is_a_failure_that_names_both(tmp_p
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(RuntimeError, match=r"driver 570\.124\.06 for CUDA up to 12\.8, but torch .* is a CPU build"):
-        doctor._cuda()
+        devices.cuda()
 
 
 def test_a_cache_that_cannot_be_written_fails_and_one_to_be_made_does_not(tmp_path, monkeypatch):
@@ -148,12 +149,12 @@ def test_a_cache_that_cannot_be_written_fails_and_one_to_be_made_does_not(tmp_pa
 
 def test_a_token_is_found_but_never_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    check = doctor._attempt("hub token", doctor._hub_token, "")
+    check = attempt("hub token", doctor._hub_token, "")
     assert check == Check("hub token", True, "there is one", "")
 
 
 def test_offline_is_told_and_is_no_failure(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    check = doctor._attempt("hub access", doctor._hub_access, "")
+    check = attempt("hub access", doctor._hub_access, "")
     assert check.ok is None
     assert "HF_HUB_OFFLINE is set" in check.found
