@@ -12,7 +12,7 @@ from qlora_kit.base.freeze import body_linears
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.recipe import Lora, read_recipe
-from qlora_kit.report.text import plan_text
+from qlora_kit.report.plan_text import plan_text
 from qlora_kit.train.pace import Pace
 from qlora_kit.units import format_bytes
 

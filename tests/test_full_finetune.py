@@ -23,7 +23,7 @@ from qlora_kit.export import merged_tensors, save_model
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.recipe import Recipe, Train, base_as_held, not_read, read_recipe, with_adapters
-from qlora_kit.report.text import plan_text
+from qlora_kit.report.plan_text import plan_text
 from qlora_kit.run import Asked, check_budget, export_run, load_run, plan_memory, train
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint

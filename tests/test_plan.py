@@ -28,7 +28,7 @@ from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_methods
 from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
-from qlora_kit.report.text import plan_text
+from qlora_kit.report.plan_text import plan_text
 from qlora_kit.train.activations import activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.head import automatic_chunk

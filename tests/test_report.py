@@ -44,7 +44,7 @@ from qlora_kit.report import (
 )
 from qlora_kit.report.curve import smooth, thin
 from qlora_kit.report.judge import judge_explosion
-from qlora_kit.report.text import CATEGORIES, METHODS
+from qlora_kit.report.methods import CATEGORIES, METHODS
 from qlora_kit.units import GIB, MIB
 
 HOSTILE = "</title><script>alert(1)</script><img src=x onerror='alert(2)'>\"&"

@@ -22,8 +22,10 @@ from rich.table import Table
 from qlora_kit.cli.pipe import leave
 from qlora_kit.cli.visible import visible
 from qlora_kit.report.cards import cards_sentence
+from qlora_kit.report.check_text import memory_check_text
 from qlora_kit.report.judge import judge_scores
-from qlora_kit.report.text import memory_check_text, plan_text, score_words
+from qlora_kit.report.plan_text import plan_text
+from qlora_kit.report.scores_text import score_words
 from qlora_kit.units import counted, format_bytes, format_count, format_seconds
 from qlora_kit.watch import Watch
 

@@ -3,6 +3,7 @@
 from qlora_kit.report.area import timeline
 from qlora_kit.report.bars import PhaseBar, phase_bars, stacked_bars
 from qlora_kit.report.cards import card_groups, cards_sentence
+from qlora_kit.report.check_text import memory_check_table, memory_check_text
 from qlora_kit.report.compare import (
     compare_runs,
     comparison_facts,
@@ -15,16 +16,10 @@ from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.html import render, write_report
 from qlora_kit.report.judge import LossWatch, judge_curve
 from qlora_kit.report.lines import Series, line_chart
+from qlora_kit.report.plan_text import memory_table, plan_text
 from qlora_kit.report.rates import rates_text
+from qlora_kit.report.scores_text import scores_table, scores_text
 from qlora_kit.report.sweep import SWEEP, read_outcomes, read_sweep, sweep_facts, sweep_text, write_sweep
-from qlora_kit.report.text import (
-    memory_check_table,
-    memory_check_text,
-    memory_table,
-    plan_text,
-    scores_table,
-    scores_text,
-)
 
 __all__ = [
     "SWEEP",

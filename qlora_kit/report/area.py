@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from qlora_kit.report.axes import GRID, Frame, axes, drawing, percent, round_ticks, stretched
 from qlora_kit.report.bars import category_class
 from qlora_kit.report.markup import Markup, clipped, element, joined
-from qlora_kit.report.text import categories, in_words
+from qlora_kit.report.methods import categories
+from qlora_kit.report.text import in_words
 from qlora_kit.units import GIB, KIB, MIB, format_bytes
 
 HEIGHT_PX = 280

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from qlora_kit.report.axes import drawing, percent
 from qlora_kit.report.markup import Markup, clipped, element, joined
-from qlora_kit.report.text import CATEGORIES, in_words
+from qlora_kit.report.methods import CATEGORIES
+from qlora_kit.report.text import in_words
 from qlora_kit.units import format_bytes
 
 ROW_PX, BAR_TOP_PX, BAR_PX = 58, 24, 20

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from qlora_kit.report.text import METHODS, method_names, own_method
+from qlora_kit.report.methods import METHODS, method_names, own_method
 from qlora_kit.units import GIB
 
 COUNTED = "Usable is what a card reports less the driver's context; a tenth is left to the allocator (estimates)."

@@ -17,8 +17,9 @@ from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.judge import judge_run
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
+from qlora_kit.report.methods import categories, own_method, own_plan, saving
 from qlora_kit.report.page import chart, check_place, figure, lead, legend, page, section, table, wide, write_page
-from qlora_kit.report.text import Table, aligned, categories, in_words, own_method, own_plan, saving, wrapped
+from qlora_kit.report.text import Table, aligned, in_words, wrapped
 from qlora_kit.units import format_bytes
 
 LONGEST_NAME = 24

@@ -4,10 +4,11 @@ from statistics import median
 from typing import Any
 
 from qlora_kit.report.cards import card_groups
+from qlora_kit.report.check_text import peak_error
 from qlora_kit.report.curve import curve, finite
 from qlora_kit.report.folder import RunFolder
 from qlora_kit.report.judge import best_evaluation, judge_run
-from qlora_kit.report.text import METHODS, own_method, peak_error, saving
+from qlora_kit.report.methods import METHODS, own_method, saving
 
 _OF_A_METHOD = ("peak_bytes", "by_category", "peak_by_phase", "host_peak_bytes", "paged_bytes")
 

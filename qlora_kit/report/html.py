@@ -13,8 +13,10 @@ from qlora_kit.report.judge import judge_run
 from qlora_kit.report.lines import Series
 from qlora_kit.report.markup import Markup, clipped, element
 from qlora_kit.report.memory_sections import memory_sections
+from qlora_kit.report.methods import method_names, own_method, own_plan, saving
 from qlora_kit.report.page import chart, check_place, figure, lead, page, section, table, wide, write_page
-from qlora_kit.report.text import in_words, method_names, own_method, own_plan, saving, scores_table
+from qlora_kit.report.scores_text import scores_table
+from qlora_kit.report.text import in_words
 from qlora_kit.units import format_bytes, format_count
 
 MOST_SAMPLES = 12

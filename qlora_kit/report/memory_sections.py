@@ -6,22 +6,13 @@ from typing import Any
 from qlora_kit.report.area import timeline
 from qlora_kit.report.bars import PhaseBar, category_class, phase_bars, stacked_bars
 from qlora_kit.report.cards import COUNTED, card_groups, cards_sentence
+from qlora_kit.report.check_text import memory_check_sentences, memory_check_table, phase_check_table, where_made
 from qlora_kit.report.folder import RunFolder
 from qlora_kit.report.markup import Markup, clipped, element, joined
+from qlora_kit.report.methods import categories, method_names, own_plan
 from qlora_kit.report.page import lead, legend, note, part, section, table
-from qlora_kit.report.text import (
-    categories,
-    in_words,
-    memory_check_sentences,
-    memory_check_table,
-    memory_table,
-    method_names,
-    own_plan,
-    phase_check_table,
-    phase_table,
-    plan_sentences,
-    where_made,
-)
+from qlora_kit.report.plan_text import memory_table, phase_table, plan_sentences
+from qlora_kit.report.text import in_words
 from qlora_kit.units import format_bytes
 
 SAMPLED = 0.97
