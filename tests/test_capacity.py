@@ -12,7 +12,7 @@ from qlora_kit.data import Classes, Encoded, EncodedSet, Part, bits_to_learn
 from qlora_kit.lora import add_lora, add_recipe_lora, save_adapter, shaped
 from qlora_kit.plan import Workload, capacity, plan_methods
 from qlora_kit.plan.capacity import with_rank
-from qlora_kit.plan.dry_run import adapter_size
+from qlora_kit.plan.sizes import adapter_size
 from qlora_kit.recipe import dump_recipe, read_recipe
 from qlora_kit.run import plan_memory, train
 from qlora_kit.run.prepare import note_large_steps

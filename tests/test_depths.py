@@ -24,6 +24,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.memory import CATEGORIES, Ledger
 from qlora_kit.plan import dry_run, plan_methods
 from qlora_kit.plan.depths import Shallow, count_layers, find_shallow, peaks, role, shallow_depths, with_depth
+from qlora_kit.plan.fake import fake_run, train_once
 from qlora_kit.recipe import Memory, read_recipe
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.evaluate import rehearse_evaluation
@@ -153,6 +154,6 @@ def test_a_model_without_blocks_is_planned_as_it_is_and_told_so(activations):
 ], ids=lambda config: config.model_type)  # fmt: skip
 def test_no_peak_is_lost_between_blocks_whatever_the_model_calls_them(config):
     work = replace(WORK, attention="eager", micro_batch=1, tokens=24, eval_shape=None)
-    run = dry_run_room._fake_run(config, work, dry_run_room._train)
+    run = fake_run(config, work, train_once)
     assert len(run["history"].peaks_by_place()) > 2, "it is cut into places"
     assert sum(peaks(run["places"])[1].values()) == run["history"].peak_bytes()

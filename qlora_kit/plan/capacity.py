@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from qlora_kit.plan.dry_run import adapter_size
+from qlora_kit.plan.sizes import adapter_size
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, with_adapters
 from qlora_kit.units import format_bits

@@ -16,7 +16,8 @@ from qlora_kit.base.architecture import build_model
 from qlora_kit.errors import ModelError
 from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
 from qlora_kit.plan.depths import count_layers
-from qlora_kit.plan.dry_run import After, added_by_allocator, dry_rest, dry_step, together
+from qlora_kit.plan.dry_run import added_by_allocator, dry_rest, dry_step, together
+from qlora_kit.plan.fake import After
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import Recipe, base_as_held

@@ -14,7 +14,8 @@ from qlora_kit.plan.cards import fitting_cards
 from qlora_kit.plan.choose import Workloads, choose, needed_on_card
 from qlora_kit.plan.depths import count_layers
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
-from qlora_kit.plan.dry_run import After, dry_run
+from qlora_kit.plan.dry_run import dry_run
+from qlora_kit.plan.fake import After
 from qlora_kit.plan.floor import floor_bytes
 from qlora_kit.plan.solve import Setting, Solution, run_again
 from qlora_kit.plan.workload import Workload
