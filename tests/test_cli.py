@@ -392,7 +392,7 @@ def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_le
     def fails(*_):
         raise OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(import_module("qlora_kit.run.train"), "rehearse", fails)
+    monkeypatch.setattr(import_module("qlora_kit.run.course"), "rehearse", fails)
     result = call("train", recipe, "memory.activations=recompute")
     assert_mistake(result, "ran out of memory", "start again with a lower train.micro_batch (now 4)", code=3)
     assert "activations" not in result.stderr

@@ -677,7 +677,7 @@ def test_samples_without_held_out_prompts_are_told(model):
     watch, asks = Told(), SimpleNamespace(train=SimpleNamespace(sample_every=4))
     prepared = SimpleNamespace(tokenizer=tokenizer, eval=SimpleNamespace(rows=[Encoded([5, 6], [False, True])]))
     job = SimpleNamespace(sample=None)
-    assert import_module("qlora_kit.run.train")._let_sample(job, asks, prepared, None, watch) is None
+    assert import_module("qlora_kit.run.course")._let_sample(job, asks, prepared, None, watch) is None
     assert job.sample is None
     assert watch.notes == [
         "train.sample_every has no effect: no held-out row has a prompt and an answer; set data.eval"
@@ -713,7 +713,7 @@ def test_a_loss_that_explodes_is_told_once_during_the_run_and_after_a_resume_as_
     rows.insert(51, {"step": 51, "loss": None, "nonfinite": True})
     for before in (0, 30):
         watch = Told()
-        show = import_module("qlora_kit.run.train")._watched(rows[:before], watch)
+        show = import_module("qlora_kit.run.course")._watched(rows[:before], watch)
         for row in rows[before:]:
             show(row)
         assert watch.rows == rows[before:]

@@ -1,11 +1,11 @@
 """The main job: plan, load, adapt, train, score, report; each arrow is one function."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,19 +15,17 @@ from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.record import base_record
 from qlora_kit.export import save_model, trained_against
-from qlora_kit.interrupt import first_interrupt
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan.devices import busy_note
 from qlora_kit.recipe import Recipe, base_as_held
-from qlora_kit.report import LossWatch, write_report
+from qlora_kit.report import write_report
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
 from qlora_kit.run.common import Common
+from qlora_kit.run.course import End, run_course
 from qlora_kit.run.folder import (
-    CHECKPOINTS,
     PLAN,
     RESULT,
-    SAMPLES,
     SCORES,
     check_run_folder,
     check_unchanged,
@@ -41,32 +39,16 @@ from qlora_kit.run.folder import (
     run_folder,
     settings_of,
     trained_folder,
-    write_memory,
 )
 from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
-from qlora_kit.run.rows import positions_of
-from qlora_kit.run.score import Scored, questions, score, score_base
+from qlora_kit.run.score import Scored, score, score_base
 from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.run.unlearnt import unlearnt_note
-from qlora_kit.storage import check_room, checksums, read_json, write_json
+from qlora_kit.storage import checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
-from qlora_kit.train.checkpoint import (
-    checkpoint_bytes,
-    checkpoint_of,
-    checkpoints,
-    load_checkpoint,
-    load_parameters,
-    newest_checkpoint,
-    verify_checkpoint,
-)
-from qlora_kit.train.isolation import check_isolation
-from qlora_kit.train.loop import Job, rehearse, train_loop
-from qlora_kit.train.metrics import MetricsLog
-from qlora_kit.train.samples import Samples
 from qlora_kit.train.tasks import Task
 from qlora_kit.train.trackers import Track, check_trackers, tracking
-from qlora_kit.units import counted
 from qlora_kit.watch import Watch
 
 
@@ -145,7 +127,10 @@ def train(
         with _tracking(recipe, prepared, folder, device) as track:
             clear_run_folder(folder, earlier)
             describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
-            end = _train(recipe, prepared, plan, model, task, loss_chunk, ledger, folder, watch, track, resume, limit)
+            job = make_job(recipe, prepared, model, task, loss_chunk, limit)
+            planned = plan["methods"][plan["method"]]
+            end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
+        del job  # with the optimizer's state, in whose place a base may be read again
         _save(model, recipe, prepared, folder, end)
         scores = None
         if end.finished and prepared.eval.rows:
@@ -232,17 +217,7 @@ def _make_trainable(
     set_activation_policy(model, Blocks(**plan["blocks"]))
 
 
-class _End(NamedTuple):
-    """How training ended: whether it came to its end, its last step, the step that the model is left at, and whether
-    an interrupt came."""
-
-    finished: bool
-    step: int
-    left: int
-    interrupted: bool
-
-
-def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Path, end: _End) -> None:
+def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Path, end: End) -> None:
     """Write what was trained, adapter/ or model/, and of which step it is; scores of an earlier one go before."""
     trained = trained_folder(folder, recipe)
     for name in (SCORES, RESULT):
@@ -255,132 +230,7 @@ def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Pa
     write_json(folder / RESULT, {**ended, "files": files})
 
 
-def _train(
-    recipe: Recipe,
-    prepared: Prepared,
-    plan: Mapping[str, Any],
-    model: PreTrainedModel,
-    task: Task,
-    loss_chunk: int | None,
-    ledger: Ledger,
-    folder: Path,
-    watch: Watch,
-    track: Track,
-    resume: bool,
-    limit: Limit,
-) -> _End:
-    torch.manual_seed(recipe.train.seed)
-    if model.dtype == torch.float16:
-        watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
-    job = make_job(recipe, prepared, model, task, loss_chunk, limit)
-    _check_disk(job)
-    if job.packed_tokens is not None:
-        check_isolation(model, prepared.pace.micro_batch)
-    if resume:
-        _go_on(job, watch)
-    since = job.progress.step if resume else None
-    metrics = MetricsLog(folder / "metrics.jsonl", resume_from=since)
-    job.watch = _watched(metrics.rows, watch, track)
-    samples = _let_sample(job, recipe, prepared, since, watch)
-    ledger.own("optimizer_state", (tensor for _, tensor in job.optimizer.state_tensors()))
-    ledger.paged_bytes = sum(tensor.nbytes for tensor in job.optimizer.pageable()) if model.device.type == "cuda" else 0
-    try:
-        with ledger:
-            untouched = rehearse(job, ledger)
-        if untouched:
-            watch.note(f"no gradient reaches {len(untouched)} of {len(job.parameters)} tensors, first {untouched[0]}")
-        with first_interrupt() as interrupted:
-            job.stop_requested = lambda: interrupted() or watch.stop_requested()
-            finished = train_loop(job, metrics, limit.counter, ledger)
-    finally:
-        metrics.close()
-        if samples is not None:
-            samples.close()
-        write_memory(folder, plan["methods"][plan["method"]], ledger, limit.counter)
-    left = _left_at(job, watch) if finished else job.progress.step
-    return _End(finished, job.progress.step, left, interrupted())
-
-
-def _check_disk(job: Job) -> None:
-    """See that the checkpoints to come have room: those kept, the best, and the one that is being written."""
-    folder = job.folder / CHECKPOINTS
-    more = job.train.keep_checkpoints + 2 - len(checkpoints(folder))
-    if more > 0:
-        what = f"keeping {job.train.keep_checkpoints} checkpoints (train.keep_checkpoints)"
-        check_room(folder, more * checkpoint_bytes(job.kept, job.optimizer), what)
-
-
 def _tracking(recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device) -> AbstractContextManager[Track]:
     """The recipe's trackers, which are told its settings with the rate and the steps that it came to."""
     settled = {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps}
     return tracking(recipe.train.trackers, folder, settings_of(recipe) | settled, device)
-
-
-def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch, track: Track = lambda row: None) -> Track:
-    """Shows and tracks each row, and says once if the training loss explodes; `rows` are those before a resume."""
-    losses = LossWatch()
-
-    def see(row: Mapping[str, Any]) -> str:
-        loss = row.get("loss")
-        exploded = None if loss is None else losses.see(row["step"], loss)
-        return "" if exploded is None else str(exploded)
-
-    for row in rows:
-        see(row)
-
-    def show(row: Mapping[str, Any]) -> None:
-        watch.row(row)
-        track(row)
-        if told := see(row):
-            watch.note(told)
-
-    return show
-
-
-def _let_sample(job: Job, recipe: Recipe, prepared: Prepared, since: int | None, watch: Watch) -> MetricsLog | None:
-    """Have held-out prompts answered on the way, if the recipe asks for it and there are any; the log of it."""
-    every, asked = recipe.train.sample_every, questions(prepared.tokenizer, prepared.eval.rows)
-    if every is None:
-        return None
-    if not asked:
-        watch.note("train.sample_every has no effect: no held-out row has a prompt and an answer; set data.eval")
-        return None
-    log = MetricsLog(job.folder / SAMPLES, resume_from=since)
-    most = max(batch.input_ids.numel() for batch in job.eval_batches)
-    positions = positions_of(prepared.config)
-    job.sample = Samples(job.model, prepared.tokenizer, asked, every, most, positions, log, watch.sampled)
-    return log
-
-
-def _go_on(job: Job, watch: Watch) -> None:
-    """Put a job where its newest sound checkpoint was written."""
-    folder = job.folder / CHECKPOINTS
-    newest, faults = newest_checkpoint(folder)
-    for fault in faults:
-        watch.note(f"left out a damaged checkpoint: {fault}")
-    job.progress = load_checkpoint(newest, job.kept, job.optimizer)
-    watch.note(f"going on from {newest.name}")
-    best = job.progress.best_step
-    if best and verify_checkpoint(checkpoint_of(folder, best)):
-        watch.note(
-            f"the checkpoint of the lowest held-out loss, step {best}, is lost: the best is looked for from here on"
-        )
-        job.progress.forget_best()
-
-
-def _left_at(job: Job, watch: Watch) -> int:
-    """Give the model what it was at its lowest held-out loss; the step of which it is then."""
-    progress, steps = job.progress, job.pace.steps
-    if progress.step < steps:
-        stale = counted(progress.stale, "evaluation")
-        watch.note(f"ended early, at step {progress.step} of {steps}: {stale} no better (train.early_stopping)")
-    if progress.best_step in (0, progress.step):
-        return progress.step
-    checkpoint = checkpoint_of(job.folder / CHECKPOINTS, progress.best_step)
-    lowest = f"the held-out loss was lowest at step {progress.best_step} ({progress.best_loss:.3f})"
-    if faults := verify_checkpoint(checkpoint):
-        watch.note(f"{lowest}, but {faults[0]}: the run leaves its end, step {progress.step}")
-        return progress.step
-    load_parameters(checkpoint, job.kept)
-    watch.note(f"{lowest}, and that is what the run leaves; the end, step {progress.step}, is kept as a checkpoint")
-    return progress.best_step
