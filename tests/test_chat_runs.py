@@ -13,6 +13,7 @@ from chat_templates import FAMILIES, tokenizer_of
 from tiny import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qlora_kit.data import end_token_id
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge
 from qlora_kit.recipe import read_recipe
@@ -231,3 +232,26 @@ def test_chats_of_several_answers_are_counted_where_each_is_a_row(tmp_path):
     prompt = tokenizer.apply_chat_template(chats[0][:3], add_generation_prompt=True)["input_ids"]
     assert prompt == row.prompt == row.input_ids[: len(prompt)]
     assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+
+
+def special(tokenizer):
+    """The special tokens among those added to a tokenizer."""
+    return {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+
+
+def test_tokens_whose_rows_are_trained_stay_special_where_they_are_and_those_that_end_answers_become_so(tmp_path):
+    base = base_of(tmp_path, FAMILIES["qwen2.5"])
+    again = AutoTokenizer.from_pretrained(base)
+    before = special(again)
+    again.add_tokens(["<|im_end|>"])
+    assert "<|im_end|>" in before - special(again), "transformers makes it plain"
+    named = recipe_of(tmp_path, base, "lora.added_tokens=[<|im_start|>, <|im_end|>, <call>]")
+    tokenizer = load_tokenizer(base, named)
+    assert special(tokenizer) == before
+    assert tokenizer.convert_tokens_to_ids("<call>") == len(tokenizer) - 1
+    alone = Path(__file__).parents[1] / "recipes" / "quickstart" / "base"
+    assert "<|im_end|>" not in AutoTokenizer.from_pretrained(alone).get_vocab()
+    written = recipe_of(tmp_path, alone, "data.template=chatml", "lora.added_tokens=[<|im_start|>, <|im_end|>, user]")
+    tokenizer = load_tokenizer(alone, written)
+    assert special(tokenizer) - special(AutoTokenizer.from_pretrained(alone)) == {"<|im_start|>", "<|im_end|>"}
+    assert end_token_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")

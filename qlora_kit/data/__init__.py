@@ -7,6 +7,7 @@ load_rows  ->  split_eval  ->  encode_rows  ->  Sampler, arrange, collate_packs
 from qlora_kit.data.cache import cache_key, cached
 from qlora_kit.data.chat_template import (
     FALLBACK,
+    add_tokens,
     check_turn_tokens,
     end_token_id,
     find_template,
@@ -71,6 +72,7 @@ __all__ = [
     "Scan",
     "Source",
     "Text",
+    "add_tokens",
     "arrange",
     "ask",
     "best_fit",

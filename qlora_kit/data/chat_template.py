@@ -11,6 +11,7 @@ them has to be told. Three things are fixed:
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from difflib import get_close_matches
@@ -204,17 +205,39 @@ def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
 
 def template_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The special tokens that the tokenizer's chat template writes around turns, sorted."""
-    render = _own(tokenizer)
-    if render is None:
-        return []
-    chat = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-    try:
-        text = render(chat, prompt=True)
-    except DataError:
-        return []
-    ids = set(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = set(tokenizer(_plain_chat(tokenizer), add_special_tokens=False)["input_ids"])
     added = tokenizer.added_tokens_decoder
     return sorted(added[token].content for token in ids & added.keys() if added[token].special)
+
+
+def add_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> None:
+    """Add tokens to a tokenizer, in place; those that its chat template writes around turns are special.
+
+    One that is there stays what it is: transformers makes a special token plain whose name it is given again, and then
+    no answer ends with it.
+
+    Args:
+        tokenizer: with its chat template.
+        tokens: texts, of which some may be there already.
+    """
+    there = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    new = [token for token in tokens if token not in there]
+    tokenizer.add_tokens(new)
+    chat = _plain_chat(tokenizer)
+    # A word that is a token stands in the names of roles by chance.
+    marks = [token for token in new if token in chat and not token.isalnum()]
+    tokenizer.add_tokens(marks, special_tokens=True)
+
+
+def _plain_chat(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What the tokenizer's chat template writes around three turns; empty where it has none or refuses them."""
+    render = _own(tokenizer)
+    if render is None:
+        return ""
+    try:
+        return render([{"role": role, "content": "a"} for role in ("user", "assistant", "user")], prompt=True)
+    except DataError:
+        return ""
 
 
 def _own(tokenizer: "PreTrainedTokenizerBase") -> Renderer | None:

@@ -22,6 +22,7 @@ from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
 from qlora_kit.base.load import load_base, original_weights
 from qlora_kit.base.tokenizer import read_tokenizer
+from qlora_kit.data.chat_template import add_tokens
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, ModelError, RunError
 from qlora_kit.export.audit import check_audit, compare
@@ -106,7 +107,7 @@ def merge(
     # An exported adapter brings its tokenizer along, whose chat template the base need not have.
     tokenizer = read_tokenizer(adapter) or read_tokenizer(locate_model(str(base), revision))
     if tokenizer is not None:
-        tokenizer.add_tokens(read_added_tokens(adapter))
+        add_tokens(tokenizer, read_added_tokens(adapter))
     export_merged(
         model, tokenizer, out, onto=onto, dtype=dtype, audit_batches=audit_batches, provenance=provenance, force=force
     )

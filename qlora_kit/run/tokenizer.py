@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data import (
     FALLBACK,
+    add_tokens,
     check_turn_tokens,
     find_template,
     fix_tokenizer,
@@ -33,11 +34,12 @@ def load_tokenizer(
         )
     if recipe is None:
         return tokenizer
-    tokenizer.add_tokens(recipe.lora.added_tokens)  # those that are there already stay as they are
     source = find_template(recipe.data.template)
     if source is not None:
-        check_turn_tokens(recipe.data.template, tokenizer)
         tokenizer.chat_template = source
+    add_tokens(tokenizer, recipe.lora.added_tokens)
+    if source is not None:
+        check_turn_tokens(recipe.data.template, tokenizer)
     return tokenizer
 
 
