@@ -197,6 +197,9 @@ def test_f1_is_the_mean_over_classes_that_are_said_or_wanted():
     assert f1_score(wanted, wanted, 3) == 1
     many = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 1], [1, 0]])
     assert f1_score(*many, 2) == pytest.approx((1 + 0) / 2)
+    none = torch.zeros(3, 2)
+    assert f1_score(none, none, 2) == 1, "nothing was wanted, and nothing said"
+    assert f1_score(none, torch.tensor([[0.0, 1], [0, 0], [0, 0]]), 2) == 0
 
 
 def test_a_classification_is_scored_in_one_pass_over_its_rows():

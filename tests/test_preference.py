@@ -22,7 +22,8 @@ from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapt
 from qlora_kit.plan import Workload
 from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
-from qlora_kit.recipe import TASKS, Lora, Train
+from qlora_kit.recipe import TASKS, Lora, Train, read_recipe
+from qlora_kit.run.prepare import prepare
 from qlora_kit.run.rows import eval_batches, largest_eval_shape
 from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
@@ -31,6 +32,7 @@ from qlora_kit.train.objectives import dpo_losses, ipo_losses, kto_losses, odds_
 from qlora_kit.train.schedule import automatic_rate
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.train.tasks import Dpo, task_of
+from qlora_kit.watch import Watch
 
 PAIRS, VERDICTS = ("dpo", "ipo", "orpo"), ("kto",)
 WORK = Workload(Quantization("nf4"), Lora(rank=4), torch.float32, "sdpa", 1, 8, 1, "keep", "adamw", "none", task="dpo")
@@ -177,23 +179,42 @@ def test_what_has_not_moved_is_at_the_loss_of_a_tossed_coin(task):
     assert any(gradient.norm() > 1e-4 for gradient in gradients.values())
 
 
+def ratio_to_base(model):
+    """How much more likely an answer is to a model than to its base, by the logits of both."""
+
+    def ratio(row):
+        ids, first = torch.tensor([row.input_ids]), row.trained.index(True)
+        here, there = (each(ids).logits[0].log_softmax(-1) for each in (model, tiny.llama()))
+        return sum((here - there)[i - 1, row.input_ids[i]] for i in range(first, len(row.input_ids)))
+
+    return ratio
+
+
 def test_dpo_reads_the_base_as_its_reference_and_leaves_the_adapter_in_use():
     model, rows = tuned(), pairs()
     loss, _ = trained(model, task_of(Train(task="dpo", beta=0.3)), rows)
     assert model.training
-    base = tiny.llama()
-
-    def ratio(row):
-        ids, first = torch.tensor([row.input_ids]), row.trained.index(True)
-        here, there = (each(ids).logits[0].log_softmax(-1) for each in (model, base))
-        return sum((here - there)[i - 1, row.input_ids[i]] for i in range(first, len(row.input_ids)))
-
+    ratio = ratio_to_base(model)
     losses = [-F.logsigmoid(0.3 * (ratio(row) - ratio(row.other))) for row in rows]
     assert abs(loss.value.item() - math.log(2)) > 0.01
     assert loss.value.item() == pytest.approx(sum(losses).item() / 3, rel=FP32)
     margins = [0.3 * (ratio(row) - ratio(row.other)).item() for row in rows]
     assert loss.measures["reward_margin"].item() == pytest.approx(sum(margins) / 3, rel=20 * FP32)
     assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(m > 0 for m in margins) / 3)
+
+
+@pytest.mark.parametrize(("seed", "sign"), [(4, 1), (5, -1)])
+def test_kto_holds_answers_against_what_other_prompts_got_and_never_against_less_than_nothing(seed, sign):
+    model, rows = tuned(seed), swap_answers(verdicts())
+    loss, _ = trained(model, task_of(Train(task="kto", beta=0.2)), verdicts())
+    ratio = ratio_to_base(model)
+    moved = sum(ratio(row.other).item() for row in rows) / len(rows)
+    assert moved * sign > 0.01
+    kl = max(0.0, moved)
+    assert loss.measures["kl"].item() == pytest.approx(kl, rel=20 * FP32)
+    gains = [0.2 * (ratio(row).item() - kl) * (1 if row.is_good else -1) for row in rows]
+    losses = [1 - 1 / (1 + math.exp(-gain)) for gain in gains]
+    assert loss.value.item() == pytest.approx(sum(losses) / len(losses), rel=20 * FP32)
 
 
 def test_a_frozen_adapter_can_be_the_reference():
@@ -391,9 +412,27 @@ def test_all_answers_to_one_prompt_are_on_one_side_of_the_split(rows_of_a_run):
     train, held = split_eval(load_rows(rows_of_a_run, task="kto"), share=0.4)
     assert (len(train), len(held)) == (10, 6)
     assert not {row.answer.prompt for row in train} & {row.answer.prompt for row in held}
-    chats = [Labelled(Chat([{**QUESTION, "content": text}, answer]), True) for text in "ab" for answer in (HERE, THERE)]
-    train, held = split_eval(chats)
+    chats = [Chat([{**QUESTION, "content": text}, answer]) for text in "ab" for answer in (HERE, THERE)]
+    train, held = split_eval([Labelled(chat, True) for chat in chats])
     assert train[0].answer.messages[0] == train[1].answer.messages[0] != held[0].answer.messages[0]
+    train, held = split_eval([Preference(chat, chats[-1]) for chat in chats])
+    assert train[0].chosen.messages[0] == train[1].chosen.messages[0] != held[0].chosen.messages[0]
+
+
+def test_one_held_out_verdict_has_no_other_answer_to_be_held_against_so_two_are_held_out_or_it_is_refused(
+    tmp_path, model_folder
+):
+    answers = [{"prompt": f"say {word} ", "completion": word, "label": True} for word in ("cat", "dog", "owl", "bee")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (tmp_path / "one.jsonl").write_text(json.dumps(answers[0]) + "\n")
+    words = "base.model", "data.train"
+    given = [f"{key}={value}" for key, value in zip(words, (model_folder, tmp_path / "rows.jsonl"), strict=True)]
+    for task, held in (("sft", 1), ("kto", 2)):
+        recipe = read_recipe("default", [*given, f"train.task={task}", "data.max_tokens=64"])
+        assert len(prepare(recipe, Watch(), weights=False).eval.rows) == held
+    named = read_recipe("default", [*given, "train.task=kto", "data.max_tokens=64", f"data.eval={tmp_path}/one.jsonl"])
+    with pytest.raises(DataError, match=r"one row is held out.*data.eval"):
+        prepare(named, Watch(), weights=False)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_kit.data.examples import Classified, Example, Labelled, is_chat
+from qlora_kit.data.examples import Classified, Example, Labelled, Preference, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import prompt_of
 from qlora_kit.data.sources import Reader, Sources, open_sources
@@ -105,22 +105,23 @@ def split_eval(rows: Sequence[Example], share: float = 0.02, most: int = 200) ->
     return sides
 
 
-def held_out(digests: Sequence[int], share: float = 0.02, most: int = 200) -> list[bool]:
+def held_out(digests: Sequence[int], share: float = 0.02, most: int = 200, least: int = 1) -> list[bool]:
     """Which rows to hold out for evaluation, chosen by what they say.
 
     The hash of its contents ranks each row, so neither the order of the file, nor a seed, nor the weight of its source
-    moves the split, and equal rows are on the same side of it. Of an answer with a verdict the prompt alone is hashed:
-    all answers to one, such as those of a pair that was taken apart, are on the same side.
+    moves the split, and equal rows are on the same side of it. Of pairs of answers, and of answers with a verdict, the
+    prompt alone is hashed: all answers to one are on the same side.
 
     Args:
         digests: of all rows.
-        share: of the rows, 0 < share < 1; at least one row is held out if two rows differ.
+        share: of the rows, 0 < share < 1.
         most: rows held out, unless every row occurs more often than that.
+        least: rows held out, as far as there are rows that differ.
     """
     values, copies = np.unique(np.array(digests, dtype=np.uint64), return_counts=True)
     if len(values) < 2:
         return [False] * len(digests)
-    room = min(most, max(1, round(share * len(digests))), len(digests) - 1)
+    room = min(most, max(least, round(share * len(digests))), len(digests) - 1)
     held: list[int] = []
     for value, count in zip(values, copies, strict=True):
         if count <= room:
@@ -132,7 +133,11 @@ def held_out(digests: Sequence[int], share: float = 0.02, most: int = 200) -> li
 
 
 def _digest(row: Example) -> int:
-    said = {"prompt": prompt_of(row.answer)} if isinstance(row, Labelled) else _plain(row)
+    match row:
+        case Labelled(answer) | Preference(answer):
+            said = {"prompt": prompt_of(answer)}
+        case _:
+            said = _plain(row)
     contents = {**said, "where": type(row).__name__}
     text = json.dumps(contents, sort_keys=True, default=_plain)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -77,6 +77,9 @@ def prepare(
     if rate is not None:
         prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
     prepared.train.check_most_fit(recipe.data.max_tokens)
+    if recipe.train.task == "kto" and len(prepared.eval.rows) == 1:
+        raise DataError("train.task=kto holds answers of other rows against a prompt, and one row is held out: give "
+                        "data.eval two rows or more, or set data.eval=null")  # fmt: skip
     watch.prepared(prepared)
     for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
         if remark.is_for_runs:

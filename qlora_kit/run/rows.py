@@ -94,7 +94,8 @@ def read_rows(
             train_rows.classes = _classes(recipe, found, config)
         if found.has_chats or eval_found.has_chats:
             settle()
-        is_held = held_out(found.digests) if data.eval == "auto" else [False] * len(found.digests)
+        least = 2 if recipe.train.task == "kto" else 1  # a verdict is held against another row's answer
+        is_held = held_out(found.digests, least=least) if data.eval == "auto" else [False] * len(found.digests)
         eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config)
         train_rows.check_left(data.max_tokens)
         if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say

@@ -103,6 +103,8 @@ def rehearse_evaluation(
 def f1_score(said: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
     """Mean over the classes that are wanted or said of the harmonic mean of precision and recall: macro F1.
 
+    Where texts may have several classes, and none has any or is said to, all is as it should be: 1.
+
     Args:
         said: of all texts, (texts,), or (texts, classes) of 1 and 0.
         wanted: labels of the same texts.
@@ -112,7 +114,7 @@ def f1_score(said: torch.Tensor, wanted: torch.Tensor, classes: int) -> float:
         said, wanted = (torch.nn.functional.one_hot(each, classes) for each in (said, wanted))
     hits = (said * wanted).sum(0).double()
     total = (said.sum(0) + wanted.sum(0)).double()
-    return (2 * hits[total > 0] / total[total > 0]).mean().item()
+    return (2 * hits[total > 0] / total[total > 0]).mean().item() if total.any() else 1.0
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
