@@ -44,14 +44,31 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     if len(epsilons) != 1 or not isinstance(epsilons[0], float):
         return None
-    epsilon, width = epsilons[0], len(weight)
+    epsilon, own = epsilons[0], {name: value for name, value in vars(module).items() if name not in _OF_ANY}
+    known = type(module), type(module).forward, len(weight), *own.items()
+    if not all(isinstance(value, int | float | str) for value in own.values()):
+        form = _form(module, len(weight), epsilon)
+    elif known in _FORMS:
+        form = _FORMS[known]
+    else:
+        form = _FORMS[known] = _form(module, len(weight), epsilon)
+    return None if form is None else partial(_norm_forward, module, epsilon, form)
+
+
+_OF_ANY = vars(nn.Module()).keys() - {"training"}
+_FORMS: dict[tuple[Any, ...], Form | None] = {}
+"""By the class of a norm, its code and its numbers: a model has hundreds that are alike."""
+
+
+def _form(module: nn.Module, width: int, epsilon: float) -> Form | None:
+    """How an RMS norm treats its weight; None where it is no norm that we know."""
     with _disable_current_modes():
         w = _numbers(width, seed=1)
         x = _at_scales(width, epsilon**0.5)
         for form in get_args(Form):
             wanted = rms_norm_plain(x, w, epsilon, form)
             if _gives(module, x, wanted, parameters={"weight": nn.Parameter(w, requires_grad=False)}):
-                return partial(_norm_forward, module, epsilon, form)
+                return form
     return None
 
 

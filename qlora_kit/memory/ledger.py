@@ -28,6 +28,9 @@ from qlora_kit.memory.host import TO_HOST
 
 __all__ = ["CATEGORIES", "PHASES", "Ledger"]
 
+_DEVICE = torch.ops.prim.device.default
+"""What torch asks of a fake tensor several times an operator; it makes nothing."""
+
 
 class Ledger(TorchDispatchMode):
     """Counts live bytes while the block runs.
@@ -142,8 +145,10 @@ class Ledger(TorchDispatchMode):
             self._running.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].device
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_iter(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_iter(result):
             if isinstance(leaf, Tensor):
                 self._enter(leaf, func)
         return result

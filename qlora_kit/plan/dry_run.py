@@ -48,7 +48,8 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
         `peak_bytes`, `resident_bytes` (after the step), `by_category`, `peak_by_phase`, `host_peak_bytes`,
         `paged_bytes` as plan.json has them, and `parameters`: `total` of the base, without any adapter, `trainable`,
         and `quantized`, those of the base that are held as codes; for the solver `layers`, `moments` (peaks by phase
-        and side of the model) and `block_bytes` (what a block leaves for its backward pass).
+        and side of the model), `block_bytes` (what a block leaves for its backward pass) and `added_bytes`
+        (`added_by_allocator`, where the model's own depth was played).
 
     Raises:
         ModelError: rows are packed, and the model does not keep them apart.
@@ -84,18 +85,26 @@ def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     """Bytes that a card's allocator holds beyond the peak of the tensors: rounding and fragmentation, an estimate.
 
     The requests of loading and of a step are played to it. Most of what it adds are ends of segments, as many in every
-    layer, so two depths tell the rest here too, if not to the byte.
+    layer, so two depths tell the rest here too, if not to the byte. A step that no shallow ones tell was played whole.
     """
     blocks = Blocks.of(work.activations, count_layers(config, head_for(work.task)))
+    if not find_shallow(config, blocks, head_for(work.task)).steps:
+        added: int = dry_step(config, work)["added_bytes"]
+        return added
     few, more = (thinned(blocks, layers) for layers in PLAYED_LAYERS)
-    if more.all >= blocks.all or not find_shallow(config, blocks, head_for(work.task)).steps:
-        return _added(config, replace(work, activations=blocks))
-    low, high = (_added(config, replace(work, activations=part)) for part in (few, more))
+    if more.all >= blocks.all:
+        return _added(_history(config, work, blocks))
+    low, high = (_added(_history(config, work, part)) for part in (few, more))
     return round(low + (high - low) * (blocks.all - few.all) / (more.all - few.all))
 
 
-def _added(config: PretrainedConfig, work: Workload) -> int:
-    history: History = fake_run(config, work, train_once)["history"]
+def _history(config: PretrainedConfig, work: Workload, blocks: Blocks) -> History:
+    """Of loading and a step at the depth of `blocks`."""
+    history: History = fake_run(config, replace(work, activations=blocks), train_once)["history"]
+    return history
+
+
+def _added(history: History) -> int:
     played = replay((allocation, allocation.nbytes, sign > 0) for allocation, sign in history.events())
     return played.reserved_peak_bytes - history.peak_bytes()
 
@@ -117,8 +126,7 @@ def _played(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun], 
     shallow = find_shallow(config, work.activations, head_for(work.task))
     depths = [shallow.base, *(blocks for blocks, _ in shallow.steps)]
     base, *runs = (fake_run(config, replace(work, activations=blocks), does) for blocks in depths)
-    for run in (base, *runs):
-        del run["history"]
+    histories = [run.pop("history") for run in (base, *runs)]
     told = deepen(base, [(run, factor) for run, (_, factor) in zip(runs, shallow.steps, strict=True)])
     places = told.pop("places")
     by_phase, by_category = peaks(places)
@@ -130,4 +138,5 @@ def _played(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun], 
         "peak_by_phase": by_phase,
         "moments": moments(places),
         "block_bytes": block_bytes(places, Blocks.of(work.activations, told["layers"])),
+        "added_bytes": None if runs else _added(histories[0]),
     }

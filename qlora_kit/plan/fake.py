@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
@@ -38,6 +37,7 @@ from qlora_kit.plan.depths import (
     role,
     with_depth,
 )
+from qlora_kit.plan.recall import RecallingMode
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import TASKS, Lora, Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
@@ -82,7 +82,7 @@ def fake_run(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun],
     blocks = work.activations
     if isinstance(blocks, Blocks) and blocks.all != count_layers(config, head_for(work.task)):
         config = with_depth(config, blocks.all)
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), RecallingMode():
         ledger = Ledger(host_apart=work.on_card)
         model, parameters = _build(config, work, ledger)
         second = _second(config, work, ledger)

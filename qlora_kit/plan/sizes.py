@@ -1,12 +1,12 @@
 """What a model and its adapter are made of, before anything is done with them."""
 
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig
 
 from qlora_kit.lora import (
     lora_layers,
 )
 from qlora_kit.plan.fake import add_adapter, as_loaded, dense_model, quiet
+from qlora_kit.plan.recall import RecallingMode
 from qlora_kit.plan.workload import Workload
 
 
@@ -17,7 +17,7 @@ def weight_bytes(config: PretrainedConfig, work: Workload) -> int:
         config: of the model.
         work: whose quantisation and dtype are meant.
     """
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), RecallingMode():
         model = as_loaded(dense_model(config, work), work)
         return sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
 
@@ -33,7 +33,7 @@ def adapter_size(config: PretrainedConfig, work: Workload) -> tuple[int, list[in
         The parameters that train, and of each layer that gets an update its smaller width, above which no rank helps.
     """
     assert work.lora is not None
-    with quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with quiet(), RecallingMode():
         model = dense_model(config, work).requires_grad_(False)
         report = add_adapter(model, work.lora.model_copy(update={"init": "default"}))  # a start that takes any rank
         return report.trainable, [min(layer.shape[-2:]) for _, layer in lora_layers(model)]

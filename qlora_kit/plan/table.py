@@ -154,7 +154,7 @@ def _methods(
 
 def _public(method: dict[str, Any]) -> dict[str, Any]:
     """A method as plan.json has it, without what only the solver reads."""
-    hidden = ("parameters", "layers", "moments", "block_bytes", "needs_bytes")
+    hidden = ("parameters", "layers", "moments", "block_bytes", "added_bytes", "needs_bytes")
     return {key: value for key, value in method.items() if key not in hidden}
 
 
