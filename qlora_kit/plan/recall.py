@@ -110,7 +110,7 @@ class _Recipe:
     """How all results come about: a tensor or None, or a tuple or list of such."""
 
     parts: tuple[_Made | None, ...]
-    kind: type | None
+    kind: type[list[Any]] | type[tuple[Any, ...]] | None
 
     def make(self, mode: FakeTensorMode, tensors: Sequence[FakeTensor]) -> Any:
         if self.kind is None:
@@ -143,7 +143,8 @@ def _recipe_of(result: Any, tensors: Sequence[FakeTensor]) -> _Recipe | None:
     parts = [None if each is None else _part_of(each, tensors, storages) for each in listed]
     if len(set(new)) < len(new) or len(made) > sum(part is not None for part in parts):
         return None  # several results lie in one new storage, or one in a storage of several arguments
-    return _Recipe(tuple(parts), type(result) if isinstance(result, (tuple, list)) else None)
+    kind = next((each for each in (list, tuple) if isinstance(result, each)), None)  # torch names some tuples' parts
+    return _Recipe(tuple(parts), kind)
 
 
 def _part_of(made: FakeTensor, tensors: Sequence[FakeTensor], storages: Sequence[int]) -> _Made | None:
