@@ -988,6 +988,19 @@ def test_a_run_that_cannot_be_exported_is_one_line_with_nothing_left(finished, t
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
+def test_a_loftq_start_is_planned_with_what_it_reads_and_pages_of_the_checkpoint_are_not_counted(recipe):
+    run = recipe.parent / "run"
+    load = {}
+    for init in ("default", "loftq"):
+        result = call("train", recipe, f"lora.init={init}", "base.quantization=int8", "--overwrite")
+        assert result.exit_code == 0, result.output
+        memory = json.loads((run / "memory.json").read_text())
+        assert abs(memory["error"]["peak"]) < 0.01
+        load[init] = [memory[side]["peak_by_phase"]["load"] for side in ("planned", "measured")]
+    assert load["loftq"][1] > 1.1 * load["default"][1], "a matrix, what it was made from, and what was lost"
+    assert load["loftq"][0] == pytest.approx(load["loftq"][1], rel=0.01)
+
+
 def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[0], run)

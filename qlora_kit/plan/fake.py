@@ -155,8 +155,15 @@ def _count_parameters(model: PreTrainedModel, parameters: Named) -> dict[str, in
 
 def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[PreTrainedModel, Named]:
     """The model as loading leaves it, with its adapter; the dense weights themselves are pages of a file."""
-    model = dense_model(config, work)
-    ledger.ignore(model.parameters())
+
+    def pages(of: Workload) -> PreTrainedModel:
+        dense = dense_model(config, of)
+        ledger.ignore(dense.parameters())
+        return dense
+
+    model = pages(work)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else work.dtype
+    originals = pages(replace(work, dtype=stored)) if work.lora is not None and work.lora.init == "loftq" else None
     linears = [module.weight for _, module in body_linears(model)]
     with ledger, ledger.phase("load"):
         as_loaded(model, work)
@@ -167,10 +174,10 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     with ledger, ledger.phase("load/adapters"):
         if work.lora is not None:
             if work.has_reference:
-                add_adapter(model, work.lora, REFERENCE)
+                add_adapter(model, work.lora, name=REFERENCE)
                 for _, parameter in adapter_parameters(model, REFERENCE):
                     parameter.requires_grad_(False)
-            add_adapter(model, work.lora)
+            add_adapter(model, work.lora, originals)
     del linears
     ledger.adopt(model, activation_blocks(model))
     if work.lora is None:
@@ -179,13 +186,11 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
 
 
-def add_adapter(model: PreTrainedModel, lora: Lora, name: str = "default") -> LoraReport:
-    """Attach an adapter as a run does.
-
-    What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
-    """
-    lora = lora.model_copy(update={"init": "default"}) if lora.init == "loftq" else lora
-    return add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)), name=name)
+def add_adapter(
+    model: PreTrainedModel, lora: Lora, originals: PreTrainedModel | None = None, name: str = "default"
+) -> LoraReport:
+    """Attach an adapter as a run does. What is weighed is how many tokens are added, and not which."""
+    return add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)), name=name, originals=originals)
 
 
 def _second(config: PretrainedConfig, work: Workload, ledger: Ledger) -> PreTrainedModel | None:

@@ -210,9 +210,7 @@ def _make_trainable(
         model.requires_grad_(True)
         watch.loaded_whole(parameter_count(model))
     else:
-        with ledger.watch("load"):
-            report = put_adapter(model, recipe, prepared)
-        watch.adapted(report)
+        watch.adapted(put_adapter(model, recipe, prepared, ledger))
     ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, Blocks(**plan["blocks"]))
 
