@@ -265,7 +265,7 @@ def test_text_that_holds_the_private_characters_is_masked_all_the_same(asked, sa
 
 def test_a_tool_call_is_no_answer_to_compare_with():
     call = {"role": "assistant", "content": "hm", "tool_calls": [{"function": {"name": "clock"}}]}
-    tokenizer = make_tokenizer(template=UNMARKED["chatml"])
+    tokenizer = make_tokenizer(template=UNMARKED["chatml"].replace("{{ m.content", "{{ m.tool_calls }}{{ m.content"))
     assert encode(Chat(TURNS[:2]), tokenizer).answer == "on the mat 🙂"
     row = encode(Chat([TURNS[0], call]), tokenizer)
     assert (row.prompt, row.answer) == (None, None)

@@ -31,6 +31,7 @@ from qlora_kit.data import (
     Chat,
     Completion,
     EncodedSet,
+    Preference,
     Room,
     Sampler,
     Text,
@@ -243,6 +244,27 @@ def test_marks_of_a_template_that_are_not_believed_are_told_of_once_for_all_rows
         "5 rows of which the chat template's generation marks hold other than the assistant's answers: they are not "
         "used, and what follows each prompt is learnt (see data.template): f.jsonl:1; f.jsonl:2; f.jsonl:3; and 2 more"
     )
+
+
+def test_parts_of_chats_that_the_template_does_not_write_are_told_of():
+    call = {"role": "assistant", "content": "hm", "tool_calls": [{"function": {"name": "clock"}}]}
+    odd = {
+        "system": Chat([{"role": "system", "content": "in Latin"}, *TURNS], where="f.jsonl:1"),
+        "tools": Chat(TURNS, [{"name": "clock"}], where="f.jsonl:2"),
+        "tool_calls": Chat([TURNS[0], call, *TURNS[2:]], where="f.jsonl:3"),
+    }
+    deaf = make_tokenizer(template=UNMARKED["chatml"].replace("in messages", "in messages if m.role != 'system'"))
+    assert kinds([Chat(TURNS)], deaf) == {}
+    for kind, chat in odd.items():
+        found = kinds([chat], deaf, loss_on="last")
+        assert (found.keys(), found[kind].rows, found[kind].is_for_runs) == ({kind}, [chat.where], True)
+    assert str(kinds([odd["system"]], deaf)["system"]) == (
+        "1 row with a system text that the chat template does not write: answers are learnt without it "
+        "(see data.template): f.jsonl:1"
+    )
+    asked, chosen, rejected = TURNS[0], TURNS[1], {**TURNS[1], "content": "hm"}
+    pair = Preference(*(Chat([asked, each], [{"name": "clock"}]) for each in (chosen, rejected)), where="f.jsonl:4")
+    assert kinds([pair], deaf)["tools"].rows == ["f.jsonl:4"], "once, though both answers have them"
 
 
 def test_rows_that_say_the_same_are_named_with_the_first_of_them():

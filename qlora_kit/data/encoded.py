@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
-Odd: TypeAlias = Literal["marks"]
+Odd: TypeAlias = Literal["tools", "tool_calls", "system", "marks"]
 """What a chat template does to a row that one should know of; `remarks.py` says it."""
 
 

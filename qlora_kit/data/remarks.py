@@ -27,8 +27,8 @@ class Remark:
     """Something about several rows.
 
     Attributes:
-        kind: a word for programs: faults, no_trained, dropped, truncated, marks, no_end, two_bos, repeated,
-            leaked.
+        kind: a word for programs: faults, no_trained, dropped, truncated, tools, tool_calls, system, marks, no_end,
+            two_bos, repeated, leaked.
         text: what is the matter with how many rows.
         count: how many.
         rows: where the first 20 stand, each as `file:line` or `source row N`; of faults what is wrong with them, too.
@@ -106,6 +106,11 @@ def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
 
 
 _ODD: dict[Odd, str] = {
+    "tools": "with tools that the chat template does not write: answers are learnt without them (see data.template)",
+    "tool_calls": "with tool calls that the chat template does not write: what follows them is learnt without them "
+    "(see data.template)",
+    "system": "with a system text that the chat template does not write: answers are learnt without it "
+    "(see data.template)",
     "marks": "of which the chat template's generation marks hold other than the assistant's answers: they are not "
     "used, and what follows each prompt is learnt (see data.template)",
 }

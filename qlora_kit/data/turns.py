@@ -26,10 +26,11 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qlora_kit.data.chat_template import Renderer, check_template, end_token, special_tokens, through_end
-from qlora_kit.data.encoded import Encoded, LossOn, all_but_bos, gone_on, token_ids
+from qlora_kit.data.chat_template import Messages, Renderer, check_template, end_token, special_tokens, through_end
+from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids
 from qlora_kit.data.examples import Chat
 from qlora_kit.data.thinking import after_prompt, thought_of, written_out
+from qlora_kit.data.unwritten import loses_calls, unwritten
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 Span: TypeAlias = tuple[int, int]
 """Characters of a rendering, [start, end)."""
-
-Messages: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +58,11 @@ class _Turn:
         """Where it stands in such a rendering."""
         return len(self.prompt), len(self.prompt) + len(self.said)
 
-    def row(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> Encoded:
+    def row(self, tokenizer: "PreTrainedTokenizerBase", where: str, odd: tuple[Odd, ...]) -> Encoded:
         """The turn as a row of its own."""
         prompt = token_ids(self.prompt, tokenizer)
         ids = gone_on(prompt, token_ids(self.prompt + self.said, tokenizer), self.said, tokenizer)
-        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where)
+        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where, odd=odd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ class _Form:
 
         Raises:
             DataError: what the template writes for the turn does not go on from the prompt that it gives for it, or
-                leaves out its thought.
+                leaves out its thought or its calls of tools.
         """
         message = messages[i]
         prompt = self.render(messages[:i], prompt=True) if i > 0 else ""
@@ -123,6 +122,11 @@ class _Form:
             raise DataError(
                 f"the chat template leaves out the thought of turn {i + 1}: set data.thinking=strip, or name a "
                 "template that writes it with data.template=FILE"
+            )
+        if loses_calls(messages[: i + 1], whole, self.render):
+            raise DataError(
+                f"the chat template leaves out the tool calls of turn {i + 1}, so that an answer without them would be "
+                "learnt: name a template that writes them with data.template=FILE, or leave the row out"
             )
         return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))
 
@@ -150,8 +154,9 @@ def encode_chat(
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
     asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
+    odd = tuple(unwritten(messages, text, render, said=() if loss_on == "all" else answers))
     if loss_on == "all":
-        return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where)]
+        return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]
 
     specials = special_tokens(tokenizer)
     form = _Form(render, specials, end_token(render, specials))
@@ -165,10 +170,10 @@ def encode_chat(
             "the chat opens with an assistant turn, which answers nothing: put a user or system turn before it"
         )
     if not is_one_row:
-        return [turn.row(tokenizer, chat.where) for turn in turns]
+        return [turn.row(tokenizer, chat.where, odd) for turn in turns]
     learnt = believed or spans
     trained = [_stands_in(token, learnt[bisect_right(learnt, token[0], key=_start) - 1]) for token in whole.offsets]
-    return [Encoded(whole.ids, trained, *asked, chat.where, odd=("marks",) if marked and not believed else ())]
+    return [Encoded(whole.ids, trained, *asked, chat.where, odd=(*odd, "marks") if marked and not believed else odd)]
 
 
 def _asked(messages: Messages, render: Renderer) -> tuple[list[int] | None, str | None]:
