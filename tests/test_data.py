@@ -204,14 +204,56 @@ def test_mask_does_not_depend_on_whether_a_tokenizer_trims_offsets():
     assert trained_text(encode(chat, trimmed), trimmed) == [" on the mat <|im_end|>"]
 
 
-@pytest.mark.parametrize("source", [
-    MARKED["chatml"].replace(" + '<|im_end|>' }}" + CLOSE, " }}" + CLOSE + OPEN + "<|im_end|>" + CLOSE),
-    MARKED["chatml"].replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}"),
-])  # fmt: skip
-def test_marks_that_are_not_one_pair_a_turn_give_way_to_prefixes(source):
+def test_marks_in_pieces_and_marks_that_begin_later_than_the_turn_are_believed():
     tokenizer = make_tokenizer()
-    assert source != MARKED["chatml"]
-    assert encode(CHAT, tokenizer, template=source) == encode(CHAT, tokenizer, template=UNMARKED["chatml"])
+    pieces = MARKED["chatml"].replace(" + '<|im_end|>' }}" + CLOSE, " }}" + CLOSE + OPEN + "<|im_end|>" + CLOSE)
+    later = MARKED["chatml"].replace(OPEN, "{{ 'Well.\\n' }}" + OPEN)
+    assert pieces.count(OPEN) == 2
+    assert "Well.\non the mat" in tokenizer.apply_chat_template(TURNS, chat_template=later, tokenize=False)
+    for source in (pieces, later):
+        row = encode(CHAT, tokenizer, template=source)
+        said = trained_text(row, tokenizer)
+        assert (said, row.odd) == (["on the mat 🙂<|im_end|>", "then the cat ate<|im_end|>"], ())
+    bare = later.replace(OPEN, "").replace(CLOSE, "")
+    assert trained_text(encode(CHAT, tokenizer, template=bare), tokenizer)[1] == "Well.\nthen the cat ate<|im_end|>"
+
+
+HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
+LAST_MARKED = MARKED["chatml"].replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}")
+ASTRAY = {
+    "around the user's turns": MARKED["chatml"].replace("m.role == 'assistant'", "m.role == 'user'"),
+    "with the header, as SmolLM3's": MARKED["chatml"].replace(HEADER + "{% if m.role == 'assistant' %}" + OPEN,
+        "{% if m.role == 'assistant' %}" + OPEN + HEADER).replace("{% else %}", "{% else %}" + HEADER),
+    "with the header's line break, as TRL's for Qwen2.5": MARKED["chatml"].replace("m.role + '\n' }}", "m.role }}")
+        .replace(OPEN, OPEN + "{{ '\n' }}").replace("{% else %}", "{% else %}{{ '\n' }}"),
+    "beyond the end token, as TRL's for Phi-3": MARKED["chatml"].replace("{% endfor %}",
+        "{% endfor %}{% if not add_generation_prompt %}" + OPEN + "{{ eos_token }}" + CLOSE + "{% endif %}"),
+    "around the last turn alone": LAST_MARKED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", ASTRAY)
+def test_marks_that_reach_out_of_the_turns_or_leave_one_out_give_way_to_prefixes(marks):
+    tokenizer, source = make_tokenizer(), ASTRAY[marks]
+    bare = source.replace(OPEN, "").replace(CLOSE, "")
+    row, unmarked = (encode(CHAT, tokenizer, template=each) for each in (source, bare))
+    theirs = tokenizer.apply_chat_template(
+        TURNS, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+    )["assistant_masks"]
+    assert any(theirs)
+    assert [bool(one) for one in theirs] != unmarked.trained, "whoever believes these marks trains something else"
+    assert (row, row.odd) == (unmarked, ("marks",))
+    assert trained_text(row, tokenizer) == ["on the mat 🙂<|im_end|>", "then the cat ate<|im_end|>"]
+
+
+def test_marks_of_turns_that_are_not_trained_are_not_asked_for():
+    tokenizer = make_tokenizer()
+    odd = [encode(CHAT, tokenizer, template=LAST_MARKED, loss_on=choice).odd for choice in ("assistant", "last")]
+    assert odd == [("marks",), ()]
+    last, unmarked = (
+        encode(CHAT, tokenizer, template=source, loss_on="last") for source in (LAST_MARKED, UNMARKED["chatml"])
+    )
+    assert last == unmarked
 
 
 @pytest.mark.parametrize(("asked", "said"), [("the", "\ue001 cat"), ("\ue000 the \ue001", "\ue001 cat \ue000")])
@@ -223,7 +265,7 @@ def test_text_that_holds_the_private_characters_is_masked_all_the_same(asked, sa
 
 def test_a_tool_call_is_no_answer_to_compare_with():
     call = {"role": "assistant", "content": "hm", "tool_calls": [{"function": {"name": "clock"}}]}
-    tokenizer = make_tokenizer(template=UNMARKED["chatml"])
+    tokenizer = make_tokenizer(template=UNMARKED["chatml"].replace("{{ m.content", "{{ m.tool_calls }}{{ m.content"))
     assert encode(Chat(TURNS[:2]), tokenizer).answer == "on the mat 🙂"
     row = encode(Chat([TURNS[0], call]), tokenizer)
     assert (row.prompt, row.answer) == (None, None)
@@ -272,8 +314,10 @@ def test_answer_that_opens_a_chat_needs_markers():
     tokenizer = make_tokenizer()
     said = trained_text(encode(greeting, tokenizer, template=MARKED["chatml"]), tokenizer)
     assert said == ["then<|im_end|>", "on the mat 🙂<|im_end|>"]
-    with pytest.raises(DataError, match="opens with an assistant turn"):
-        encode(greeting, tokenizer, template=UNMARKED["chatml"])
+    astray = ASTRAY["around the user's turns"]
+    for chat, source in [(greeting, UNMARKED["chatml"]), (greeting, astray), (Chat(greeting.messages[:2]), astray)]:
+        with pytest.raises(DataError, match="opens with an assistant turn"):
+            encode(chat, tokenizer, template=source)
 
 
 def test_refusal_by_a_template_is_an_error_of_the_row():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.encode import EncodedSet
-from qlora_kit.data.encoded import Encoded
+from qlora_kit.data.encoded import Encoded, Odd
 from qlora_kit.data.faults import Faults
 from qlora_kit.units import counted
 
@@ -27,7 +27,8 @@ class Remark:
     """Something about several rows.
 
     Attributes:
-        kind: a word for programs: faults, no_trained, dropped, truncated, no_end, two_bos, repeated, leaked.
+        kind: a word for programs: faults, no_trained, dropped, truncated, tools, tool_calls, system, marks, no_end,
+            two_bos, repeated, leaked.
         text: what is the matter with how many rows.
         count: how many.
         rows: where the first 20 stand, each as `file:line` or `source row N`; of faults what is wrong with them, too.
@@ -55,7 +56,7 @@ def remarks_on(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTo
     """
     seen, seen_held = _look(train, tokenizer), _look(held_out, tokenizer)
     left_out = [*_left_out(train, seen, "row"), *_left_out(held_out, seen_held, "held-out row")]
-    return [*left_out, *_kept(seen, seen_held)]
+    return [*left_out, *_odd(train, "row"), *_odd(held_out, "held-out row"), *_kept(seen, seen_held)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,22 @@ def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
     if counts.truncated:
         why = "cut at data.max_tokens: what follows there is not learnt, nor how it ends"
         yield _remark("truncated", why, places["truncated"], thing=thing, is_for_runs=False)
+
+
+_ODD: dict[Odd, str] = {
+    "tools": "with tools that the chat template does not write: answers are learnt without them (see data.template)",
+    "tool_calls": "with tool calls that the chat template does not write: what follows them is learnt without them "
+    "(see data.template)",
+    "system": "with a system text that the chat template does not write: answers are learnt without it "
+    "(see data.template)",
+    "marks": "of which the chat template's generation marks hold other than the assistant's answers: they are not "
+    "used, and what follows each prompt is learnt (see data.template)",
+}
+
+
+def _odd(rows: EncodedSet, thing: str) -> Iterator[Remark]:
+    """What chat templates do to rows."""
+    return (_remark(odd, why, rows.places[odd], thing=thing) for odd, why in _ODD.items() if rows.places[odd])
 
 
 def _kept(train: _Seen, held_out: _Seen) -> Iterator[Remark]:

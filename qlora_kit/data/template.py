@@ -62,7 +62,8 @@ def encode_turns(
 
     Raises:
         DataError: if there is no chat template or end token, the template refuses the chat, or what it writes for a
-            turn does not go on from the prompt that it gives for it. The message does not name the row.
+            turn does not go on from the prompt that it gives for it, or leaves out its thought or its calls of tools.
+            The message does not name the row.
     """
     match example:
         case Chat():
