@@ -66,6 +66,7 @@ data:
 train:
   task: sft
   epochs: 1
+  tokens: null
   steps: null
   micro_batch: auto
   accumulation: auto
@@ -411,6 +412,7 @@ def test_familiar_names_lead_to_keys_that_exist():
         ("train.lr", "0 -1e-4 -.inf .nan 1e400 fast", "1e-4 1 auto"),
         ("train.epochs", "0 -1 .nan auto null", "0.1 3"),
         ("train.steps", "0 -5 1.5 auto", "1 null"),
+        ("train.tokens", "0 -5 1e6 auto", "1000000 null"),
         ("train.micro_batch", "0 1.0 null", "1 auto"),
         ("train.accumulation", "0 -2 true", "16 auto"),
         ("train.warmup", "-0.01 1.01 10 .nan", "0 1 0.5"),

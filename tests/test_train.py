@@ -722,6 +722,16 @@ def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs
     assert (pace.warning is not None) == (pace.steps < FEW_STEPS)
 
 
+def test_a_budget_of_tokens_makes_as_many_steps_as_see_them():
+    rows = {"rows": 1000, "longest": 100, "tokens": 50_000, "trained_tokens": 20_000, "config": CONFIG}
+    once, twice = (set_pace(Train(tokens=tokens), **rows) for tokens in (50_000, 100_000))
+    assert once.steps == set_pace(Train(), **rows).steps
+    assert twice.steps == set_pace(Train(epochs=2), **rows).steps
+    few = set_pace(Train(tokens=4_000, epochs=3), **rows)
+    assert 4_000 <= few.tokens < 4_000 + 50 * few.rows_a_step, "up to a step more"
+    assert set_pace(Train(tokens=4_000, steps=7), **rows).steps == 7
+
+
 def test_what_the_recipe_says_is_taken_as_it_is():
     train = Train(steps=7, micro_batch=3, accumulation=5, lr=1e-3, eval_every=2, save_every=4)
     pace = set_pace(train, rows=1000, longest=100, tokens=50_000, trained_tokens=20_000, config=CONFIG)

@@ -223,8 +223,10 @@ class Train(Section):
     """The objective: answers, text, classes, pairs of answers (dpo, ipo, orpo), or answers with a verdict (kto)."""
     epochs: Number = 1
     """Passes over the rows; may be a fraction."""
+    tokens: Count | None = None
+    """Tokens to see, padding aside, by the mean length of the rows; overrides epochs."""
     steps: Count | None = None
-    """Optimizer steps; overrides epochs."""
+    """Optimizer steps; overrides epochs and tokens."""
     micro_batch: Count | Auto = "auto"
     """Sequences in one forward pass; auto: as many of the longest as make 2,048 tokens, at most 16."""
     accumulation: Count | Auto = "auto"

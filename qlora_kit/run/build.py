@@ -42,12 +42,15 @@ def plan_run(recipe: Recipe, prepared: Prepared, watch: Watch) -> tuple[Prepared
 
 
 def settle(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with `base.quantize_head: auto` and `lora.rank: auto` as the plan settled them."""
+    """The recipe with `base.quantize_head: auto` and `lora.rank: auto` as the plan settled them, and with the tokens
+    whose rows the run trains unasked."""
     base, lora = recipe.base, recipe.lora
     if base.quantize_head == "auto":
         base = base.model_copy(update={"quantize_head": plan["quantize_head"]})
     if lora.rank == "auto":
         lora = lora.model_copy(update={"rank": plan["rank"]})
+    if not lora.added_tokens:
+        lora = lora.model_copy(update={"added_tokens": plan.get("added_tokens", [])})
     return recipe.model_copy(update={"base": base, "lora": lora})
 
 

@@ -36,11 +36,12 @@ RESULT, SCORES, SAMPLES = "result.json", "scores.json", "samples.jsonl"
 FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES, "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
-_SETTLED = ("base.quantize_head=auto", "lora.rank=auto")
+_SETTLED = ("base.quantize_head=auto", "lora.rank=auto", "lora.added_tokens=[]")
 """What a run's folder holds as it was settled."""
 
-_MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
-               "train.sample_every", "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
+_MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.tokens", "train.steps", "train.eval_every",
+               "train.save_every", "train.sample_every", "train.keep_checkpoints", "train.early_stopping",
+               "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 

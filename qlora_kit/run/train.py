@@ -44,7 +44,7 @@ from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.score import Scored, score, score_base
 from qlora_kit.run.start import as_it_starts, check_reference
-from qlora_kit.run.unlearnt import unlearnt_note
+from qlora_kit.run.unlearnt import tokens_to_learn
 from qlora_kit.storage import checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.tasks import Task
@@ -118,9 +118,7 @@ def train(
         base = {"base": base_record(model).mark}
         if resume and not force:
             check_unchanged(folder, base)
-        unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
-        if unlearnt is not None:
-            watch.note(unlearnt)
+        recipe, plan = _learn_marks(model, recipe, prepared, plan, watch)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
         earlier = [] if resume else files_of_run(folder)
@@ -172,7 +170,11 @@ def _prepared(
     folder, today, rate = Path(recipe.output), None, None
     if resume:
         check_reference(recipe, recorded_reference(folder))
-        recipe, today, rate = _as_begun(recipe, folder), recorded_date(folder), recorded_rate(folder)
+        recipe, today, rate = (
+            _as_planned(recipe, read_json(folder / PLAN)),
+            recorded_date(folder),
+            recorded_rate(folder),
+        )
     prepared = prepare(
         recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, common=common
     )
@@ -186,10 +188,27 @@ def _fingerprints(prepared: Prepared) -> dict[str, str]:
     return {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
 
 
-def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the rank, the head, the micro-batches and the loss that its run began with: in others the same
-    sums would be rounded otherwise."""
-    plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
+def _learn_marks(
+    model: PreTrainedModel, recipe: Recipe, prepared: Prepared, plan: dict[str, Any], watch: Watch
+) -> tuple[Recipe, dict[str, Any]]:
+    """Have rows trained of tokens that chats are written in and the base has not learnt; the plan with them."""
+    names, told = tokens_to_learn(model, prepared.tokenizer, recipe) if prepared.train.has_chats else ([], None)
+    if told is not None:
+        watch.note(told)
+    if names:
+        recipe = settle(recipe, {"added_tokens": names})
+        # The budget stays what it was before the base took some of it.
+        budget = None if plan["budget"] is None else f"{plan['budget']}B"
+        same = _as_planned(recipe, plan)
+        same = same.model_copy(update={"memory": same.memory.model_copy(update={"budget": budget})})
+        _, plan = plan_run(same, prepared, Watch())
+    return recipe, plan | {"added_tokens": recipe.lora.added_tokens}
+
+
+def _as_planned(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with the rank, the head, the micro-batches and the loss that a plan chose: in others the same sums
+    would be rounded otherwise."""
+    train, memory = recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
