@@ -1,0 +1,73 @@
+"""Chats: turns and tools as rows hold them, in the form that chat templates take.
+
+Keys of a turn beside role and content (tool_calls, name, reasoning_content) are kept for the template.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_kit.data.examples import Chat
+from qlora_kit.data.values import kind, named, nearest, short, string
+from qlora_kit.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant"}
+
+
+def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
+    """A chat of these turns, with the tools of the row.
+
+    Raises:
+        DataError: no turn of it teaches anything, or the tools are none.
+    """
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise DataError("no assistant turn: nothing to learn from")
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
+        raise DataError("every assistant turn is empty: nothing to learn from")
+    tools = row.get("tools") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(f"column 'tools' is {kind(tools)}, wanted a list of objects")
+    return Chat(messages, tools)
+
+
+def turns_of(value: object, column: str) -> list[dict[str, Any]]:
+    """The turns that a column holds.
+
+    Raises:
+        DataError: it holds none, or one that is none.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"column {column!r} is {kind(value)}, wanted a list of turns")
+    if not value:
+        raise DataError(f"column {column!r} holds no turns")
+    return [_turn(turn, f"turn {number}") for number, turn in enumerate(value, 1)]
+
+
+def system_turn(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turn that a column of its own opens a chat with; none where there is no such column.
+
+    Raises:
+        DataError: the column holds something else than text.
+    """
+    return [{"role": "system", "content": string(row["system"], "system")}] if row.get("system") else []
+
+
+def _turn(raw: object, name: str) -> dict[str, Any]:
+    """One message; both namings of its keys are taken, since data sets mix them freely with both column names."""
+    if not isinstance(raw, Mapping):
+        raise DataError(f"{name} is {kind(raw)}, wanted an object with role and content")
+    # Tables fill keys that other rows have with null; templates ask whether a key is there.
+    turn = {key: value for key, value in raw.items() if value is not None}
+    if "role" not in turn and "from" in turn:
+        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+    if "role" not in turn:
+        raise DataError(f"{name} has no role; found: {named(turn)}; expected: role, content (or from, value)")
+    role = turn["role"]
+    if not isinstance(role, str) or role not in _ROLE_OF:
+        near = nearest(role, _ROLE_OF) if isinstance(role, str) else ""
+        raise DataError(f"{name} has the unknown role {short(role)}{near}; known: {', '.join(ROLES)}")
+    turn["role"] = _ROLE_OF[role]
+    if turn.get("content") is not None or not turn.get("tool_calls"):
+        turn["content"] = string(turn.get("content"), f"content of {name}")
+    return turn
