@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_kit.data.examples import Chat
-from qlora_kit.data.values import kind, named, nearest, short, string
+from qlora_kit.data.values import kind, named, nearest, short, string, without_nulls
 from qlora_kit.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -25,7 +25,7 @@ def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
         raise DataError("no assistant turn: nothing to learn from")
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
         raise DataError("every assistant turn is empty: nothing to learn from")
-    tools = row.get("tools") or None
+    tools = without_nulls(row.get("tools")) or None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise DataError(f"column 'tools' is {kind(tools)}, wanted a list of objects")
     return Chat(messages, tools)
@@ -57,8 +57,7 @@ def _turn(raw: object, name: str) -> dict[str, Any]:
     """One message; both namings of its keys are taken, since data sets mix them freely with both column names."""
     if not isinstance(raw, Mapping):
         raise DataError(f"{name} is {kind(raw)}, wanted an object with role and content")
-    # Tables fill keys that other rows have with null; templates ask whether a key is there.
-    turn = {key: value for key, value in raw.items() if value is not None}
+    turn = without_nulls(raw)  # templates ask whether a key is there
     if "role" not in turn and "from" in turn:
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
     if "role" not in turn:

@@ -28,7 +28,8 @@ def read_row(
         task: of `train.task`.
 
     Raises:
-        DataError: if a column is missing or has the wrong type, a role is unknown, or nothing could be learnt from it.
+        DataError: if a column is missing or has the wrong type, a role is unknown, nothing could be learnt from it, or
+            it is nested hundreds of levels deep.
     """
     try:
         if not isinstance(row, Mapping):
@@ -38,6 +39,8 @@ def read_row(
         return replace(chosen.build(renamed), where=where)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where}: objects and lists stand in each other too deep to be read") from None
 
 
 def formats_of(task: str) -> tuple[str, ...]:

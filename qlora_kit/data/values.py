@@ -28,6 +28,18 @@ def filled(value: object, name: str) -> str:
     return str(value)
 
 
+def without_nulls(value: Any) -> Any:
+    """The value without keys that hold null, however deep they stand; a null in a list stays.
+
+    Where rows lie in a table (Parquet, the hub), the objects of a column share their keys, and what one row lacks is
+    null there, not to be told from a null that was meant. So none is kept, and rows say the same whatever they lie in.
+    A JSON schema loses `"default": null`, which says no more than its absence; of `"enum": [null]` nothing is lost.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
 
 
