@@ -6,7 +6,7 @@ from chat_templates import FAMILIES, tokenizer_of
 from pyarrow import parquet
 from test_data import write
 
-from qlora_kit.data import encode_turns, load_rows, read_row
+from qlora_kit.data import Faults, encode_turns, load_rows, read_row
 from qlora_kit.errors import DataError
 
 ASKED = {"role": "user", "content": "where?"}
@@ -70,3 +70,35 @@ def test_a_row_that_is_nested_without_end_is_a_fault_with_its_place():
         deep = [deep]
     with pytest.raises(DataError, match=r"^f:1: objects and lists stand in each other too deep"):
         read_row({"messages": [ASKED, called("clock", {"zone": deep})]}, "f:1")
+
+
+# ---- characters ----------------------------------------------------------------------------------------------------
+
+HALF = "a\ud800b"
+
+
+@pytest.mark.parametrize(
+    ("column", "row"),
+    [
+        ("messages", {"messages": [ASKED, called("clock", {"zone": HALF})]}),
+        ("messages", {"messages": [ASKED, called("clock", {HALF: "zone"})]}),
+        ("messages", {"messages": [ASKED, SAID | {"reasoning_content": HALF}]}),
+        ("messages", {"messages": [ASKED, SAID | {"content": HALF}]}),
+        ("tools", {"messages": [ASKED, SAID], "tools": [tool(HALF)]}),
+        ("tools", {"instruction": "the", "output": "cat", "tools": [tool(HALF)]}),
+        ("system", {"conversations": [ASKED, SAID], "system": HALF}),
+    ],
+)
+def test_half_a_character_anywhere_in_a_row_is_a_fault_with_its_line_that_can_be_skipped(column, row, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"messages": [ASKED, SAID]}, row)
+    with pytest.raises(DataError) as refused:
+        load_rows(path)
+    assert str(refused.value) == (
+        f"{path}:2: column {column!r} holds half of a surrogate pair ('a\\ud800b'), which is no character"
+    )
+    faults = Faults()
+    assert len(load_rows(path, faults=faults)) == faults.count == 1
+
+
+def test_half_a_character_in_a_column_that_is_not_read_is_nobodys_business():
+    assert read_row({"text": "the cat", "id": HALF}, "f:1").text == "the cat"

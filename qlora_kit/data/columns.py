@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 
 from qlora_kit.data.examples import Example
 from qlora_kit.data.formats import FORMATS, Columns, Format
-from qlora_kit.data.values import kind, named, nearest
+from qlora_kit.data.values import check_characters, kind, named, nearest
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS
 
@@ -36,6 +36,8 @@ def read_row(
             raise DataError(f"found {kind(row)}, wanted an object with named columns")
         check_format(format, columns, task)
         chosen, renamed = _match(row, _candidates(format, task), columns or {})
+        for name in (*chosen.required, *chosen.optional):  # whatever else a row holds is not read
+            check_characters(renamed.get(name), f"column {name!r}")
         return replace(chosen.build(renamed), where=where)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None

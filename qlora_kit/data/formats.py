@@ -2,7 +2,7 @@
 
     messages     messages: [{role, content}, ...], tools                 -> Chat
     sharegpt     conversations: [{from, value}, ...], system, tools      -> Chat
-    alpaca       instruction, input, output, system                      -> Chat
+    alpaca       instruction, input, output, system, tools               -> Chat
     completion   prompt, completion                                      -> Completion
     text         text                                                    -> Text
     preference   prompt, chosen, rejected: texts, or turns               -> Preference
@@ -139,7 +139,7 @@ def prompt_of(answer: Chat | Completion) -> object:
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("tools",), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": Format(("instruction", "output"), ("input", "system"), _alpaca),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "tools"), _alpaca),
     "completion": Format(("prompt", "completion"), (), _completion),
     "text": Format(("text",), (), _text),
     "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),

@@ -9,15 +9,9 @@ from qlora_kit.errors import DataError, listed
 
 
 def string(value: object, name: str) -> str:
-    """The value, which has to be text of whole characters; `name` is what a message calls it."""
+    """The value, which has to be text; `name` is what a message calls it."""
     if not isinstance(value, str):
         raise DataError(f"{name} is {kind(value)}, wanted text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell it as an escape, and tokenizers refuse it much later
-        raise DataError(
-            f"{name} holds half of a surrogate pair ({value[error.start]!a}), which is no character"
-        ) from None
     return value
 
 
@@ -26,6 +20,29 @@ def filled(value: object, name: str) -> str:
     if not string(value, name).strip():
         raise DataError(f"{name} is empty: nothing to learn from")
     return str(value)
+
+
+def check_characters(value: object, name: str) -> None:
+    """See that a value, and all that it holds, is written in whole characters; `name` is what a message calls it.
+
+    JSON can spell half of a surrogate pair as an escape, and tokenizers refuse it much later.
+
+    Raises:
+        DataError: there is half of a pair in it.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            around = value[max(0, error.start - 10) : error.start + 10]
+            raise DataError(f"{name} holds half of a surrogate pair ({around!a}), which is no character") from None
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            check_characters(key, name)
+            check_characters(each, name)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            check_characters(each, name)
 
 
 def without_nulls(value: Any) -> Any:
