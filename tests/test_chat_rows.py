@@ -1,5 +1,8 @@
 """Chats in rows: whatever form turns, calls and tools come in, templates get the one that they are written for."""
 
+import json
+from dataclasses import replace
+
 import pyarrow
 import pytest
 from chat_templates import FAMILIES, tokenizer_of
@@ -70,6 +73,84 @@ def test_a_row_that_is_nested_without_end_is_a_fault_with_its_place():
         deep = [deep]
     with pytest.raises(DataError, match=r"^f:1: objects and lists stand in each other too deep"):
         read_row({"messages": [ASKED, called("clock", {"zone": deep})]}, "f:1")
+
+
+# ---- calls and tools as JSON texts ---------------------------------------------------------------------------------
+
+ARGUMENTS = {"city": "Málaga", "days": [1, 2]}
+AS_TEXT = json.dumps(ARGUMENTS, ensure_ascii=False)
+ONE_CALL = "{%- for m in messages -%}{%- if m.tool_calls -%}{%- set given = m.tool_calls[0].function.arguments -%}"
+FORMS = {
+    "joined": "{{- 'call' + given + '!' -}}",
+    "joined by tildes": "{{- 'call' ~ given ~ '!' -}}",
+    "printed": "call{{ given }}!",
+    "text or object": "{{- 'call' + (given if given is string else given | tojson) + '!' -}}",
+    "object": "{{- 'call' + given | tojson + '!' -}}",
+    "walked through": "{{- 'call{' -}}{%- for name, value in given.items() -%}{{- '\"' + name + '\": ' + value | tojson"
+    " -}}{%- if not loop.last -%}{{- ', ' -}}{%- endif -%}{%- endfor -%}{{- '}!' -}}",
+    "trimmed": "{{- 'call' + given | string | trim + '!' -}}",
+}
+
+
+@pytest.mark.parametrize("family", TOOL_FAMILIES)
+def test_arguments_and_tools_as_json_texts_are_rendered_as_the_objects_that_they_are(family):
+    plain = tool_row("weather", {"city": "Málaga"}, city=TEXT)
+    texts = {**plain, "tools": json.dumps(plain["tools"])}
+    texts["messages"] = [ASKED, called("weather", '{"city":"Málaga"}'), *plain["messages"][2:]]
+    tokenizer = tokenizer_of(FAMILIES[family])
+    whole, as_is = (
+        tokenizer.apply_chat_template(row["messages"], tools=plain["tools"], tokenize=False) for row in (plain, texts)
+    )
+    assert "\\" in as_is, "a template that is given the text writes it in quotes, once more"
+    assert ids_of(read_row(texts, "f:1"), family) == ids_of(read_row(plain, "f:1"), family)
+    (*_, last) = encode_turns(read_row(texts, "f:1"), tokenizer)
+    assert whole.startswith(tokenizer.decode(last.input_ids))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_templates_that_take_text_and_those_that_take_an_object_write_the_same_arguments(form):
+    template = ONE_CALL + FORMS[form] + "{%- else -%}{{- m.content + '<|im_end|>' -}}{%- endif -%}{%- endfor -%}"
+    tokenizer = tokenizer_of(replace(FAMILIES["phi4"], source=template))
+    for arguments in (AS_TEXT, ARGUMENTS):
+        (row,) = encode_turns(read_row({"messages": [ASKED, called("weather", arguments)]}, "f:1"), tokenizer)
+        assert tokenizer.decode(row.input_ids) == f"where?<|im_end|>call{AS_TEXT}!"
+
+
+def test_a_call_without_what_stands_around_it_is_read_like_one_with_it_and_a_text_keeps_its_nulls():
+    bare = {"name": "weather", "arguments": '{"city": null}'}
+    chat = read_row({"messages": [ASKED, {"role": "assistant", "tool_calls": [bare]}]}, "f:1")
+    assert chat.messages[1]["tool_calls"] == [{"name": "weather", "arguments": {"city": None}}]
+
+
+def test_tools_of_a_table_of_text_are_read_and_none_are_none():
+    row = {"messages": [ASKED, SAID]}
+    assert read_row({**row, "tools": json.dumps([tool("clock")])}, "f:1").tools == [tool("clock")]
+    assert [read_row({**row, "tools": none}, "f:1").tools for none in ("", "[]", [], None)] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"messages": [ASKED, called("w", "Rome")]}, r"function.arguments in turn 2 is text \('Rome'\), .* not JSON: "),
+        ({"messages": [ASKED, called("w", "[1]")]}, r"in turn 2 is text \('\[1\]'\), wanted an object, or the JSON of"),
+        (
+            {"messages": [ASKED, called("w", [1])]},
+            r"function.arguments in turn 2 is a list \(\[1\]\), wanted an object",
+        ),
+        ({"messages": [ASKED, called("w", r'{"a": "\ud800"}')]}, "function.arguments in turn 2 holds half of a surrog"),
+        ({"messages": [ASKED, SAID | {"tool_calls": "w"}]}, r"tool_calls of turn 2 is text \('w'\), wanted a list of"),
+        (
+            {"messages": [ASKED, SAID | {"tool_calls": ["w"]}]},
+            "tool_calls of turn 2 is a list .*, wanted a list",
+        ),
+        ({"messages": [ASKED, SAID], "tools": "clock"}, r"column 'tools' is text \('clock'\), which is not JSON: "),
+        ({"messages": [ASKED, SAID], "tools": '"a"'}, r"column 'tools' is text .*, wanted a list of objects, or the J"),
+        ({"messages": [ASKED, SAID], "tools": "[" * 3000}, "objects and lists stand in each other too deep"),
+    ],
+)
+def test_a_text_that_is_not_the_json_of_what_is_wanted_is_a_fault_of_the_row(row, fault):
+    with pytest.raises(DataError, match=r"^f\.jsonl:3: .*" + fault):
+        read_row(row, "f.jsonl:3")
 
 
 # ---- characters ----------------------------------------------------------------------------------------------------

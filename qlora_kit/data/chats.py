@@ -6,6 +6,7 @@ Keys of a turn beside role and content (tool_calls, name, reasoning_content) are
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_kit.data.calls import calls_of, tools_of
 from qlora_kit.data.examples import Chat
 from qlora_kit.data.values import kind, named, nearest, short, string, without_nulls
 from qlora_kit.errors import DataError
@@ -25,10 +26,7 @@ def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
         raise DataError("no assistant turn: nothing to learn from")
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
         raise DataError("every assistant turn is empty: nothing to learn from")
-    tools = without_nulls(row.get("tools")) or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"column 'tools' is {kind(tools)}, wanted a list of objects")
-    return Chat(messages, tools)
+    return Chat(messages, tools_of(row.get("tools")))
 
 
 def turns_of(value: object, column: str) -> list[dict[str, Any]]:
@@ -67,6 +65,8 @@ def _turn(raw: object, name: str) -> dict[str, Any]:
         near = nearest(role, _ROLE_OF) if isinstance(role, str) else ""
         raise DataError(f"{name} has the unknown role {short(role)}{near}; known: {', '.join(ROLES)}")
     turn["role"] = _ROLE_OF[role]
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = calls_of(turn["tool_calls"], name)
     if turn.get("content") is not None or not turn.get("tool_calls"):
         turn["content"] = string(turn.get("content"), f"content of {name}")
     return turn
