@@ -9,7 +9,7 @@ from chat_templates import FAMILIES, tokenizer_of
 from pyarrow import parquet
 from test_data import write
 
-from qlora_kit.data import Faults, encode_turns, load_rows, read_row
+from qlora_kit.data import Chat, Faults, encode_turns, load_rows, read_row
 from qlora_kit.errors import DataError
 
 ASKED = {"role": "user", "content": "where?"}
@@ -151,6 +151,37 @@ def test_tools_of_a_table_of_text_are_read_and_none_are_none():
 def test_a_text_that_is_not_the_json_of_what_is_wanted_is_a_fault_of_the_row(row, fault):
     with pytest.raises(DataError, match=r"^f\.jsonl:3: .*" + fault):
         read_row(row, "f.jsonl:3")
+
+
+# ---- contents and roles --------------------------------------------------------------------------------------------
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_parts_of_text_are_joined_as_they_stand():
+    row = {"messages": [ASKED | {"content": parts("whe", "re?")}, SAID | {"content": parts("on the mat")}]}
+    assert read_row(row, "f:1") == Chat([ASKED, SAID])
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ([*parts("where?"), {"type": "image_url", "image_url": {"url": "a.png"}}],
+         "content of turn 1 has a part of type 'image_url', and only text can be trained: leave the row out"),
+        ([{"type": "text"}], "text in the content of turn 1 is null, wanted text"),
+        ([{"text": "where?"}], r"content of turn 1 is a list .*, wanted text, or a list of parts with type and text"),
+    ],
+)  # fmt: skip
+def test_a_part_that_is_no_text_is_a_fault_by_its_name(content, fault):
+    with pytest.raises(DataError, match=f"^f:1: {fault}$"):
+        read_row({"messages": [{"role": "user", "content": content}, SAID]}, "f:1")
+
+
+def test_a_developer_speaks_as_the_system():
+    rules = {"role": "developer", "content": "be a cat"}
+    assert read_row({"messages": [rules, ASKED, SAID]}, "f:1").messages[0] == rules | {"role": "system"}
 
 
 # ---- characters ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from qlora_kit.data.values import kind, named, nearest, short, string, without_n
 from qlora_kit.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-_ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant"}
+_ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "developer": "system"}
 
 
 def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
@@ -68,5 +68,18 @@ def _turn(raw: object, name: str) -> dict[str, Any]:
     if turn.get("tool_calls"):
         turn["tool_calls"] = calls_of(turn["tool_calls"], name)
     if turn.get("content") is not None or not turn.get("tool_calls"):
-        turn["content"] = string(turn.get("content"), f"content of {name}")
+        turn["content"] = _content(turn.get("content"), f"content of {name}")
     return turn
+
+
+def _content(value: object, name: str) -> str:
+    """The text of a turn, which may be a list of parts: they are joined as they stand."""
+    if not isinstance(value, list):
+        return string(value, name)
+    if not all(isinstance(part, Mapping) and "type" in part for part in value):
+        raise DataError(f"{name} is {kind(value)}, wanted text, or a list of parts with type and text")
+    if others := [part["type"] for part in value if part["type"] != "text"]:
+        raise DataError(
+            f"{name} has a part of type {short(others[0])}, and only text can be trained: leave the row out"
+        )
+    return "".join(string(part.get("text"), f"text in the {name}") for part in value)
