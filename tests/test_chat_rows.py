@@ -8,8 +8,9 @@ import pytest
 from chat_templates import FAMILIES, tokenizer_of
 from pyarrow import parquet
 from test_data import write
+from test_templates import stretches
 
-from qlora_kit.data import Chat, Faults, encode_turns, load_rows, read_row
+from qlora_kit.data import Chat, Completion, Faults, encode_turns, load_rows, read_row, split_eval
 from qlora_kit.errors import DataError
 
 ASKED = {"role": "user", "content": "where?"}
@@ -182,6 +183,53 @@ def test_a_part_that_is_no_text_is_a_fault_by_its_name(content, fault):
 def test_a_developer_speaks_as_the_system():
     rules = {"role": "developer", "content": "be a cat"}
     assert read_row({"messages": [rules, ASKED, SAID]}, "f:1").messages[0] == rules | {"role": "system"}
+
+
+# ---- a prompt and a completion of turns ----------------------------------------------------------------------------
+
+GIVEN = [{"role": "system", "content": "be a cat"}, ASKED, {"role": "assistant", "content": "hm"}, ASKED]
+LEARNT = [SAID, ASKED, {"role": "assistant", "content": "the cat"}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_a_completion_of_turns_its_answers_are_learnt_and_none_of_its_prompt(family):
+    tokenizer, said = tokenizer_of(FAMILIES[family]), FAMILIES[family].said
+    plain, parted = ({"messages": GIVEN + LEARNT}, {"prompt": GIVEN, "completion": LEARNT})
+    learnt = [
+        [text for row in encode_turns(read_row(each, "f:1"), tokenizer) for text in stretches(row, tokenizer)]
+        for each in (plain, parted)
+    ]
+    assert learnt[0] == [said(text) + FAMILIES[family].end for text in ("hm", "on the mat", "the cat")]
+    assert learnt[1] == learnt[0][1:]
+
+
+def test_a_text_beside_turns_is_a_turn_and_the_last_answer_alone_or_all_can_be_learnt():
+    turns = read_row({"prompt": [ASKED], "completion": [SAID]}, "f:1")
+    assert turns == Chat([ASKED, SAID], given=1)
+    assert read_row({"prompt": "where?", "completion": [SAID]}, "f:1") == turns
+    assert read_row({"prompt": [ASKED], "completion": "on the mat"}, "f:1") == turns
+    assert read_row({"prompt": "where?", "completion": "on the mat"}, "f:1") == Completion("where?", "on the mat")
+    tokenizer, parted = tokenizer_of(FAMILIES["phi4"]), read_row({"prompt": GIVEN, "completion": LEARNT}, "f:1")
+    assert parted.given == len(GIVEN)
+    for loss_on in ("last", "all"):
+        assert encode_turns(parted, tokenizer, loss_on=loss_on) == encode_turns(
+            replace(parted, given=0), tokenizer, loss_on=loss_on
+        )
+
+
+def test_a_chat_is_held_out_or_not_whichever_of_its_turns_are_given():
+    chats = [Chat([ASKED, SAID | {"content": str(n)}]) for n in range(40)]
+    held = split_eval(chats, share=0.2)[1]
+    assert 0 < len(held) < len(chats)
+    given = split_eval([replace(chat, given=1) for chat in chats], share=0.2)[1]
+    assert [chat.messages for chat in given] == [chat.messages for chat in held]
+
+
+def test_a_completion_without_an_answer_is_refused_whatever_the_prompt_says():
+    with pytest.raises(DataError, match=r"^f:1: no assistant turn: nothing to learn from"):
+        read_row({"prompt": [ASKED, SAID], "completion": [ASKED]}, "f:1")
+    with pytest.raises(DataError, match=r"^f:1: completion is empty"):
+        read_row({"prompt": [ASKED], "completion": " "}, "f:1")
 
 
 # ---- characters ----------------------------------------------------------------------------------------------------

@@ -8,25 +8,25 @@ from typing import Any
 
 from qlora_kit.data.calls import calls_of, tools_of
 from qlora_kit.data.examples import Chat
-from qlora_kit.data.values import kind, named, nearest, short, string, without_nulls
+from qlora_kit.data.values import filled, kind, named, nearest, short, string, without_nulls
 from qlora_kit.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "developer": "system"}
 
 
-def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> Chat:
-    """A chat of these turns, with the tools of the row.
+def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any], given: int = 0) -> Chat:
+    """A chat of these turns, of which so many are a prompt, with the tools of the row.
 
     Raises:
         DataError: no turn of it teaches anything, or the tools are none.
     """
-    answers = [message for message in messages if message["role"] == "assistant"]
+    answers = [message for message in messages[given:] if message["role"] == "assistant"]
     if not answers:
         raise DataError("no assistant turn: nothing to learn from")
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
         raise DataError("every assistant turn is empty: nothing to learn from")
-    return Chat(messages, tools_of(row.get("tools")))
+    return Chat(messages, tools_of(row.get("tools")), given)
 
 
 def turns_of(value: object, column: str) -> list[dict[str, Any]]:
@@ -40,6 +40,17 @@ def turns_of(value: object, column: str) -> list[dict[str, Any]]:
     if not value:
         raise DataError(f"column {column!r} holds no turns")
     return [_turn(turn, f"turn {number}") for number, turn in enumerate(value, 1)]
+
+
+def spoken(value: object, column: str, role: str) -> list[dict[str, Any]]:
+    """The turns that a column holds; a text is one turn of `role`.
+
+    Raises:
+        DataError: it is neither, or an answer that is empty.
+    """
+    if isinstance(value, list):
+        return turns_of(value, column)
+    return [{"role": role, "content": filled(value, column) if role == "assistant" else string(value, column)}]
 
 
 def system_turn(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
     messages     messages: [{role, content}, ...], tools                 -> Chat
     sharegpt     conversations: [{from, value}, ...], system, tools      -> Chat
     alpaca       instruction, input, output, system, tools               -> Chat
-    completion   prompt, completion                                      -> Completion
+    completion   prompt, completion: texts, or turns, tools              -> Completion, Chat
     text         text                                                    -> Text
     preference   prompt, chosen, rejected: texts, or turns               -> Preference
     labelled     label; prompt, completion or messages                   -> Labelled
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qlora_kit.data.chats import chat_of, system_turn, turns_of
+from qlora_kit.data.chats import chat_of, spoken, system_turn, turns_of
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
@@ -53,8 +53,12 @@ def _alpaca(row: Columns) -> Chat:
     return chat_of([*system_turn(row), {"role": "user", "content": question}, answer], row)
 
 
-def _completion(row: Columns) -> Completion:
-    return Completion(string(row["prompt"], "prompt"), filled(row["completion"], "completion"))
+def _completion(row: Columns) -> Completion | Chat:
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return Completion(string(prompt, "prompt"), filled(completion, "completion"))
+    given = spoken(prompt, "prompt", "user")
+    return chat_of([*given, *spoken(completion, "completion", "assistant")], row, given=len(given))
 
 
 def _text(row: Columns) -> Text:
@@ -118,14 +122,11 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
     if not isinstance(answer, list):
         if prompt is None:
             raise DataError(f"{name} is {kind(answer)} and there is no column 'prompt': give prompt, or turns")
-        if isinstance(prompt, list):
-            answer = [{"role": "assistant", "content": filled(answer, name)}]
-        else:
+        if not isinstance(prompt, list):
             return Completion(string(prompt, "prompt"), filled(answer, name))
-    turns = turns_of(answer, name)
+    turns = spoken(answer, name, "assistant")
     if turns[0]["role"] == "assistant":
-        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]
-        turns = [*turns_of(before, "prompt"), *turns]
+        turns = [*spoken(prompt, "prompt", "user"), *turns]
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{name} ends with a turn of the {turns[-1]['role']}, wanted the assistant's")
     return chat_of([*system_turn(row), *turns], row)
@@ -140,7 +141,7 @@ FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("tools",), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
     "alpaca": Format(("instruction", "output"), ("input", "system", "tools"), _alpaca),
-    "completion": Format(("prompt", "completion"), (), _completion),
+    "completion": Format(("prompt", "completion"), ("tools",), _completion),
     "text": Format(("text",), (), _text),
     "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
     "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),

@@ -136,4 +136,4 @@ def _with_system(example: Example, system: str) -> Chat:
         raise DataError("a system turn (--system) is for chats, and this model was trained on plain prompts")
     if example.messages[0]["role"] == "system":
         return example
-    return Chat([{"role": "system", "content": system}, *example.messages], example.tools, example.where)
+    return Chat([{"role": "system", "content": system}, *example.messages], example.tools, where=example.where)

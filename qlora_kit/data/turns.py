@@ -141,7 +141,7 @@ def encode_chat(
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
     asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
