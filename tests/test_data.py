@@ -26,6 +26,7 @@ from qlora_kit.data import (
     Deck,
     EncodedSet,
     Faults,
+    Labelled,
     Sampler,
     Text,
     collate,
@@ -475,6 +476,17 @@ def test_format_is_found_by_the_columns(row, example):
     found = read_row(row, "f.jsonl:3")
     assert found == example
     assert found.where == "f.jsonl:3"
+
+
+def test_a_null_column_is_none_in_a_table_of_several_formats():
+    asked = {"messages": None, "conversations": None, "prompt": "a", "completion": "b", "text": None}
+    assert read_row(asked, "f:1") == Completion("a", "b")
+    chat = {"messages": TURNS[:2], "prompt": None, "completion": None}
+    assert read_row(chat, "f:1") == Chat(TURNS[:2])
+    answers = {"prompt": "a", "messages": None, "completion": "b", "label": True, "chosen": None, "rejected": None}
+    assert read_row(answers, "f:1", task="kto") == Labelled(Completion("a", "b"), True)
+    with pytest.raises(DataError, match=r"^f:1: column 'messages' is null"):
+        read_row(dict.fromkeys(asked), "f:1")
 
 
 def test_tool_calls_and_other_keys_of_a_message_survive_and_nulls_go():

@@ -23,7 +23,8 @@ def read_row(
     Args:
         row: column name -> value, as the file has it.
         where: `file:line` or `source row N`; every message begins with it.
-        format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there.
+        format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there and
+            not null.
         columns: expected name -> name in the file.
         task: of `train.task`.
 
@@ -88,9 +89,12 @@ def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) ->
     renamed = {**row, **{expected: row[name] for expected, name in columns.items()}}
     # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
     candidates = [each for each in known if columns.keys() <= _columns_of(each)]
-    for each in candidates:
-        if all(name in renamed for name in each.required):
-            return each, renamed
+    # A table of several formats holds null in the columns of the others; where no format is left, null is what is told.
+    said = {name: value for name, value in renamed.items() if value is not None}
+    for found in (said, renamed):
+        for each in candidates:
+            if found.keys() >= set(each.required):
+                return each, found
     wanted = max(candidates, key=lambda each: _likeness(each, renamed))
     missing = [name for name in wanted.required if name not in renamed]
     near = "".join(nearest(name, set(renamed) - set(wanted.required)) for name in missing)
