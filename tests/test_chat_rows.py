@@ -139,6 +139,10 @@ def test_tools_of_a_table_of_text_are_read_and_none_are_none():
             r"function.arguments in turn 2 is a list \(\[1\]\), wanted an object",
         ),
         ({"messages": [ASKED, called("w", r'{"a": "\ud800"}')]}, "function.arguments in turn 2 holds half of a surrog"),
+        (
+            {"messages": [ASKED, called("w", '{"a": 1, "a": 2}')]},
+            r"in turn 2: the key 'a' is there twice \(1 and 2\): keep",
+        ),
         ({"messages": [ASKED, SAID | {"tool_calls": "w"}]}, r"tool_calls of turn 2 is text \('w'\), wanted a list of"),
         (
             {"messages": [ASKED, SAID | {"tool_calls": ["w"]}]},

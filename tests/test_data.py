@@ -608,6 +608,25 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         load_rows(tmp_path / "bad.parquet")
 
 
+def test_a_key_or_a_column_that_is_there_twice_is_refused_by_its_place(tmp_path):
+    lines = ['{"text": "the"}\n', '{"prompt": "a", "completion": "x", "completion": "y"}\n']
+    nested = '[{"messages": [{"role": "user", "content": "a", "content": "b"}]}]'
+    columns = pyarrow.table([["a"], ["x"], ["y"]], names=["prompt", "completion", "completion"])
+    parquet.write_table(columns, tmp_path / "c.parquet")
+    for path, fault in (
+        (write(tmp_path / "a.jsonl", *lines), ":2: the key 'completion' is there twice ('x' and 'y'): keep one"),
+        (write(tmp_path / "b.json", nested), ": the key 'content' is there twice ('a' and 'b'): keep one"),
+        (tmp_path / "c.parquet", ": the column 'completion' is there twice"),
+        (write(tmp_path / "d.csv", "text,text\n"), ":1: the column 'text' is there twice"),
+    ):
+        with pytest.raises(DataError) as refused:
+            load_rows(path)
+        assert str(refused.value) == f"{path}{fault}"
+    faults = Faults()
+    assert load_rows(tmp_path / "a.jsonl", faults=faults) == [Text("the")]
+    assert (faults.count, faults.hides_rows) == (1, False)
+
+
 def test_csv_rows_of_another_width_are_faults(tmp_path):
     path = write(tmp_path / "a.csv", "prompt,completion\na,b\na\na,b,c\n")
     faults = Faults()

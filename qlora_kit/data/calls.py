@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from qlora_kit.data.chat_template import Renderer
-from qlora_kit.data.values import check_characters, kind, without_nulls
+from qlora_kit.data.values import check_characters, from_json, kind, without_nulls
 from qlora_kit.errors import DataError
 
 Object: TypeAlias = dict[str, Any]
@@ -80,7 +80,9 @@ def _spelt_out(value: object, name: str) -> Any:
     if not isinstance(value, str) or not value:
         return value
     try:
-        found = json.loads(value)
+        found = from_json(value)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     except ValueError as error:
         raise DataError(f"{name} is {kind(value)}, which is not JSON: {error}") from None
     check_characters(found, name)

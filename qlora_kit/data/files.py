@@ -7,12 +7,12 @@ pyarrow, batch by batch and with no copy on the disk.
 import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from qlora_kit.data.faults import Faults
+from qlora_kit.data.values import from_json, twice
 from qlora_kit.errors import DataError
 
 RawRow: TypeAlias = tuple[str, Any]
@@ -99,13 +99,13 @@ def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
             where, start = f"{path}:{start}", reader.line_num + 1
             if not columns:
                 columns = values
-                if twice := [name for name, count in Counter(columns).items() if count > 1]:
-                    faults.add(f"{where}: the column {twice[0]!r} is there twice", hides_rows=True)
-                    return
+                _check_columns(columns, where)
             elif len(values) == len(columns):
                 yield where, dict(zip(columns, values, strict=True))
             elif values:
                 faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
+    except DataError as error:
+        faults.add(error, hides_rows=True)
     except csv.Error as error:
         faults.add(f"{path}:{start}: not CSV: {error}", hides_rows=True)
 
@@ -127,12 +127,20 @@ def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
     number = 0
     try:
         with parquet.ParquetFile(path) as table:
+            _check_columns(table.schema_arrow.names, str(path))
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
+    except DataError as error:
+        faults.add(error, hides_rows=True)
     except (ArrowException, ValueError, OverflowError) as error:  # of Python's own: a date that it has not
         faults.add(f"{path}: not Parquet that can be read, after row {number}: {error}", hides_rows=True)
+
+
+def _check_columns(names: Sequence[str], where: str) -> None:
+    if name := twice(names):
+        raise DataError(f"{where}: the column {name!r} is there twice")
 
 
 READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
@@ -160,10 +168,12 @@ def _decode(data: bytes, where: object) -> str:
 
 def _parse(text: str, where: object) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         place = where if isinstance(where, str) else f"{where}:{error.lineno}"
         what = error.msg.removesuffix(" at")
         raise DataError(f"{place}: not JSON: {what} at column {error.colno}") from None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets
         raise DataError(f"{where}: not JSON that can be read: {error}") from None

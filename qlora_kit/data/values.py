@@ -1,7 +1,9 @@
 """Values of rows: those that are wanted, and words for those that are not."""
 
+import json
 import reprlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +22,31 @@ def filled(value: object, name: str) -> str:
     if not string(value, name).strip():
         raise DataError(f"{name} is empty: nothing to learn from")
     return str(value)
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        DataError: an object has a key twice, of which one would be lost.
+        ValueError: it is not JSON, or has a number with thousands of digits.
+        RecursionError: it is nested hundreds of levels deep.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = twice([name for name, _ in pairs])
+        values = " and ".join(short(value) for each, value in pairs if each == name)
+        raise DataError(f"the key {name!r} is there twice ({values}): keep one")
+    return found
+
+
+def twice(names: Sequence[str]) -> str | None:
+    """The first name that is there more than once; None where each is there once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def check_characters(value: object, name: str) -> None:
