@@ -627,6 +627,15 @@ def test_a_key_or_a_column_that_is_there_twice_is_refused_by_its_place(tmp_path)
     assert (faults.count, faults.hides_rows) == (1, False)
 
 
+def test_line_ends_of_every_kind_and_marks_in_the_middle_stand_in_a_csv_as_they_are(tmp_path):
+    path = tmp_path / "a.csv"
+    for end in ("\n", "\r\n", "\r"):
+        path.write_text(end.join(["\ufefftext", '"the\r\ncat\r\n\ufeff"', "\ufeff\u2028sat", '"on']), newline="")
+        faults = Faults()
+        assert load_rows(path, faults=faults) == [Text("the\r\ncat\r\n\ufeff"), Text("\ufeff\u2028sat")]
+        assert faults.shown == [f"{path}:6: not CSV: unexpected end of data"]
+
+
 def test_csv_rows_of_another_width_are_faults(tmp_path):
     path = write(tmp_path / "a.csv", "prompt,completion\na,b\na\na,b,c\n")
     faults = Faults()

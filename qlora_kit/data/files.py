@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.values import from_json, twice
@@ -85,29 +85,32 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
     """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
-    try:
-        text = _decode(path.read_bytes(), path)
-    except DataError as error:
-        faults.add(error, hides_rows=True)
-        return
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise a cell ends at 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))  # otherwise a cell ends at 128 KiB
     columns: list[str] = []
     start = 1  # the line in which a row begins: its cells may hold line breaks
     try:
-        for values in reader:
-            where, start = f"{path}:{start}", reader.line_num + 1
-            if not columns:
-                columns = values
-                _check_columns(columns, where)
-            elif len(values) == len(columns):
-                yield where, dict(zip(columns, values, strict=True))
-            elif values:
-                faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
+        with path.open("rb") as file:
+            reader = csv.reader(_lines_of_text(file, path), strict=True)
+            for values in reader:
+                where, start = f"{path}:{start}", reader.line_num + 1
+                if not columns:
+                    columns = values
+                    _check_columns(columns, where)
+                elif len(values) == len(columns):
+                    yield where, dict(zip(columns, values, strict=True))
+                elif values:
+                    faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
     except DataError as error:
         faults.add(error, hides_rows=True)
     except csv.Error as error:
         faults.add(f"{path}:{start}: not CSV: {error}", hides_rows=True)
+
+
+def _lines_of_text(file: BinaryIO, path: Path) -> Iterator[str]:
+    """Lines as `csv` takes them, one by one: it knows a lone "\r" for a line's end, too."""
+    for number, line in enumerate(file, 1):
+        text = _decode(line, f"{path}:{number}", "utf-8-sig" if number == 1 else "utf-8")
+        yield from io.StringIO(text, newline="")
 
 
 def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
@@ -154,10 +157,10 @@ READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
 """What reads a file, by its ending."""
 
 
-def _decode(data: bytes, where: object) -> str:
-    """UTF-8, strictly; a byte order mark is dropped. `where` is a file, or a file and line."""
+def _decode(data: bytes, where: object, codec: str = "utf-8-sig") -> str:
+    """UTF-8, strictly; by this codec without a byte order mark. `where` is a file, or a file and line."""
     try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode()
+        return data.decode(codec)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         place = where if isinstance(where, str) else f"{where}:{line}"
