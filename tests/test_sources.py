@@ -172,6 +172,19 @@ def test_held_out_rows_may_be_a_folder(recipe):
     assert len(found.train.rows) == 30
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(recipe):
+    folder = recipe.parent / "rows"
+    (folder / "more").mkdir(parents=True)
+    write(folder / "a.jsonl", *SMALL)
+    for verb in ("preview", "plan"):
+        assert "not read" not in call(verb, recipe, f"data.train={folder}").output
+    for name in ("b.jsonl.gz", "more/rows", ".hidden"):
+        (folder / name).write_text("rows")
+    note = f"note: {folder}: 2 files not read, of another ending than .jsonl, .json, .csv, .parquet, .txt, .md: "
+    for verb in ("preview", "plan"):
+        assert call(verb, recipe, f"data.train={folder}").output.count(f"{note}b.jsonl.gz, more/rows\n") == 1
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The library as it is, with a folder for the hub: what was asked of it is in the list."""

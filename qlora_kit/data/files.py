@@ -25,10 +25,7 @@ def files_in(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none, or both, or data sets as `datasets` saves them.
     """
-    visible = (
-        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.parts[len(folder.parts) :])
-    )
-    files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in READERS)
+    files = [file for file in _visible(folder) if file.suffix.lower() in READERS]
     documents = [file for file in files if READERS[file.suffix.lower()] is _document]
     if any(folder.rglob("*.arrow")):
         raise DataError(f"{folder} holds .arrow files, which are not read: write them again with Dataset.to_parquet")
@@ -41,6 +38,18 @@ def files_in(folder: Path) -> list[Path]:
             "list the files that are meant under data.train"
         )
     return files
+
+
+def unread_in(folder: Path) -> list[Path]:
+    """The files of a folder that hold no rows, going by their names; sorted."""
+    return [file for file in _visible(folder) if file.suffix.lower() not in READERS]
+
+
+def _visible(folder: Path) -> list[Path]:
+    found = (
+        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    return sorted(file for file in found if file.is_file())
 
 
 def rows_in(path: Path, faults: Faults) -> Iterator[RawRow]:
