@@ -496,6 +496,12 @@ def test_tool_calls_and_other_keys_of_a_message_survive_and_nulls_go():
     assert chat.tools == [{"name": "clock"}]
 
 
+@pytest.mark.parametrize("label", [True, "true", 0, 1, None, "no"])
+def test_a_label_that_does_not_call_an_answer_bad_is_nobodys_business(label):
+    assert read_row({"prompt": "a", "completion": "b", "label": label}, "f:1") == Completion("a", "b")
+    assert read_row({"text": "a", "label": False}, "f:1") == Text("a"), "nor is the class of a text"
+
+
 def test_mapped_columns_name_the_format():
     row = {"question": "a", "answer": "b", "text": "not this"}
     assert read_row(row, "f:1") == Text("not this")
@@ -517,6 +523,8 @@ def test_mapped_columns_name_the_format():
         ({"prompt": "a", "completion": ""}, {}, "completion is empty: nothing to learn from"),
         ({"text": "\ud83d"}, {}, "half of a surrogate pair"),
         ([1], {}, r"found a list \(\[1\]\), wanted an object"),
+        ({"prompt": "a", "completion": "b", "label": False}, {}, "column 'label' is false: .* or set train.task=kto"),
+        ({"messages": TURNS, "label": "False"}, {"task": "pretrain"}, "column 'label' is false: the answer is one"),
         ({"messages": "hi"}, {}, "column 'messages' is text"),
         ({"messages": []}, {}, "holds no turns"),
         ({"messages": [{"role": "user", "content": "hi"}]}, {}, "no assistant turn"),

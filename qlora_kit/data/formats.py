@@ -37,6 +37,7 @@ class Format:
 
 
 def _messages(row: Columns) -> Chat:
+    _check_wanted(row)
     return chat_of(turns_of(row["messages"], "messages"), row)
 
 
@@ -54,11 +55,21 @@ def _alpaca(row: Columns) -> Chat:
 
 
 def _completion(row: Columns) -> Completion | Chat:
+    _check_wanted(row)
     prompt, completion = row["prompt"], row["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return Completion(string(prompt, "prompt"), filled(completion, "completion"))
     given = spoken(prompt, "prompt", "user")
     return chat_of([*given, *spoken(completion, "completion", "assistant")], row, given=len(given))
+
+
+def _check_wanted(row: Columns) -> None:
+    """Refuse to teach an answer that its row calls bad. The word alone says so: a 0 may be the number of a class."""
+    if str(row.get("label")).strip().lower() == "false":
+        raise DataError(
+            "column 'label' is false: the answer is one that is not wanted, and would be learnt: leave the row out, or "
+            "set train.task=kto"
+        )
 
 
 def _text(row: Columns) -> Text:
