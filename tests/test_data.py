@@ -27,6 +27,7 @@ from qlora_kit.data import (
     EncodedSet,
     Faults,
     Labelled,
+    Preference,
     Sampler,
     Text,
     collate,
@@ -432,6 +433,24 @@ def test_rows_that_train_nothing_are_counted_and_a_set_of_them_is_refused():
         encode_rows([all_prompt] * 2, tokenizer, max_tokens=16, over_length="truncate")
     with pytest.raises(DataError, match=r"of 1, 1 have more than data.max_tokens=4 tokens"):
         encode_rows([LONG], tokenizer, max_tokens=4)
+
+
+def test_a_pair_whose_answers_differ_only_where_they_are_cut_is_counted_and_left_out():
+    tokenizer = make_tokenizer()
+    long = Preference(
+        Completion("the", " cat sat on the mat, and then"), Completion("the", " cat sat on the mat, and ate")
+    )
+    (whole,) = encode_rows([long], tokenizer, max_tokens=64).rows
+    kept = min(n for n in range(64) if whole.input_ids[:n] != whole.other.input_ids[:n])
+    short = Preference(Completion("the", " cat"), Completion("the", " mat"))
+    for max_tokens, counts in ((kept, (2, 0)), (kept - 1, (1, 1))):
+        rows = encode_rows([long, short], tokenizer, max_tokens=max_tokens, over_length="truncate")
+        assert (rows.counts.rows, rows.counts.no_trained) == counts
+        assert rows.counts.truncated == 1
+    with pytest.raises(
+        DataError, match=r"1 have no trained token \(see data.loss_on\) or two answers that are the same"
+    ):
+        encode_rows([long], tokenizer, max_tokens=kept - 1, over_length="truncate")
 
 
 def test_tokens_and_lengths_that_the_model_has_not_are_refused():
