@@ -26,6 +26,8 @@ from qlora_kit.data import (
     Deck,
     EncodedSet,
     Faults,
+    Labelled,
+    Preference,
     Sampler,
     Text,
     collate,
@@ -477,6 +479,24 @@ def test_rows_that_train_nothing_are_counted_and_a_set_of_them_is_refused():
         encode_rows([LONG], tokenizer, max_tokens=4)
 
 
+def test_a_pair_whose_answers_differ_only_where_they_are_cut_is_counted_and_left_out():
+    tokenizer = make_tokenizer()
+    long = Preference(
+        Completion("the", " cat sat on the mat, and then"), Completion("the", " cat sat on the mat, and ate")
+    )
+    (whole,) = encode_rows([long], tokenizer, max_tokens=64).rows
+    kept = min(n for n in range(64) if whole.input_ids[:n] != whole.other.input_ids[:n])
+    short = Preference(Completion("the", " cat"), Completion("the", " mat"))
+    for max_tokens, counts in ((kept, (2, 0)), (kept - 1, (1, 1))):
+        rows = encode_rows([long, short], tokenizer, max_tokens=max_tokens, over_length="truncate")
+        assert (rows.counts.rows, rows.counts.no_trained) == counts
+        assert rows.counts.truncated == 1
+    with pytest.raises(
+        DataError, match=r"1 have no trained token \(see data.loss_on\) or two answers that are the same"
+    ):
+        encode_rows([long], tokenizer, max_tokens=kept - 1, over_length="truncate")
+
+
 def test_tokens_and_lengths_that_the_model_has_not_are_refused():
     tokenizer = make_tokenizer()
     highest = max(encode(SHORT, tokenizer).input_ids)
@@ -521,11 +541,28 @@ def test_format_is_found_by_the_columns(row, example):
     assert found.where == "f.jsonl:3"
 
 
+def test_a_null_column_is_none_in_a_table_of_several_formats():
+    asked = {"messages": None, "conversations": None, "prompt": "a", "completion": "b", "text": None}
+    assert read_row(asked, "f:1") == Completion("a", "b")
+    chat = {"messages": TURNS[:2], "prompt": None, "completion": None}
+    assert read_row(chat, "f:1") == Chat(TURNS[:2])
+    answers = {"prompt": "a", "messages": None, "completion": "b", "label": True, "chosen": None, "rejected": None}
+    assert read_row(answers, "f:1", task="kto") == Labelled(Completion("a", "b"), True)
+    with pytest.raises(DataError, match=r"^f:1: column 'messages' is null"):
+        read_row(dict.fromkeys(asked), "f:1")
+
+
 def test_tool_calls_and_other_keys_of_a_message_survive_and_nulls_go():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock"}}], "name": None}
     chat = read_row({"messages": [TURNS[0], call], "tools": [{"name": "clock"}]}, "f:1")
     assert chat.messages[1] == {"role": "assistant", "tool_calls": call["tool_calls"]}
     assert chat.tools == [{"name": "clock"}]
+
+
+@pytest.mark.parametrize("label", [True, "true", 0, 1, None, "no"])
+def test_a_label_that_does_not_call_an_answer_bad_is_nobodys_business(label):
+    assert read_row({"prompt": "a", "completion": "b", "label": label}, "f:1") == Completion("a", "b")
+    assert read_row({"text": "a", "label": False}, "f:1") == Text("a"), "nor is the class of a text"
 
 
 def test_mapped_columns_name_the_format():
@@ -549,6 +586,8 @@ def test_mapped_columns_name_the_format():
         ({"prompt": "a", "completion": ""}, {}, "completion is empty: nothing to learn from"),
         ({"text": "\ud83d"}, {}, "half of a surrogate pair"),
         ([1], {}, r"found a list \(\[1\]\), wanted an object"),
+        ({"prompt": "a", "completion": "b", "label": False}, {}, "column 'label' is false: .* or set train.task=kto"),
+        ({"messages": TURNS, "label": "False"}, {"task": "pretrain"}, "column 'label' is false: the answer is one"),
         ({"messages": "hi"}, {}, "column 'messages' is text"),
         ({"messages": []}, {}, "holds no turns"),
         ({"messages": [{"role": "user", "content": "hi"}]}, {}, "no assistant turn"),
@@ -638,6 +677,34 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"not a table")
     with pytest.raises(DataError, match=r"bad.parquet: not Parquet that can be read, after row 0: "):
         load_rows(tmp_path / "bad.parquet")
+
+
+def test_a_key_or_a_column_that_is_there_twice_is_refused_by_its_place(tmp_path):
+    lines = ['{"text": "the"}\n', '{"prompt": "a", "completion": "x", "completion": "y"}\n']
+    nested = '[{"messages": [{"role": "user", "content": "a", "content": "b"}]}]'
+    columns = pyarrow.table([["a"], ["x"], ["y"]], names=["prompt", "completion", "completion"])
+    parquet.write_table(columns, tmp_path / "c.parquet")
+    for path, fault in (
+        (write(tmp_path / "a.jsonl", *lines), ":2: the key 'completion' is there twice ('x' and 'y'): keep one"),
+        (write(tmp_path / "b.json", nested), ": the key 'content' is there twice ('a' and 'b'): keep one"),
+        (tmp_path / "c.parquet", ": the column 'completion' is there twice"),
+        (write(tmp_path / "d.csv", "text,text\n"), ":1: the column 'text' is there twice"),
+    ):
+        with pytest.raises(DataError) as refused:
+            load_rows(path)
+        assert str(refused.value) == f"{path}{fault}"
+    faults = Faults()
+    assert load_rows(tmp_path / "a.jsonl", faults=faults) == [Text("the")]
+    assert (faults.count, faults.hides_rows) == (1, False)
+
+
+def test_line_ends_of_every_kind_and_marks_in_the_middle_stand_in_a_csv_as_they_are(tmp_path):
+    path = tmp_path / "a.csv"
+    for end in ("\n", "\r\n", "\r"):
+        path.write_text(end.join(["\ufefftext", '"the\r\ncat\r\n\ufeff"', "\ufeff\u2028sat", '"on']), newline="")
+        faults = Faults()
+        assert load_rows(path, faults=faults) == [Text("the\r\ncat\r\n\ufeff"), Text("\ufeff\u2028sat")]
+        assert faults.shown == [f"{path}:6: not CSV: unexpected end of data"]
 
 
 def test_csv_rows_of_another_width_are_faults(tmp_path):

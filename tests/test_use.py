@@ -285,6 +285,15 @@ def test_a_prompt_is_the_one_that_its_row_was_trained_with(model, row, tmp_path)
     assert (whole.reference, unanswered.reference) == (trained_with.answer, None)
 
 
+def test_a_prompt_is_asked_whatever_verdict_its_answer_has_and_may_be_turns(model, tmp_path):
+    turns = [{"role": "user", "content": "where?"}]
+    rows = [{"prompt": "where?", "completion": "on the mat", "label": False}, {"prompt": turns}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled, unanswered = read_prompts(tmp_path / "p.jsonl", model[1], is_chat=True)
+    assert (labelled.shown, labelled.reference) == (turns, "on the mat")
+    assert (unanswered.ids, unanswered.reference) == (labelled.ids, None)
+
+
 def test_a_text_is_a_turn_for_a_model_of_chats_and_a_beginning_for_others(model, tmp_path):
     _, tokenizer = model
     as_turn = ask([{"role": "user", "content": "hi"}], tokenizer, is_chat=True)

@@ -52,7 +52,7 @@ class Counts:
     split: int = 0
     """Longer than max_tokens, and cut into several."""
     no_trained: int = 0
-    """Rows or pieces without a trained token, and left out."""
+    """Rows or pieces without a trained token, or pairs of which both answers are the same, and left out."""
     turns: int = 0
     """Further rows, beyond one a chat, of chats of which every answer is a row: see `template.py`."""
     faults: int = 0
@@ -140,8 +140,10 @@ class EncodedSet:
         return lengths_of(self.rows)
 
     def add(self, row: Encoded) -> None:
-        """Keep a row, or count it among those in which nothing is trained."""
-        if any(sequence.trained_tokens == 0 for sequence in row.sequences):
+        """Keep a row, or count it among those that teach nothing."""
+        # Answers may differ in nothing but what was cut off, or in white space that the template leaves out.
+        is_same = row.other is not None and row.other.input_ids == row.input_ids
+        if is_same or any(sequence.trained_tokens == 0 for sequence in row.sequences):
             self.count("no_trained", row.where)
             return
         self.rows.append(row)
@@ -168,7 +170,8 @@ class EncodedSet:
             raise DataError(self.faults.told(
                 f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than "
                 f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}; see data.over_length), "
-                f"{counts.no_trained:,} have no trained token (see data.loss_on), {counts.faults:,} cannot be used"
+                f"{counts.no_trained:,} have no trained token (see data.loss_on) or two answers that are the same, "
+                f"{counts.faults:,} cannot be used"
             ))  # fmt: skip
 
     def check_most_fit(self, max_tokens: int) -> None:

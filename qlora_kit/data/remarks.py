@@ -95,7 +95,8 @@ def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
         yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
     kept_in_part = {where for where, _ in seen.said}  # a row that was split may well have pieces that are all prompt
     if untrained := [where for where in dict.fromkeys(places["no_trained"]) if where not in kept_in_part]:
-        yield _remark("no_trained", "left out without a trained token (see data.loss_on)", untrained, thing=thing)
+        why = "left out without a trained token (see data.loss_on), or as pairs of the same answers"
+        yield _remark("no_trained", why, untrained, thing=thing)
     if counts.dropped > WORTH_A_WORD * counts.given:
         share = f"{counts.dropped / counts.given:.1%} of all"
         why = f"left out as longer than data.max_tokens, {share} (see data.over_length)"

@@ -56,8 +56,8 @@ def encode_turns(
     Args:
         example: what `read_row` made.
         tokenizer: any for completions and texts; a fast one, which knows where its tokens stand, for chats.
-        loss_on: assistant: every assistant turn; last, completion: the last one; all: everything but BOS. Completions
-            train the completion unless it is `all`; texts are always trained from end to end.
+        loss_on: assistant: every assistant turn that is not given; last, completion: the last one; all: everything but
+            BOS. Completions train the completion unless it is `all`; texts are always trained from end to end.
         template: source of a chat template; None takes the tokenizer's own. See `find_template`.
 
     Raises:

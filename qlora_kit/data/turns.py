@@ -26,6 +26,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from qlora_kit.data.calls import with_arguments
 from qlora_kit.data.chat_template import Messages, Renderer, check_template, end_token, special_tokens, through_end
 from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids
 from qlora_kit.data.examples import Chat
@@ -145,12 +146,12 @@ def encode_chat(
             f"{type(tokenizer).__name__} does not say where its tokens stand in a chat: use a fast tokenizer"
         )
     render = Renderer(tokenizer, tokenizer.get_chat_template(template, chat.tools), chat.tools)
-    messages = [written_out(message, render.template) for message in chat.messages]
+    messages = with_arguments([written_out(message, render.template) for message in chat.messages], render)
     text = render(messages)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
     asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
