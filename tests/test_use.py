@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from qlora_kit.cli import chat
@@ -41,9 +41,13 @@ WORDS = ("cat", "dog", "owl", "bee", "ant", "elk")
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-    """A tiny model folder whose tokenizer has a chat template."""
+    """A tiny model folder whose tokenizer has a chat template; it has learnt the end token, which pads, too."""
     folder = tiny.save_model(tmp_path_factory.mktemp("chatty"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.eos_token_id].normal_(std=0.02, generator=torch.Generator())
+    model.save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
@@ -511,6 +515,20 @@ def test_adapters_of_one_base_take_turns_and_the_base_is_bare(chat_run, text_run
     assert torch.equal(tiny.logits(conversation.model, ids), alone[1])
     with pytest.raises(AdapterError, match="nowhere"):
         conversation.use("nowhere")
+
+
+def test_runs_share_a_base_if_only_one_trains_rows_that_it_has_and_not_if_one_adds_rows(chat_run, tmp_path):
+    def with_tokens(name, *tokens):
+        run = shutil.copytree(chat_run, tmp_path / name)
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe["lora"]["added_tokens"] = list(tokens)
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return run
+
+    how = {"max_new_tokens": 1, "sampling": Sampling()}
+    Conversation([chat_run, with_tokens("same", "</s>")], **how)
+    with pytest.raises(AdapterError, match=r"tokens added to the base is \['<new>'\], not \[\]"):
+        Conversation([chat_run, with_tokens("other", "<new>", "</s>")], **how)
 
 
 def test_runs_on_different_bases_do_not_share_one(chat_run, tmp_path):
