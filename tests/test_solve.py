@@ -9,16 +9,17 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
-from qlora_kit.errors import RecipeError
+from qlora_kit.errors import FitError, RecipeError
 from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.plan.cards import TOTAL_MIB, find_card
 from qlora_kit.plan.choose import Workloads
 from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
 from qlora_kit.plan.solve import Choices, Estimate, Setting, _more, solve
 from qlora_kit.recipe import read_recipe
+from qlora_kit.run import check_budget, plan_memory
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
-from qlora_kit.units import GIB
+from qlora_kit.units import GIB, format_bytes
 
 MIB = 2**20
 
@@ -254,6 +255,22 @@ def test_a_card_that_is_none_names_the_nearest(name, message):
 def test_every_card_of_the_table_finds_itself():
     for name in TOTAL_MIB:
         assert dataclasses.astuple(find_card(name))[0] == name
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_budget_below_the_evaluation_says_what_training_alone_takes(rows, tmp_path):
+    tiny.llama(**SIZES).config.save_pretrained(tmp_path)
+    words = [f"base.model={tmp_path}", f"data.train={tmp_path / 'none.jsonl'}", "data.max_tokens=32",
+             f"train.micro_batch={rows}", "memory.activations=recompute"]  # fmt: skip
+    plan = plan_memory(read_recipe("default", words))
+    by_phase = plan["methods"]["qlora"]["peak_by_phase"]
+    others = max(peak for phase, peak in by_phase.items() if phase != "evaluate")
+    assert (by_phase["evaluate"] > others) == (rows == 1), "held-out rows stand side by side, 16 of them"
+    with pytest.raises(FitError) as told:
+        check_budget({**plan, "budget": 1000})
+    assert ("set data.eval=null" in str(told.value)) == (rows == 1)
+    if rows == 1:
+        assert f"training {format_bytes(others)}" in str(told.value)
 
 
 @pytest.mark.slow

@@ -156,7 +156,8 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     way_on = "raise the budget" if budget is not None else "plan for another machine with --gpu or --budget"
     setting = f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}"
     raise FitError(
-        f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}; "
+        f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}"
+        f"{_without_evaluation(plan)}; "
         f"lower data.max_tokens (longest row now {plan['tokens']:,}), or {way_on}"
     )
 
@@ -173,6 +174,17 @@ def _smaller(plan: Mapping[str, Any], room: int) -> str:
         head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
     kept = plan["blocks"]["keep"] or plan["blocks"]["selective"]
     return f"{head}; memory.activations=recompute takes less" if kept else head
+
+
+def _without_evaluation(plan: Mapping[str, Any]) -> str:
+    """What would do without held-out rows, where their batches are what takes most."""
+    method = plan["methods"][plan["method"]]
+    phases = method["peak_by_phase"]
+    others = max(peak for phase, peak in phases.items() if phase != "evaluate")
+    if phases.get("evaluate", 0) <= others:
+        return ""
+    least = others + plan["needs_bytes"] - method["peak_bytes"]
+    return f"; evaluation takes that, training {format_bytes(least)}: hold out shorter rows, or set data.eval=null"
 
 
 def _rows_are_missing(recipe: Recipe) -> bool:
