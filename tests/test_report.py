@@ -815,6 +815,8 @@ def test_a_run_that_ended_worse_than_its_base_or_early_says_so_first(run):
     plan = json.loads((run / "plan.json").read_text())
     (run / "plan.json").write_text(json.dumps(plan | {"steps": 90}))
     assert report_facts(read_run(run))["verdict"].startswith("Stopped early, at step 60 of 90.")
+    (run / "scores.json").unlink()
+    assert report_facts(read_run(run))["verdict"].startswith("Not finished: step 60 of 90 is its last.")
 
 
 def test_what_is_kept_is_read_from_the_folder(run):
