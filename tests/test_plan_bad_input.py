@@ -178,6 +178,20 @@ def test_a_budget_below_the_weights_says_what_they_take_and_plans_no_step(settin
     assert "{" not in result.stdout
 
 
+@pytest.mark.parametrize("settings", [
+    ["--budget", "2GiB"], ["--budget", "4GiB", "base.quantization=none"],
+    ["--budget", "8GiB", "base.quantization=none", "train.full_finetune=true"],
+])  # fmt: skip
+def test_no_setting_is_advised_with_which_the_weights_would_still_be_above_the_budget(settings, tmp_path):
+    result = call(model_folder(tmp_path, LARGE), *settings)
+    assert_mistake(result, "raise the budget, or take a smaller base", code=3)
+
+
+def test_adapters_are_advised_where_only_all_weights_in_16_bits_are_above_the_budget(tmp_path):
+    result = call(model_folder(tmp_path, LARGE), "--budget", "8GiB", "train.full_finetune=true")
+    assert_mistake(result, "alone take 15.0 GiB", "set train.full_finetune=false", code=3)
+
+
 def test_a_budget_of_just_the_weights_goes_on_to_the_plan(tmp_path):
     weights = weight_bytes(LlamaConfig(**SOUND), WEIGHTS)
     folder = model_folder(tmp_path, SOUND)
