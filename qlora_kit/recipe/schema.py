@@ -123,7 +123,7 @@ class Base(Section):
     cache: bool = False
     """Keep the quantised weights on disk, to load them from there later; false: nf4 takes 0.52 GB a billion there."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
-    """Implementation of attention."""
+    """Implementation of attention; a family that has no sdpa takes eager in its place."""
     device: Device = "auto"
     """Where the model lives; auto: the first CUDA device if there is one."""
 

@@ -24,7 +24,7 @@ from qlora_kit.plan.choose import may_quantize_head
 from qlora_kit.recipe import TASKS, Recipe, base_as_held, with_adapters
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
-from qlora_kit.run.prepare import Prepared, note_large_steps, prepare
+from qlora_kit.run.prepare import Prepared, note_attention, note_large_steps, prepare
 from qlora_kit.run.rows import largest_eval_shape, positions_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
@@ -84,6 +84,7 @@ def plan_memory(
         config=config,
     )
     note_large_steps(recipe, pace, watch)
+    note_attention(recipe, config, watch)
     eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
     planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after=_AFTER)
     return planned | {"steps": None, "hours": None}
