@@ -4,6 +4,7 @@ import errno
 import gc
 import inspect
 import json
+import math
 import os
 import shlex
 import shutil
@@ -362,6 +363,7 @@ def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_
     assert not (run / "adapter").exists()
     assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000002"
     assert json.loads((run / "memory.json").read_text())["device_counter"]["start_bytes"] > 0
+    assert "Not finished: step 2 of 4 is its last." in (run / "report.html").read_text()
     gone_on = call("train", recipe, *settings, "--resume")
     assert gone_on.exit_code == 0, gone_on.output
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
@@ -396,6 +398,32 @@ def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_le
     result = call("train", recipe, "memory.activations=recompute")
     assert_mistake(result, "ran out of memory", "start again with a lower train.micro_batch (now 4)", code=3)
     assert "activations" not in result.stderr
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_a_run_whose_loss_is_not_finite_leaves_its_report_and_ends_in_its_own_error(recipe, monkeypatch, disk_is_full):
+    """The second step leaves parameters that are no numbers."""
+    step, steps = AdapterOptimizer.step, []
+
+    def spoils(optimizer, lr):
+        step(optimizer, lr)
+        steps.append(lr)
+        if len(steps) == 2:
+            for parameter in optimizer.parameters:
+                parameter.data.fill_(math.nan)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(AdapterOptimizer, "step", spoils)
+    if disk_is_full:
+        monkeypatch.setattr("qlora_kit.report.page.write_text", full)
+    assert_mistake(call("train", recipe, "data.eval=null"), "loss is not finite at step 3", "lower train.lr")
+    page = recipe.parent / "run" / "report.html"
+    assert page.exists() != disk_is_full
+    if not disk_is_full:
+        assert "Not finished: step 3 of 4 is its last." in page.read_text()
+        assert "the loss was not finite at 1 step, first at step 3" in page.read_text()
 
 
 @pytest.mark.slow
@@ -1102,3 +1130,4 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(recipe, number, cod
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     newest = max(path.parent.name for path in (recipe.parent / "run" / "checkpoints").glob("step-*/manifest.json"))
     assert newest == f"step-{step:06d}", "not a step is lost"
+    assert f"Not finished: step {step:,} of 100,000 is its last." in (metrics.parent / "report.html").read_text()

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BertConfig,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -23,6 +24,7 @@ from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.architecture import build_model
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
+from qlora_kit.errors import ModelError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_methods
@@ -266,6 +268,20 @@ def test_transformers_asks_its_own_questions_again_even_after_a_failed_plan():
         dry_run(CONFIGS["llama"], replace(WORK, attention="sdpa", lora=Lora(rank=8), optimizer="adamw", skip=_Broken()))
     assert masking_utils.find_packed_sequence_indices is ask
     assert type(torch.zeros(1)) is torch.Tensor
+
+
+def test_a_layer_whose_weight_the_model_reads_itself_is_named_and_may_be_left_as_it_is():
+    sizes = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    config = FalconH1Config(**{**tiny.LLAMA, **SHAPE}, **sizes)
+    work = replace(WORK, accumulation=1, eval_shape=None)
+    with pytest.raises(ModelError, match=r"falcon_h1 multiplies by the weight of out_proj itself.* base\.skip"):
+        dry_run(config, work)
+    with pytest.raises(
+        ModelError, match=r"the weight of out_proj itself"
+    ):  # of the quantised layer, without an adapter
+        dry_run(config, replace(work, lora=Lora(rank=8, targets=["q_proj"])))
+    left = replace(work, lora=Lora(rank=8, targets=["q_proj", "in_proj"]), skip=("out_proj",))
+    assert dry_run(config, left)["parameters"]["quantized"] > 0
 
 
 class _Broken(tuple):

@@ -112,7 +112,9 @@ def stored_head(folder: Path) -> Head:
     return "classification" if str(named[0]).endswith("ForSequenceClassification") else "causal"
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:
+def build_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None, head: Head = "causal"
+) -> PreTrainedModel:
     """The same model with no weights read: what the dry run uses under fake tensors.
 
     Code that the model's folder brings runs only if the configuration is of a class from there, which `read_config`
@@ -135,6 +137,12 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, he
         raise ModelError(f"config.json describes a {config.model_type} that cannot be built ({why})") from error
     model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
     return model
+
+
+def lacks_sdpa(config: PretrainedConfig, head: Head) -> bool:
+    """Whether transformers has no sdpa for such a model, so that eager stands in for it."""
+    with torch.device("meta"):
+        return build_model(config, torch.bfloat16, None, head).config._attn_implementation == "eager"
 
 
 def untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:

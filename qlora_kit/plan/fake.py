@@ -24,6 +24,7 @@ from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
+from qlora_kit.errors import ModelError
 from qlora_kit.lora import (
     REFERENCE,
     LoraReport,
@@ -32,6 +33,7 @@ from qlora_kit.lora import (
     add_recipe_lora,
     base_parameter_count,
 )
+from qlora_kit.lora.layer import LoraLinear
 from qlora_kit.memory import Ledger
 from qlora_kit.plan.depths import (
     count_layers,
@@ -91,7 +93,7 @@ def fake_run(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun],
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
         run = FakeRun(model, parameters, optimizer, work, ledger, second)
         del optimizer, second  # they go when the run lets them go
-        with ledger:
+        with ledger, _named_if_read(model):
             does(run)
     names = list(activation_blocks(model))
     roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}
@@ -253,6 +255,23 @@ def _told_packing(is_packed: bool) -> Iterator[list[bool]]:
         yield asked
     finally:
         masking_utils.find_packed_sequence_indices = ask
+
+
+@contextmanager
+def _named_if_read(model: PreTrainedModel) -> Iterator[None]:
+    """Name the layer whose weight a model reads by itself: of what is quantised or adapted there is none to read, and a
+    product with the dense one would pass the adapter by."""
+    try:
+        yield
+    except AttributeError as error:
+        names = [name for name, module in model.named_modules() if module is error.obj]
+        if error.name != "weight" or not names or not isinstance(error.obj, QuantizedLinear | LoraLinear):
+            raise
+        leaf = names[0].removesuffix(".base").rpartition(".")[2]
+        raise ModelError(
+            f"a {model.config.model_type} multiplies by the weight of {leaf} itself, past codes and adapters; leave it "
+            f"as it is: add {leaf} to base.skip, and list in lora.targets the layers to adapt, without it"
+        ) from error
 
 
 @contextmanager

@@ -20,6 +20,9 @@ LARGEST_SIZE = 2**50
 LARGEST_WEIGHT = 1000
 """A larger weight of a source is meant as something else: an epoch would see each of its rows as often."""
 
+LARGEST_RATE = 1000
+"""A higher learning rate is a slip of the pen: a step of Adam moves every number by about the rate."""
+
 
 class Says:
     """Stands in a type beside its check and says in words what passes: one phrase for each alternative."""
@@ -63,6 +66,7 @@ Auto = Literal["auto"]
 Text = Annotated[str, AfterValidator(_is_line), Says("text")]
 Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
 Above0 = Annotated[float, Field(gt=0), Says("a number above 0")]
+Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE), Says(f"a number above 0 up to {LARGEST_RATE}")]
 Number = Annotated[int | float, Field(gt=0), Says("a number above 0")]
 Weight = Annotated[int | float, Field(gt=0, le=LARGEST_WEIGHT), Says(f"a number above 0, at most {LARGEST_WEIGHT}")]
 BlockSize = Annotated[int, AfterValidator(_is_block_size), Says("a power of two from 32 to 4096")]
@@ -119,7 +123,7 @@ class Base(Section):
     cache: bool = False
     """Keep the quantised weights on disk, to load them from there later; false: nf4 takes 0.52 GB a billion there."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
-    """Implementation of attention."""
+    """Implementation of attention; a family that has no sdpa takes eager in its place."""
     device: Device = "auto"
     """Where the model lives; auto: the first CUDA device if there is one."""
 
@@ -143,7 +147,7 @@ class Lora(Section):
     """default: A uniform within 1 / sqrt(inputs), B zero (LoRA Without Regret); pissa, loftq: from the weight."""
     dora: bool = False
     """Train a magnitude for each output beside the direction."""
-    lr_ratio: Above0 = 1.0
+    lr_ratio: Rate = 1.0
     """Learning rate of B over that of A (LoRA+); LoRA Without Regret keeps them equal."""
     rank_pattern: Annotated[
         dict[LayerName, Count], Says('a mapping of layer names or "re:..." to whole numbers of at least 1')
@@ -231,7 +235,7 @@ class Train(Section):
     """Sequences in one forward pass; auto: as many of the longest as make 2,048 tokens, at most 16."""
     accumulation: Count | Auto = "auto"
     """Micro-batches a step; auto: about 16 rows (not packs) a step, as in QLoRA's scripts."""
-    lr: Above0 | Auto = "auto"
+    lr: Rate | Auto = "auto"
     """Peak learning rate; auto: by family and hidden size, the fit of LoRA Without Regret; a tenth if all train."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """Course of the learning rate after the warm-up; constant as in QLoRA and LoRA Without Regret."""

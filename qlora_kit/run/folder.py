@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import date as Date
 from pathlib import Path
@@ -22,6 +22,7 @@ from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
+from qlora_kit.report import write_report
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
 from qlora_kit.storage import check_writable, clear_abandoned, read_json, remove_folder, write_json, write_text
@@ -127,6 +128,25 @@ def run_folder(folder: Path) -> Iterator[None]:
         finally:
             if not _things_in(folder):
                 shutil.rmtree(folder)
+
+
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """What is done in a run folder, with report.html at its end; after an error, the report of what there is by then.
+
+    Raises:
+        RunError: the report cannot be written. After an error that stays unsaid: the error says more.
+    """
+    with ExitStack() as after_an_error:
+        after_an_error.callback(_report_what_there_is, folder)
+        yield
+        after_an_error.pop_all()
+    write_report(folder)
+
+
+def _report_what_there_is(folder: Path) -> None:
+    with suppress(RunError):  # a full disk, or no step yet
+        write_report(folder)
 
 
 def files_of_run(folder: Path) -> list[Path]:

@@ -19,7 +19,6 @@ from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan.devices import busy_note
 from qlora_kit.recipe import Recipe, base_as_held
-from qlora_kit.report import write_report
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, run_course
@@ -36,6 +35,7 @@ from qlora_kit.run.folder import (
     recorded_date,
     recorded_rate,
     recorded_reference,
+    reported,
     run_folder,
     settings_of,
     trained_folder,
@@ -122,20 +122,20 @@ def train(
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
         earlier = [] if resume else files_of_run(folder)
-        with _tracking(recipe, prepared, folder, device) as track:
-            clear_run_folder(folder, earlier)
-            describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
-            job = make_job(recipe, prepared, model, task, loss_chunk, limit)
-            planned = plan["methods"][plan["method"]]
-            end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
-        del job  # with the optimizer's state, in whose place a base may be read again
-        _save(model, recipe, prepared, folder, end)
-        scores = None
-        if end.finished and prepared.eval.rows:
-            scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
-            write_json(folder / SCORES, scores)
-            watch.scored(scores)
-        write_report(folder)
+        with reported(folder):
+            with _tracking(recipe, prepared, folder, device) as track:
+                clear_run_folder(folder, earlier)
+                describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
+                job = make_job(recipe, prepared, model, task, loss_chunk, limit)
+                planned = plan["methods"][plan["method"]]
+                end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
+            del job  # with the optimizer's state, in whose place a base may be read again
+            _save(model, recipe, prepared, folder, end)
+            scores = None
+            if end.finished and prepared.eval.rows:
+                scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
+                write_json(folder / SCORES, scores)
+                watch.scored(scores)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
         raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) goes on from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
