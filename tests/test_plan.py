@@ -25,6 +25,9 @@ from qlora_kit.base.architecture import build_model
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.errors import ModelError
+from qlora_kit.export import rehearse_merge
+from qlora_kit.export.plain import export_merged
+from qlora_kit.export.stream import SLICE_ELEMENTS
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_methods
@@ -483,3 +486,19 @@ def test_in_a_container_what_is_free_is_what_its_limit_leaves(limit, is_lower, t
         assert available_bytes(torch.device("cpu")) == 10**9
     else:
         assert available_bytes(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_the_planned_export_takes_the_bytes_of_the_real_one(kind, tmp_path):
+    model = tiny.quantized(tiny.llama(hidden_size=768, intermediate_size=3072, num_hidden_layers=3), kind)
+    add_lora(model, rank=4)
+    ledger = Ledger()
+    ledger.adopt(model)
+    held = ledger.peak()
+    with ledger.watch("export"):
+        export_merged(model, None, tmp_path / "out", dtype="bfloat16")
+    measured = ledger.peak_by_phase()["export"]
+    assert measured > held + 3 * 2 * SLICE_ELEMENTS, "matrices leave in slices, of which several stand"
+    work = replace(WORK, quantization=Quantization(kind), lora=Lora(rank=4), dtype=torch.float32)
+    planned = dry_run(model.config, work, {"export": rehearse_merge})["peak_by_phase"]["export"]
+    assert 0 <= planned - measured < 1024, "scalars of the run"
