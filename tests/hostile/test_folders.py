@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_kit.base.architecture import read_config
 from qlora_kit.base.files import check_model_folder
@@ -229,6 +229,69 @@ def test_no_template_is_taken_from_elsewhere_into_an_export(model_folder, adapte
     (tmp_path / "base" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     with pytest.raises(ModelError, match="links to"):
         check_model_folder(tmp_path / "base", weights=False)
+
+
+WORDPIECE = {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                       "max_input_chars_per_word": 9}}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["absolute", "from where the program runs", "from the folder"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+def test_no_file_of_the_reader_becomes_the_vocabulary_of_a_tokenizer(model_folder, tmp_path, monkeypatch, file, where):
+    """It would be published in the tokenizer.json of an export."""
+    folder = shutil.copytree(model_folder, tmp_path / "model", ignore=lambda *_: ["tokenizer.json"])
+    (tmp_path / "secret").write_text("[UNK]\npassword\n")
+    monkeypatch.chdir(tmp_path)
+    name = {"absolute": str(tmp_path / "secret"), "from the folder": "../secret"}.get(where, "secret")
+    change(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    said = WORDPIECE["model"] | {"vocab": name}
+    tables = {"added_tokens": []} if file == "tokenizer.json" else {}
+    if not (folder / file).exists():
+        (folder / file).write_text(json.dumps(tables))
+    change(folder / file, **({"version": "1.0", "model": said} if tables else {"vocab": name}))
+    if where != "from the folder":  # transformers reads none so; a key of a later version might
+        assert "password" in AutoTokenizer.from_pretrained(folder).get_vocab()
+    with pytest.raises(ModelError, match=f"{file} names '.*secret', which is no file of its folder") as told:
+        read_tokenizer(folder)
+    assert "\n" not in str(told.value)
+
+
+def test_a_pipe_that_a_tokenizer_names_is_not_waited_for(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    os.mkfifo(folder / "pipe")
+    change(folder / "tokenizer_config.json", vocab="pipe")
+    with pytest.raises(ModelError, match="names 'pipe', which is no"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("key", ["fast_tokenizer_files", "gguf_file"])
+def test_no_other_file_takes_the_place_of_the_one_that_was_looked_at(model_folder, tmp_path, key):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    change(folder / "tokenizer_config.json", **{key: ["../tokenizer.4.0.0.json"]})
+    with pytest.raises(ModelError, match=f"says {key}=.*, wanted tokenizer.json alone"):
+        read_tokenizer(folder)
+
+
+def test_names_of_its_writers_files_and_tokens_like_names_of_files_are_no_fault_of_a_tokenizer(
+    model_folder, tmp_path, monkeypatch
+):
+    """Old tokenizer_config.json name the cache that they came from, and transformers reads nothing from there."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("no tokenizer")
+    written = dict.fromkeys(("special_tokens_map_file", "tokenizer_file", "name_or_path"), str(elsewhere))
+    tokens = {"additional_special_tokens": ["/", ".", "\0"], "chat_template": "a" * 10_000}
+    change(folder / "tokenizer_config.json", **written, **tokens)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("a file, and a token of tokenizer.json")
+    assert read_tokenizer(folder).get_vocab() == read_tokenizer(model_folder).get_vocab() | {"\0": 260}
+
+
+def test_weights_that_only_the_config_names_are_not_read(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    change(folder / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(ModelError, match=r"names weights of its own \(transformers_weights\)"):
+        load_base(folder, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])
