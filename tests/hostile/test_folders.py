@@ -106,7 +106,9 @@ def test_neither_file_of_an_adapter_is_taken_from_elsewhere(adapter, base, tmp_p
     assert f"{adapter / name} is not a file" in refusal(base, adapter)
 
 
-ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000)
+ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000,
+           "(?x)(.+) +!", "(?x:(.+) +!)", "(?x)(.+) {2,}!", "(?#[)(.+)+!(?#])", "(?:(?:.+){2}|a)!", "(?i)q_proj",
+           r"(.+)\1+!")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,8 @@ ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X",
         ({"lora_dropout": float("inf")}, "impossible value: lora_dropout"),
         ({"trainable_token_indices": [10**30]}, "no tensors for"),
         *(({"target_modules": pattern}, "impossible value: target_modules") for pattern in ENDLESS),
-        *(({"rank_pattern": {pattern: 2}}, "impossible value: rank_pattern") for pattern in ENDLESS[:2]),
+        *(({"rank_pattern": {pattern: 2}}, "impossible value: rank_pattern") for pattern in ENDLESS),
+        *(({"exclude_modules": pattern}, "impossible value: exclude_modules") for pattern in ENDLESS[:2]),
     ],
 )
 def test_a_config_that_would_take_all_memory_or_time_is_refused_at_once(adapter, base, changes, said):
@@ -129,8 +132,19 @@ def test_a_config_that_would_take_all_memory_or_time_is_refused_at_once(adapter,
     assert said in refusal(base, adapter)
 
 
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_a_recipe_has_no_such_pattern_either(base, pattern):
+    start = time.process_time()
+    for key in ("targets=re:{}", "rank_pattern={{'re:{}': 4}}"):
+        with pytest.raises(RecipeError, match=r"lora\.(targets|rank_pattern)"):
+            read_recipe("default", ["base.model=a/b", "data.train=c.jsonl", "lora." + key.format(pattern)])
+    with pytest.raises(AdapterError, match="regular expression"):
+        add_lora(base, targets=f"re:{pattern}")
+    assert time.process_time() - start < 0.5
+
+
 @pytest.mark.parametrize("pattern", [
-    r".*\.(q|v)_proj",
+    r".*\.(q|v)_proj", r"(?P<name>layers)\.\d+\.(?!mlp)(self_attn)?.*", r"(?i:Q)_proj", r".*\.[(+*)]_proj",
     r".*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj|up_proj).*?",
     r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention)\.(?:(?:q_proj|k_proj)))",
 ])  # fmt: skip
