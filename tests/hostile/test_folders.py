@@ -301,6 +301,31 @@ def test_names_of_its_writers_files_and_tokens_like_names_of_files_are_no_fault_
     assert read_tokenizer(folder).get_vocab() == read_tokenizer(model_folder).get_vocab() | {"\0": 260}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 1_000_000), ("num_hidden_layers", 10**400), ("vocab_size", 10**15), ("hidden_size", 10**9),
+     ("intermediate_size", 1e30), ("num_attention_heads", 10**8), ("max_position_embeddings", 10**12),
+     ("text_config", {"num_local_experts": 10**9})],
+)  # fmt: skip
+def test_a_model_that_is_larger_than_any_is_a_line_at_once(model_folder, tmp_path, key, value):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    assert read_config(folder).num_hidden_layers == 2
+    change(folder / "config.json", **{key: value})
+    start = time.process_time()
+    with pytest.raises(ModelError, match=r"config.json says .*=.*; no model has more than [\d,]+") as told:
+        read_config(folder)
+    assert time.process_time() - start < 0.5
+    assert "\n" not in str(told.value)
+
+
+def test_the_largest_models_there_are_are_read(tmp_path):
+    """Layers of Llama 405B, experts of Kimi, vocabulary of Gemma, positions of Llama 4, a theta for millions."""
+    tiny.llama().save_pretrained(tmp_path)
+    change(tmp_path / "config.json", num_hidden_layers=126, vocab_size=262_208, hidden_size=16_384, num_experts=384,
+           intermediate_size=53_248, max_position_embeddings=10_485_760, rope_theta=45_168_893_440)  # fmt: skip
+    assert read_config(tmp_path).num_hidden_layers == 126
+
+
 def test_weights_that_only_the_config_names_are_not_read(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     change(folder / "config.json", transformers_weights="other.safetensors")
