@@ -398,6 +398,9 @@ def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_le
     result = call("train", recipe, "memory.activations=recompute")
     assert_mistake(result, "ran out of memory", "start again with a lower train.micro_batch (now 4)", code=3)
     assert "activations" not in result.stderr
+    result = call("train", recipe, "train.micro_batch=auto", "--overwrite")
+    assert_mistake(result, "start again with memory.activations=recompute train.micro_batch=1, which is", code=3)
+    assert result.stderr.count("memory.activations=recompute") == 1, "it is told once"
 
 
 @pytest.mark.parametrize("disk_is_full", [False, True])

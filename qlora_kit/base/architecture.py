@@ -1,7 +1,8 @@
 """Architecture: what kind of model a folder holds, what it says, and the same model with no weights."""
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_kit.base.files import tensor_names
+from qlora_kit.base.files import read_object, tensor_names
 from qlora_kit.base.prequantized import stored_quantization
 from qlora_kit.errors import ModelError, first_line
 from qlora_kit.storage import read_json
@@ -30,6 +31,14 @@ AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoM
 _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
               StrictDataclassError)  # fmt: skip
 """What transformers raises over a config.json whose values no model can have."""
+_MOST = (
+    (re.compile(r"layers?$|blocks?$|depth$"), 1_000),
+    (re.compile(r"experts"), 10_000),
+    (re.compile(r"vocab"), 10**7),
+    (re.compile(r"positions$|position_embeddings$|n_ctx"), 10**8),
+    (re.compile(r"size|dim$|embd|inner|d_model|d_ff|heads?$|labels"), 10**6),
+)
+"""By how families call what is counted: more than any model has, several times over; building it would never end."""
 
 
 def read_config(
@@ -44,11 +53,12 @@ def read_config(
         trust_remote_code: run code that the folder brings.
 
     Raises:
-        ModelError: it cannot be read, describes no model with such a head, or needs code that may not run, or there are
-            to be no labels.
+        ModelError: it cannot be read, describes no model with such a head or one larger than any, or needs code that
+            may not run, or there are to be no labels.
     """
     if head not in get_args(Head):
         raise ModelError(f"head {head!r} is not known; choose one of {', '.join(get_args(Head))}")
+    _check_sizes(folder / "config.json", read_object(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except _MALFORMED as error:
@@ -59,6 +69,29 @@ def read_config(
             raise ModelError(f"labels must be at least 1, found {labels}")
         config.num_labels = labels
     return config
+
+
+def _check_sizes(path: Path, said: dict[str, Any]) -> None:
+    """Refuse a model that is larger than any, before lists as long as its layers are made.
+
+    Raises:
+        ModelError: names the first such size.
+    """
+    for key, value in _numbers(said):
+        most = next((most for pattern, most in _MOST if pattern.search(key)), value)
+        if value > most:
+            raise ModelError(f"{path} says {key}={value!r:.20}; no model has more than {most:,}: get it again")
+
+
+def _numbers(said: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number of a configuration and of the configurations in it, by its key."""
+    waiting = [said]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif isinstance(value, int | float):
+                yield key, value
 
 
 def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:

@@ -7,12 +7,12 @@ Sources of defaults: QLoRA, Dettmers et al. 2023, arXiv 2305.14314, and its rele
 arXiv 2106.09685; LoRA Without Regret, Schulman et al. 2025, doi 10.64434/tml.20250929.
 """
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qlora_kit import units
+from qlora_kit.recipe.patterns import compile_pattern
 from qlora_kit.recipe.tasks import TaskName
 
 LARGEST_SIZE = 2**50
@@ -56,9 +56,9 @@ def _is_size(text: str) -> str:
 def _is_pattern(text: str) -> str:
     if text.startswith("re:"):
         try:
-            re.compile(text.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"the regular expression does not compile: {error}") from None
+            compile_pattern(text.removeprefix("re:"))
+        except ValueError as error:
+            raise ValueError(f"the regular expression {error}") from None
     return text
 
 

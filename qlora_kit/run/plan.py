@@ -235,6 +235,6 @@ def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path | None) -> str:
     # Before the first step, checkpoints are those of an earlier run.
     kept = checkpoints(folder / CHECKPOINTS) if folder is not None and limit.step else []
     if not kept:
-        return f"start again with {', '.join([*changes, smaller])}"
+        return f"start again with {', '.join([*(change for change in changes if change not in smaller), smaller])}"
     how = f"and {' or '.join(changes)}" if changes else "where more is free"
     return f"{kept[-1].name} is kept: go on with --resume {how}, or start again with --overwrite and {smaller}"

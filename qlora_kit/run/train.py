@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.device import resolve_device, resolve_dtype
-from qlora_kit.base.record import base_record
+from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
@@ -23,6 +23,7 @@ from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, 
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, run_course
 from qlora_kit.run.folder import (
+    DATA,
     PLAN,
     RESULT,
     SCORES,
@@ -117,7 +118,7 @@ def train(
         model = take_base(recipe, prepared, ledger, watch, trust_remote_code, common)
         base = {"base": base_record(model).mark}
         if resume and not force:
-            check_unchanged(folder, base)
+            _check_base(folder, base_record(model))
         recipe, plan = _learn_marks(model, recipe, prepared, plan, watch)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
@@ -181,6 +182,17 @@ def _prepared(
     if resume and not force:
         check_unchanged(folder, _fingerprints(prepared))
     return plan_run(recipe, prepared, watch)
+
+
+def _check_base(folder: Path, record: BaseRecord) -> None:
+    """See that a run goes on with its base, as far as the version that began it told which one that was.
+
+    Raises:
+        RunError: it is another.
+    """
+    recorded = str(read_json(folder / DATA).get("fingerprints", {}).get("base", ""))
+    if record.differences(recorded):
+        check_unchanged(folder, {"base": record.mark})
 
 
 def _fingerprints(prepared: Prepared) -> dict[str, str]:
