@@ -1066,6 +1066,35 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_step_is_taken(brok
     assert same(values(fresh), kept)
 
 
+@pytest.mark.parametrize("where", ["parameter", "master", "moment"])
+def test_a_step_that_spoils_what_it_trains_replaces_no_checkpoint(where, tmp_path, monkeypatch):
+    """Loss and gradient are finite at that step: only the update is not."""
+    job = job_of(adapted(dtype=torch.bfloat16), tmp_path, save_every=1, keep_checkpoints=1)
+    named, step = dict(job.optimizer.state_tensors()), job.optimizer.step
+    first = next(iter(job.parameters))
+    spoiled = {"parameter": job.parameters[first], "master": named[f"{first}/master"],
+               "moment": named[f"{first}/exp_avg_sq"]}[where]  # fmt: skip
+
+    def stepped(lr):
+        step(lr)
+        if job.progress.step == 1:  # it is the second that is being taken
+            spoiled.data.view(-1)[-1] = math.inf
+
+    monkeypatch.setattr(job.optimizer, "step", stepped)
+    with pytest.raises(
+        TrainingError,
+        match=r"NaN or infinity in \S+ after step 2; that step left no checkpoint; step-000001 is kept: go on with",
+    ):
+        run(job)
+    assert all(math.isfinite(row["grad_norm"]) for row in map(json.loads, (tmp_path / "metrics.jsonl").open()))
+    newest, faults = newest_checkpoint(tmp_path / "checkpoints")
+    assert (newest.name, faults) == ("step-000001", [])
+    assert [path.name for path in newest.parent.iterdir()] == ["step-000001"]
+    fresh = job_of(adapted(dtype=torch.bfloat16), tmp_path)
+    assert load_checkpoint(newest, fresh.parameters, fresh.optimizer).step == 1
+    assert all(value.isfinite().all() for value in values(fresh).values())
+
+
 def test_an_evaluation_that_is_not_finite_stops_the_run_too(tmp_path):
     model = adapted()
     job = job_of(model, tmp_path, evals=rows((5,)), eval_every=2, save_every=1)

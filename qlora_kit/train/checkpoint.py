@@ -111,6 +111,21 @@ def save_checkpoint(
     return final
 
 
+def not_finite(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> list[str]:
+    """Names of what a checkpoint would hold with NaN or infinity in it: parameters, master weights, moments.
+
+    Args:
+        parameters: as `save_checkpoint` takes them, like the optimizer.
+    """
+    tensors = (*parameters.items(), *optimizer.state_tensors())
+    return [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor.detach())]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Least and largest are NaN where any value is; unlike a mask of all values, they take no memory.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def checkpoint_bytes(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> int:
     """What one takes on the disk."""
     state = sum(tensor.nbytes for _, tensor in optimizer.state_tensors())
