@@ -66,7 +66,7 @@ def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_
     assert all((ours[key] == theirs[key]).all() for key in theirs)
     rows, wanted = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("parts", "whole"))
     assert [losses(row) for row in rows] == [losses(row) for row in wanted]
-    assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".tmp", ".old")]
+    assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".tmp", ".old", ".gone")]
 
 
 def losses(line):
