@@ -25,7 +25,7 @@ from qlora_kit.errors import ModelError
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors format allows; the same bound holds here for config and index."""
 
-_CONFIG = "config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TEMPLATES = "additional_chat_templates"
@@ -228,7 +228,8 @@ def text_faults(folder: Path) -> Iterator[str]:
     for name in sorted(path.relative_to(folder).as_posix() for path in paths if is_text(path.name)):
         try:
             path = file_inside(folder, name)
-            if name == _CONFIG and not isinstance(_read_json(path).get("model_type"), str):
+            content = _read_json(path) if name in (_CONFIG, _GENERATION) else {}
+            if name == _CONFIG and not isinstance(content.get("model_type"), str):
                 raise ModelError(f"{path} has no model_type, so nobody can tell which architecture it describes")
         except ModelError as fault:
             yield str(fault)

@@ -9,11 +9,7 @@ from qlora_kit.interrupt import first_interrupt
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import LossWatch
-from qlora_kit.run.folder import (
-    CHECKPOINTS,
-    SAMPLES,
-    write_memory,
-)
+from qlora_kit.run.folder import CHECKPOINTS, SAMPLES, write_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.score import questions
@@ -27,6 +23,7 @@ from qlora_kit.train.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
+from qlora_kit.train.generate import end_tokens
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
@@ -82,6 +79,7 @@ def run_course(
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
     _check_disk(job)
+    end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer
     if job.packed_tokens is not None:
         check_isolation(model, prepared.pace.micro_batch)
     if resume:
