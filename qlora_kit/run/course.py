@@ -132,7 +132,7 @@ def names_what_is_kept(folder: Path) -> Iterator[None]:
             raise
         kept = checkpoints(folder / CHECKPOINTS)
         way_on = f"{kept[-1].name} is kept: go on with --resume" if kept else "there is no checkpoint: start again"
-        raise RunError(f"{found}; when the disk is in order, {way_on} (output={folder})") from error
+        raise RunError(f"{found}; {way_on} once that is mended (output={folder})") from error
 
 
 def _check_disk(job: Job) -> None:
