@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from qlora_kit.cli import chat
@@ -147,22 +147,44 @@ def test_held_out_rows_are_answered_within_the_positions_of_the_model_and_each_w
     assert texts == [*(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted), ""]
 
 
-def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
+ODD = {
+    "do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "top_p": 0.1, "num_beams": 2, "min_p": 0.9,
+    "stop_strings": ["a"], "bad_words_ids": [[99_999_999]], "forced_eos_token_id": 10**7, "min_length": 10**9,
+    "suppress_tokens": list(range(200)), "max_time": 1e-4, "prompt_lookup_num_tokens": 5, "dola_layers": "high",
+    "cache_implementation": "quantized", "return_dict_in_generate": True, "assistant_early_exit": 1,
+    "guidance_scale": 2.0,
+}  # fmt: skip
+"""Settings that answer by other rules, are an error in generate(), or never let it end."""
+
+
+@pytest.mark.parametrize("odd", [*ODD, "all"])
+def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(odd, model, monkeypatch):
     net, tokenizer = model
     plain = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6)
     drawn = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
-    own = net.generation_config
-    odd = {"do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "top_p": 0.1, "num_beams": 2, "min_p": 0.9}
-    before = {key: getattr(own, key) for key in odd}
-    try:
-        for key, value in odd.items():
-            setattr(own, key, value)
-        assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6) == plain
-        again = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
-        assert again == drawn != plain
-    finally:
-        for key, value in before.items():
-            setattr(own, key, value)
+    own = {name: value for name, value in ODD.items() if odd in (name, "all")}
+    monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=0, **own))
+    config = net.generation_config
+    assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6) == plain
+    again = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
+    assert again == drawn != plain
+    assert net.generation_config is config, "it is back for an export"
+    first = by_hand(net, PROMPTS[0], 6)[0]
+    config.eos_token_id = [0, first]
+    assert generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=6) != plain[:1]
+
+
+@pytest.mark.parametrize("ends", ["x", -1, 10**30, [0, 10**6], [[0]], True, 1.5])
+def test_end_tokens_that_are_none_are_told_before_the_first_step(ends, chatty, tmp_path):
+    folder = shutil.copytree(chatty, tmp_path / "base")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    told = call("train", write_recipe(tmp_path, folder, [CHAT] * 4))
+    assert told.exit_code == 2
+    said = told.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: the base's generation_config.json, or its config.json, has ")
+    assert "for an eos_token_id, wanted whole numbers from 0 to " in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):

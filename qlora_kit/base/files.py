@@ -25,7 +25,7 @@ from qlora_kit.errors import ModelError
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors format allows; the same bound holds here for config and index."""
 
-_CONFIG = "config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TEMPLATES = "additional_chat_templates"
@@ -228,8 +228,9 @@ def text_faults(folder: Path) -> Iterator[str]:
     for name in sorted(path.relative_to(folder).as_posix() for path in paths if is_text(path.name)):
         try:
             path = file_inside(folder, name)
+            content = read_object(path) if name in (_CONFIG, _GENERATION) else {}
             if name == _CONFIG:
-                _check_config(path, read_object(path))
+                _check_config(path, content)
         except ModelError as fault:
             yield str(fault)
 

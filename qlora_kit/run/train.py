@@ -21,7 +21,7 @@ from qlora_kit.plan.devices import busy_note
 from qlora_kit.recipe import Recipe, base_as_held
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
 from qlora_kit.run.common import Common
-from qlora_kit.run.course import End, run_course
+from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
     DATA,
     PLAN,
@@ -131,7 +131,8 @@ def train(
                 planned = plan["methods"][plan["method"]]
                 end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
             del job  # with the optimizer's state, in whose place a base may be read again
-            _save(model, recipe, prepared, folder, end)
+            with names_what_is_kept(folder):
+                _save(model, recipe, prepared, folder, end)
             scores = None
             if end.finished and prepared.eval.rows:
                 scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
