@@ -941,7 +941,9 @@ def test_a_comparison_has_a_line_a_kind_and_keeps_what_it_wrote_only_where_it_is
         assert_mistake(told, "not empty")
 
 
-def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_are_the_same(model_folder, tmp_path):
+def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_are_the_same(
+    model_folder, tmp_path, monkeypatch
+):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(model_folder, base)
     rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
@@ -952,8 +954,11 @@ def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_
     tensors = load_file(base / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("down_proj.weight"):
-            tensor[0] = 30.0  # and not its middle row, of which the mark of the weights is taken
+            tensor[0] = 30.0
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert_mistake(call("export", tmp_path / "run", "--out", out), "another base")
+    # As where a larger matrix is changed between the pieces of it that are marked.
+    monkeypatch.setattr("qlora_kit.base.record.BaseRecord.differences", lambda self, told: [])
     for kind in ("merged", "quantized"):
         told = call("export", tmp_path / "run", "--to", kind, "--out", out)
         assert_mistake(told, "lost", "when it was trained", "its base or its adapter has changed since", "--force")
