@@ -51,7 +51,7 @@ class RunError(QloraKitError, OSError):
 
 
 class TrainingError(QloraKitError, ArithmeticError):
-    """Training cannot go on: a loss or gradient is not finite."""
+    """Training cannot go on: a loss, a gradient or what is trained is not finite."""
 
 
 class FitError(QloraKitError, MemoryError):

@@ -18,6 +18,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.units import format_bytes
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<owner>\d+)\.(?P<kind>tmp|old|gone)")
 SCHEMA = 1
 """Version of every JSON file that the kit writes, under the key `schema`."""
 
@@ -28,7 +29,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     Raises:
         ValueError: a number in it is not finite; JSON has no word for those.
     """
-    write_text(path, json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """What `write_json` writes."""
+    return json.dumps({"schema": SCHEMA, **content}, indent=2, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -119,7 +125,7 @@ def staged_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
         RunError: one stands there by then and may not be.
     """
     final = Path(os.path.realpath(final))
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     staged = _beside(final, "tmp")
     shutil.rmtree(staged, ignore_errors=True)  # this process may have been here before
     staged.mkdir()
@@ -148,12 +154,20 @@ def passing_folder(beside: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are not there; each is a lasting entry of the one that holds it."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _sync_folder(made.parent)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder if it is there: renamed first, so that no half-empty folder ever bears its name."""
     if folder.exists():
-        doomed = _beside(folder, "old")
+        doomed = _beside(folder, "gone")
         os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        _remove(doomed)
 
 
 def _take_place(staged: Path, final: Path) -> None:
@@ -194,24 +208,41 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def clear_abandoned(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that were killed left unfinished, or half deleted, in a folder.
+    """Remove what processes that were killed left unfinished, or half deleted, in a folder, and put back what one had
+    only renamed away, if nothing came to stand in its place.
 
     Args:
         folder: to look in, itself alone.
         name: what it was to be; None looks for all.
     """
     for path in folder.glob(f".{'*' if name is None else escape(name)}.*"):
-        owner = re.fullmatch(r"\..+\.(\d+)\.(tmp|old)", path.name)
-        if owner is None or _is_alive(int(owner[1])):
+        left = _LEFT.fullmatch(path.name)
+        if left is None or _is_alive(int(left["owner"])):
             continue
-        if path.is_dir():
-            shutil.rmtree(path)
+        place = path.with_name(left["name"])
+        if left["kind"] == "old" and not os.path.lexists(place):
+            os.rename(path, place)
         else:
-            path.unlink(missing_ok=True)
+            _remove(path)
 
 
-def _beside(path: Path, kind: Literal["tmp", "old"]) -> Path:
-    """A name beside `path` for what is unfinished or given up."""
+def staged_for(path: Path) -> str | None:
+    """What this is to be, or was, where it bears the hidden name of something unfinished; None where its name is its
+    own."""
+    left = _LEFT.fullmatch(path.name)
+    return None if left is None else left["name"]
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a folder with all that is in it, or a link, which is not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: Literal["tmp", "old", "gone"]) -> Path:
+    """A name beside `path` for what is unfinished, renamed away, or being deleted."""
     clear_abandoned(path.parent, path.name)
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
@@ -220,7 +251,7 @@ def _is_alive(process: int) -> bool:
     """Whether a process of that number runs."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no system counts as far as the latter
         return False
     except PermissionError:  # it is another user's
         return True

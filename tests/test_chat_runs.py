@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from chat_templates import FAMILIES, tokenizer_of
+from safetensors.torch import load_file
 from tiny import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -150,11 +152,24 @@ def test_a_set_learnt_by_heart_is_said_word_for_word_and_every_answer_stops_at_i
 
 
 @pytest.mark.slow
-def test_a_run_tells_of_a_token_that_its_base_has_not_learnt(learnt):
-    _, watch = learnt
+def test_a_run_trains_the_rows_of_a_token_that_its_base_has_not_learnt_as_planned_and_goes_on_so(learnt, tmp_path):
+    folder, watch = learnt
     told = [note for note in watch.notes if "learnt nothing" in note]
     assert len(told) == 1
-    assert "'lora.added_tokens=[<|im_end|>]'" in told[0]
+    assert "those rows are trained" in told[0]
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["lora"]["added_tokens"] == ["<|im_end|>"]
+    rows = [value for key, value in load_file(run / "adapter" / "adapter_model.safetensors").items() if "delta" in key]
+    assert [len(value) for value in rows] == [1, 1], "of the embedding and of the head"
+    memory = read_json(run / "memory.json")
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert memory["error"]["adapters"] == 0
+    with day(2024, 5, 6):
+        recipe = recipe_of(folder, folder / "base", *LEARN, "train.steps=61", f"output={run}")
+        assert recipe.lora.added_tokens == []
+        for _ in range(2):
+            train(recipe, resume=True)
+    assert read_json(run / "plan.json")["added_tokens"] == ["<|im_end|>"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import errno
 import gc
 import inspect
 import json
+import math
 import os
 import shlex
 import shutil
@@ -362,6 +363,7 @@ def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_
     assert not (run / "adapter").exists()
     assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000002"
     assert json.loads((run / "memory.json").read_text())["device_counter"]["start_bytes"] > 0
+    assert "Not finished: step 2 of 4 is its last." in (run / "report.html").read_text()
     gone_on = call("train", recipe, *settings, "--resume")
     assert gone_on.exit_code == 0, gone_on.output
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
@@ -396,6 +398,35 @@ def test_a_run_that_is_out_of_memory_before_its_first_step_is_told_what_takes_le
     result = call("train", recipe, "memory.activations=recompute")
     assert_mistake(result, "ran out of memory", "start again with a lower train.micro_batch (now 4)", code=3)
     assert "activations" not in result.stderr
+    result = call("train", recipe, "train.micro_batch=auto", "--overwrite")
+    assert_mistake(result, "start again with memory.activations=recompute train.micro_batch=1, which is", code=3)
+    assert result.stderr.count("memory.activations=recompute") == 1, "it is told once"
+
+
+@pytest.mark.parametrize("disk_is_full", [False, True])
+def test_a_run_whose_loss_is_not_finite_leaves_its_report_and_ends_in_its_own_error(recipe, monkeypatch, disk_is_full):
+    """The second step leaves parameters that are no numbers."""
+    step, steps = AdapterOptimizer.step, []
+
+    def spoils(optimizer, lr):
+        step(optimizer, lr)
+        steps.append(lr)
+        if len(steps) == 2:
+            for parameter in optimizer.parameters:
+                parameter.data.fill_(math.nan)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(AdapterOptimizer, "step", spoils)
+    if disk_is_full:
+        monkeypatch.setattr("qlora_kit.report.page.write_text", full)
+    assert_mistake(call("train", recipe, "data.eval=null"), "loss is not finite at step 3", "lower train.lr")
+    page = recipe.parent / "run" / "report.html"
+    assert page.exists() != disk_is_full
+    if not disk_is_full:
+        assert "Not finished: step 3 of 4 is its last." in page.read_text()
+        assert "the loss was not finite at 1 step, first at step 3" in page.read_text()
 
 
 @pytest.mark.slow
@@ -910,7 +941,9 @@ def test_a_comparison_has_a_line_a_kind_and_keeps_what_it_wrote_only_where_it_is
         assert_mistake(told, "not empty")
 
 
-def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_are_the_same(model_folder, tmp_path):
+def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_are_the_same(
+    model_folder, tmp_path, monkeypatch
+):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(model_folder, base)
     rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
@@ -921,8 +954,11 @@ def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_
     tensors = load_file(base / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith("down_proj.weight"):
-            tensor[0] = 30.0  # and not its middle row, of which the mark of the weights is taken
+            tensor[0] = 30.0
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert_mistake(call("export", tmp_path / "run", "--out", out), "another base")
+    # As where a larger matrix is changed between the pieces of it that are marked.
+    monkeypatch.setattr("qlora_kit.base.record.BaseRecord.differences", lambda self, told: [])
     for kind in ("merged", "quantized"):
         told = call("export", tmp_path / "run", "--to", kind, "--out", out)
         assert_mistake(told, "lost", "when it was trained", "its base or its adapter has changed since", "--force")
@@ -986,6 +1022,19 @@ def test_a_run_that_cannot_be_exported_is_one_line_with_nothing_left(finished, t
     spoil(tmp_path / "run")
     assert_mistake(call("export", tmp_path / "run", "--to", kind, "--out", tmp_path / "out"), said)
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_a_loftq_start_is_planned_with_what_it_reads_and_pages_of_the_checkpoint_are_not_counted(recipe):
+    run = recipe.parent / "run"
+    load = {}
+    for init in ("default", "loftq"):
+        result = call("train", recipe, f"lora.init={init}", "base.quantization=int8", "--overwrite")
+        assert result.exit_code == 0, result.output
+        memory = json.loads((run / "memory.json").read_text())
+        assert abs(memory["error"]["peak"]) < 0.01
+        load[init] = [memory[side]["peak_by_phase"]["load"] for side in ("planned", "measured")]
+    assert load["loftq"][1] > 1.1 * load["default"][1], "a matrix, what it was made from, and what was lost"
+    assert load["loftq"][0] == pytest.approx(load["loftq"][1], rel=0.01)
 
 
 def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
@@ -1089,3 +1138,4 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(recipe, number, cod
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     newest = max(path.parent.name for path in (recipe.parent / "run" / "checkpoints").glob("step-*/manifest.json"))
     assert newest == f"step-{step:06d}", "not a step is lost"
+    assert f"Not finished: step {step:,} of 100,000 is its last." in (metrics.parent / "report.html").read_text()

@@ -26,6 +26,8 @@ from qlora_kit.data import (
     Deck,
     EncodedSet,
     Faults,
+    Labelled,
+    Preference,
     Sampler,
     Text,
     collate,
@@ -204,14 +206,56 @@ def test_mask_does_not_depend_on_whether_a_tokenizer_trims_offsets():
     assert trained_text(encode(chat, trimmed), trimmed) == [" on the mat <|im_end|>"]
 
 
-@pytest.mark.parametrize("source", [
-    MARKED["chatml"].replace(" + '<|im_end|>' }}" + CLOSE, " }}" + CLOSE + OPEN + "<|im_end|>" + CLOSE),
-    MARKED["chatml"].replace("{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}"),
-])  # fmt: skip
-def test_marks_that_are_not_one_pair_a_turn_give_way_to_prefixes(source):
+def test_marks_in_pieces_and_marks_that_begin_later_than_the_turn_are_believed():
     tokenizer = make_tokenizer()
-    assert source != MARKED["chatml"]
-    assert encode(CHAT, tokenizer, template=source) == encode(CHAT, tokenizer, template=UNMARKED["chatml"])
+    pieces = MARKED["chatml"].replace(" + '<|im_end|>' }}" + CLOSE, " }}" + CLOSE + OPEN + "<|im_end|>" + CLOSE)
+    later = MARKED["chatml"].replace(OPEN, "{{ 'Well.\\n' }}" + OPEN)
+    assert pieces.count(OPEN) == 2
+    assert "Well.\non the mat" in tokenizer.apply_chat_template(TURNS, chat_template=later, tokenize=False)
+    for source in (pieces, later):
+        row = encode(CHAT, tokenizer, template=source)
+        said = trained_text(row, tokenizer)
+        assert (said, row.odd) == (["on the mat 🙂<|im_end|>", "then the cat ate<|im_end|>"], ())
+    bare = later.replace(OPEN, "").replace(CLOSE, "")
+    assert trained_text(encode(CHAT, tokenizer, template=bare), tokenizer)[1] == "Well.\nthen the cat ate<|im_end|>"
+
+
+HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
+LAST_MARKED = MARKED["chatml"].replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}")
+ASTRAY = {
+    "around the user's turns": MARKED["chatml"].replace("m.role == 'assistant'", "m.role == 'user'"),
+    "with the header, as SmolLM3's": MARKED["chatml"].replace(HEADER + "{% if m.role == 'assistant' %}" + OPEN,
+        "{% if m.role == 'assistant' %}" + OPEN + HEADER).replace("{% else %}", "{% else %}" + HEADER),
+    "with the header's line break, as TRL's for Qwen2.5": MARKED["chatml"].replace("m.role + '\n' }}", "m.role }}")
+        .replace(OPEN, OPEN + "{{ '\n' }}").replace("{% else %}", "{% else %}{{ '\n' }}"),
+    "beyond the end token, as TRL's for Phi-3": MARKED["chatml"].replace("{% endfor %}",
+        "{% endfor %}{% if not add_generation_prompt %}" + OPEN + "{{ eos_token }}" + CLOSE + "{% endif %}"),
+    "around the last turn alone": LAST_MARKED,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", ASTRAY)
+def test_marks_that_reach_out_of_the_turns_or_leave_one_out_give_way_to_prefixes(marks):
+    tokenizer, source = make_tokenizer(), ASTRAY[marks]
+    bare = source.replace(OPEN, "").replace(CLOSE, "")
+    row, unmarked = (encode(CHAT, tokenizer, template=each) for each in (source, bare))
+    theirs = tokenizer.apply_chat_template(
+        TURNS, chat_template=source, return_dict=True, return_assistant_tokens_mask=True
+    )["assistant_masks"]
+    assert any(theirs)
+    assert [bool(one) for one in theirs] != unmarked.trained, "whoever believes these marks trains something else"
+    assert (row, row.odd) == (unmarked, ("marks",))
+    assert trained_text(row, tokenizer) == ["on the mat 🙂<|im_end|>", "then the cat ate<|im_end|>"]
+
+
+def test_marks_of_turns_that_are_not_trained_are_not_asked_for():
+    tokenizer = make_tokenizer()
+    odd = [encode(CHAT, tokenizer, template=LAST_MARKED, loss_on=choice).odd for choice in ("assistant", "last")]
+    assert odd == [("marks",), ()]
+    last, unmarked = (
+        encode(CHAT, tokenizer, template=source, loss_on="last") for source in (LAST_MARKED, UNMARKED["chatml"])
+    )
+    assert last == unmarked
 
 
 @pytest.mark.parametrize(("asked", "said"), [("the", "\ue001 cat"), ("\ue000 the \ue001", "\ue001 cat \ue000")])
@@ -223,7 +267,7 @@ def test_text_that_holds_the_private_characters_is_masked_all_the_same(asked, sa
 
 def test_a_tool_call_is_no_answer_to_compare_with():
     call = {"role": "assistant", "content": "hm", "tool_calls": [{"function": {"name": "clock"}}]}
-    tokenizer = make_tokenizer(template=UNMARKED["chatml"])
+    tokenizer = make_tokenizer(template=UNMARKED["chatml"].replace("{{ m.content", "{{ m.tool_calls }}{{ m.content"))
     assert encode(Chat(TURNS[:2]), tokenizer).answer == "on the mat 🙂"
     row = encode(Chat([TURNS[0], call]), tokenizer)
     assert (row.prompt, row.answer) == (None, None)
@@ -272,8 +316,10 @@ def test_answer_that_opens_a_chat_needs_markers():
     tokenizer = make_tokenizer()
     said = trained_text(encode(greeting, tokenizer, template=MARKED["chatml"]), tokenizer)
     assert said == ["then<|im_end|>", "on the mat 🙂<|im_end|>"]
-    with pytest.raises(DataError, match="opens with an assistant turn"):
-        encode(greeting, tokenizer, template=UNMARKED["chatml"])
+    astray = ASTRAY["around the user's turns"]
+    for chat, source in [(greeting, UNMARKED["chatml"]), (greeting, astray), (Chat(greeting.messages[:2]), astray)]:
+        with pytest.raises(DataError, match="opens with an assistant turn"):
+            encode(chat, tokenizer, template=source)
 
 
 def test_refusal_by_a_template_is_an_error_of_the_row():
@@ -433,6 +479,24 @@ def test_rows_that_train_nothing_are_counted_and_a_set_of_them_is_refused():
         encode_rows([LONG], tokenizer, max_tokens=4)
 
 
+def test_a_pair_whose_answers_differ_only_where_they_are_cut_is_counted_and_left_out():
+    tokenizer = make_tokenizer()
+    long = Preference(
+        Completion("the", " cat sat on the mat, and then"), Completion("the", " cat sat on the mat, and ate")
+    )
+    (whole,) = encode_rows([long], tokenizer, max_tokens=64).rows
+    kept = min(n for n in range(64) if whole.input_ids[:n] != whole.other.input_ids[:n])
+    short = Preference(Completion("the", " cat"), Completion("the", " mat"))
+    for max_tokens, counts in ((kept, (2, 0)), (kept - 1, (1, 1))):
+        rows = encode_rows([long, short], tokenizer, max_tokens=max_tokens, over_length="truncate")
+        assert (rows.counts.rows, rows.counts.no_trained) == counts
+        assert rows.counts.truncated == 1
+    with pytest.raises(
+        DataError, match=r"1 have no trained token \(see data.loss_on\) or two answers that are the same"
+    ):
+        encode_rows([long], tokenizer, max_tokens=kept - 1, over_length="truncate")
+
+
 def test_tokens_and_lengths_that_the_model_has_not_are_refused():
     tokenizer = make_tokenizer()
     highest = max(encode(SHORT, tokenizer).input_ids)
@@ -477,11 +541,28 @@ def test_format_is_found_by_the_columns(row, example):
     assert found.where == "f.jsonl:3"
 
 
+def test_a_null_column_is_none_in_a_table_of_several_formats():
+    asked = {"messages": None, "conversations": None, "prompt": "a", "completion": "b", "text": None}
+    assert read_row(asked, "f:1") == Completion("a", "b")
+    chat = {"messages": TURNS[:2], "prompt": None, "completion": None}
+    assert read_row(chat, "f:1") == Chat(TURNS[:2])
+    answers = {"prompt": "a", "messages": None, "completion": "b", "label": True, "chosen": None, "rejected": None}
+    assert read_row(answers, "f:1", task="kto") == Labelled(Completion("a", "b"), True)
+    with pytest.raises(DataError, match=r"^f:1: column 'messages' is null"):
+        read_row(dict.fromkeys(asked), "f:1")
+
+
 def test_tool_calls_and_other_keys_of_a_message_survive_and_nulls_go():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock"}}], "name": None}
     chat = read_row({"messages": [TURNS[0], call], "tools": [{"name": "clock"}]}, "f:1")
     assert chat.messages[1] == {"role": "assistant", "tool_calls": call["tool_calls"]}
     assert chat.tools == [{"name": "clock"}]
+
+
+@pytest.mark.parametrize("label", [True, "true", 0, 1, None, "no"])
+def test_a_label_that_does_not_call_an_answer_bad_is_nobodys_business(label):
+    assert read_row({"prompt": "a", "completion": "b", "label": label}, "f:1") == Completion("a", "b")
+    assert read_row({"text": "a", "label": False}, "f:1") == Text("a"), "nor is the class of a text"
 
 
 def test_mapped_columns_name_the_format():
@@ -505,6 +586,8 @@ def test_mapped_columns_name_the_format():
         ({"prompt": "a", "completion": ""}, {}, "completion is empty: nothing to learn from"),
         ({"text": "\ud83d"}, {}, "half of a surrogate pair"),
         ([1], {}, r"found a list \(\[1\]\), wanted an object"),
+        ({"prompt": "a", "completion": "b", "label": False}, {}, "column 'label' is false: .* or set train.task=kto"),
+        ({"messages": TURNS, "label": "False"}, {"task": "pretrain"}, "column 'label' is false: the answer is one"),
         ({"messages": "hi"}, {}, "column 'messages' is text"),
         ({"messages": []}, {}, "holds no turns"),
         ({"messages": [{"role": "user", "content": "hi"}]}, {}, "no assistant turn"),
@@ -594,6 +677,34 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"not a table")
     with pytest.raises(DataError, match=r"bad.parquet: not Parquet that can be read, after row 0: "):
         load_rows(tmp_path / "bad.parquet")
+
+
+def test_a_key_or_a_column_that_is_there_twice_is_refused_by_its_place(tmp_path):
+    lines = ['{"text": "the"}\n', '{"prompt": "a", "completion": "x", "completion": "y"}\n']
+    nested = '[{"messages": [{"role": "user", "content": "a", "content": "b"}]}]'
+    columns = pyarrow.table([["a"], ["x"], ["y"]], names=["prompt", "completion", "completion"])
+    parquet.write_table(columns, tmp_path / "c.parquet")
+    for path, fault in (
+        (write(tmp_path / "a.jsonl", *lines), ":2: the key 'completion' is there twice ('x' and 'y'): keep one"),
+        (write(tmp_path / "b.json", nested), ": the key 'content' is there twice ('a' and 'b'): keep one"),
+        (tmp_path / "c.parquet", ": the column 'completion' is there twice"),
+        (write(tmp_path / "d.csv", "text,text\n"), ":1: the column 'text' is there twice"),
+    ):
+        with pytest.raises(DataError) as refused:
+            load_rows(path)
+        assert str(refused.value) == f"{path}{fault}"
+    faults = Faults()
+    assert load_rows(tmp_path / "a.jsonl", faults=faults) == [Text("the")]
+    assert (faults.count, faults.hides_rows) == (1, False)
+
+
+def test_line_ends_of_every_kind_and_marks_in_the_middle_stand_in_a_csv_as_they_are(tmp_path):
+    path = tmp_path / "a.csv"
+    for end in ("\n", "\r\n", "\r"):
+        path.write_text(end.join(["\ufefftext", '"the\r\ncat\r\n\ufeff"', "\ufeff\u2028sat", '"on']), newline="")
+        faults = Faults()
+        assert load_rows(path, faults=faults) == [Text("the\r\ncat\r\n\ufeff"), Text("\ufeff\u2028sat")]
+        assert faults.shown == [f"{path}:6: not CSV: unexpected end of data"]
 
 
 def test_csv_rows_of_another_width_are_faults(tmp_path):

@@ -25,7 +25,7 @@ from qlora_kit.memory import CATEGORIES, Ledger
 from qlora_kit.plan import dry_run, plan_methods
 from qlora_kit.plan.depths import Shallow, count_layers, find_shallow, peaks, role, shallow_depths, with_depth
 from qlora_kit.plan.fake import fake_run, train_once
-from qlora_kit.recipe import Memory, read_recipe
+from qlora_kit.recipe import Lora, Memory, read_recipe
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.pace import Pace
@@ -75,11 +75,17 @@ def full_run(config, work, monkeypatch):
     with monkeypatch.context() as patch:
         whole = Shallow(Blocks.of(work.activations, count_layers(config, "causal")))
         patch.setattr(dry_run_room, "find_shallow", lambda *_: whole)
+        patch.setattr(dry_run_room, "_REMEMBERED", {})  # or the shallow runs would be held against themselves
         return dry_run(config, work)
 
 
 FULL = {"quantization": Quantization("none"), "lora": None, "optimizer": "adamw_32bit", "master_weights": "none",
         "dtype": torch.bfloat16}  # fmt: skip
+
+
+WIDE = LlamaConfig(**{**DEEP, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16})
+"""Of two layers all parameters are 5 M, of all 40 M."""
+MASTERS = {"master_weights": "fp32", "dtype": torch.bfloat16}
 
 
 def slow(*values):
@@ -95,6 +101,9 @@ def slow(*values):
         (LLAMA, {"activations": Blocks(0, 7, keep=5)}),
         (GEMMA, {"activations": "recompute"}),
         (MOE, {"activations": "recompute", **FULL}),
+        (WIDE, {"activations": "recompute", **FULL, "master_weights": "stochastic"}),
+        (WIDE, {"activations": "recompute", **FULL, **MASTERS}),
+        slow(WIDE, {"activations": "recompute", "lora": Lora(rank=256), **MASTERS}),
         slow(LLAMA, {"activations": "recompute", "accumulation": 2}),
         slow(LLAMA, {"activations": "offload", "on_card": True}),
         slow(LLAMA, {"activations": "recompute", **FULL}),

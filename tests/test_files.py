@@ -104,6 +104,13 @@ def test_a_damaged_config_is_named_by_its_path(folder, config, said):
     assert said in message
 
 
+@pytest.mark.parametrize("config", ["{", "[]", "null"])
+def test_a_damaged_generation_config_is_named_by_its_path(folder, config):
+    check_model_folder(folder)
+    (folder / "generation_config.json").write_text(config)
+    assert str(folder / "generation_config.json") in refusal(folder)
+
+
 def test_an_adapter_given_as_a_base_is_told_apart(folder):
     (folder / "config.json").rename(folder / "adapter_config.json")
     assert "is an adapter" in refusal(folder)

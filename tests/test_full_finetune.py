@@ -29,7 +29,7 @@ from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
-from qlora_kit.train.optim import LIFTED_ELEMENTS, AdapterOptimizer
+from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.pace import Pace
 from qlora_kit.watch import Watch
 
@@ -182,8 +182,7 @@ def test_a_resumed_full_fine_tune_equals_an_unbroken_one_bit_for_bit(work, tmp_p
     (False, {"activations": "recompute", "dtype": torch.bfloat16, "master_weights": "fp32",
              "optimizer": "adamw_8bit"}),
 ], ids=["fp32, kept", "bf16, tied, kept", "torch's AdamW, tied, recomputed", "masters, recomputed"])  # fmt: skip
-def test_the_planned_step_is_the_real_one_to_the_byte(is_tied, changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_kit.train.optim.LIFTED_ELEMENTS", 2**12)  # a small part of this model, as of a large one
+def test_the_planned_step_is_the_real_one_to_the_byte(is_tied, changes, tmp_path):
     work = replace(WORK, accumulation=2, **changes)
     planned = dry_run(config(is_tied=is_tied), work)
     job = job_of(trainable(config(is_tied=is_tied), work), tmp_path, work)
@@ -246,10 +245,10 @@ def test_parameters_are_lifted_some_at_a_time_and_each_to_the_same_bits(monkeypa
         return [parameter.detach().clone() for _, parameter in parameters], ledger.peak()
 
     for masters in ("fp32", "stochastic"):
-        together, high = stepped(masters)
-        monkeypatch.setattr("qlora_kit.train.optim.LIFTED_ELEMENTS", 64)
         apart, low = stepped(masters)
-        monkeypatch.setattr("qlora_kit.train.optim.LIFTED_ELEMENTS", LIFTED_ELEMENTS)
+        with monkeypatch.context() as patch:
+            patch.setattr("qlora_kit.train.optim._cut", lambda pairs: [pairs])
+            together, high = stepped(masters)
         assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
         assert low < high
 

@@ -132,6 +132,9 @@ def test_whose_memory_ran_out_is_told_by_kind_and_words():
     assert whose_memory_ran_out(fails(lambda: torch.empty(2**60, dtype=torch.uint8))) == "host"
     assert whose_memory_ran_out(fails(lambda: bytearray(2**60))) == "host"
     assert whose_memory_ran_out(fails(lambda: mmap.mmap(-1, 2**60))) == "host"
+    for words in ("could not create a primitive", "could not create a memory object", "could not execute a primitive"):
+        assert whose_memory_ran_out(RuntimeError(words)) == "host", "oneDNN's"
+    assert whose_memory_ran_out(RuntimeError("could not create a primitive descriptor for a matmul primitive")) is None
     assert whose_memory_ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) == "device"
     assert whose_memory_ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it")) == "device"
     assert whose_memory_ran_out(fails(lambda: torch.ones(2) @ torch.ones(3))) is None

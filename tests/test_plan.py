@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BertConfig,
+    FalconH1Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -23,6 +24,10 @@ from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.architecture import build_model
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
+from qlora_kit.errors import ModelError
+from qlora_kit.export import rehearse_merge
+from qlora_kit.export.plain import export_merged
+from qlora_kit.export.stream import SLICE_ELEMENTS
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
 from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_methods
@@ -268,6 +273,20 @@ def test_transformers_asks_its_own_questions_again_even_after_a_failed_plan():
     assert type(torch.zeros(1)) is torch.Tensor
 
 
+def test_a_layer_whose_weight_the_model_reads_itself_is_named_and_may_be_left_as_it_is():
+    sizes = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    config = FalconH1Config(**{**tiny.LLAMA, **SHAPE}, **sizes)
+    work = replace(WORK, accumulation=1, eval_shape=None)
+    with pytest.raises(ModelError, match=r"falcon_h1 multiplies by the weight of out_proj itself.* base\.skip"):
+        dry_run(config, work)
+    with pytest.raises(
+        ModelError, match=r"the weight of out_proj itself"
+    ):  # of the quantised layer, without an adapter
+        dry_run(config, replace(work, lora=Lora(rank=8, targets=["q_proj"])))
+    left = replace(work, lora=Lora(rank=8, targets=["q_proj", "in_proj"]), skip=("out_proj",))
+    assert dry_run(config, left)["parameters"]["quantized"] > 0
+
+
 class _Broken(tuple):
     def __iter__(self):
         raise KeyError
@@ -467,3 +486,19 @@ def test_in_a_container_what_is_free_is_what_its_limit_leaves(limit, is_lower, t
         assert available_bytes(torch.device("cpu")) == 10**9
     else:
         assert available_bytes(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+def test_the_planned_export_takes_the_bytes_of_the_real_one(kind, tmp_path):
+    model = tiny.quantized(tiny.llama(hidden_size=768, intermediate_size=3072, num_hidden_layers=3), kind)
+    add_lora(model, rank=4)
+    ledger = Ledger()
+    ledger.adopt(model)
+    held = ledger.peak()
+    with ledger.watch("export"):
+        export_merged(model, None, tmp_path / "out", dtype="bfloat16")
+    measured = ledger.peak_by_phase()["export"]
+    assert measured > held + 3 * 2 * SLICE_ELEMENTS, "matrices leave in slices, of which several stand"
+    work = replace(WORK, quantization=Quantization(kind), lora=Lora(rank=4), dtype=torch.float32)
+    planned = dry_run(model.config, work, {"export": rehearse_merge})["peak_by_phase"]["export"]
+    assert 0 <= planned - measured < 1024, "scalars of the run"

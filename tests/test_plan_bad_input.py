@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_kit.base import Quantization
@@ -176,6 +176,32 @@ def test_a_budget_below_the_weights_says_what_they_take_and_plans_no_step(settin
     result = call(model_folder(tmp_path, LARGE), *settings)
     assert_mistake(result, *words, code=3)
     assert "{" not in result.stdout
+
+
+@pytest.mark.parametrize("settings", [
+    ["--budget", "2GiB"], ["--budget", "4GiB", "base.quantization=none"],
+    ["--budget", "8GiB", "base.quantization=none", "train.full_finetune=true"],
+])  # fmt: skip
+def test_no_setting_is_advised_with_which_the_weights_would_still_be_above_the_budget(settings, tmp_path):
+    result = call(model_folder(tmp_path, LARGE), *settings)
+    assert_mistake(result, "raise the budget, or take a smaller base", code=3)
+
+
+def test_adapters_are_advised_where_only_all_weights_in_16_bits_are_above_the_budget(tmp_path):
+    result = call(model_folder(tmp_path, LARGE), "--budget", "8GiB", "train.full_finetune=true")
+    assert_mistake(result, "alone take 15.0 GiB", "set train.full_finetune=false", code=3)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "bloom"])
+def test_a_family_without_sdpa_takes_eager_and_says_so(kind, tmp_path):
+    sound = AutoConfig.for_model(kind, **{**tiny.LLAMA, "head_dim": 16, "n_head": 4, "n_layer": 2}).to_dict()
+    result = call(model_folder(tmp_path, sound))
+    assert isinstance(result.exception, PlannedError), result.output
+    assert f"transformers has no sdpa for a {kind}: base.attention is eager here" in result.stderr + result.stdout
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SOUND))
+    assert "eager" not in call(folder).output
 
 
 def test_a_budget_of_just_the_weights_goes_on_to_the_plan(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from rich.console import Console
 from safetensors.torch import save_file
-from test_data import END, TURNS, UNMARKED, make_tokenizer, write
+from test_data import ASTRAY, END, MARKED, TURNS, UNMARKED, make_tokenizer, write
 from tiny import llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +31,7 @@ from qlora_kit.data import (
     Chat,
     Completion,
     EncodedSet,
+    Preference,
     Room,
     Sampler,
     Text,
@@ -230,6 +231,40 @@ def test_two_bos_are_named():
     assert kinds([twice], tokenizer) == {}
     tokenizer = make_tokenizer(template="{{ bos_token }}" + UNMARKED["llama3"])
     assert kinds([twice], tokenizer)["two_bos"].rows == ["f.jsonl:2"]
+
+
+def test_marks_of_a_template_that_are_not_believed_are_told_of_once_for_all_rows():
+    rows = [Chat([{"role": "user", "content": f"the cat {n}"}, TURNS[1]], where=f"f.jsonl:{n}") for n in range(1, 6)]
+    assert kinds(rows, make_tokenizer(template=MARKED["chatml"])) == {}
+    astray = make_tokenizer(template=ASTRAY["around the user's turns"])
+    found = kinds(rows, astray)
+    assert (found.keys(), found["marks"].is_for_runs) == ({"marks"}, True)
+    assert kinds(rows_named(1), astray, rows[:1])["marks"].text.startswith("1 held-out row of which")
+    assert str(found["marks"]) == (
+        "5 rows of which the chat template's generation marks hold other than the assistant's answers: they are not "
+        "used, and what follows each prompt is learnt (see data.template): f.jsonl:1; f.jsonl:2; f.jsonl:3; and 2 more"
+    )
+
+
+def test_parts_of_chats_that_the_template_does_not_write_are_told_of():
+    call = {"role": "assistant", "content": "hm", "tool_calls": [{"function": {"name": "clock"}}]}
+    odd = {
+        "system": Chat([{"role": "system", "content": "in Latin"}, *TURNS], where="f.jsonl:1"),
+        "tools": Chat(TURNS, [{"name": "clock"}], where="f.jsonl:2"),
+        "tool_calls": Chat([TURNS[0], call, *TURNS[2:]], where="f.jsonl:3"),
+    }
+    deaf = make_tokenizer(template=UNMARKED["chatml"].replace("in messages", "in messages if m.role != 'system'"))
+    assert kinds([Chat(TURNS)], deaf) == {}
+    for kind, chat in odd.items():
+        found = kinds([chat], deaf, loss_on="last")
+        assert (found.keys(), found[kind].rows, found[kind].is_for_runs) == ({kind}, [chat.where], True)
+    assert str(kinds([odd["system"]], deaf)["system"]) == (
+        "1 row with a system text that the chat template does not write: answers are learnt without it "
+        "(see data.template): f.jsonl:1"
+    )
+    asked, chosen, rejected = TURNS[0], TURNS[1], {**TURNS[1], "content": "hm"}
+    pair = Preference(*(Chat([asked, each], [{"name": "clock"}]) for each in (chosen, rejected)), where="f.jsonl:4")
+    assert kinds([pair], deaf)["tools"].rows == ["f.jsonl:4"], "once, though both answers have them"
 
 
 def test_rows_that_say_the_same_are_named_with_the_first_of_them():

@@ -1,6 +1,7 @@
 """Recipes: what is read, what is refused and in which words, where paths point, and the recipes that are shipped."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ data:
 train:
   task: sft
   epochs: 1
+  tokens: null
   steps: null
   micro_batch: auto
   accumulation: auto
@@ -225,12 +227,12 @@ def test_section_with_all_its_keys_commented_out_keeps_its_defaults(read):
 
 @pytest.mark.parametrize(
     ("written", "number"),
-    [("2e-4", 2e-4), ("1e5", 1e5), ("1E-3", 1e-3), ("+.5", 0.5), ("1.", 1.0), ("010", 10), ("3", 3), ("0x10", 16),
+    [("2e-4", 2e-4), ("1e2", 1e2), ("1E-3", 1e-3), ("+.5", 0.5), ("1.", 1.0), ("010", 10), ("3", 3), ("0x10", 16),
      ("0o17", 15), ("-0.0e1", None), ("12:30", None), ("1_000", None), ("1e", None), ("2e-4x", None), ("'3'", None)],
 )  # fmt: skip
 def test_numbers_are_those_of_yaml_1_2(read, written, number):
     if number is None:
-        with pytest.raises(RecipeError, match=r"train\.lr must be a number above 0 or auto"):
+        with pytest.raises(RecipeError, match=r"train\.lr must be a number above 0 up to 1000 or auto"):
             read(MINIMAL, f"train.lr={written}")
     else:
         assert read(MINIMAL, f"train.lr={written}").train.lr == number
@@ -274,6 +276,13 @@ def test_override_values_are_yaml(read):
     assert recipe.lora.targets == ["q_proj", "v_proj"]
     assert recipe.lora.rank_pattern == {"q_proj": 8, "re:model.layers.0": 4}
     assert (recipe.lora.alpha, recipe.base.revision, recipe.train.schedule) == (2.5, None, "cosine")
+
+
+@pytest.mark.parametrize("key", ["train.lr", "lora.lr_ratio"])
+def test_a_rate_that_no_dtype_of_a_run_could_hold_is_refused(read, key):
+    assert value_at(read(MINIMAL, f"{key}=1000"), key) == 1000
+    with pytest.raises(RecipeError, match=rf"{re.escape(key)} must be a number above 0 up to 1000.*, found 1e38"):
+        read(MINIMAL, f"{key}=1e38")
 
 
 def test_overrides_alone_can_give_what_has_no_default(read):
@@ -341,7 +350,7 @@ memory:
             "recipe.yaml:17: data.train[2] must be a file, a folder, a hub id or a mapping of path, split, format, "
             "columns, weight, found 5",
             "recipe.yaml:19: train.task must be sft, pretrain, classify, dpo, ipo, orpo or kto, found 'sleep'",
-            "recipe.yaml:20: train.lr must be a number above 0 or auto, found -1",
+            "recipe.yaml:20: train.lr must be a number above 0 up to 1000 or auto, found -1",
             "recipe.yaml:21: loar is not a key (did you mean lora?)",
             "recipe.yaml:23: memory.budget must be a size above 0 with its unit (24GiB) or null, found 24",
             "override lora.rnak=32: lora.rnak is not a key (did you mean lora.rank?)",
@@ -411,6 +420,7 @@ def test_familiar_names_lead_to_keys_that_exist():
         ("train.lr", "0 -1e-4 -.inf .nan 1e400 fast", "1e-4 1 auto"),
         ("train.epochs", "0 -1 .nan auto null", "0.1 3"),
         ("train.steps", "0 -5 1.5 auto", "1 null"),
+        ("train.tokens", "0 -5 1e6 auto", "1000000 null"),
         ("train.micro_batch", "0 1.0 null", "1 auto"),
         ("train.accumulation", "0 -2 true", "16 auto"),
         ("train.warmup", "-0.01 1.01 10 .nan", "0 1 0.5"),
@@ -691,7 +701,7 @@ VALUES = {
         "epochs": NUMBERS,
         "steps": st.none() | COUNTS,
         "micro_batch": COUNTS | AUTO,
-        "lr": NUMBERS | AUTO,
+        "lr": st.floats(min_value=0, max_value=1000, exclude_min=True) | AUTO,
         "warmup": st.floats(0, 1),
         "seed": st.integers(0, 2**32 - 1),
         "trackers": st.lists(st.sampled_from(["wandb", "mlflow"])),

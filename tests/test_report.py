@@ -815,6 +815,8 @@ def test_a_run_that_ended_worse_than_its_base_or_early_says_so_first(run):
     plan = json.loads((run / "plan.json").read_text())
     (run / "plan.json").write_text(json.dumps(plan | {"steps": 90}))
     assert report_facts(read_run(run))["verdict"].startswith("Stopped early, at step 60 of 90.")
+    (run / "scores.json").unlink()
+    assert report_facts(read_run(run))["verdict"].startswith("Not finished: step 60 of 90 is its last.")
 
 
 def test_what_is_kept_is_read_from_the_folder(run):
@@ -965,6 +967,30 @@ def test_runs_of_the_same_recipe_and_of_other_rows_are_told(three):
     assert comparison_text(compare_runs(three)).endswith("The recipes are the same.")
     (three[0] / "recipe.yaml").write_text(recipe(model="gpt2"))
     assert "compare losses with care" in " ".join(comparison_text(compare_runs(three)).split())
+
+
+def test_losses_are_compared_within_a_task_and_memory_among_all(three):
+    assert comparison_text(compare_runs(three)).split()[0] == "loss"
+    assert "lowest held-out loss: run-1" in render_comparison(compare_runs(three))
+    for folder in three[:2]:
+        text = (folder / "recipe.yaml").read_text().partition("train:")[0]
+        (folder / "recipe.yaml").write_text(f"{text}train:\n  task: dpo\n  lr: 2e-4\n")
+    page, text = (make(compare_runs(three)) for make in (render_comparison, comparison_text))
+    assert re.findall(r"<strong>(.*?)</strong><span>(.*?)</span>", page) == [
+        ("1.100", "lowest held-out loss of dpo: run-1"),
+        ("43.8 %", "most exact matches: run-0"),
+        ("7.00 GiB", "smallest measured peak: run-2"),
+    ]
+    curves = {
+        drawing.find("title").text: [node.get("class") for node in drawing.iter("path")] for drawing in drawings(page)
+    }
+    assert curves["Evaluation loss of dpo over steps"] == ["line run-0", "line run-1"]
+    assert curves["Evaluation loss of sft over steps"] == ["line run-2"]
+    assert curves["Throughput over steps, smoothed"] == ["line run-0", "line run-1", "line run-2"]
+    said = "The losses of dpo and sft are different sums: compare each with its own."
+    assert said in page
+    assert said in " ".join(text.split())
+    assert [line.split()[1] for line in text.splitlines()[:5] if line.startswith("run")] == ["dpo", "dpo", "sft"]
 
 
 def test_runs_of_one_name_are_told_apart_and_a_run_is_given_once(tmp_path):

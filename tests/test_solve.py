@@ -9,16 +9,17 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
-from qlora_kit.errors import RecipeError
+from qlora_kit.errors import FitError, RecipeError
 from qlora_kit.plan import Workload, dry_run, plan_methods
-from qlora_kit.plan.cards import TOTAL_MIB, find_card
+from qlora_kit.plan.cards import TOTAL_MIB, WITHOUT_BF16, find_card
 from qlora_kit.plan.choose import Workloads
 from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
 from qlora_kit.plan.solve import Choices, Estimate, Setting, _more, solve
 from qlora_kit.recipe import read_recipe
+from qlora_kit.run import check_budget, plan_memory
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
-from qlora_kit.units import GIB
+from qlora_kit.units import GIB, format_bytes
 
 MIB = 2**20
 
@@ -234,26 +235,61 @@ def test_a_quantised_head_is_planned_where_the_recipe_asks_for_it():
 @pytest.mark.parametrize(("name", "card"), [
     ("4090", "RTX 4090"), ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("4060ti", "RTX 4060 Ti"),
     ("4060 Ti 16gb", "RTX 4060 Ti 16GB"), ("A100-SXM4-80GB", "A100 80GB"), ("h100", "H100 80GB"), ("t4", "T4"),
-    ("Tesla T4", "T4"), ("RTX 3090", "RTX 3090"), ("3090 ti", "RTX 3090 Ti"), ("l40s", "L40S"),
+    ("Tesla T4", "T4"), ("RTX 3090", "RTX 3090"), ("3090 ti", "RTX 3090 Ti"), ("l40s", "L40S"), ("a10g", "A10G"),
+    ("RTX 4060 Ti 16 GB", "RTX 4060 Ti 16GB"), ("4060ti16gb", "RTX 4060 Ti 16GB"), ("4060-ti-8gib", "RTX 4060 Ti"),
+    ("4070tisuper", "RTX 4070 Ti Super"), ("a100-80g", "A100 80GB"), ("RTX 4090 24GB", "RTX 4090"), ("A10 24GB", "A10"),
+    ("NVIDIA H100 80GB HBM3", "H100 80GB"), ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+    ("Tesla V100-SXM2-32GB", "V100 32GB"), ("H200 141 GB HBM3e", "H200"), ("gtx 1080", "GTX 1080"),
+    ("quadro rtx 6000", "Quadro RTX 6000"), ("rtx4090laptop", "RTX 4090 Laptop"),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", "RTX 4090 Laptop"),
+    ("NVIDIA GeForce RTX 5070 Ti Laptop GPU", "RTX 5070 Ti Laptop"),
+    ("NVIDIA GeForce RTX 3050 6GB Laptop GPU", "RTX 3050 Laptop 6GB"), ("3050 laptop", "RTX 3050 Laptop"),
 ])  # fmt: skip
 def test_a_card_is_known_by_any_of_its_names(name, card):
     found = find_card(name)
     assert found.name == card
     assert found.usable_bytes == TOTAL_MIB[card] * MIB - CUDA_RESERVE_BYTES
-    assert found.compute_dtype == ("float16" if card == "T4" else "bfloat16")
+    assert found.compute_dtype == ("float16" if card in WITHOUT_BF16 else "bfloat16")
 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("A100", "A100 40GB, A100 80GB; write which"), ("RTX 9990", "nearest: RTX"), ("", "nearest"), ("gpu", "nearest"),
+    ("3080 laptop", "RTX 3080 Laptop 8GB, RTX 3080 Laptop 16GB; write which"), ("24GB", "nearest"),
+    ("RTX 6000", "nearest: Quadro RTX 6000, RTX 6000 Ada;"), ("4050", "nearest: RTX 4050 Laptop;"),
+    ("RTX 4090 16GB", "nearest: RTX 4090, RTX 4090 Laptop;"), ("RTX 4090 Mobile", "nearest: .*RTX 4090"),
+    ("H100 NVL", "nearest: H100"),
 ])  # fmt: skip
 def test_a_card_that_is_none_names_the_nearest(name, message):
     with pytest.raises(RecipeError, match=message):
         find_card(name)
 
 
+def test_a_card_of_a_laptop_has_no_more_than_its_namesake():
+    laptops = [name for name in TOTAL_MIB if "Laptop" in name]
+    assert len(laptops) > 10
+    for name in laptops:
+        desktop = TOTAL_MIB.get(name.partition(" Laptop")[0])
+        assert desktop is None or TOTAL_MIB[name] <= desktop or name in ("RTX 3080 Laptop 16GB", "RTX 3080 Ti Laptop")
+
+
 def test_every_card_of_the_table_finds_itself():
     for name in TOTAL_MIB:
         assert dataclasses.astuple(find_card(name))[0] == name
+
+
+def test_a_budget_below_the_evaluation_says_what_training_alone_takes(tmp_path):
+    tiny.llama(**SIZES).config.save_pretrained(tmp_path)
+    words = [f"base.model={tmp_path}", f"data.train={tmp_path / 'none.jsonl'}", "data.max_tokens=32",
+             "train.micro_batch=1", "memory.activations=recompute"]  # fmt: skip
+    held, none = (plan_memory(read_recipe("default", [*words, *more])) for more in ((), ["data.eval=null"]))
+    phases = held["methods"]["qlora"]["peak_by_phase"]
+    others = max(peak for phase, peak in phases.items() if phase != "evaluate")
+    assert phases["evaluate"] > others, "16 held-out rows stand side by side"
+    with pytest.raises(FitError, match=f"training {format_bytes(others)}: .*set data.eval=null"):
+        check_budget({**held, "budget": 1000})
+    with pytest.raises(FitError) as told:
+        check_budget({**none, "budget": 1000})
+    assert "data.eval" not in str(told.value)
 
 
 @pytest.mark.slow

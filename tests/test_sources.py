@@ -23,12 +23,14 @@ from qlora_kit.data import (
     Completion,
     Encoded,
     EncodedSet,
+    Faults,
     RowTable,
     cache,
     encode_rows,
     full_packs,
     lengths_of,
     load_rows,
+    open_sources,
     remarks_on,
 )
 from qlora_kit.errors import DataError, RecipeError
@@ -170,6 +172,19 @@ def test_held_out_rows_may_be_a_folder(recipe):
     assert len(found.train.rows) == 30
 
 
+def test_files_of_a_folder_that_are_not_read_are_named(recipe):
+    folder = recipe.parent / "rows"
+    (folder / "more").mkdir(parents=True)
+    write(folder / "a.jsonl", *SMALL)
+    for verb in ("preview", "plan"):
+        assert "not read" not in call(verb, recipe, f"data.train={folder}").output
+    for name in ("b.jsonl.gz", "more/rows", ".hidden"):
+        (folder / name).write_text("rows")
+    note = f"note: {folder}: 2 files not read, of another ending than .jsonl, .json, .csv, .parquet, .txt, .md: "
+    for verb in ("preview", "plan"):
+        assert call(verb, recipe, f"data.train={folder}").output.count(f"{note}b.jsonl.gz, more/rows\n") == 1
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The library as it is, with a folder for the hub: what was asked of it is in the list."""
@@ -299,6 +314,19 @@ def test_rows_in_a_table_take_no_memory_by_their_number(tmp_path):
     assert taken["list"] > 15 * tokens, "a pointer for each id and each mark"
     # Left are two numbers for the table, and what the first of the rows brought in.
     assert taken["table"] < 2 * tokens
+
+
+def test_a_table_of_text_is_read_row_by_row_and_takes_no_memory_by_its_size(tmp_path):
+    cell, taken = "the cat sat on the mat " * 40, {}
+    for rows in (10, 3000):
+        path = write(tmp_path / f"{rows}.csv", "text\n", *[f'"{cell}\n{n}"\n' for n in range(rows)])
+        tracemalloc.start()
+        (reader,) = open_sources(path)
+        assert sum(1 for _ in reader.read(Faults())) == rows
+        taken[rows] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert path.stat().st_size > 2_000_000
+    assert taken[3000] < taken[10] + 200_000
 
 
 # ---- the cache -----------------------------------------------------------------------------------------------------

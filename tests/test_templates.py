@@ -374,6 +374,80 @@ def test_a_prompt_that_no_turn_begins_with_is_refused():
         thinking(odd, "keep", SAID)
 
 
+# ---- what a template leaves out --------------------------------------------------------------------------------------
+
+LOOKS = [
+    ASKED,
+    {"role": "assistant", "content": "Let me look.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "9"},
+]
+RULELESS = replace(
+    FAMILIES["phi4"], source=FAMILIES["phi4"].source.replace("in messages -%}", "in messages if m.role != 'system' -%}")
+)
+EITHER = replace(  # writes calls where there are no words
+    FAMILIES["qwen2.5"],
+    source=FAMILIES["qwen2.5"].source.replace("in m.tool_calls", "in not m.content and m.tool_calls"),
+)
+
+
+def odd_of(family, messages, tools=None, **options):
+    return [row.odd for row in encode_turns(Chat(messages, tools), tokenizer_of(family), **options)]
+
+
+@pytest.mark.parametrize(("name", "chat"), CASES)
+def test_nothing_is_said_of_what_a_template_writes_in_whatever_place(name, chat):
+    assert {row.odd for row in encoded(name, chat)[1]} == {()}
+
+
+def test_a_call_that_the_template_leaves_out_would_teach_another_answer_and_is_refused():
+    text = tokenizer_of(FAMILIES["phi4"]).apply_chat_template(LOOKS, tokenize=False)
+    assert ("Let me look." in text, "clock" in text) == (True, False)
+    wanted = r"^f:1: .*leaves out the tool calls of turn 2.*name a template that writes them with data\.template=FILE"
+    with pytest.raises(DataError, match=wanted):
+        encode_rows([Chat([*LOOKS, SAID], where="f:1")], tokenizer_of(FAMILIES["phi4"]))
+
+
+def test_a_call_is_missed_though_others_of_the_chat_are_written():
+    silent = [ASKED, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "9"}]
+    assert encode_turns(Chat([*silent, SAID]), tokenizer_of(EITHER))
+    with pytest.raises(DataError, match="leaves out the tool calls of turn 5"):
+        encode_turns(Chat([*silent, SAID, *LOOKS[1:], SAID]), tokenizer_of(EITHER))
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+def test_calls_that_are_left_out_before_what_is_learnt_are_told_of(loss_on):
+    assert odd_of(FAMILIES["qwen2.5"], [*LOOKS, SAID], loss_on=loss_on) == [()]
+    assert odd_of(FAMILIES["phi4"], [*LOOKS, SAID], loss_on=loss_on) == [("tool_calls",)]
+
+
+def test_tools_that_are_left_out_are_told_of_in_every_row_of_the_chat():
+    assert odd_of(FAMILIES["qwen2.5"], CHATS["multi"], TOOLS) == [()]
+    assert odd_of(FAMILIES["phi4"], CHATS["multi"], TOOLS) == [("tools",)]
+    assert odd_of(FAMILIES["deepseek"], CHATS["multi"], TOOLS) == [("tools",)] * 2
+    assert odd_of(FAMILIES["phi4"], CHATS["multi"], []) == [()]
+
+
+def test_a_system_text_that_is_left_out_is_told_of():
+    assert SYSTEM["content"] not in tokenizer_of(RULELESS).apply_chat_template(CHATS["system"], tokenize=False)
+    assert odd_of(RULELESS, CHATS["system"]) == [("system",)]
+    assert odd_of(RULELESS, [{"role": "system", "content": " "}, ASKED, SAID]) == [()], "there is nothing to leave out"
+
+
+def test_a_system_text_like_the_one_that_a_template_has_for_itself_is_written():
+    tokenizer, own = tokenizer_of(FAMILIES["qwen2.5"]), [{"role": "system", "content": "You help."}, ASKED, SAID]
+    with_it, without = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in (own, own[1:]))
+    assert with_it == without
+    assert odd_of(FAMILIES["qwen2.5"], own) == [()]
+
+
+def test_a_template_that_refuses_a_chat_without_a_part_has_it():
+    refusal = "{%- if not tools -%}{{- raise_exception('no tools') -}}{%- endif -%}"
+    strict = replace(FAMILIES["phi4"], source=refusal + FAMILIES["phi4"].source)
+    with pytest.raises(DataError, match="no tools"):
+        odd_of(strict, CHATS["multi"])
+    assert odd_of(strict, CHATS["multi"], TOOLS) == [()]
+
+
 # ---- dates ---------------------------------------------------------------------------------------------------------
 
 

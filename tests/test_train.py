@@ -722,6 +722,16 @@ def test_automatic_pace_makes_steps_of_about_sixteen_rows(count, longest, epochs
     assert (pace.warning is not None) == (pace.steps < FEW_STEPS)
 
 
+def test_a_budget_of_tokens_makes_as_many_steps_as_see_them():
+    rows = {"rows": 1000, "longest": 100, "tokens": 50_000, "trained_tokens": 20_000, "config": CONFIG}
+    once, twice = (set_pace(Train(tokens=tokens), **rows) for tokens in (50_000, 100_000))
+    assert once.steps == set_pace(Train(), **rows).steps
+    assert twice.steps == set_pace(Train(epochs=2), **rows).steps
+    few = set_pace(Train(tokens=4_000, epochs=3), **rows)
+    assert 4_000 <= few.tokens < 4_000 + 50 * few.rows_a_step, "up to a step more"
+    assert set_pace(Train(tokens=4_000, steps=7), **rows).steps == 7
+
+
 def test_what_the_recipe_says_is_taken_as_it_is():
     train = Train(steps=7, micro_batch=3, accumulation=5, lr=1e-3, eval_every=2, save_every=4)
     pace = set_pace(train, rows=1000, longest=100, tokens=50_000, trained_tokens=20_000, config=CONFIG)
@@ -894,17 +904,44 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_is_taken(name, damage,
     assert load_checkpoint(newest, job.parameters, job.optimizer).step == 2
 
 
-def test_no_changed_byte_of_a_manifest_is_more_than_a_fault(trained_run, tmp_path):
+def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(trained_run, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(trained_run[0] / "checkpoints", folder)
+    (folder / "step-000002").rename(folder / "step-000007")
+    newest, faults = newest_checkpoint(folder)
+    assert newest == folder / "step-000003"
+    assert faults == [f"{folder / 'step-000007'} holds step 2, and its name says another one: rename it"]
+
+
+@pytest.mark.parametrize("left_out", ["parameters.safetensors", "state.json"])
+def test_a_manifest_that_leaves_out_a_file_vouches_for_none(left_out, trained_run, tmp_path):
     folder = tmp_path / "step-000003"
     shutil.copytree(trained_run[0] / "checkpoints" / folder.name, folder)
-    content = (folder / "manifest.json").read_bytes()
-    found = 0
-    for index in range(0, len(content), 3):
-        changed = bytearray(content)
-        changed[index] ^= 1
-        (folder / "manifest.json").write_bytes(changed)
-        found += bool(verify_checkpoint(folder))
-    assert found > 0.8 * len(content) / 3, "white space and the schema's number are what may change"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][left_out]
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (fault,) = verify_checkpoint(folder)
+    assert fault.startswith(f"{folder / 'manifest.json'} is not as it was written for step 3 and the files ")
+
+
+def test_steps_are_counted_and_not_spelt(trained_run, tmp_path):
+    _, job = trained_run
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        progress = replace(job.progress, step=step)
+        save_checkpoint(tmp_path, job.parameters, job.optimizer, progress, keep=2)
+        assert newest_checkpoint(tmp_path)[0].name == f"step-{step}"
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
+
+
+@pytest.mark.parametrize("name", ["step-best", "step-3", "step-0000003", "step-000003-good", "step-000003.old"])
+def test_a_copy_under_a_name_of_ones_own_is_neither_read_nor_deleted(name, trained_run, tmp_path):
+    folder, (_, job) = tmp_path / "checkpoints", trained_run
+    shutil.copytree(trained_run[0] / "checkpoints", folder)
+    (folder / "step-000002").rename(folder / name)
+    assert verify_checkpoint(folder / name) == [], "it is a whole checkpoint"
+    assert newest_checkpoint(folder) == (folder / "step-000003", [])
+    save_checkpoint(folder, job.parameters, job.optimizer, replace(job.progress, step=4), keep=1)
+    assert {path.name for path in folder.iterdir()} == {name, "step-000004"}
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -1064,6 +1101,35 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_step_is_taken(brok
     fresh = job_of(adapted(), tmp_path)
     load_checkpoint(newest, fresh.parameters, fresh.optimizer)
     assert same(values(fresh), kept)
+
+
+@pytest.mark.parametrize("where", ["parameter", "master", "moment"])
+def test_a_step_that_spoils_what_it_trains_replaces_no_checkpoint(where, tmp_path, monkeypatch):
+    """Loss and gradient are finite at that step: only the update is not."""
+    job = job_of(adapted(dtype=torch.bfloat16), tmp_path, save_every=1, keep_checkpoints=1)
+    named, step = dict(job.optimizer.state_tensors()), job.optimizer.step
+    first = next(iter(job.parameters))
+    spoiled = {"parameter": job.parameters[first], "master": named[f"{first}/master"],
+               "moment": named[f"{first}/exp_avg_sq"]}[where]  # fmt: skip
+
+    def stepped(lr):
+        step(lr)
+        if job.progress.step == 1:  # it is the second that is being taken
+            spoiled.data.view(-1)[-1] = math.inf
+
+    monkeypatch.setattr(job.optimizer, "step", stepped)
+    with pytest.raises(
+        TrainingError,
+        match=r"NaN or infinity in \S+ after step 2; that step left no checkpoint; step-000001 is kept: go on with",
+    ):
+        run(job)
+    assert all(math.isfinite(row["grad_norm"]) for row in map(json.loads, (tmp_path / "metrics.jsonl").open()))
+    newest, faults = newest_checkpoint(tmp_path / "checkpoints")
+    assert (newest.name, faults) == ("step-000001", [])
+    assert [path.name for path in newest.parent.iterdir()] == ["step-000001"]
+    fresh = job_of(adapted(dtype=torch.bfloat16), tmp_path)
+    assert load_checkpoint(newest, fresh.parameters, fresh.optimizer).step == 1
+    assert all(value.isfinite().all() for value in values(fresh).values())
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run_too(tmp_path):

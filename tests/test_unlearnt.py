@@ -13,7 +13,7 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.vocabulary import quantize_vocabulary
 from qlora_kit.data import find_template
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run.unlearnt import unlearnt_note, unlearnt_tokens
+from qlora_kit.run.unlearnt import tokens_to_learn, unlearnt_tokens
 
 MARKS = ["<|im_end|>", "<|im_start|>"]
 
@@ -76,18 +76,32 @@ def test_one_token_of_several_is_named_alone():
     assert unlearnt_tokens(model, tokenizer) == MARKS[:1]
 
 
-def test_the_note_names_settings_that_mend_it_and_is_not_made_where_they_are_set():
+def test_tokens_are_learnt_unasked_where_nothing_else_trains_their_rows():
     model, tokenizer = base_of()
     zeroed(model, tokenizer, EMBEDDING)
     given = ["base.model=org/name", "data.train=org/rows"]
-    note = unlearnt_note(model, tokenizer, read_recipe("default", given))
+    names, told = tokens_to_learn(model, tokenizer, read_recipe("default", given))
+    assert names == MARKS
+    assert "learnt nothing" in told
+    assert "those rows are trained" in told
     mending = "lora.added_tokens=[<|im_end|>, <|im_start|>]"
-    assert "learnt nothing" in note
-    assert f"'{mending}'" in note
     for setting in (mending, "train.full_finetune=true", "lora.also_train=[embed_tokens]"):
-        assert unlearnt_note(model, tokenizer, read_recipe("default", [*given, setting])) is None
+        assert tokens_to_learn(model, tokenizer, read_recipe("default", [*given, setting])) == ([], None)
     tokenizer.chat_template = find_template("plain")
-    assert unlearnt_note(model, tokenizer, read_recipe("default", given)) is None
+    assert tokens_to_learn(model, tokenizer, read_recipe("default", given)) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("lora.targets=[all-linear, head]", ""), ("lora.from=adapter", ""), ("lora.added_tokens=[<think>]", "<think>, ")],
+)
+def test_where_their_rows_cannot_be_trained_unasked_the_setting_that_does_it_is_named(setting, named):
+    model, tokenizer = base_of()
+    zeroed(model, tokenizer, EMBEDDING)
+    recipe = read_recipe("default", ["base.model=org/name", "data.train=org/rows", setting])
+    names, told = tokens_to_learn(model, tokenizer, recipe)
+    assert names == []
+    assert f"train them with 'lora.added_tokens=[{named}<|im_end|>, <|im_start|>]'" in told
 
 
 def test_the_shipped_base_raises_no_alarm():

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
-from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, OPTConfig, OPTForCausalLM
 from typer.testing import CliRunner
 
 from qlora_kit.cli import chat
@@ -41,9 +41,13 @@ WORDS = ("cat", "dog", "owl", "bee", "ant", "elk")
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-    """A tiny model folder whose tokenizer has a chat template."""
+    """A tiny model folder whose tokenizer has a chat template; it has learnt the end token, which pads, too."""
     folder = tiny.save_model(tmp_path_factory.mktemp("chatty"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer.eos_token_id].normal_(std=0.02, generator=torch.Generator())
+    model.save_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
@@ -143,22 +147,44 @@ def test_held_out_rows_are_answered_within_the_positions_of_the_model_and_each_w
     assert texts == [*(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in wanted), ""]
 
 
-def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(model):
+ODD = {
+    "do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "top_p": 0.1, "num_beams": 2, "min_p": 0.9,
+    "stop_strings": ["a"], "bad_words_ids": [[99_999_999]], "forced_eos_token_id": 10**7, "min_length": 10**9,
+    "suppress_tokens": list(range(200)), "max_time": 1e-4, "prompt_lookup_num_tokens": 5, "dola_layers": "high",
+    "cache_implementation": "quantized", "return_dict_in_generate": True, "assistant_early_exit": 1,
+    "guidance_scale": 2.0,
+}  # fmt: skip
+"""Settings that answer by other rules, are an error in generate(), or never let it end."""
+
+
+@pytest.mark.parametrize("odd", [*ODD, "all"])
+def test_the_models_own_generation_config_is_not_followed_but_for_its_end_tokens(odd, model, monkeypatch):
     net, tokenizer = model
     plain = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6)
     drawn = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
-    own = net.generation_config
-    odd = {"do_sample": True, "repetition_penalty": 9.0, "top_k": 1, "top_p": 0.1, "num_beams": 2, "min_p": 0.9}
-    before = {key: getattr(own, key) for key in odd}
-    try:
-        for key, value in odd.items():
-            setattr(own, key, value)
-        assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6) == plain
-        again = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
-        assert again == drawn != plain
-    finally:
-        for key, value in before.items():
-            setattr(own, key, value)
+    own = {name: value for name, value in ODD.items() if odd in (name, "all")}
+    monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=0, **own))
+    config = net.generation_config
+    assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6) == plain
+    again = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=6, sampling=Sampling(temperature=5.0))
+    assert again == drawn != plain
+    assert net.generation_config is config, "it is back for an export"
+    first = by_hand(net, PROMPTS[0], 6)[0]
+    config.eos_token_id = [0, first]
+    assert generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=6) != plain[:1]
+
+
+@pytest.mark.parametrize("ends", ["x", -1, 10**30, [0, 10**6], [[0]], True, 1.5])
+def test_end_tokens_that_are_none_are_told_before_the_first_step(ends, chatty, tmp_path):
+    folder = shutil.copytree(chatty, tmp_path / "base")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    told = call("train", write_recipe(tmp_path, folder, [CHAT] * 4))
+    assert told.exit_code == 2
+    said = told.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: the base's generation_config.json, or its config.json, has ")
+    assert "for an eos_token_id, wanted whole numbers from 0 to " in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
@@ -283,6 +309,15 @@ def test_a_prompt_is_the_one_that_its_row_was_trained_with(model, row, tmp_path)
     assert whole.ids == unanswered.ids == trained_with.prompt
     assert len(whole.ids) > 1
     assert (whole.reference, unanswered.reference) == (trained_with.answer, None)
+
+
+def test_a_prompt_is_asked_whatever_verdict_its_answer_has_and_may_be_turns(model, tmp_path):
+    turns = [{"role": "user", "content": "where?"}]
+    rows = [{"prompt": "where?", "completion": "on the mat", "label": False}, {"prompt": turns}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labelled, unanswered = read_prompts(tmp_path / "p.jsonl", model[1], is_chat=True)
+    assert (labelled.shown, labelled.reference) == (turns, "on the mat")
+    assert (unanswered.ids, unanswered.reference) == (labelled.ids, None)
 
 
 def test_a_text_is_a_turn_for_a_model_of_chats_and_a_beginning_for_others(model, tmp_path):
@@ -502,6 +537,20 @@ def test_adapters_of_one_base_take_turns_and_the_base_is_bare(chat_run, text_run
     assert torch.equal(tiny.logits(conversation.model, ids), alone[1])
     with pytest.raises(AdapterError, match="nowhere"):
         conversation.use("nowhere")
+
+
+def test_runs_share_a_base_if_only_one_trains_rows_that_it_has_and_not_if_one_adds_rows(chat_run, tmp_path):
+    def with_tokens(name, *tokens):
+        run = shutil.copytree(chat_run, tmp_path / name)
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe["lora"]["added_tokens"] = list(tokens)
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        return run
+
+    how = {"max_new_tokens": 1, "sampling": Sampling()}
+    Conversation([chat_run, with_tokens("same", "</s>")], **how)
+    with pytest.raises(AdapterError, match=r"tokens added to the base is \['<new>'\], not \[\]"):
+        Conversation([chat_run, with_tokens("other", "<new>", "</s>")], **how)
 
 
 def test_runs_on_different_bases_do_not_share_one(chat_run, tmp_path):

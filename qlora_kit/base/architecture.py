@@ -1,7 +1,8 @@
 """Architecture: what kind of model a folder holds, what it says, and the same model with no weights."""
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_kit.base.files import tensor_names
+from qlora_kit.base.files import read_object, tensor_names
 from qlora_kit.base.prequantized import stored_quantization
 from qlora_kit.errors import ModelError, first_line
 from qlora_kit.storage import read_json
@@ -30,6 +31,14 @@ AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoM
 _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
               StrictDataclassError)  # fmt: skip
 """What transformers raises over a config.json whose values no model can have."""
+_MOST = (
+    (re.compile(r"layers?$|blocks?$|depth$"), 1_000),
+    (re.compile(r"experts"), 10_000),
+    (re.compile(r"vocab"), 10**7),
+    (re.compile(r"positions$|position_embeddings$|n_ctx"), 10**8),
+    (re.compile(r"size|dim$|embd|inner|d_model|d_ff|heads?$|labels"), 10**6),
+)
+"""By how families call what is counted: more than any model has, several times over; building it would never end."""
 
 
 def read_config(
@@ -44,11 +53,12 @@ def read_config(
         trust_remote_code: run code that the folder brings.
 
     Raises:
-        ModelError: it cannot be read, describes no model with such a head, or needs code that may not run, or there are
-            to be no labels.
+        ModelError: it cannot be read, describes no model with such a head or one larger than any, or needs code that
+            may not run, or there are to be no labels.
     """
     if head not in get_args(Head):
         raise ModelError(f"head {head!r} is not known; choose one of {', '.join(get_args(Head))}")
+    _check_sizes(folder / "config.json", read_object(folder / "config.json"))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except _MALFORMED as error:
@@ -59,6 +69,29 @@ def read_config(
             raise ModelError(f"labels must be at least 1, found {labels}")
         config.num_labels = labels
     return config
+
+
+def _check_sizes(path: Path, said: dict[str, Any]) -> None:
+    """Refuse a model that is larger than any, before lists as long as its layers are made.
+
+    Raises:
+        ModelError: names the first such size.
+    """
+    for key, value in _numbers(said):
+        most = next((most for pattern, most in _MOST if pattern.search(key)), value)
+        if value > most:
+            raise ModelError(f"{path} says {key}={value!r:.20}; no model has more than {most:,}: get it again")
+
+
+def _numbers(said: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number of a configuration and of the configurations in it, by its key."""
+    waiting = [said]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif isinstance(value, int | float):
+                yield key, value
 
 
 def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
@@ -112,7 +145,9 @@ def stored_head(folder: Path) -> Head:
     return "classification" if str(named[0]).endswith("ForSequenceClassification") else "causal"
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, head: Head = "causal") -> PreTrainedModel:
+def build_model(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None, head: Head = "causal"
+) -> PreTrainedModel:
     """The same model with no weights read: what the dry run uses under fake tensors.
 
     Code that the model's folder brings runs only if the configuration is of a class from there, which `read_config`
@@ -135,6 +170,12 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, attention: str, he
         raise ModelError(f"config.json describes a {config.model_type} that cannot be built ({why})") from error
     model.tie_weights()  # transformers leaves it out where it leaves out the initialisation
     return model
+
+
+def lacks_sdpa(config: PretrainedConfig, head: Head) -> bool:
+    """Whether transformers has no sdpa for such a model, so that eager stands in for it."""
+    with torch.device("meta"):
+        return build_model(config, torch.bfloat16, None, head).config._attn_implementation == "eager"
 
 
 def untrained_modules(model: PreTrainedModel, missing: Sequence[str]) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 All compute the same function. sdpa and eager run everywhere. flex and flash read of packed documents only what may see
 each other, where sdpa is given a mask of every pair; both train on CUDA cards alone. What was trained with them is
-evaluated, asked and exported on a machine without them through sdpa.
+evaluated, asked and exported on a machine without them through sdpa. A family without sdpa takes eager in its place.
 """
 
 from typing import Literal
@@ -14,18 +14,18 @@ from qlora_kit.errors import DeviceError
 
 Attention = Literal["sdpa", "eager", "flex", "flash"]
 
-_IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+_IMPLEMENTATIONS = {"eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 
 
-def implementation(asked: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What transformers calls it; sdpa where that which is asked for cannot be had.
+def implementation(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What transformers calls it. None is sdpa, or what the family has in its place; so is what cannot be had here.
 
     Args:
         asked: name in a recipe.
         device: of the model.
         dtype: that it computes in.
     """
-    return "sdpa" if _missing(asked, device, dtype) else _IMPLEMENTATIONS[asked]
+    return None if _missing(asked, device, dtype) else _IMPLEMENTATIONS.get(asked)
 
 
 def check_attention(asked: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qlora_kit.base.dense import STORED, Kept, Lent, QuantizedWeight, nothing_kept
+from qlora_kit.base.fingerprint import Placeholder, pieces
 from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.pages import let_go, let_go_of_clean_files
 from qlora_kit.ops import Decode, lora_linear
@@ -132,7 +133,7 @@ class ExpertStack(QuantizedWeight):
         return f"{self.experts} experts, {self.in_features}, {self.out_features}, {self.quantization.kind}"
 
 
-class ArrivedStack(nn.Parameter):
+class ArrivedStack(Placeholder):
     """What stands in a model for experts that were quantised while it was read; it has their shape and no memory.
 
     Attributes:
@@ -144,10 +145,10 @@ class ArrivedStack(nn.Parameter):
 
     @classmethod
     def of(cls, weight_EOI: Tensor, stack: ExpertStack | None) -> "ArrivedStack":
-        """The placeholder of a dense parameter, of whose middle row it is made: that one marks a base."""
+        """The placeholder of a dense parameter, made of its middle row and beside pieces of it: these mark a base."""
         row_I = weight_EOI[len(weight_EOI) // 2, weight_EOI.shape[1] // 2].detach().clone()
         made = cls(row_I.expand(weight_EOI.shape), requires_grad=False)
-        made.stack = stack
+        made.stack, made.pieces = stack, pieces(weight_EOI)
         made._is_hf_initialized = True  # so that transformers does not fill it with random numbers
         return made
 

@@ -25,11 +25,11 @@ from qlora_kit.errors import ModelError
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors format allows; the same bound holds here for config and index."""
 
-_CONFIG = "config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TEMPLATES = "additional_chat_templates"
-TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+TEXTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.codes", "*.tokenizer")
 _PICKLES = ("*model*.bin", "*.pt", "*.pth", "*.ckpt")
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -228,10 +228,18 @@ def text_faults(folder: Path) -> Iterator[str]:
     for name in sorted(path.relative_to(folder).as_posix() for path in paths if is_text(path.name)):
         try:
             path = file_inside(folder, name)
-            if name == _CONFIG and not isinstance(_read_json(path).get("model_type"), str):
-                raise ModelError(f"{path} has no model_type, so nobody can tell which architecture it describes")
+            content = read_object(path) if name in (_CONFIG, _GENERATION) else {}
+            if name == _CONFIG:
+                _check_config(path, content)
         except ModelError as fault:
             yield str(fault)
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path} has no model_type, so nobody can tell which architecture it describes")
+    if config.get("transformers_weights") is not None:  # transformers would read those, which nobody has looked at
+        raise ModelError(f"{path} names weights of its own (transformers_weights), wanted {WEIGHTS}: take it out")
 
 
 def _weight_faults(folder: Path) -> Iterator[str]:
@@ -265,7 +273,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     if not os.path.lexists(folder / _INDEX):
         return {}
     index = file_inside(folder, _INDEX)
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ModelError(f"{index} is malformed: it needs a weight_map from the names of tensors to names of files")
     shards: dict[str, list[str]] = {}
@@ -290,14 +298,20 @@ def file_inside(folder: Path, name: str) -> Path:
     is_relative = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
     if not is_relative or "\\" in name or not name.isprintable():
         raise ModelError(f"{name!r} leads out of the model folder {folder}, or is no name that can be shown: refused")
-    target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(root) for root in _roots(folder)):
+    if not is_inside(folder, path):
+        target = os.path.realpath(path)
         raise ModelError(f"{path} links to {target}, out of its folder: refused; put the file itself there")
     if not os.path.lexists(path):
         raise ModelError(f"{path} is missing: get it again")
     if not os.path.isfile(path):
         raise ModelError(f"{path} is not a file, or links to one that is missing: get it again")
     return path
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a path ends in the folder of a model or an adapter, links followed."""
+    target = Path(os.path.realpath(path))
+    return any(target.is_relative_to(root) for root in _roots(folder))
 
 
 def _roots(folder: Path) -> list[Path]:
@@ -310,8 +324,12 @@ def _roots(folder: Path) -> list[Path]:
     return [real]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, which may be as long as a safetensors header."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, which may be as long as a safetensors header.
+
+    Raises:
+        ModelError: it cannot be read, is longer, or holds something else.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_HEADER_BYTES + 1)

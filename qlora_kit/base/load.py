@@ -66,7 +66,8 @@ def load_base(
         device: cpu, cuda, cuda:N, or auto.
         skip: names of linear layers that stay dense, as leaf names or as whole dotted names.
         quantize_head: quantise the output head and the input embedding, too.
-        attention: sdpa, eager, flex or flash; sdpa stands in for one that cannot be had here.
+        attention: sdpa, eager, flex or flash; sdpa stands in for one that cannot be had here, and
+            eager for sdpa in families that have none.
         revision: of the hub repository.
         trust_remote_code: run code that the model folder brings.
         vocabulary: tokens that the embedding must have rows for; those that it lacks start as the mean of the others.
@@ -161,13 +162,13 @@ def original_weights(model: PreTrainedModel) -> PreTrainedModel:
     config = read_config(folder, head=head, trust_remote_code=brings_code(model.config))
     if stored_quantization(config) is not None:
         raise ModelError(f"{folder} holds quantised weights, and what they were made from is not at hand")
-    original = _load(folder, config, "sdpa", head)[0]
+    original = _load(folder, config, None, head)[0]
     extend_vocabulary(original, base_record(model).vocabulary)
     return original
 
 
 def _load(
-    folder: Path, config: PretrainedConfig, attention: str, head: Head
+    folder: Path, config: PretrainedConfig, attention: str | None, head: Head
 ) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
     """The model as it is stored, in its own dtype, off its mapped file; its modules that are new; tensors that it has
     no place for."""

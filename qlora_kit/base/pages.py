@@ -36,7 +36,14 @@ def let_go(tensor: Tensor) -> None:
     if found is not None:
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         _drop(begin, end)
-        # Neighbours came along; theirs come back as they were, if nobody wrote to them.
+        let_go_if_clean(tensor)  # neighbours came along; theirs come back as they were, if nobody wrote to them
+
+
+def let_go_if_clean(tensor: Tensor) -> None:
+    """The same, if none of these pages was written to."""
+    found = _mapping_of(tensor)
+    if found is not None:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         _drop_clean(max(found[0], begin - _WINDOW_BYTES), min(found[1], end + _WINDOW_BYTES))
 
 

@@ -1,16 +1,18 @@
 """What is known of a base when it is loaded and cannot be read off it later."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from qlora_kit.base.fingerprint import fingerprint, weights_mark
+from qlora_kit.base.fingerprint import base_marks
 from qlora_kit.base.formats import Quantization
 
 _KEY = "_qlora_kit_base"
+_UNNAMED = ("fingerprint", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +22,46 @@ class BaseRecord:
     Attributes:
         quantization: of its linear layers.
         dtype: of everything that stays dense.
-        fingerprint: which checkpoint it is; empty in a dry run.
+        marks: which checkpoint it is, as `base_marks` tells; empty in a dry run.
         folder: where it was read from, or None if it was made in memory.
         untrained: modules that the checkpoint has no weights for, such as a new classifier.
         vocabulary: rows that embedding and head were asked to have, 0 where they are the checkpoint's.
-        weights_mark: which weights its linear layers have; empty in a dry run, and where they were stored quantised.
         unused: tensors of the checkpoint that the model has no place for.
     """
 
     quantization: Quantization
     dtype: torch.dtype
-    fingerprint: str
+    marks: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
     untrained: tuple[str, ...] = ()
     vocabulary: int = 0
-    weights_mark: str = ""
     unused: tuple[str, ...] = ()
 
     @property
+    def fingerprint(self) -> str:
+        """Of what every format leaves dense."""
+        return self.marks.get("fingerprint", "")
+
+    @property
     def mark(self) -> str:
-        """Which checkpoint it is, its linear layers included."""
-        return " ".join(filter(None, (self.fingerprint, self.weights_mark)))
+        """All its marks in a line, which `differences` reads: the two that older versions know come first, unnamed."""
+        named = (f"{name}={mark}" for name, mark in self.marks.items() if name not in _UNNAMED)
+        return " ".join([*(self.marks[name] for name in _UNNAMED if name in self.marks), *named])
+
+    def differences(self, told: str) -> list[str]:
+        """By which marks this is another base than the one that a line tells of; what only one knows does not count.
+
+        Args:
+            told: `mark` of a base, from this version or an older one; it may be empty.
+
+        Returns:
+            What differs of fingerprint, weights, body, head and config.
+        """
+        words = told.split()
+        known = dict(zip(_UNNAMED, (word for word in words if "=" not in word), strict=False))
+        known |= dict(word.split("=", 1) for word in words if "=" in word)
+        odd = [name for name, mark in known.items() if self.marks.get(name, mark) != mark]
+        return list(dict.fromkeys(name.partition("-")[0] for name in odd))
 
 
 def keep_record(
@@ -65,8 +86,8 @@ def keep_record(
     """
     if _KEY not in vars(model):
         is_fake = isinstance(next(model.parameters()), FakeTensor)
-        marks = ("", "") if is_fake else (fingerprint(model), weights_mark(model))
-        record = BaseRecord(quantization, dtype, marks[0], folder, untrained, vocabulary, marks[1], unused)
+        marks = {} if is_fake else base_marks(model, quantization.kind)
+        record = BaseRecord(quantization, dtype, marks, folder, untrained, vocabulary, unused)
         setattr(model, _KEY, record)
 
 

@@ -17,7 +17,7 @@ from datetime import date as Date
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import TemplateError
 
@@ -26,6 +26,9 @@ from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Messages: TypeAlias = list[dict[str, Any]]
+"""Turns of a chat, as templates take them."""
 
 FALLBACK = "plain"
 """The shipped template for a tokenizer without one: words and the end of text, which every base has learnt."""
@@ -52,7 +55,7 @@ class Renderer:
     template: str
     tools: list[Any] | None = None
 
-    def __call__(self, messages: list[dict[str, Any]], *, prompt: bool = False) -> str:
+    def __call__(self, messages: Messages, *, prompt: bool = False) -> str:
         """The text of `messages`; `prompt` opens the assistant's next turn, as inference does."""
         try:
             text = self.tokenizer.apply_chat_template(

@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 
 from qlora_kit.data.examples import Example
 from qlora_kit.data.formats import FORMATS, Columns, Format
-from qlora_kit.data.values import kind, named, nearest
+from qlora_kit.data.values import check_characters, kind, named, nearest
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS
 
@@ -23,21 +23,27 @@ def read_row(
     Args:
         row: column name -> value, as the file has it.
         where: `file:line` or `source row N`; every message begins with it.
-        format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there.
+        format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there and
+            not null.
         columns: expected name -> name in the file.
         task: of `train.task`.
 
     Raises:
-        DataError: if a column is missing or has the wrong type, a role is unknown, or nothing could be learnt from it.
+        DataError: if a column is missing or has the wrong type, a role is unknown, nothing could be learnt from it, or
+            it is nested hundreds of levels deep.
     """
     try:
         if not isinstance(row, Mapping):
             raise DataError(f"found {kind(row)}, wanted an object with named columns")
         check_format(format, columns, task)
         chosen, renamed = _match(row, _candidates(format, task), columns or {})
+        for name in (*chosen.required, *chosen.optional):  # whatever else a row holds is not read
+            check_characters(renamed.get(name), f"column {name!r}")
         return replace(chosen.build(renamed), where=where)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{where}: objects and lists stand in each other too deep to be read") from None
 
 
 def formats_of(task: str) -> tuple[str, ...]:
@@ -83,9 +89,12 @@ def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) ->
     renamed = {**row, **{expected: row[name] for expected, name in columns.items()}}
     # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
     candidates = [each for each in known if columns.keys() <= _columns_of(each)]
-    for each in candidates:
-        if all(name in renamed for name in each.required):
-            return each, renamed
+    # A table of several formats holds null in the columns of the others; where no format is left, null is what is told.
+    said = {name: value for name, value in renamed.items() if value is not None}
+    for found in (said, renamed):
+        for each in candidates:
+            if found.keys() >= set(each.required):
+                return each, found
     wanted = max(candidates, key=lambda each: _likeness(each, renamed))
     missing = [name for name in wanted.required if name not in renamed]
     near = "".join(nearest(name, set(renamed) - set(wanted.required)) for name in missing)

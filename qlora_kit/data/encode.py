@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from qlora_kit.data.chat_template import check_template
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck
-from qlora_kit.data.encoded import Encoded, LossOn
+from qlora_kit.data.encoded import Encoded, LossOn, Odd
 from qlora_kit.data.examples import Classified, Example, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.table import Rows, lengths_of
@@ -52,7 +52,7 @@ class Counts:
     split: int = 0
     """Longer than max_tokens, and cut into several."""
     no_trained: int = 0
-    """Rows or pieces without a trained token, and left out."""
+    """Rows or pieces without a trained token, or pairs of which both answers are the same, and left out."""
     turns: int = 0
     """Further rows, beyond one a chat, of chats of which every answer is a row: see `template.py`."""
     faults: int = 0
@@ -101,8 +101,8 @@ class EncodedSet:
     """Of texts that are classified, those of all rows."""
     faults: Faults = field(default_factory=Faults)
     """What is wrong with the rows that were left out as faults."""
-    places: dict[Fate, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Where the rows stand that were not kept as they are."""
+    places: dict[Fate | Odd, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """Where the rows stand that were not kept as they are, or of which their template makes something odd."""
     fingerprint: str = ""
     """Of the rows that are kept, as the model sees them, and of their order; it tells one set from another."""
     lengths_given: list[int] = field(default_factory=list)
@@ -140,17 +140,18 @@ class EncodedSet:
         return lengths_of(self.rows)
 
     def add(self, row: Encoded) -> None:
-        """Keep a row, or count it among those in which nothing is trained."""
-        sequences = [row] if row.other is None else [row, row.other]
-        if any(sequence.trained_tokens == 0 for sequence in sequences):
+        """Keep a row, or count it among those that teach nothing."""
+        # Answers may differ in nothing but what was cut off, or in white space that the template leaves out.
+        is_same = row.other is not None and row.other.input_ids == row.input_ids
+        if is_same or any(sequence.trained_tokens == 0 for sequence in row.sequences):
             self.count("no_trained", row.where)
             return
         self.rows.append(row)
         self.fingerprint = _next_fingerprint(self.fingerprint, row)
         counts = self.parts[-1].counts
         counts.rows += 1
-        counts.tokens += sum(len(sequence.input_ids) for sequence in sequences)
-        counts.trained_tokens += sum(sequence.trained_tokens for sequence in sequences)
+        counts.tokens += sum(len(sequence.input_ids) for sequence in row.sequences)
+        counts.trained_tokens += sum(sequence.trained_tokens for sequence in row.sequences)
 
     def count(self, fate: Fate, where: str) -> None:
         """Count a row that is not kept as it is, and remember where it stands."""
@@ -169,7 +170,8 @@ class EncodedSet:
             raise DataError(self.faults.told(
                 f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than "
                 f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}; see data.over_length), "
-                f"{counts.no_trained:,} have no trained token (see data.loss_on), {counts.faults:,} cannot be used"
+                f"{counts.no_trained:,} have no trained token (see data.loss_on) or two answers that are the same, "
+                f"{counts.faults:,} cannot be used"
             ))  # fmt: skip
 
     def check_most_fit(self, max_tokens: int) -> None:
@@ -245,6 +247,8 @@ def encode_rows(
         except DataError as error:
             faults.add(f"{example.where}: {error}")
             continue
+        for odd in {odd for row in rows for sequence in row.sequences for odd in sequence.odd}:
+            encoded.places[odd].append(example.where)
         counts.turns += len(rows) - 1
         for row in rows:
             counts.longest = max(counts.longest, row.longest)
@@ -262,8 +266,7 @@ def encode_rows(
 def _next_fingerprint(before: str, row: Encoded) -> str:
     """A fingerprint that depends on all rows up to this one."""
     seen = hashlib.sha256(before.encode())
-    sequences = [row] if row.other is None else [row, row.other]
-    for sequence in sequences:
+    for sequence in row.sequences:
         seen.update(array("q", [len(sequence.input_ids), *sequence.input_ids]).tobytes() + bytes(sequence.trained))
     seen.update(repr((row.is_good, row.target)).encode())
     return seen.hexdigest()

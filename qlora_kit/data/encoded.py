@@ -1,6 +1,6 @@
 """A row as the model sees it, and the ids that it is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from qlora_kit.errors import DataError
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
+Odd: TypeAlias = Literal["tools", "tool_calls", "system", "marks"]
+"""What a chat template does to a row that one should know of; `remarks.py` says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,13 @@ class Encoded:
     """Of a text that is classified: its class, or for every class whether it is one. No token of it is predicted."""
     ending: int = 0
     """Tokens at its end that stand behind every text, and so also behind one that is cut."""
+    odd: tuple[Odd, ...] = field(default=(), compare=False)
+    """What its chat template does that one should know of; it is counted, and not kept with the row."""
+
+    @property
+    def sequences(self) -> "tuple[Encoded, ...]":
+        """Itself, and the other one if there is one."""
+        return (self,) if self.other is None else (self, self.other)
 
     @property
     def trained_tokens(self) -> int:
@@ -41,7 +50,7 @@ class Encoded:
     @property
     def longest(self) -> int:
         """Tokens of its longest sequence."""
-        return max(len(self.input_ids), 0 if self.other is None else len(self.other.input_ids))
+        return max(len(sequence.input_ids) for sequence in self.sequences)
 
 
 def gone_on(prompt: list[int], whole: list[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -10,6 +10,8 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    given: int = 0
+    """How many of the turns are a prompt: none of these is learnt."""
     where: str = field(default="", compare=False)
     """`file:line` or `source row N`; two rows with equal contents are equal wherever they stand."""
 

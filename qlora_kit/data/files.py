@@ -7,12 +7,12 @@ pyarrow, batch by batch and with no copy on the disk.
 import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from qlora_kit.data.faults import Faults
+from qlora_kit.data.values import from_json, twice
 from qlora_kit.errors import DataError
 
 RawRow: TypeAlias = tuple[str, Any]
@@ -25,10 +25,7 @@ def files_in(folder: Path) -> list[Path]:
     Raises:
         DataError: there are none, or both, or data sets as `datasets` saves them.
     """
-    visible = (
-        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.parts[len(folder.parts) :])
-    )
-    files = sorted(file for file in visible if file.is_file() and file.suffix.lower() in READERS)
+    files = [file for file in _visible(folder) if file.suffix.lower() in READERS]
     documents = [file for file in files if READERS[file.suffix.lower()] is _document]
     if any(folder.rglob("*.arrow")):
         raise DataError(f"{folder} holds .arrow files, which are not read: write them again with Dataset.to_parquet")
@@ -41,6 +38,18 @@ def files_in(folder: Path) -> list[Path]:
             "list the files that are meant under data.train"
         )
     return files
+
+
+def unread_in(folder: Path) -> list[Path]:
+    """The files of a folder that hold no rows, going by their names; sorted."""
+    return [file for file in _visible(folder) if file.suffix.lower() not in READERS]
+
+
+def _visible(folder: Path) -> list[Path]:
+    found = (
+        file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    return sorted(file for file in found if file.is_file())
 
 
 def rows_in(path: Path, faults: Faults) -> Iterator[RawRow]:
@@ -85,29 +94,32 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
 
 def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
     """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
-    try:
-        text = _decode(path.read_bytes(), path)
-    except DataError as error:
-        faults.add(error, hides_rows=True)
-        return
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # otherwise a cell ends at 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))  # otherwise a cell ends at 128 KiB
     columns: list[str] = []
     start = 1  # the line in which a row begins: its cells may hold line breaks
     try:
-        for values in reader:
-            where, start = f"{path}:{start}", reader.line_num + 1
-            if not columns:
-                columns = values
-                if twice := [name for name, count in Counter(columns).items() if count > 1]:
-                    faults.add(f"{where}: the column {twice[0]!r} is there twice", hides_rows=True)
-                    return
-            elif len(values) == len(columns):
-                yield where, dict(zip(columns, values, strict=True))
-            elif values:
-                faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
+        with path.open("rb") as file:
+            reader = csv.reader(_lines_of_text(file, path), strict=True)
+            for values in reader:
+                where, start = f"{path}:{start}", reader.line_num + 1
+                if not columns:
+                    columns = values
+                    _check_columns(columns, where)
+                elif len(values) == len(columns):
+                    yield where, dict(zip(columns, values, strict=True))
+                elif values:
+                    faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
+    except DataError as error:
+        faults.add(error, hides_rows=True)
     except csv.Error as error:
         faults.add(f"{path}:{start}: not CSV: {error}", hides_rows=True)
+
+
+def _lines_of_text(file: BinaryIO, path: Path) -> Iterator[str]:
+    """Lines as `csv` takes them, one by one: it knows a lone "\r" for a line's end, too."""
+    for number, line in enumerate(file, 1):
+        text = _decode(line, f"{path}:{number}", "utf-8-sig" if number == 1 else "utf-8")
+        yield from io.StringIO(text, newline="")
 
 
 def _document(path: Path, faults: Faults) -> Iterator[RawRow]:
@@ -127,12 +139,20 @@ def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
     number = 0
     try:
         with parquet.ParquetFile(path) as table:
+            _check_columns(table.schema_arrow.names, str(path))
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
+    except DataError as error:
+        faults.add(error, hides_rows=True)
     except (ArrowException, ValueError, OverflowError) as error:  # of Python's own: a date that it has not
         faults.add(f"{path}: not Parquet that can be read, after row {number}: {error}", hides_rows=True)
+
+
+def _check_columns(names: Sequence[str], where: str) -> None:
+    if name := twice(names):
+        raise DataError(f"{where}: the column {name!r} is there twice")
 
 
 READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
@@ -146,10 +166,10 @@ READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
 """What reads a file, by its ending."""
 
 
-def _decode(data: bytes, where: object) -> str:
-    """UTF-8, strictly; a byte order mark is dropped. `where` is a file, or a file and line."""
+def _decode(data: bytes, where: object, codec: str = "utf-8-sig") -> str:
+    """UTF-8, strictly; by this codec without a byte order mark. `where` is a file, or a file and line."""
     try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode()
+        return data.decode(codec)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         place = where if isinstance(where, str) else f"{where}:{line}"
@@ -160,10 +180,12 @@ def _decode(data: bytes, where: object) -> str:
 
 def _parse(text: str, where: object) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except json.JSONDecodeError as error:
         place = where if isinstance(where, str) else f"{where}:{error.lineno}"
         what = error.msg.removesuffix(" at")
         raise DataError(f"{place}: not JSON: {what} at column {error.colno}") from None
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets
         raise DataError(f"{where}: not JSON that can be read: {error}") from None

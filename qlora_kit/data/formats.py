@@ -2,23 +2,23 @@
 
     messages     messages: [{role, content}, ...], tools                 -> Chat
     sharegpt     conversations: [{from, value}, ...], system, tools      -> Chat
-    alpaca       instruction, input, output, system                      -> Chat
-    completion   prompt, completion                                      -> Completion
+    alpaca       instruction, input, output, system, tools               -> Chat
+    completion   prompt, completion: texts, or turns, tools              -> Completion, Chat
     text         text                                                    -> Text
     preference   prompt, chosen, rejected: texts, or turns               -> Preference
     labelled     label; prompt, completion or messages                   -> Labelled
     classification   text, label: a name, a number, or a list of them    -> Classified
 
-A format is one line in `FORMATS` and one function that builds its example; `columns.py` finds the format of a row. Keys
-of a message beside role and content (tool_calls, name, reasoning_content) are kept for the template.
+A format is one line in `FORMATS` and one function that builds its example; `columns.py` finds the format of a row.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from qlora_kit.data.chats import chat_of, spoken, system_turn, turns_of
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
-from qlora_kit.data.values import filled, kind, named, nearest, short, string
+from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
 
 Columns: TypeAlias = Mapping[str, Any]
@@ -37,12 +37,13 @@ class Format:
 
 
 def _messages(row: Columns) -> Chat:
-    return _chat(_turns(row["messages"], "messages"), row)
+    _check_wanted(row)
+    return chat_of(turns_of(row["messages"], "messages"), row)
 
 
 def _sharegpt(row: Columns) -> Chat:
-    turns = _turns(row["conversations"], "conversations")
-    return _chat([*_system(row), *turns], row)
+    turns = turns_of(row["conversations"], "conversations")
+    return chat_of([*system_turn(row), *turns], row)
 
 
 def _alpaca(row: Columns) -> Chat:
@@ -50,11 +51,25 @@ def _alpaca(row: Columns) -> Chat:
     if row.get("input"):
         question = f"{question}\n\n{string(row['input'], 'input')}"
     answer = {"role": "assistant", "content": filled(row["output"], "output")}
-    return _chat([*_system(row), {"role": "user", "content": question}, answer], row)
+    return chat_of([*system_turn(row), {"role": "user", "content": question}, answer], row)
 
 
-def _completion(row: Columns) -> Completion:
-    return Completion(string(row["prompt"], "prompt"), filled(row["completion"], "completion"))
+def _completion(row: Columns) -> Completion | Chat:
+    _check_wanted(row)
+    prompt, completion = row["prompt"], row["completion"]
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return Completion(string(prompt, "prompt"), filled(completion, "completion"))
+    given = spoken(prompt, "prompt", "user")
+    return chat_of([*given, *spoken(completion, "completion", "assistant")], row, given=len(given))
+
+
+def _check_wanted(row: Columns) -> None:
+    """Refuse to teach an answer that its row calls bad. The word alone says so: a 0 may be the number of a class."""
+    if str(row.get("label")).strip().lower() == "false":
+        raise DataError(
+            "column 'label' is false: the answer is one that is not wanted, and would be learnt: leave the row out, or "
+            "set train.task=kto"
+        )
 
 
 def _text(row: Columns) -> Text:
@@ -118,17 +133,14 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
     if not isinstance(answer, list):
         if prompt is None:
             raise DataError(f"{name} is {kind(answer)} and there is no column 'prompt': give prompt, or turns")
-        if isinstance(prompt, list):
-            answer = [{"role": "assistant", "content": filled(answer, name)}]
-        else:
+        if not isinstance(prompt, list):
             return Completion(string(prompt, "prompt"), filled(answer, name))
-    turns = _turns(answer, name)
+    turns = spoken(answer, name, "assistant")
     if turns[0]["role"] == "assistant":
-        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": string(prompt, "prompt")}]
-        turns = [*_turns(before, "prompt"), *turns]
+        turns = [*spoken(prompt, "prompt", "user"), *turns]
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{name} ends with a turn of the {turns[-1]['role']}, wanted the assistant's")
-    return _chat([*_system(row), *turns], row)
+    return chat_of([*system_turn(row), *turns], row)
 
 
 def prompt_of(answer: Chat | Completion) -> object:
@@ -139,60 +151,10 @@ def prompt_of(answer: Chat | Completion) -> object:
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("tools",), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": Format(("instruction", "output"), ("input", "system"), _alpaca),
-    "completion": Format(("prompt", "completion"), (), _completion),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "tools"), _alpaca),
+    "completion": Format(("prompt", "completion"), ("tools",), _completion),
     "text": Format(("text",), (), _text),
     "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
     "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),
     "classification": Format(("text", "label"), (), _classified),
 }
-
-
-# ---- turns ---------------------------------------------------------------------------------------------------------
-
-ROLES = ("system", "user", "assistant", "tool")
-_ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant"}
-
-
-def _chat(messages: list[dict[str, Any]], row: Columns) -> Chat:
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise DataError("no assistant turn: nothing to learn from")
-    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
-        raise DataError("every assistant turn is empty: nothing to learn from")
-    tools = row.get("tools") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"column 'tools' is {kind(tools)}, wanted a list of objects")
-    return Chat(messages, tools)
-
-
-def _turns(value: object, column: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise DataError(f"column {column!r} is {kind(value)}, wanted a list of turns")
-    if not value:
-        raise DataError(f"column {column!r} holds no turns")
-    return [_turn(turn, f"turn {number}") for number, turn in enumerate(value, 1)]
-
-
-def _turn(raw: object, name: str) -> dict[str, Any]:
-    """One message; both namings of its keys are taken, since data sets mix them freely with both column names."""
-    if not isinstance(raw, Mapping):
-        raise DataError(f"{name} is {kind(raw)}, wanted an object with role and content")
-    # Tables fill keys that other rows have with null; templates ask whether a key is there.
-    turn = {key: value for key, value in raw.items() if value is not None}
-    if "role" not in turn and "from" in turn:
-        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
-    if "role" not in turn:
-        raise DataError(f"{name} has no role; found: {named(turn)}; expected: role, content (or from, value)")
-    role = turn["role"]
-    if not isinstance(role, str) or role not in _ROLE_OF:
-        near = nearest(role, _ROLE_OF) if isinstance(role, str) else ""
-        raise DataError(f"{name} has the unknown role {short(role)}{near}; known: {', '.join(ROLES)}")
-    turn["role"] = _ROLE_OF[role]
-    if turn.get("content") is not None or not turn.get("tool_calls"):
-        turn["content"] = string(turn.get("content"), f"content of {name}")
-    return turn
-
-
-def _system(row: Columns) -> list[dict[str, Any]]:
-    return [{"role": "system", "content": string(row["system"], "system")}] if row.get("system") else []

@@ -144,5 +144,10 @@ def _digest(row: Example) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no word for: an example in another by its fields, and a date, say, as Python writes it."""
-    return {name: getattr(value, name) for name in value.__slots__} if isinstance(value, Example) else repr(value)
+    """What JSON has no word for: an example in another by its fields, and a date, say, as Python writes it.
+
+    How many turns of a chat are given is left out: it says the same, whichever of them are learnt.
+    """
+    if not isinstance(value, Example):
+        return repr(value)
+    return {name: getattr(value, name) for name in value.__slots__ if name != "given"}

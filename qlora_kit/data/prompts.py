@@ -104,7 +104,7 @@ def _lines(path: Path) -> list[tuple[str, Any]]:
 
 
 def _answered(raw: Any) -> Any:
-    """The row with an answer: one that stands for it where it has none."""
+    """The row with an answer, one that stands for it where it has none, and without the verdict on it."""
     if not isinstance(raw, Mapping):
         return raw
     given: dict[str, Any] = {
@@ -115,7 +115,7 @@ def _answered(raw: Any) -> Any:
         last = turns[-1] if isinstance(turns, list) and turns else None
         if isinstance(last, Mapping) and last.get("role", last.get("from")) not in ("assistant", "gpt"):
             given[column] = [*turns, {"role": "assistant", "content": UNSAID}]
-    return {**raw, **given}
+    return {name: value for name, value in {**raw, **given}.items() if name != "label"}
 
 
 def _prompt(example: Example, tokenizer: "PreTrainedTokenizerBase", is_chat: bool, system: str | None) -> Prompt:
@@ -136,4 +136,4 @@ def _with_system(example: Example, system: str) -> Chat:
         raise DataError("a system turn (--system) is for chats, and this model was trained on plain prompts")
     if example.messages[0]["role"] == "system":
         return example
-    return Chat([{"role": "system", "content": system}, *example.messages], example.tools, example.where)
+    return Chat([{"role": "system", "content": system}, *example.messages], example.tools, where=example.where)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.encode import EncodedSet
-from qlora_kit.data.encoded import Encoded
+from qlora_kit.data.encoded import Encoded, Odd
 from qlora_kit.data.faults import Faults
 from qlora_kit.units import counted
 
@@ -27,7 +27,8 @@ class Remark:
     """Something about several rows.
 
     Attributes:
-        kind: a word for programs: faults, no_trained, dropped, truncated, no_end, two_bos, repeated, leaked.
+        kind: a word for programs: faults, no_trained, dropped, truncated, tools, tool_calls, system, marks, no_end,
+            two_bos, repeated, leaked.
         text: what is the matter with how many rows.
         count: how many.
         rows: where the first 20 stand, each as `file:line` or `source row N`; of faults what is wrong with them, too.
@@ -55,7 +56,7 @@ def remarks_on(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTo
     """
     seen, seen_held = _look(train, tokenizer), _look(held_out, tokenizer)
     left_out = [*_left_out(train, seen, "row"), *_left_out(held_out, seen_held, "held-out row")]
-    return [*left_out, *_kept(seen, seen_held)]
+    return [*left_out, *_odd(train, "row"), *_odd(held_out, "held-out row"), *_kept(seen, seen_held)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,8 @@ def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
         yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
     kept_in_part = {where for where, _ in seen.said}  # a row that was split may well have pieces that are all prompt
     if untrained := [where for where in dict.fromkeys(places["no_trained"]) if where not in kept_in_part]:
-        yield _remark("no_trained", "left out without a trained token (see data.loss_on)", untrained, thing=thing)
+        why = "left out without a trained token (see data.loss_on), or as pairs of the same answers"
+        yield _remark("no_trained", why, untrained, thing=thing)
     if counts.dropped > WORTH_A_WORD * counts.given:
         share = f"{counts.dropped / counts.given:.1%} of all"
         why = f"left out as longer than data.max_tokens, {share} (see data.over_length)"
@@ -102,6 +104,22 @@ def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
     if counts.truncated:
         why = "cut at data.max_tokens: what follows there is not learnt, nor how it ends"
         yield _remark("truncated", why, places["truncated"], thing=thing, is_for_runs=False)
+
+
+_ODD: dict[Odd, str] = {
+    "tools": "with tools that the chat template does not write: answers are learnt without them (see data.template)",
+    "tool_calls": "with tool calls that the chat template does not write: what follows them is learnt without them "
+    "(see data.template)",
+    "system": "with a system text that the chat template does not write: answers are learnt without it "
+    "(see data.template)",
+    "marks": "of which the chat template's generation marks hold other than the assistant's answers: they are not "
+    "used, and what follows each prompt is learnt (see data.template)",
+}
+
+
+def _odd(rows: EncodedSet, thing: str) -> Iterator[Remark]:
+    """What chat templates do to rows."""
+    return (_remark(odd, why, rows.places[odd], thing=thing) for odd, why in _ODD.items() if rows.places[odd])
 
 
 def _kept(train: _Seen, held_out: _Seen) -> Iterator[Remark]:

@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 from qlora_kit.data.columns import check_format, read_row
 from qlora_kit.data.examples import Example, Preference
 from qlora_kit.data.faults import Faults
-from qlora_kit.data.files import READERS, RawRow, files_in, rows_in
+from qlora_kit.data.files import READERS, RawRow, files_in, rows_in, unread_in
 from qlora_kit.data.formats import labelled_pair
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, listed
 from qlora_kit.recipe.schema import LARGEST_WEIGHT
+from qlora_kit.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ class Reader:
         """The files that decide its rows; none where a data set of the hub is not kept in any."""
         files = _files_of(self.source)
         return [Path(file["filename"]) for file in self._table.cache_files] if files is None else files
+
+    def unread(self) -> str | None:
+        """A sentence on the files of its folder that are not read; None where there are none."""
+        path = Path(self.source.path).expanduser()
+        names = [str(file.relative_to(path)) for file in unread_in(path)] if path.is_dir() else []
+        if not names:
+            return None
+        why = f"not read, of another ending than {', '.join(READERS)}"
+        return f"{path}: {counted(len(names), 'file')} {why}: {listed(names)}"
 
     def _open(self, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
         """Each file or data set of the source: its name and its rows."""

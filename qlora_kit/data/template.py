@@ -56,13 +56,14 @@ def encode_turns(
     Args:
         example: what `read_row` made.
         tokenizer: any for completions and texts; a fast one, which knows where its tokens stand, for chats.
-        loss_on: assistant: every assistant turn; last, completion: the last one; all: everything but BOS. Completions
-            train the completion unless it is `all`; texts are always trained from end to end.
+        loss_on: assistant: every assistant turn that is not given; last, completion: the last one; all: everything but
+            BOS. Completions train the completion unless it is `all`; texts are always trained from end to end.
         template: source of a chat template; None takes the tokenizer's own. See `find_template`.
 
     Raises:
         DataError: if there is no chat template or end token, the template refuses the chat, or what it writes for a
-            turn does not go on from the prompt that it gives for it. The message does not name the row.
+            turn does not go on from the prompt that it gives for it, or leaves out its thought or its calls of tools.
+            The message does not name the row.
     """
     match example:
         case Chat():

@@ -5,11 +5,16 @@ renders for it, render(messages[:i], generation prompt), to make render(messages
 that ends it. Where all turns stand so in the rendering of the whole chat, token by token, the chat is one row, and the
 turns are (in characters of the rendering)
 
-    1. between `{% generation %}` and `{% endgeneration %}`, where the template has these marks; otherwise
-    2. behind their prompts.
+    1. between `{% generation %}` and `{% endgeneration %}`, where the template has these marks and they lie within the
+       turns: later than their prompts, as behind a thought that is not to be learnt, and no further than their ends;
+    2. otherwise behind their prompts.
 
-Where one does not (Qwen3 writes earlier turns without their thoughts; a line break that an answer begins with joins
-the one before it in one token), every turn is a row of its own, prompt | turn, as inference has it.
+Marks that reach out of the turns are no fault of the rows, and not refused but told of (see `remarks.py`): SmolLM3's
+own template marks the header of a turn with it, TRL's for Qwen2.5 the line break behind the header, its one for Phi-3
+the end of the text. What has to follow a prompt is known without them, and is what such a template means.
+
+Where a turn does not stand so (Qwen3 writes earlier turns without their thoughts; a line break that an answer begins
+with joins the one before it in one token), every turn is a row of its own, prompt | turn, as inference has it.
 
 transformers' `return_assistant_tokens_mask` reads the same marks, but is not used: where an answer begins with a space
 it loses that turn and all later ones, and where one ends with a space it marks all that follows (5.23, tokenizers that
@@ -21,10 +26,12 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from qlora_kit.data.chat_template import Renderer, check_template, end_token, special_tokens, through_end
-from qlora_kit.data.encoded import Encoded, LossOn, all_but_bos, gone_on, token_ids
+from qlora_kit.data.calls import with_arguments
+from qlora_kit.data.chat_template import Messages, Renderer, check_template, end_token, special_tokens, through_end
+from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids
 from qlora_kit.data.examples import Chat
 from qlora_kit.data.thinking import after_prompt, thought_of, written_out
+from qlora_kit.data.unwritten import loses_calls, unwritten
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,8 +39,6 @@ if TYPE_CHECKING:
 
 Span: TypeAlias = tuple[int, int]
 """Characters of a rendering, [start, end)."""
-
-Messages: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +59,11 @@ class _Turn:
         """Where it stands in such a rendering."""
         return len(self.prompt), len(self.prompt) + len(self.said)
 
-    def row(self, tokenizer: "PreTrainedTokenizerBase", where: str) -> Encoded:
+    def row(self, tokenizer: "PreTrainedTokenizerBase", where: str, odd: tuple[Odd, ...]) -> Encoded:
         """The turn as a row of its own."""
         prompt = token_ids(self.prompt, tokenizer)
         ids = gone_on(prompt, token_ids(self.prompt + self.said, tokenizer), self.said, tokenizer)
-        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where)
+        return Encoded(ids, [place >= len(prompt) for place in range(len(ids))], prompt, self.answer, where, odd=odd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +102,15 @@ class _Form:
     end: str | None
 
     def turn(self, messages: Messages, i: int) -> _Turn:
-        """The answer number `i`.
+        """The answer number `i`. One that opens the chat answers no prompt, and all that is written is said.
 
         Raises:
             DataError: what the template writes for the turn does not go on from the prompt that it gives for it, or
-                leaves out its thought.
+                leaves out its thought or its calls of tools.
         """
         message = messages[i]
-        prompt, whole = self.render(messages[:i], prompt=True), self.render(messages[: i + 1])
+        prompt = self.render(messages[:i], prompt=True) if i > 0 else ""
+        whole = self.render(messages[: i + 1])
         said = after_prompt(prompt, whole, thought_of(message))
         if said is None:
             at = next(n for n, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
@@ -117,6 +123,11 @@ class _Form:
             raise DataError(
                 f"the chat template leaves out the thought of turn {i + 1}: set data.thinking=strip, or name a "
                 "template that writes it with data.template=FILE"
+            )
+        if loses_calls(messages[: i + 1], whole, self.render):
+            raise DataError(
+                f"the chat template leaves out the tool calls of turn {i + 1}, so that an answer without them would be "
+                "learnt: name a template that writes them with data.template=FILE, or leave the row out"
             )
         return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))
 
@@ -135,32 +146,35 @@ def encode_chat(
             f"{type(tokenizer).__name__} does not say where its tokens stand in a chat: use a fast tokenizer"
         )
     render = Renderer(tokenizer, tokenizer.get_chat_template(template, chat.tools), chat.tools)
-    messages = [written_out(message, render.template) for message in chat.messages]
+    messages = with_arguments([written_out(message, render.template) for message in chat.messages], render)
     text = render(messages)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
     asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
+    odd = tuple(unwritten(messages, text, render, said=() if loss_on == "all" else answers))
     if loss_on == "all":
-        return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where)]
+        return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]
 
     specials = special_tokens(tokenizer)
     form = _Form(render, specials, end_token(render, specials))
-    marked = _spans_by_marks(messages, text, form)[-len(answers) :]
-    turns = [form.turn(messages, i) for i in answers if i > 0]
+    turns = [form.turn(messages, i) for i in answers]
     is_one_row = all(turn.stands_in(whole) for turn in turns)
-    if answers[0] == 0 and not (marked and is_one_row):
+    spans = [turn.span for turn in turns]
+    marked = _spans_by_marks(messages, text, form) if is_one_row else []
+    believed = _within(spans, marked)
+    if answers[0] == 0 and not believed:
         raise DataError(
             "the chat opens with an assistant turn, which answers nothing: put a user or system turn before it"
         )
     if not is_one_row:
-        return [turn.row(tokenizer, chat.where) for turn in turns]
-    spans = marked or [turn.span for turn in turns]
-    trained = [_stands_in(token, spans[bisect_right(spans, token[0], key=_start) - 1]) for token in whole.offsets]
-    return [Encoded(whole.ids, trained, *asked, chat.where)]
+        return [turn.row(tokenizer, chat.where, odd) for turn in turns]
+    learnt = believed or spans
+    trained = [_stands_in(token, learnt[bisect_right(learnt, token[0], key=_start) - 1]) for token in whole.offsets]
+    return [Encoded(whole.ids, trained, *asked, chat.where, odd=(*odd, "marks") if marked and not believed else odd)]
 
 
 def _asked(messages: Messages, render: Renderer) -> tuple[list[int] | None, str | None]:
@@ -182,7 +196,7 @@ _OPEN, _CLOSE = "\ue000", "\ue001"  # Unicode keeps these for private use
 
 
 def _spans_by_marks(messages: Messages, text: str, form: _Form) -> list[Span]:
-    """The spans between generation marks, one a turn; none where there are not as many, or the text hides them.
+    """The spans between generation marks; none where the template has no marks, or the text hides them.
 
     The template is rendered once more, printing a private character in place of each mark.
     """
@@ -200,10 +214,14 @@ def _spans_by_marks(messages: Messages, text: str, form: _Form) -> list[Span]:
     for piece, _mark in zip(pieces[::2], pieces[1::2], strict=False):
         end += len(piece)
         places.append(end)
-    spans = list(zip(places[::2], places[1::2], strict=True))
-    if len(spans) != sum(message["role"] == "assistant" for message in messages):
-        return []
-    return [_through_end(text, span, form) for span in spans]
+    return [_through_end(text, span, form) for span in zip(places[::2], places[1::2], strict=True)]
+
+
+def _within(turns: list[Span], marked: list[Span]) -> list[Span]:
+    """The marked spans but those of turns before these; none unless each lies within a turn and each turn has one."""
+    late = [span for span in marked if span[1] > turns[0][0]]
+    homes = {next((turn for turn in turns if turn[0] <= start and end <= turn[1]), None) for start, end in late}
+    return late if homes == set(turns) else []
 
 
 def _through_end(text: str, span: Span, form: _Form) -> Span:

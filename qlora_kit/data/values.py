@@ -1,7 +1,9 @@
 """Values of rows: those that are wanted, and words for those that are not."""
 
+import json
 import reprlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -9,15 +11,9 @@ from qlora_kit.errors import DataError, listed
 
 
 def string(value: object, name: str) -> str:
-    """The value, which has to be text of whole characters; `name` is what a message calls it."""
+    """The value, which has to be text; `name` is what a message calls it."""
     if not isinstance(value, str):
         raise DataError(f"{name} is {kind(value)}, wanted text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell it as an escape, and tokenizers refuse it much later
-        raise DataError(
-            f"{name} holds half of a surrogate pair ({value[error.start]!a}), which is no character"
-        ) from None
     return value
 
 
@@ -26,6 +22,66 @@ def filled(value: object, name: str) -> str:
     if not string(value, name).strip():
         raise DataError(f"{name} is empty: nothing to learn from")
     return str(value)
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        DataError: an object has a key twice, of which one would be lost.
+        ValueError: it is not JSON, or has a number with thousands of digits.
+        RecursionError: it is nested hundreds of levels deep.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = twice([name for name, _ in pairs])
+        values = " and ".join(short(value) for each, value in pairs if each == name)
+        raise DataError(f"the key {name!r} is there twice ({values}): keep one")
+    return found
+
+
+def twice(names: Sequence[str]) -> str | None:
+    """The first name that is there more than once; None where each is there once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def check_characters(value: object, name: str) -> None:
+    """See that a value, and all that it holds, is written in whole characters; `name` is what a message calls it.
+
+    JSON can spell half of a surrogate pair as an escape, and tokenizers refuse it much later.
+
+    Raises:
+        DataError: there is half of a pair in it.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            around = value[max(0, error.start - 10) : error.start + 10]
+            raise DataError(f"{name} holds half of a surrogate pair ({around!a}), which is no character") from None
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            check_characters(key, name)
+            check_characters(each, name)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            check_characters(each, name)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that hold null, however deep they stand; a null in a list stays.
+
+    Where rows lie in a table (Parquet, the hub), the objects of a column share their keys, and what one row lacks is
+    null there, not to be told from a null that was meant. So none is kept, and rows say the same whatever they lie in.
+    A JSON schema loses `"default": null`, which says no more than its absence; of `"enum": [null]` nothing is lost.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -92,12 +93,13 @@ def _merged_tensors(model: nn.Module, dtype: torch.dtype, original: nn.Module | 
 def rehearse_merge(model: nn.Module) -> None:
     """Form merged weights as an export does, and forget them: on fake tensors, what that allocates.
 
-    Of each the first slice alone, which is as large as any. The audit that follows is planned as an evaluation: what it
-    loads of the export are pages of its files, or on a card what has room beside.
+    Of each the first two slices, which are as large as any: one stands while the next is made. The audit that follows
+    is planned as an evaluation: what it loads of the export are pages of its files, or on a card what has room beside.
     """
     with empty_workspaces(model):
         for tensor in merged_tensors(model, torch.bfloat16):
-            next(tensor.slices())
+            for _slice in islice(tensor.slices(), 2):
+                pass
 
 
 @contextmanager

@@ -41,7 +41,8 @@ from qlora_kit.storage import staged_folder, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FINGERPRINT, _WEIGHTS_MARK = "qlora_kit.base_fingerprint", "qlora_kit.base_weights_mark"
-"""Under which the metadata keeps what `BaseRecord` knows of the base."""
+_MARK = "qlora_kit.base_mark"
+"""Under which the metadata keeps all that marks the base; older versions read and wrote the two above alone."""
 
 
 def save_adapter(
@@ -68,7 +69,8 @@ def save_adapter(
     if broken:
         raise AdapterError(f"adapter {name!r} holds NaN or infinity in {listed(broken)}; it is not saved")
     record = base_record(model)
-    metadata = {"format": "pt", _FINGERPRINT: record.fingerprint, _WEIGHTS_MARK: record.weights_mark}
+    older = {_FINGERPRINT: record.fingerprint, _WEIGHTS_MARK: record.marks.get("weights", "")}
+    metadata = {"format": "pt", **older, _MARK: record.mark}
     metadata = {key: value for key, value in metadata.items() if value} | dict(provenance or {})
     final = Path(folder)
     _check_replaceable(final)
@@ -148,10 +150,9 @@ def _tensors(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
 
 def _stranger_faults(metadata: Mapping[str, str], record: BaseRecord, way_on: str) -> list[str]:
     """Whether the adapter was trained on another base than this; what only one side knows is not compared."""
-    marks = ((metadata.get(_FINGERPRINT), record.fingerprint), (metadata.get(_WEIGHTS_MARK), record.weights_mark))
-    if all(theirs == ours for theirs, ours in marks if theirs and ours):
-        return []
-    return [f"it was trained on another base (the fingerprints differ); {way_on}"]
+    older = " ".join(metadata.get(key, "") for key in (_FINGERPRINT, _WEIGHTS_MARK))
+    odd = record.differences(metadata.get(_MARK, older))
+    return [f"it was trained on another base (other {', '.join(odd)}); {way_on}"] if odd else []
 
 
 def _check_replaceable(folder: Path) -> None:

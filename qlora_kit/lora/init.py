@@ -45,19 +45,20 @@ class Start:
         model: what the adapter goes on.
         init: default, gaussian, pissa or loftq.
         seed: of the run.
+        originals: the dense model that the base was made from, for loftq; None reads it again.
 
     Raises:
         AdapterError: loftq is asked for, and the base is not quantised.
         ModelError: loftq is asked for, and the weights that the base was made from are not at hand.
     """
 
-    def __init__(self, model: PreTrainedModel, init: Init, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, init: Init, seed: int, originals: PreTrainedModel | None = None) -> None:
         self.init, self.seed = init, seed
         self.originals: Any = None
         if init == "loftq":
             if base_record(model).quantization.kind == "none":
                 raise AdapterError("lora.init=loftq makes up for what quantising lost, and this base is not quantised")
-            self.originals = original_weights(model)
+            self.originals = original_weights(model) if originals is None else originals
 
     def check(self, layer_name: str, shape: Sequence[int], rank: int) -> None:
         """Refuse what an approximation cannot be.

@@ -79,6 +79,7 @@ def add_lora(
     name: str = "default",
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    originals: PreTrainedModel | None = None,
 ) -> LoraReport:
     """Attach a trainable adapter to the linear layers that `targets` names, and switch to it.
 
@@ -103,6 +104,7 @@ def add_lora(
         name: of the adapter.
         dtype: of A and B.
         seed: of A's random start.
+        originals: the dense model that the base was made from, for loftq; None reads it again.
 
     Returns:
         What matched, what did not, and how many parameters train.
@@ -124,7 +126,7 @@ def add_lora(
     experts = chosen & expert_stacks(model).keys()
     if dora and experts:
         raise AdapterError(f"dora is not possible on experts ({min(experts)}); name other targets, or use dora=False")
-    start = Start(model, init, seed)
+    start = Start(model, init, seed, originals)
     if experts:
         stack_experts(model)
     with whole_or_nothing(model, name):
@@ -147,7 +149,13 @@ def add_lora(
 
 
 def add_recipe_lora(
-    model: PreTrainedModel, lora: Lora, *, seed: int = 0, token_ids: Sequence[int] = (), name: str = "default"
+    model: PreTrainedModel,
+    lora: Lora,
+    *,
+    seed: int = 0,
+    token_ids: Sequence[int] = (),
+    name: str = "default",
+    originals: PreTrainedModel | None = None,
 ) -> LoraReport:
     """`add_lora` with the settings of a recipe's section; `token_ids` are those of its added tokens."""
     return add_lora(
@@ -166,6 +174,7 @@ def add_recipe_lora(
         untie_head=lora.untie_head,
         name=name,
         seed=seed,
+        originals=originals,
     )
 
 

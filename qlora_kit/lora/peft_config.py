@@ -17,6 +17,7 @@ from qlora_kit.lora.layer import LARGEST_ALPHA, LoraLinear, carriers, lora_layer
 from qlora_kit.lora.targets import adaptable_linears
 from qlora_kit.lora.vocabulary import RowsEmbedding, RowsHead, end_names
 from qlora_kit.lora.whole import WholeModule, module_names, modules_named
+from qlora_kit.recipe.patterns import compile_pattern
 from qlora_kit.storage import read_json
 from qlora_kit.units import is_number
 
@@ -73,8 +74,6 @@ _INERT: dict[str, tuple[object, ...]] = {
     "qalora_group_size": (16,),
     "megatron_core": ("megatron.core",),
 }
-_MOST_REPEATS = 5
-"""In one pattern; those of PEFT and of programs around it have up to 4."""
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Starts of PEFT that take something out of the base, so that the file is half of what was trained."""
 
@@ -198,18 +197,12 @@ def _are_ids(value: object) -> bool:
     return isinstance(value, list) and all(_is_layer(entry) and entry >= 0 for entry in value) and bool(value)
 
 
-def _is_pattern(value: Any) -> bool:
-    """Whether this is a pattern that is matched in little time, whatever the name.
-
-    Python's matching has no limit: a group that is repeated, or repeats by the dozen, would take it years.
-    """
+def _is_pattern(value: object) -> bool:
+    """Whether this is a pattern that is matched in little time."""
     try:
-        re.compile(value)
-    except (re.error, TypeError, OverflowError, RecursionError):
+        return isinstance(value, str) and bool(compile_pattern(value))
+    except ValueError:
         return False
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?", "x", value, flags=re.DOTALL)  # no escapes, classes or marks of groups
-    repeats = re.findall(r"(.)[*+?{]", bare, flags=re.DOTALL)
-    return len(repeats) <= _MOST_REPEATS and not re.search(r"\)[*+{]", bare)
 
 
 def _is_choice(value: object) -> bool:

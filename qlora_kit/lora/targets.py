@@ -14,6 +14,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.lora.layer import LARGEST_ALPHA, LoraExperts, LoraLayer, bare, carriers
 from qlora_kit.lora.vocabulary import end_names, head_is_tied, head_name
 from qlora_kit.lora.whole import check_module, module_names, modules_named
+from qlora_kit.recipe.patterns import compile_pattern
 from qlora_kit.units import is_number
 
 GROUPS = ("all-linear", "attention", "mlp", "experts", "head")
@@ -178,9 +179,9 @@ def pattern_values(linears: Mapping[str, nn.Module], pattern: Mapping[str, float
 
 def _compiled(entry: str, key: str) -> re.Pattern[str]:
     try:
-        return re.compile(entry[3:])
-    except re.error as error:
-        raise AdapterError(f"lora.{key} has {entry!r}, which is no regular expression: {error}") from error
+        return compile_pattern(entry[3:])
+    except ValueError as error:
+        raise AdapterError(f"lora.{key} has {entry!r}, and this regular expression {error}") from error
 
 
 def _no_match(linears: Mapping[str, nn.Module], entry: str, key: str) -> str:

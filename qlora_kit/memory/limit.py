@@ -11,6 +11,7 @@ there is neither.
 
 import errno
 import gc
+import re
 from types import TracebackType
 from typing import Literal
 
@@ -29,7 +30,10 @@ BESIDE_TENSORS_BYTES = 64 * 2**20
 objects, library workspaces, threads, what is free in the heap."""
 
 
-_HOST_WORDS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+_HOST_WORDS = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|could not (create|execute) a (primitive|memory object)$"
+)
+"""The last are oneDNN's, which says as much where it cannot do a thing, but then names a primitive descriptor."""
 _DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -43,7 +47,7 @@ def whose_memory_ran_out(error: BaseException) -> Literal["device", "host"] | No
         return "device"
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return "host"
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_WORDS):
+    if isinstance(error, RuntimeError) and _HOST_WORDS.search(str(error)):
         return "host"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_WORDS):
         return "device"

@@ -23,6 +23,7 @@ from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
+from qlora_kit.errors import ModelError
 from qlora_kit.lora import (
     REFERENCE,
     LoraReport,
@@ -31,6 +32,7 @@ from qlora_kit.lora import (
     add_recipe_lora,
     base_parameter_count,
 )
+from qlora_kit.lora.layer import LoraLinear
 from qlora_kit.memory import Ledger
 from qlora_kit.plan.depths import (
     count_layers,
@@ -91,7 +93,7 @@ def fake_run(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun],
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
         run = FakeRun(model, parameters, optimizer, work, ledger, second)
         del optimizer, second  # they go when the run lets them go
-        with ledger:
+        with ledger, _named_if_read(model):
             does(run)
     names = list(activation_blocks(model))
     roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}
@@ -155,8 +157,15 @@ def _count_parameters(model: PreTrainedModel, parameters: Named) -> dict[str, in
 
 def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[PreTrainedModel, Named]:
     """The model as loading leaves it, with its adapter; the dense weights themselves are pages of a file."""
-    model = dense_model(config, work)
-    ledger.ignore(model.parameters())
+
+    def pages(of: Workload) -> PreTrainedModel:
+        dense = dense_model(config, of)
+        ledger.ignore(dense.parameters())
+        return dense
+
+    model = pages(work)
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else work.dtype
+    originals = pages(replace(work, dtype=stored)) if work.lora is not None and work.lora.init == "loftq" else None
     linears = [module.weight for _, module in body_linears(model)]
     with ledger, ledger.phase("load"):
         as_loaded(model, work)
@@ -167,10 +176,10 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     with ledger, ledger.phase("load/adapters"):
         if work.lora is not None:
             if work.has_reference:
-                add_adapter(model, work.lora, REFERENCE)
+                add_adapter(model, work.lora, name=REFERENCE)
                 for _, parameter in adapter_parameters(model, REFERENCE):
                     parameter.requires_grad_(False)
-            add_adapter(model, work.lora)
+            add_adapter(model, work.lora, originals)
     del linears
     ledger.adopt(model, activation_blocks(model))
     if work.lora is None:
@@ -179,13 +188,11 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
     return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
 
 
-def add_adapter(model: PreTrainedModel, lora: Lora, name: str = "default") -> LoraReport:
-    """Attach an adapter as a run does.
-
-    What is weighed is how many tokens are added, and not which; and there are no values for loftq to read.
-    """
-    lora = lora.model_copy(update={"init": "default"}) if lora.init == "loftq" else lora
-    return add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)), name=name)
+def add_adapter(
+    model: PreTrainedModel, lora: Lora, originals: PreTrainedModel | None = None, name: str = "default"
+) -> LoraReport:
+    """Attach an adapter as a run does. What is weighed is how many tokens are added, and not which."""
+    return add_recipe_lora(model, lora, token_ids=range(len(lora.added_tokens)), name=name, originals=originals)
 
 
 def _second(config: PretrainedConfig, work: Workload, ledger: Ledger) -> PreTrainedModel | None:
@@ -248,6 +255,23 @@ def _told_packing(is_packed: bool) -> Iterator[list[bool]]:
         yield asked
     finally:
         masking_utils.find_packed_sequence_indices = ask
+
+
+@contextmanager
+def _named_if_read(model: PreTrainedModel) -> Iterator[None]:
+    """Name the layer whose weight a model reads by itself: of what is quantised or adapted there is none to read, and a
+    product with the dense one would pass the adapter by."""
+    try:
+        yield
+    except AttributeError as error:
+        names = [name for name, module in model.named_modules() if module is error.obj]
+        if error.name != "weight" or not names or not isinstance(error.obj, QuantizedLinear | LoraLinear):
+            raise
+        leaf = names[0].removesuffix(".base").rpartition(".")[2]
+        raise ModelError(
+            f"a {model.config.model_type} multiplies by the weight of {leaf} itself, past codes and adapters; leave it "
+            f"as it is: add {leaf} to base.skip, and list in lora.targets the layers to adapt, without it"
+        ) from error
 
 
 @contextmanager

@@ -145,6 +145,8 @@ def _methods(
     """
     dtype = _peer_dtype(recipe, work)
     peers = replace(adapters, quantization=Quantization("none"), dtype=dtype, quantize_head=False)
+    if peers.lora is not None and peers.lora.init == "loftq":  # there is nothing that it could make up for
+        peers = replace(peers, lora=peers.lora.model_copy(update={"init": "default"}))
     dense = dry_run(config, peers, after)
     if method_of(recipe) == "qlora":
         return {"qlora": own, "lora_16bit": dense, "full_finetune": _as_the_paper_counts(config, peers, after)}

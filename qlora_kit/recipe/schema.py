@@ -7,18 +7,21 @@ Sources of defaults: QLoRA, Dettmers et al. 2023, arXiv 2305.14314, and its rele
 arXiv 2106.09685; LoRA Without Regret, Schulman et al. 2025, doi 10.64434/tml.20250929.
 """
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qlora_kit import units
+from qlora_kit.recipe.patterns import compile_pattern
 from qlora_kit.recipe.tasks import TaskName
 
 LARGEST_SIZE = 2**50
 """A budget above a PiB is a slip of the pen."""
 LARGEST_WEIGHT = 1000
 """A larger weight of a source is meant as something else: an epoch would see each of its rows as often."""
+
+LARGEST_RATE = 1000
+"""A higher learning rate is a slip of the pen: a step of Adam moves every number by about the rate."""
 
 
 class Says:
@@ -53,9 +56,9 @@ def _is_size(text: str) -> str:
 def _is_pattern(text: str) -> str:
     if text.startswith("re:"):
         try:
-            re.compile(text.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"the regular expression does not compile: {error}") from None
+            compile_pattern(text.removeprefix("re:"))
+        except ValueError as error:
+            raise ValueError(f"the regular expression {error}") from None
     return text
 
 
@@ -63,6 +66,7 @@ Auto = Literal["auto"]
 Text = Annotated[str, AfterValidator(_is_line), Says("text")]
 Count = Annotated[int, Field(ge=1), Says("a whole number of at least 1")]
 Above0 = Annotated[float, Field(gt=0), Says("a number above 0")]
+Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE), Says(f"a number above 0 up to {LARGEST_RATE}")]
 Number = Annotated[int | float, Field(gt=0), Says("a number above 0")]
 Weight = Annotated[int | float, Field(gt=0, le=LARGEST_WEIGHT), Says(f"a number above 0, at most {LARGEST_WEIGHT}")]
 BlockSize = Annotated[int, AfterValidator(_is_block_size), Says("a power of two from 32 to 4096")]
@@ -119,7 +123,7 @@ class Base(Section):
     cache: bool = False
     """Keep the quantised weights on disk, to load them from there later; false: nf4 takes 0.52 GB a billion there."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
-    """Implementation of attention."""
+    """Implementation of attention; a family that has no sdpa takes eager in its place."""
     device: Device = "auto"
     """Where the model lives; auto: the first CUDA device if there is one."""
 
@@ -143,7 +147,7 @@ class Lora(Section):
     """default: A uniform within 1 / sqrt(inputs), B zero (LoRA Without Regret); pissa, loftq: from the weight."""
     dora: bool = False
     """Train a magnitude for each output beside the direction."""
-    lr_ratio: Above0 = 1.0
+    lr_ratio: Rate = 1.0
     """Learning rate of B over that of A (LoRA+); LoRA Without Regret keeps them equal."""
     rank_pattern: Annotated[
         dict[LayerName, Count], Says('a mapping of layer names or "re:..." to whole numbers of at least 1')
@@ -223,13 +227,15 @@ class Train(Section):
     """The objective: answers, text, classes, pairs of answers (dpo, ipo, orpo), or answers with a verdict (kto)."""
     epochs: Number = 1
     """Passes over the rows; may be a fraction."""
+    tokens: Count | None = None
+    """Tokens to see, padding aside, by the mean length of the rows; overrides epochs."""
     steps: Count | None = None
-    """Optimizer steps; overrides epochs."""
+    """Optimizer steps; overrides epochs and tokens."""
     micro_batch: Count | Auto = "auto"
     """Sequences in one forward pass; auto: as many of the longest as make 2,048 tokens, at most 16."""
     accumulation: Count | Auto = "auto"
     """Micro-batches a step; auto: about 16 rows (not packs) a step, as in QLoRA's scripts."""
-    lr: Above0 | Auto = "auto"
+    lr: Rate | Auto = "auto"
     """Peak learning rate; auto: by family and hidden size, the fit of LoRA Without Regret; a tenth if all train."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """Course of the learning rate after the warm-up; constant as in QLoRA and LoRA Without Regret."""

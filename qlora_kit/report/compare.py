@@ -1,8 +1,11 @@
-"""Several runs beside each other: scores and memory in a table, what the recipes differ in, curves over each other."""
+"""Several runs beside each other: scores and memory in a table, what the recipes differ in, curves over each other.
+
+Losses are compared within a task: those of answers, of pairs of answers and of classes are different sums.
+"""
 
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ COLOURS = 7
 """Of curves; the eighth run has the first one's colour in a broken line."""
 _OWN = ("output",)
 """Keys in which every run differs."""
-_OF_THE_ROWS = ("data.", "base.model", "train.task")
+_OF_THE_ROWS = ("data.", "base.model")
 """Keys that may change which tokens a held-out loss is the mean of."""
 
 
@@ -95,14 +98,17 @@ def comparison_text(runs: Sequence[RunFolder]) -> str:
     parts = [aligned(runs_table(runs))]
     if differences[1:]:
         parts.append(aligned([[clipped(cell, LONGEST_NAME) for cell in row] for row in differences]))
-    return "\n\n".join([*parts, "\n".join(wrapped([on_recipes(recipe_differences(runs))]))])
+    return "\n\n".join([*parts, "\n".join(wrapped([on_recipes(runs)]))])
 
 
-def on_recipes(differences: Mapping[str, object]) -> str:
+def on_recipes(runs: Sequence[RunFolder]) -> str:
     """Whether recipes differ, and whether their losses may be compared."""
+    differences, tasks = recipe_differences(runs), _tasks(runs)
     if not differences:
         return "The recipes are the same."
     said = "Only what differs is shown; the rest of the recipes is the same."
+    if len(tasks) > 1:
+        said += f" The losses of {', '.join(tasks[:-1])} and {tasks[-1]} are different sums: compare each with its own."
     if any(key.startswith(_OF_THE_ROWS) for key in differences):
         said += " The held-out tokens may not be the same: compare losses with care."
     return said
@@ -122,7 +128,8 @@ def run_names(runs: Sequence[RunFolder]) -> list[str]:
 
 def runs_table(runs: Sequence[RunFolder]) -> Table:
     """One row a run; a column that no run knows is left out."""
-    columns = [(heading, [cell(run) for run in runs]) for heading, cell in _COLUMNS]
+    headings = _COLUMNS if len(_tasks(runs)) == 1 else (("task", lambda run: run.task), *_COLUMNS)
+    columns = [(heading, [cell(run) for run in runs]) for heading, cell in headings]
     known = [(heading, cells) for heading, cells in columns if any(cell is not None for cell in cells)]
     return [
         ["", *(heading for heading, _ in known)],
@@ -225,15 +232,33 @@ _COLUMNS: tuple[tuple[str, Callable[[RunFolder], str | None]], ...] = (
 """Heading and cell; the scores are the adapter's on held-out rows, the saving is the planned one."""
 
 
+def _tasks(runs: Sequence[RunFolder]) -> list[str]:
+    return list(dict.fromkeys(run.task for run in runs))
+
+
+def _alike(runs: Sequence[RunFolder]) -> list[tuple[str, list[int]]]:
+    """The numbers of runs whose losses may be compared, after the words that name them; "" where all may."""
+    tasks = _tasks(runs)
+    if len(tasks) == 1:
+        return [("", list(range(len(runs))))]
+    return [(f" of {task}", [index for index, run in enumerate(runs) if run.task == task]) for task in tasks]
+
+
 def _best_of(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Markup]:
-    """The headline: which run has the lowest loss, the most exact matches, and the smallest peak."""
+    """The headline: which run of a task has the lowest loss, which the most exact matches, and the smallest peak."""
+    everyone = list(range(len(runs)))
+    losses = [
+        (f"lowest held-out loss{of}", _known_score("loss", 1), _score("loss"), among)
+        for of, among in _alike(runs)
+        if among == everyone or len(among) > 1
+    ]
     said = []
-    for meaning, value, cell in (
-        ("lowest held-out loss", _known_score("loss", 1), _score("loss")),
-        ("most exact matches", _known_score("exact_match", -1), _score("exact_match")),
-        ("smallest measured peak", known_peak, _measured),
+    for meaning, value, cell, among in (
+        *losses,
+        ("most exact matches", _known_score("exact_match", -1), _score("exact_match"), everyone),
+        ("smallest measured peak", known_peak, _measured, everyone),
     ):
-        ranked = [(rank, index) for index, run in enumerate(runs) if (rank := value(run)) is not None]
+        ranked = [(rank, index) for index in among if (rank := value(runs[index])) is not None]
         if ranked:
             _, best = min(ranked)
             said.append(figure(cell(runs[best]) or "-", f"{meaning}: {names[best]}"))
@@ -279,32 +304,37 @@ def _differences(runs: Sequence[RunFolder]) -> Markup:
     cells = differences_table(runs)
     shown = [[clipped(cell, 60) for cell in row] for row in cells]
     drawn = [wide(table(shown, "what the recipes differ in", kind="runs words"))] if shown[1:] else []
-    return section("Recipes", lead(on_recipes(recipe_differences(runs))), *drawn)
+    return section("Recipes", lead(on_recipes(runs)), *drawn)
 
 
 def _charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Markup]:
-    return [
-        chart(_curves(runs, names, "eval_loss"), title="Evaluation loss over steps", y_label="evaluation loss, nats"),
-        chart(_curves(runs, names, "loss"), title="Training loss over steps, smoothed", y_label="training loss, nats"),
-        chart(
-            _curves(runs, names, "tokens_per_s"),
-            title="Throughput over steps, smoothed",
-            y_label="tokens per second",
-            height=150,
-            from_zero=True,
-        ),
+    losses = [
+        chart(_curves(runs, names, key, among), title=title.format(of), y_label=f"{kind} loss, nats")
+        for of, among in _alike(runs)
+        for key, kind, title in (
+            ("eval_loss", "evaluation", "Evaluation loss{} over steps"),
+            ("loss", "training", "Training loss{} over steps, smoothed"),
+        )
     ]
+    speed = chart(
+        _curves(runs, names, "tokens_per_s", range(len(runs))),
+        title="Throughput over steps, smoothed",
+        y_label="tokens per second",
+        height=150,
+        from_zero=True,
+    )
+    return [*losses, speed]
 
 
-def _curves(runs: Sequence[RunFolder], names: Sequence[str], key: str) -> list[Series]:
-    """One smoothed curve a run that has any; evaluations are few and stay as they are."""
+def _curves(runs: Sequence[RunFolder], names: Sequence[str], key: str, among: Iterable[int]) -> list[Series]:
+    """One smoothed curve for each run `among` them that has any; evaluations are few and stay as they are."""
     series = []
-    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        points = curve(run.rows, key)
+    for index in among:
+        points = curve(runs[index].rows, key)
         if finite(points):
             is_eval = key == "eval_loss"
             drawn = points if is_eval else smooth(points, window_for(len(points)))
-            series.append(Series(name, drawn, style_of(index), marked=is_eval))
+            series.append(Series(names[index], drawn, style_of(index), marked=is_eval))
     return series
 
 

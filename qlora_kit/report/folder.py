@@ -157,6 +157,11 @@ class RunFolder:
             name = Path(name).name
         return name or "an unknown model"
 
+    @property
+    def task(self) -> str:
+        """What the run minimises, as the recipe gives it; without a word it is sft."""
+        return clipped(_recipe_value(self.recipe or "", "train", "task"), 24) or "sft"
+
 
 def read_run(folder: str | Path) -> RunFolder:
     """Read the run folder `folder`.
@@ -292,7 +297,7 @@ def _check(value: Any, shape: Any, where: str, key: str = "") -> None:
 def _recipe_value(recipe: str, section: str, key: str) -> str:
     """`key` of `section` in the plain two-level YAML that a run folder holds, or "" if it is written otherwise.
 
-    The recipe is shown as text and never interpreted here: this is for the headline alone.
+    The recipe is shown as text and never interpreted here: this is for the headline, and to tell tasks apart.
     """
     inside = False
     for line in recipe.splitlines():

@@ -123,11 +123,12 @@ def judge_curve(
 
 
 def judge_run(run: RunFolder) -> str:
-    """What there is to say of a run: whether it made the model worse, whether it stopped early, and its curve."""
+    """What there is to say of a run: whether it made the model worse, whether it got to its end, and its curve."""
     steps, planned = [row["step"] for row in run.rows if "loss" in row], run.plan.get("steps")
     early = ""
-    if run.scores is not None and planned and steps and steps[-1] < planned:
-        early = f"Stopped early, at step {steps[-1]:,.0f} of {planned:,.0f}."
+    if planned and steps and steps[-1] < planned:
+        where = f"step {steps[-1]:,.0f} of {planned:,.0f}"
+        early = f"Not finished: {where} is its last." if run.scores is None else f"Stopped early, at {where}."
     curve_sentence = judge_curve(run.rows, run.kept_steps, run.left_step)
     sentences = judge_scores(run.scores), early, judge_explosion(run.rows), curve_sentence
     return " ".join(sentence for sentence in sentences if sentence)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qlora_kit.base import locate_model
+from qlora_kit.base.load import original_weights
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, load_start
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
@@ -41,12 +42,15 @@ def plan_run(recipe: Recipe, prepared: Prepared, watch: Watch) -> tuple[Prepared
 
 
 def settle(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with `base.quantize_head: auto` and `lora.rank: auto` as the plan settled them."""
+    """The recipe with `base.quantize_head: auto` and `lora.rank: auto` as the plan settled them, and with the tokens
+    whose rows the run trains unasked."""
     base, lora = recipe.base, recipe.lora
     if base.quantize_head == "auto":
         base = base.model_copy(update={"quantize_head": plan["quantize_head"]})
     if lora.rank == "auto":
         lora = lora.model_copy(update={"rank": plan["rank"]})
+    if not lora.added_tokens:
+        lora = lora.model_copy(update={"added_tokens": plan.get("added_tokens", [])})
     return recipe.model_copy(update={"base": base, "lora": lora})
 
 
@@ -80,12 +84,19 @@ def load(recipe: Recipe, prepared: Prepared, ledger: Ledger, watch: Watch, trust
     )
 
 
-def put_adapter(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, name: str = "default") -> LoraReport:
+def put_adapter(
+    model: PreTrainedModel, recipe: Recipe, prepared: Prepared, ledger: Ledger, name: str = "default"
+) -> LoraReport:
     """Put the adapter of a run on its base under `name`, and switch to it: a new one, or that of `lora.from`."""
-    if recipe.lora.from_ is not None:
-        return load_start(model, recipe.lora, has_reference=has_reference(recipe), name=name)
-    ids = added_ids(prepared.tokenizer, recipe)
-    return add_recipe_lora(model, recipe.lora, seed=recipe.train.seed, token_ids=ids, name=name)
+    lora, originals = recipe.lora, None
+    if lora.from_ is None and lora.init == "loftq":
+        originals = original_weights(model)
+        ledger.ignore(originals.parameters())  # pages of the checkpoint, as where it is loaded
+    with ledger.watch("load"):
+        if lora.from_ is not None:
+            return load_start(model, lora, has_reference=has_reference(recipe), name=name)
+        ids = added_ids(prepared.tokenizer, recipe)
+        return add_recipe_lora(model, lora, seed=recipe.train.seed, token_ids=ids, name=name, originals=originals)
 
 
 def loss_of(

@@ -1,19 +1,19 @@
 """The course of a run: from the first step, or the checkpoint that it goes on from, to what it leaves."""
 
-from collections.abc import Mapping, Sequence
+import errno
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from qlora_kit.errors import RunError
 from qlora_kit.interrupt import first_interrupt
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
 from qlora_kit.report import LossWatch
-from qlora_kit.run.folder import (
-    CHECKPOINTS,
-    SAMPLES,
-    write_memory,
-)
+from qlora_kit.run.folder import CHECKPOINTS, SAMPLES, write_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.score import questions
@@ -27,6 +27,7 @@ from qlora_kit.train.checkpoint import (
     newest_checkpoint,
     verify_checkpoint,
 )
+from qlora_kit.train.generate import end_tokens
 from qlora_kit.train.isolation import check_isolation
 from qlora_kit.train.loop import Job, rehearse, train_loop
 from qlora_kit.train.metrics import MetricsLog
@@ -82,6 +83,7 @@ def run_course(
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
     _check_disk(job)
+    end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer
     if job.packed_tokens is not None:
         check_isolation(model, prepared.pace.micro_batch)
     if resume:
@@ -92,21 +94,45 @@ def run_course(
     samples = _let_sample(job, recipe, prepared, since, watch)
     ledger.own("optimizer_state", (tensor for _, tensor in job.optimizer.state_tensors()))
     ledger.paged_bytes = sum(tensor.nbytes for tensor in job.optimizer.pageable()) if model.device.type == "cuda" else 0
-    try:
-        with ledger:
-            untouched = rehearse(job, ledger)
-        if untouched:
-            watch.note(f"no gradient reaches {len(untouched)} of {len(job.parameters)} tensors, first {untouched[0]}")
-        with first_interrupt() as interrupted:
-            job.stop_requested = lambda: interrupted() or watch.stop_requested()
-            finished = train_loop(job, metrics, limit.counter, ledger)
-    finally:
-        metrics.close()
-        if samples is not None:
-            samples.close()
-        write_memory(job.folder, planned, ledger, limit.counter)
+    with names_what_is_kept(job.folder):
+        try:
+            with ledger:
+                untouched = rehearse(job, ledger)
+            if untouched:
+                watch.note(
+                    f"no gradient reaches {len(untouched)} of {len(job.parameters)} tensors, first {untouched[0]}"
+                )
+            with first_interrupt() as interrupted:
+                job.stop_requested = lambda: interrupted() or watch.stop_requested()
+                finished = train_loop(job, metrics, limit.counter, ledger)
+        finally:
+            metrics.close()
+            if samples is not None:
+                samples.close()
+            write_memory(job.folder, planned, ledger, limit.counter)
     left = _left_at(job, watch) if finished else job.progress.step
     return End(finished, job.progress.step, left, interrupted())
+
+
+@contextmanager
+def names_what_is_kept(folder: Path) -> Iterator[None]:
+    """A block in which a run writes what it has come to: where the disk ends it, the line says the way on.
+
+    Raises:
+        RunError: in place of the disk's own error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RunError):
+            found = str(error)
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            found = f"{folder} cannot be written: {error.strerror}"
+        else:
+            raise
+        kept = checkpoints(folder / CHECKPOINTS)
+        way_on = f"{kept[-1].name} is kept: go on with --resume" if kept else "there is no checkpoint: start again"
+        raise RunError(f"{found}; {way_on} once that is mended (output={folder})") from error
 
 
 def _check_disk(job: Job) -> None:

@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from datetime import date as Date
 from pathlib import Path
@@ -17,14 +17,25 @@ import torch
 
 from qlora_kit.base.device import resolve_device
 from qlora_kit.data import Classes
-from qlora_kit.errors import RunError
+from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
+from qlora_kit.report import write_report
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
-from qlora_kit.storage import check_writable, clear_abandoned, read_json, remove_folder, write_json, write_text
+from qlora_kit.storage import (
+    check_writable,
+    clear_abandoned,
+    make_folder,
+    read_json,
+    remove_folder,
+    staged_for,
+    write_json,
+    write_text,
+)
+from qlora_kit.train.checkpoint import checkpoints
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.optim import effective_kind
 from qlora_kit.train.pace import Rate
@@ -36,11 +47,12 @@ RESULT, SCORES, SAMPLES = "result.json", "scores.json", "samples.jsonl"
 FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES, "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
-_SETTLED = ("base.quantize_head=auto", "lora.rank=auto")
+_SETTLED = ("base.quantize_head=auto", "lora.rank=auto", "lora.added_tokens=[]")
 """What a run's folder holds as it was settled."""
 
-_MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.steps", "train.eval_every", "train.save_every",
-               "train.sample_every", "train.keep_checkpoints", "train.early_stopping", "train.trackers")  # fmt: skip
+_MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.tokens", "train.steps", "train.eval_every",
+               "train.save_every", "train.sample_every", "train.keep_checkpoints", "train.early_stopping",
+               "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
 
@@ -70,7 +82,7 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
         raise RunError(f"{folder} holds no run to resume; start it without --resume")
     if _has_run(folder) and not (resume or overwrite):
         raise RunError(f"{folder} holds a run already; go on with --resume, replace it with --overwrite, or set output")
-    if _things_in(folder) and not all((folder / name).is_file() for name in (RECIPE, PLAN)):
+    if _things_in(folder) and not (_is_described(folder) or _ended_at_its_start(folder)):
         raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
     check_writable(folder, "set output to another folder")
     changes = _changes(read_recipe(folder / RECIPE), recipe) if resume and not force else []
@@ -109,7 +121,7 @@ def run_folder(folder: Path) -> Iterator[None]:
         RunError: it cannot be made, or another run is writing to it.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be made: {error.strerror}; set output to another folder") from error
     with open(folder / LOCK, "w", encoding="utf-8") as file:
@@ -128,11 +140,32 @@ def run_folder(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
+@contextmanager
+def reported(folder: Path) -> Iterator[None]:
+    """What is done in a run folder, with report.html at its end; after an error, the report of what there is by then.
+
+    Raises:
+        RunError: the report cannot be written. After an error that stays unsaid: the error says more.
+    """
+    with ExitStack() as after_an_error:
+        after_an_error.callback(_report_what_there_is, folder)
+        yield
+        after_an_error.pop_all()
+    write_report(folder)
+
+
+def _report_what_there_is(folder: Path) -> None:
+    with suppress(RunError):  # a full disk, or no step yet
+        write_report(folder)
+
+
 def files_of_run(folder: Path) -> list[Path]:
-    """What a run wrote, folders whole, and nothing else that lies there. Of its trackers' logs each is listed apart,
-    since those of the next one come beside them."""
-    written = [folder / name for name in (ADAPTER, MODEL, CHECKPOINTS, *FILES)]
-    return [path for path in (*written, *(folder / PROJECT).glob("*")) if path.exists()]
+    """What goes of a run when another takes its folder, and nothing else that lies there; recipe and plan, which tell
+    whose the folder is, are written over. Checkpoints, and the logs of trackers, are listed one by one: others may
+    lie beside them."""
+    written = [folder / name for name in (ADAPTER, MODEL, *FILES) if name not in (RECIPE, PLAN)]
+    logs = (folder / PROJECT).glob("*")
+    return [path for path in (*checkpoints(folder / CHECKPOINTS), *written, *logs) if path.exists()]
 
 
 def clear_run_folder(folder: Path, earlier: Iterable[Path]) -> None:
@@ -142,8 +175,9 @@ def clear_run_folder(folder: Path, earlier: Iterable[Path]) -> None:
             remove_folder(path)
         else:
             path.unlink()
-    with suppress(OSError):  # where another run logs there now, it stays
-        (folder / PROJECT).rmdir()
+    for shared in (PROJECT, CHECKPOINTS):
+        with suppress(OSError):  # where something else lies in it, it stays
+            (folder / shared).rmdir()
 
 
 def _things_in(folder: Path) -> bool:
@@ -168,7 +202,34 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def _has_run(folder: Path) -> bool:
     """Whether there is anything to lose: a run that ended before its first checkpoint leaves none."""
-    return (folder / RECIPE).is_file() and any((folder / kept).exists() for kept in (ADAPTER, MODEL, CHECKPOINTS))
+    has_trained = any((folder / kept).exists() for kept in (ADAPTER, MODEL)) or bool(checkpoints(folder / CHECKPOINTS))
+    return (folder / RECIPE).is_file() and has_trained
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether a run has said there what it is."""
+    return all((folder / name).is_file() for name in (RECIPE, PLAN))
+
+
+def _ended_at_its_start(folder: Path) -> bool:
+    """Whether nothing lies there but what a run leaves that is killed, or has no room, before it has said what it is.
+
+    That it was a run is told by its lock, by a file that it had begun, or by a recipe as runs alone write it.
+    """
+    staged = {path: staged_for(path) for path in folder.iterdir()}
+    whole = {path.name for path, final in staged.items() if final is None}
+    begun = {final for final in staged.values() if final is not None}
+    if not (whole <= {LOCK, PROJECT, *FILES} and begun <= {ADAPTER, MODEL, CHECKPOINTS, *FILES}):
+        return False
+    return LOCK in whole or bool(begun) or _is_as_runs_write_it(folder / RECIPE)
+
+
+def _is_as_runs_write_it(path: Path) -> bool:
+    """Whether a recipe has every key and no word more: what people write by hand is no such file."""
+    try:
+        return path.is_file() and path.read_text(encoding="utf-8") == dump_recipe(read_recipe(path))
+    except (RecipeError, UnicodeDecodeError):
+        return False
 
 
 def describe_run(

@@ -284,7 +284,7 @@ class _Race:
 
     def _enter(self, name: str, rate: float) -> _Candidate:
         """A candidate at its beginning."""
-        report = put_adapter(self._model, self._recipe, self._prepared, name)
+        report = put_adapter(self._model, self._recipe, self._prepared, Ledger(), name)
         if not self.tried:
             self._watch.adapted(report)
         prepared = replace(self._prepared, pace=replace(self._prepared.pace, steps=self._steps, lr=rate))

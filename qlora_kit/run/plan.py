@@ -21,10 +21,10 @@ from qlora_kit.memory.limit import whose_memory_ran_out
 from qlora_kit.plan import Workload, plan_methods, weight_bytes
 from qlora_kit.plan.cards import Card, find_card
 from qlora_kit.plan.choose import may_quantize_head
-from qlora_kit.recipe import TASKS, Recipe, base_as_held
+from qlora_kit.recipe import TASKS, Recipe, base_as_held, with_adapters
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
-from qlora_kit.run.prepare import Prepared, note_large_steps, prepare
+from qlora_kit.run.prepare import Prepared, note_attention, note_large_steps, prepare
 from qlora_kit.run.rows import largest_eval_shape, positions_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
@@ -84,6 +84,7 @@ def plan_memory(
         config=config,
     )
     note_large_steps(recipe, pace, watch)
+    note_attention(recipe, config, watch)
     eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
     planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after=_AFTER)
     return planned | {"steps": None, "hours": None}
@@ -123,23 +124,32 @@ def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
     if recipe.memory.budget is None:
         return
     base, budget = base_as_held(recipe), parse_bytes(recipe.memory.budget)
-    work = Workload.of(recipe, micro_batch=1, accumulation=1, tokens=1, activations="recompute")
+    work = _least_step(recipe)
     may_be_smaller = may_quantize_head(recipe, config)
     work = replace(work, quantize_head=base.quantize_head is True or (base.quantize_head == "auto" and may_be_smaller))
     weights = weight_bytes(config, work)
     if weights > budget:
-        ways = ["raise the budget"]
-        if recipe.train.full_finetune:
-            ways.append("set train.full_finetune=false")
-        elif not work.quantization.is_4bit:
-            ways.append("set base.quantization=nf4")
-        elif may_be_smaller and not work.quantize_head:
-            ways.append("set base.quantize_head=true")
+        lighter = _lighter(recipe, work, may_be_smaller)
+        enough = [f"set {setting}" for setting, less in lighter if weight_bytes(config, less) <= budget]
         raise FitError(
             f"memory.budget is {format_bytes(budget)}, and the weights of {base.model} alone take "
-            f"{format_bytes(weights)} (base.quantization={base.quantization}); {', '.join(ways)}, or take a smaller "
-            "base"
+            f"{format_bytes(weights)} (base.quantization={base.quantization}); "
+            f"{', '.join(['raise the budget', *enough])}, or take a smaller base"
         )
+
+
+def _least_step(recipe: Recipe) -> Workload:
+    return Workload.of(recipe, micro_batch=1, accumulation=1, tokens=1, activations="recompute")
+
+
+def _lighter(recipe: Recipe, work: Workload, may_quantize_head: bool) -> Iterator[tuple[str, Workload]]:
+    """The next setting with which weights take less, where there is one, and the step under it."""
+    if recipe.train.full_finetune:
+        yield "train.full_finetune=false", _least_step(with_adapters(recipe))
+    elif not work.quantization.is_4bit:
+        yield "base.quantization=nf4", replace(work, quantization=replace(work.quantization, kind="nf4"))
+    elif may_quantize_head and not work.quantize_head:
+        yield "base.quantize_head=true", replace(work, quantize_head=True)
 
 
 def check_budget(plan: Mapping[str, Any]) -> None:
@@ -156,7 +166,8 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     way_on = "raise the budget" if budget is not None else "plan for another machine with --gpu or --budget"
     setting = f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}"
     raise FitError(
-        f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}; "
+        f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}"
+        f"{_without_evaluation(plan)}; "
         f"lower data.max_tokens (longest row now {plan['tokens']:,}), or {way_on}"
     )
 
@@ -173,6 +184,17 @@ def _smaller(plan: Mapping[str, Any], room: int) -> str:
         head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
     kept = plan["blocks"]["keep"] or plan["blocks"]["selective"]
     return f"{head}; memory.activations=recompute takes less" if kept else head
+
+
+def _without_evaluation(plan: Mapping[str, Any]) -> str:
+    """What would do without held-out rows, where their batches are what takes most."""
+    method = plan["methods"][plan["method"]]
+    phases = method["peak_by_phase"]
+    others = max(peak for phase, peak in phases.items() if phase != "evaluate")
+    if phases.get("evaluate", 0) <= others:
+        return ""
+    least = others + plan["needs_bytes"] - method["peak_bytes"]
+    return f"; evaluation takes that, training {format_bytes(least)}: hold out shorter rows, or set data.eval=null"
 
 
 def _rows_are_missing(recipe: Recipe) -> bool:
@@ -213,6 +235,6 @@ def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path | None) -> str:
     # Before the first step, checkpoints are those of an earlier run.
     kept = checkpoints(folder / CHECKPOINTS) if folder is not None and limit.step else []
     if not kept:
-        return f"start again with {', '.join([*changes, smaller])}"
+        return f"start again with {', '.join([*(change for change in changes if change not in smaller), smaller])}"
     how = f"and {' or '.join(changes)}" if changes else "where more is free"
     return f"{kept[-1].name} is kept: go on with --resume {how}, or start again with --overwrite and {smaller}"

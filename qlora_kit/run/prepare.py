@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_kit.base import locate_model
-from qlora_kit.base.architecture import read_config
+from qlora_kit.base.architecture import lacks_sdpa, read_config
 from qlora_kit.base.device import resolve_device
 from qlora_kit.base.hub import is_folder
 from qlora_kit.base.vocabulary import longer_config
@@ -89,7 +89,14 @@ def prepare(
     if prepared.pace.warning is not None:
         watch.note(prepared.pace.warning)
     note_large_steps(recipe, prepared.pace, watch)
+    note_attention(recipe, prepared.config, watch)
     return prepared
+
+
+def note_attention(recipe: Recipe, config: PretrainedConfig, watch: Watch) -> None:
+    """Tell that attention is not what was asked for, which takes more memory."""
+    if recipe.base.attention == "sdpa" and lacks_sdpa(config, head_for(recipe.train.task)):
+        watch.note(f"transformers has no sdpa for a {config.model_type}: base.attention is eager here")
 
 
 def note_large_steps(recipe: Recipe, pace: Pace, watch: Watch) -> None:

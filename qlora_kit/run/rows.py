@@ -72,7 +72,7 @@ def read_rows(
         recipe: the run.
         tokenizer: that encodes; it is given the template that the run writes.
         config: of the base; a classifier's is told its classes.
-        watch: is told what a person would not expect of the template.
+        watch: is told what a person would not expect of the template, and which files of folders are not read.
         today: the date that a template may write; None asks the clock.
 
     Raises:
@@ -81,8 +81,10 @@ def read_rows(
     data = recipe.data
     readers = _open_sources(recipe, data.train)
     eval_readers = [] if data.eval in ("auto", None) else _open_sources(recipe, data.eval)
-    today = today or Date.today()
-    settle = cache(partial(settle_template, tokenizer, recipe, today, watch or Watch()))
+    today, watch = today or Date.today(), watch or Watch()
+    for unread in filter(None, (reader.unread() for reader in (*readers, *eval_readers))):
+        watch.note(unread)
+    settle = cache(partial(settle_template, tokenizer, recipe, today, watch))
 
     def encode(train_rows: EncodedSet) -> EncodedSet:
         """Read the sources twice: what there is, and what becomes of it."""

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_kit.base import locate_model
+from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data import ask
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import adapters_off, load_adapter, use_adapter
@@ -221,9 +223,13 @@ def _adapter_of(run: Path) -> Path:
 
 
 def _base_of(recipe: Recipe) -> dict[str, Any]:
-    """What of the base must be equal for two adapters to share it."""
+    """What of the base must be equal for two adapters to share it; tokens that it has already are not added to it."""
+    base, tokens = recipe.base, recipe.lora.added_tokens
+    if tokens:
+        tokenizer = read_tokenizer(locate_model(base.model, base.revision, weights=False))
+        tokens = [token for token in tokens if tokenizer is None or token not in tokenizer.get_vocab()]
     keys = ("model", "revision", "quantization", "double_quant", "block_size", "skip", "quantize_head")
-    return {f"base.{key}": getattr(recipe.base, key) for key in keys} | {"lora.added_tokens": recipe.lora.added_tokens}
+    return {f"base.{key}": getattr(base, key) for key in keys} | {"tokens added to the base": tokens}
 
 
 def _system_of(messages: Turns) -> Turns:

@@ -13,17 +13,17 @@ from transformers import PreTrainedModel
 from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.device import resolve_device, resolve_dtype
-from qlora_kit.base.record import base_record
+from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan.devices import busy_note
 from qlora_kit.recipe import Recipe, base_as_held
-from qlora_kit.report import write_report
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
 from qlora_kit.run.common import Common
-from qlora_kit.run.course import End, run_course
+from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
+    DATA,
     PLAN,
     RESULT,
     SCORES,
@@ -36,6 +36,7 @@ from qlora_kit.run.folder import (
     recorded_date,
     recorded_rate,
     recorded_reference,
+    reported,
     run_folder,
     settings_of,
     trained_folder,
@@ -44,7 +45,7 @@ from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.score import Scored, score, score_base
 from qlora_kit.run.start import as_it_starts, check_reference
-from qlora_kit.run.unlearnt import unlearnt_note
+from qlora_kit.run.unlearnt import tokens_to_learn
 from qlora_kit.storage import checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.tasks import Task
@@ -117,27 +118,26 @@ def train(
         model = take_base(recipe, prepared, ledger, watch, trust_remote_code, common)
         base = {"base": base_record(model).mark}
         if resume and not force:
-            check_unchanged(folder, base)
-        unlearnt = unlearnt_note(model, prepared.tokenizer, recipe) if prepared.train.has_chats else None
-        if unlearnt is not None:
-            watch.note(unlearnt)
+            _check_base(folder, base_record(model))
+        recipe, plan = _learn_marks(model, recipe, prepared, plan, watch)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
         earlier = [] if resume else files_of_run(folder)
-        with _tracking(recipe, prepared, folder, device) as track:
-            clear_run_folder(folder, earlier)
-            describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
-            job = make_job(recipe, prepared, model, task, loss_chunk, limit)
-            planned = plan["methods"][plan["method"]]
-            end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
-        del job  # with the optimizer's state, in whose place a base may be read again
-        _save(model, recipe, prepared, folder, end)
-        scores = None
-        if end.finished and prepared.eval.rows:
-            scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
-            write_json(folder / SCORES, scores)
-            watch.scored(scores)
-        write_report(folder)
+        with reported(folder):
+            with _tracking(recipe, prepared, folder, device) as track:
+                clear_run_folder(folder, earlier)
+                describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
+                job = make_job(recipe, prepared, model, task, loss_chunk, limit)
+                planned = plan["methods"][plan["method"]]
+                end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
+            del job  # with the optimizer's state, in whose place a base may be read again
+            with names_what_is_kept(folder):
+                _save(model, recipe, prepared, folder, end)
+            scores = None
+            if end.finished and prepared.eval.rows:
+                scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
+                write_json(folder / SCORES, scores)
+                watch.scored(scores)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
         raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) goes on from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
@@ -172,7 +172,11 @@ def _prepared(
     folder, today, rate = Path(recipe.output), None, None
     if resume:
         check_reference(recipe, recorded_reference(folder))
-        recipe, today, rate = _as_begun(recipe, folder), recorded_date(folder), recorded_rate(folder)
+        recipe, today, rate = (
+            _as_planned(recipe, read_json(folder / PLAN)),
+            recorded_date(folder),
+            recorded_rate(folder),
+        )
     prepared = prepare(
         recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, common=common
     )
@@ -181,15 +185,43 @@ def _prepared(
     return plan_run(recipe, prepared, watch)
 
 
+def _check_base(folder: Path, record: BaseRecord) -> None:
+    """See that a run goes on with its base, as far as the version that began it told which one that was.
+
+    Raises:
+        RunError: it is another.
+    """
+    recorded = str(read_json(folder / DATA).get("fingerprints", {}).get("base", ""))
+    if record.differences(recorded):
+        check_unchanged(folder, {"base": record.mark})
+
+
 def _fingerprints(prepared: Prepared) -> dict[str, str]:
     """Which rows a run has."""
     return {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
 
 
-def _as_begun(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the rank, the head, the micro-batches and the loss that its run began with: in others the same
-    sums would be rounded otherwise."""
-    plan, train, memory = read_json(folder / PLAN), recipe.train, recipe.memory
+def _learn_marks(
+    model: PreTrainedModel, recipe: Recipe, prepared: Prepared, plan: dict[str, Any], watch: Watch
+) -> tuple[Recipe, dict[str, Any]]:
+    """Have rows trained of tokens that chats are written in and the base has not learnt; the plan with them."""
+    names, told = tokens_to_learn(model, prepared.tokenizer, recipe) if prepared.train.has_chats else ([], None)
+    if told is not None:
+        watch.note(told)
+    if names:
+        recipe = settle(recipe, {"added_tokens": names})
+        # The budget stays what it was before the base took some of it.
+        budget = None if plan["budget"] is None else f"{plan['budget']}B"
+        same = _as_planned(recipe, plan)
+        same = same.model_copy(update={"memory": same.memory.model_copy(update={"budget": budget})})
+        _, plan = plan_run(same, prepared, Watch())
+    return recipe, plan | {"added_tokens": recipe.lora.added_tokens}
+
+
+def _as_planned(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with the rank, the head, the micro-batches and the loss that a plan chose: in others the same sums
+    would be rounded otherwise."""
+    train, memory = recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
@@ -210,9 +242,7 @@ def _make_trainable(
         model.requires_grad_(True)
         watch.loaded_whole(parameter_count(model))
     else:
-        with ledger.watch("load"):
-            report = put_adapter(model, recipe, prepared)
-        watch.adapted(report)
+        watch.adapted(put_adapter(model, recipe, prepared, ledger))
     ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, Blocks(**plan["blocks"]))
 

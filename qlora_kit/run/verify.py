@@ -12,7 +12,7 @@ from qlora_kit.recipe import Recipe, read_recipe
 from qlora_kit.run.folder import ADAPTER, CHECKPOINTS, MODEL, RECIPE, RESULT
 from qlora_kit.run.train import train
 from qlora_kit.storage import changed_files, checksums, passing_folder, read_checksums, read_json
-from qlora_kit.train.checkpoint import MANIFEST, checkpoint_of, checkpoints
+from qlora_kit.train.checkpoint import MANIFEST, checkpoint_of, checkpoints, verify_checkpoint
 from qlora_kit.watch import Watch
 
 STEPS, STOP = 6, 3
@@ -33,10 +33,16 @@ class Verified:
     files: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
-    def look_at(self, folder: Path, expected: Mapping[str, str]) -> None:
+    def look_at(self, folder: Path, manifest: Path) -> None:
         """Compare a folder with the checksums that were written."""
+        self.files[str(folder)] = 0
+        try:
+            expected = read_checksums(manifest)
+        except RunError as error:
+            self.faults.append(str(error))
+            return
         self.files[str(folder)] = len(expected)
-        self.faults += changed_files(folder, expected)
+        self.faults += verify_checkpoint(folder) if manifest.name == MANIFEST else changed_files(folder, expected)
 
 
 def verify(folder: Path) -> Verified:
@@ -50,11 +56,7 @@ def verify(folder: Path) -> Verified:
     """
     verified = Verified()
     for place, manifest in _manifests(folder):
-        try:
-            verified.look_at(place, read_checksums(manifest))
-        except RunError as error:
-            verified.files[str(place)] = 0
-            verified.faults.append(str(error))
+        verified.look_at(place, manifest)
     if not verified.files:
         raise RunError(f"{folder} is no run, checkpoint or export with checksums; give the folder of one")
     return verified

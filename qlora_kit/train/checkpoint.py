@@ -8,6 +8,7 @@ read.
 """
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from qlora_kit.storage import (
     changed_files,
     check_room,
     checksums,
+    json_text,
     read_checksums,
     read_json,
     remove_folder,
@@ -35,7 +37,9 @@ from qlora_kit.storage import (
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.units import MIB
 
-MANIFEST = "manifest.json"
+MANIFEST, _STATE = "manifest.json", "state.json"
+_FILES = ("optimizer.safetensors", "parameters.safetensors", "random.safetensors", _STATE)
+"""What a checkpoint holds beside its manifest, in the manifest's order."""
 _TEXT_BYTES = MIB
 """Of random states, headers and JSON, an upper bound."""
 
@@ -100,7 +104,7 @@ def save_checkpoint(
             write_tensors(staged / f"{name}.safetensors", copies)
             copies.clear()
         write_tensors(staged / "random.safetensors", random_states(_device(parameters)))
-        write_json(staged / "state.json", asdict(progress))
+        write_json(staged / _STATE, asdict(progress))
         write_json(staged / MANIFEST, {"step": progress.step, "files": checksums(staged)})
     standing = checkpoints(folder)
     newer = standing.index(final) + 1  # from here on: damaged ones that this run was not resumed from
@@ -109,6 +113,21 @@ def save_checkpoint(
         if other not in kept:
             remove_folder(other)
     return final
+
+
+def not_finite(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> list[str]:
+    """Names of what a checkpoint would hold with NaN or infinity in it: parameters, master weights, moments.
+
+    Args:
+        parameters: as `save_checkpoint` takes them, like the optimizer.
+    """
+    tensors = (*parameters.items(), *optimizer.state_tensors())
+    return [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor.detach())]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Least and largest are NaN where any value is; unlike a mask of all values, they take no memory.
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
 def checkpoint_bytes(parameters: Mapping[str, Tensor], optimizer: AdapterOptimizer) -> int:
@@ -134,17 +153,38 @@ def rehearse_checkpoint(parameters: Mapping[str, Tensor], optimizer: AdapterOpti
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints below `folder`, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    """Complete checkpoints below `folder`, oldest first; folders under other names than a run gives do not count."""
+    complete = (path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    found = [(step, path) for path in complete if (step := _named_step(path)) is not None]
+    return [path for _, path in sorted(found)]
 
 
 def verify_checkpoint(folder: Path) -> list[str]:
-    """What is wrong with a folder that has a manifest: files missing or changed since it was written."""
+    """What is wrong with a folder that has a manifest: files missing or changed since it was written, the manifest
+    itself among them, or the name of another step."""
+    manifest = folder / MANIFEST
     try:
-        expected = read_checksums(folder / MANIFEST)
+        expected = read_checksums(manifest)
+        if faults := changed_files(folder, expected):
+            return faults
+        step = read_json(folder / _STATE).get("step")
     except RunError as error:
         return [str(error)]
-    return changed_files(folder, expected)
+    if not isinstance(step, int):
+        return [f"{folder / _STATE} names no step"]
+    # All that a manifest says follows from the files and the step, so each of its bytes can be looked at.
+    as_written = json_text({"step": step, "files": {name: expected.get(name) for name in _FILES}})
+    if manifest.read_bytes() != as_written.encode():
+        return [f"{manifest} is not as it was written for step {step} and the files {', '.join(_FILES)}"]
+    if _named_step(folder) not in (step, None):
+        return [f"{folder} holds step {step}, and its name says another one: rename it"]
+    return []
+
+
+def _named_step(folder: Path) -> int | None:
+    """The step that a folder's name says; None under a name that no run gives."""
+    named = re.fullmatch("step-([0-9]{6}|[1-9][0-9]{6,})", folder.name)
+    return None if named is None else int(named[1])
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
@@ -171,7 +211,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
         RunError: the files do not fit this run.
     """
     saved, state, states = (_load(folder / f"{name}.safetensors") for name in ("parameters", "optimizer", "random"))
-    content: dict[str, Any] = read_json(folder / "state.json")
+    content: dict[str, Any] = read_json(folder / _STATE)
     content.pop("schema")
     progress = Progress(**content)
     _check_shapes(folder, saved, parameters)

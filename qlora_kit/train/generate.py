@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_kit.data import end_token_id
+from qlora_kit.errors import ModelError
 from qlora_kit.train.forward import evaluation_mode
 
 TOKENS_AT_ONCE = 2048
@@ -131,11 +132,22 @@ def stream_text(
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     """Every token that ends an answer: the tokenizer's, its chat template's, and those of the model's generation
-    config, ascending."""
+    config, ascending.
+
+    Raises:
+        ModelError: those of the generation config are no tokens of the model.
+    """
     known = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = known if isinstance(known, list) else [known]
+    listed = known if isinstance(known, list) else [] if known is None else [known]
+    tokens = model.config.get_text_config().vocab_size
+    for token in listed:
+        if type(token) is not int or not 0 <= token < tokens:
+            raise ModelError(
+                f"the base's generation_config.json, or its config.json, has {token!r:.40} for an eos_token_id, wanted "
+                f"whole numbers from 0 to {tokens - 1}; correct it there"
+            )
     own = [] if tokenizer is None else [tokenizer.eos_token_id, end_token_id(tokenizer)]
-    return sorted({token for token in (*listed, *own) if token is not None})
+    return sorted({*listed, *(token for token in own if token is not None)})
 
 
 def _generate(
@@ -151,17 +163,29 @@ def _generate(
     config = _generation_config(model, tokenizer, max_new_tokens, sampling)
     ids, mask = _pad_left(prompts, config.pad_token_id, model.device)
     stops = [_StopTexts(tokenizer, sampling.stop, ids.shape[1])] if sampling.stop else []
-    output: Tensor = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
-        stopping_criteria=[*stops, *ends],
-    )  # fmt: skip
+    with _without_its_config(model):
+        output: Tensor = model.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer,
+            stopping_criteria=[*stops, *ends],
+        )  # fmt: skip
     return output
+
+
+@contextmanager
+def _without_its_config(model: PreTrainedModel) -> Iterator[None]:
+    """A block in which a model has no generation config of its own: from it transformers takes whatever is not said,
+    and of its hundred settings, which come with a base's files, some ask for other methods and some for no end."""
+    its = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = its
 
 
 def _generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, sampling: Sampling
 ) -> GenerationConfig:
-    """Everything is said: what is not, transformers takes from the model's own config."""
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     drawn: dict[str, Any] = {"do_sample": False}
@@ -177,9 +201,7 @@ def _generation_config(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad,
-        num_beams=1,
         repetition_penalty=sampling.repetition_penalty,
-        no_repeat_ngram_size=0,
         **drawn,
     )
 

@@ -34,7 +34,7 @@ from qlora_kit.data import (
 from qlora_kit.errors import DeviceError, TrainingError, listed
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
-from qlora_kit.train.checkpoint import Progress, checkpoints, rehearse_checkpoint, save_checkpoint
+from qlora_kit.train.checkpoint import Progress, checkpoints, not_finite, rehearse_checkpoint, save_checkpoint
 from qlora_kit.train.evaluate import evaluate_loss, rehearse_evaluation
 from qlora_kit.train.forward import no_phase
 from qlora_kit.train.metrics import MetricsLog
@@ -203,7 +203,8 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         Whether the run came to its end.
 
     Raises:
-        TrainingError: a loss or gradient is not finite; the parameters are those of the step before.
+        TrainingError: a loss or gradient is not finite, and the parameters are those of the step before; or a step left
+            parameters that are not. Neither comes into a checkpoint.
     """
     steps = Steps(job)
     saved_at, first = time.monotonic(), job.progress.step + 1
@@ -226,9 +227,7 @@ def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledg
         job.sample(step)
         is_stopping = job.stop_requested()
         if job.is_over or is_best or is_stopping or _is_due(job.pace, step, saved_at):
-            save_checkpoint(
-                job.folder / "checkpoints", job.kept, job.optimizer, job.progress, job.train.keep_checkpoints
-            )
+            _save(job)
             saved_at = time.monotonic()
         if is_stopping:
             break
@@ -318,12 +317,25 @@ def _record(job: Job, metrics: MetricsLog, row: dict[str, Any]) -> None:
     broken = [key for key, value in metrics.rows[-1].items() if value is None]
     if broken:
         rows = f" on the rows {listed(row['rows'])}" if "rows" in row else ""
-        kept = checkpoints(job.folder / "checkpoints")
-        way_on = f"; {kept[-1].name} is kept: go on with --resume, and --force for another rate" if kept else ""
-        raise TrainingError(
-            f"{broken[0]} is not finite at step {row['step']}{rows}; that step left no checkpoint{way_on}; "
-            "lower train.lr, or use base.compute_dtype=bfloat16 or float32 where it was float16"
-        )
+        raise _broken_off(job, f"{broken[0]} is not finite at step {row['step']}{rows}")
+
+
+def _save(job: Job) -> None:
+    """Write a checkpoint, unless the step has spoiled what it would hold: the one before is then what is left."""
+    spoiled = not_finite(job.kept, job.optimizer)
+    if spoiled:
+        raise _broken_off(job, f"NaN or infinity in {listed(spoiled)} after step {job.progress.step}")
+    save_checkpoint(job.folder / "checkpoints", job.kept, job.optimizer, job.progress, job.train.keep_checkpoints)
+
+
+def _broken_off(job: Job, why: str) -> TrainingError:
+    """The end of a run whose numbers are none, and the way on."""
+    kept = checkpoints(job.folder / "checkpoints")
+    way_on = f"; {kept[-1].name} is kept: go on with --resume, and --force for another rate" if kept else ""
+    return TrainingError(
+        f"{why}; that step left no checkpoint{way_on}; lower train.lr, or use base.compute_dtype=bfloat16 or float32 "
+        "where it was float16"
+    )
 
 
 def _is_due(pace: Pace, step: int, saved_at: float) -> bool:

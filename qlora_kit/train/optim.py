@@ -28,9 +28,6 @@ _PAGED_ELEMENTS = 100_000
 
 _BETAS = (0.9, 0.999)  # QLoRA's released scripts
 
-LIFTED_ELEMENTS = 2**24
-"""Elements of 16-bit parameters that are stepped together, unless a single one has more: 64 MiB for each fp32 copy."""
-
 _Pairs = list[tuple[nn.Parameter, nn.Parameter]]
 
 
@@ -207,16 +204,20 @@ def round_stochastically(source: Tensor, target: Tensor, generator: torch.Genera
 
 
 def _cut(pairs: _Pairs) -> list[_Pairs]:
-    """Those that are stepped directly, then the others, some at a time and in their order."""
+    """Those that are stepped directly, then the others, as many at a time as have no more elements than the largest.
+
+    So what stands in fp32 is the same however many layers there are, and two depths tell it of all (`plan/depths`).
+    """
     direct = [(parameter, stepped) for parameter, stepped in pairs if stepped is parameter]
-    cuts, elements = [direct] if direct else [], LIFTED_ELEMENTS
-    for parameter, stepped in pairs:
-        if stepped is not parameter:
-            elements += parameter.numel()
-            if elements > LIFTED_ELEMENTS:
-                cuts.append([])
-                elements = parameter.numel()
-            cuts[-1].append((parameter, stepped))
+    lifted = [(parameter, stepped) for parameter, stepped in pairs if stepped is not parameter]
+    most = elements = max((parameter.numel() for parameter, _ in lifted), default=0)
+    cuts = [direct] if direct else []
+    for parameter, stepped in lifted:
+        elements += parameter.numel()
+        if elements > most:
+            cuts.append([])
+            elements = parameter.numel()
+        cuts[-1].append((parameter, stepped))
     return cuts
 
 

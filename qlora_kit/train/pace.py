@@ -138,7 +138,8 @@ def set_pace(
     enough = math.ceil(min(ROWS_A_STEP, rows) / micro_batch)
     accumulation = enough if train.accumulation == "auto" else train.accumulation
     per_step = micro_batch * accumulation
-    steps = train.steps or max(1, math.ceil(train.epochs * rows / per_step))
+    passes = train.epochs if train.tokens is None else train.tokens / tokens
+    steps = train.steps or max(1, math.ceil(passes * rows / per_step))
     body = config.get_text_config()
     automatic = automatic_rate(body.model_type, body.hidden_size, steps, train.full_finetune, train.task)
     lr, reason = automatic if train.lr == "auto" else (train.lr, "the recipe")

@@ -1,5 +1,6 @@
 """A real disk that is full, or read-only: one line, nothing half-written, what stood before intact."""
 
+import importlib
 import json
 import subprocess
 
@@ -41,8 +42,8 @@ def fill(disk, leave_bytes):
     """Leave so many bytes free."""
     block = bytes(MIB // 4)
     with (disk / "filler").open("ab", buffering=0) as file:
-        while free(disk) > leave_bytes + len(block):
-            file.write(block)
+        while (room := free(disk) - leave_bytes) > 0:
+            file.write(block[:room])
 
 
 def free(disk):
@@ -73,12 +74,44 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line_and_the_last_checkpoint_goe
     monkeypatch.setattr(loop, "save_checkpoint", save)
     told = call("train", *words, "train.steps=3")
     assert told.exit_code == 2
-    assert told.stderr.strip().splitlines()[-1].startswith("error: the checkpoint of step 2 needs ")
+    said = told.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: the checkpoint of step 2 needs ")
+    assert f"step-000001 is kept: go on with --resume once that is mended (output={small_disk}/run)" in said
     assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == ["step-000001"]
     assert verify(small_disk / "run").faults == []
     monkeypatch.setattr(loop, "save_checkpoint", saved)
     (small_disk / "filler").unlink()
     assert call("train", *words, "train.steps=3", "--resume").exit_code == 0
+    assert verify(small_disk / "run").faults == []
+
+
+@pytest.mark.parametrize(
+    ("home", "name", "at"),
+    [("train.metrics", "_line", 2), ("train.checkpoint", "write_tensors", 5), ("run.train", "save_adapter", 1)],
+)
+def test_wherever_it_fills_up_to_the_last_byte_the_line_names_the_folder_the_checkpoint_and_the_way_on(
+    home, name, at, words, small_disk, monkeypatch
+):
+    """In a row of metrics, in the middle of a save, and when all is trained; memory.json has no room either then."""
+    module, calls = importlib.import_module(f"qlora_kit.{home}"), []
+    whole = getattr(module, name)
+
+    def filling(*given, **named):
+        calls.append(1)
+        if len(calls) == at:
+            fill(small_disk, 0)
+        return whole(*given, **named)
+
+    monkeypatch.setattr(module, name, filling)
+    told = call("train", *words, "train.steps=2", "data.eval=null")
+    assert len(calls) == at
+    assert told.exit_code == 2, told.output
+    said = told.stderr.strip().splitlines()[-1]
+    kept = "step-000002" if name == "save_adapter" else "step-000001"
+    assert f"{kept} is kept: go on with --resume once that is mended (output={small_disk}/run)" in said
+    monkeypatch.undo()
+    (small_disk / "filler").unlink()
+    assert call("train", *words, "train.steps=2", "data.eval=null", "--resume").exit_code == 0
     assert verify(small_disk / "run").faults == []
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import time
 
 import pytest
@@ -14,9 +15,10 @@ from qlora_kit.errors import RunError
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import train, verify
 from qlora_kit.run.folder import run_folder
+from qlora_kit.train import loop
 from qlora_kit.train.checkpoint import newest_checkpoint
 
-STEPS, KILLS = 200, 30
+STEPS, KILLS = 100, 30
 
 
 def recipe(folder, model_folder, name):
@@ -30,35 +32,45 @@ def recipe(folder, model_folder, name):
     )  # fmt: skip
 
 
-def killed(run, resume, after):
-    """Run in a process of its own, which is killed so many seconds after its first new checkpoint; whether it was."""
+def killed(run, resume, after, in_save=False):
+    """Run in a process of its own, which is killed so many seconds after its first new checkpoint, or after it has
+    begun the save that comes next; whether it was."""
     folder, child = f"{run.output}/checkpoints", os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         train(run, resume=resume)
         os._exit(0)
-    before = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    before, has_saved = names_in(folder), False
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        names = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if any(name.startswith("step-") for name in names - before):
+        names = names_in(folder)
+        has_saved = has_saved or any(name.startswith("step-") for name in names - before)
+        if has_saved and (not in_save or any(name.endswith(f".{child}.tmp") for name in names)):
             time.sleep(after)
             os.kill(child, signal.SIGKILL)
             return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        time.sleep(0.001)
+        time.sleep(0.0002)
     return False
 
 
+def names_in(folder):
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+
 @pytest.mark.slow
-def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_bytes(tmp_path, model_folder):
+def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_bytes(
+    tmp_path, model_folder, monkeypatch
+):
     whole, parts = (recipe(tmp_path, model_folder, name) for name in ("whole", "parts"))
-    train(whole)
-    draw, kills, steps = random.Random(0), 0, []
-    while kills < KILLS:
-        assert killed(parts, resume=kills > 0, after=draw.uniform(0, 0.03)), f"it ended after {kills} kills"
-        kills += 1
+    save_s = seconds_of_a_save(whole, monkeypatch)
+    draw, steps, in_saves = random.Random(0), [], 0
+    for kill in range(KILLS):
+        after = draw.uniform(0, 0.7 * save_s)  # a save has gone on for a while when its folder is seen
+        assert killed(parts, resume=kill > 0, after=after, in_save=True), f"it ended after {kill} kills"
+        in_saves += bool(left_over(tmp_path))
         newest, faults = newest_checkpoint(tmp_path / "parts" / "checkpoints")
         assert faults == []
         steps.append(int(newest.name.removeprefix("step-")))
+    assert in_saves > KILLS / 2, f"{in_saves} of {KILLS} kills came within a save"
     assert steps == sorted(set(steps)), "a kill lost a step that stood"
     train(parts, resume=True)
     assert verify(tmp_path / "parts").faults == []
@@ -66,7 +78,26 @@ def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_
     assert all((ours[key] == theirs[key]).all() for key in theirs)
     rows, wanted = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("parts", "whole"))
     assert [losses(row) for row in rows] == [losses(row) for row in wanted]
-    assert not [path for path in tmp_path.rglob(".*") if path.suffix in (".tmp", ".old")]
+    assert not left_over(tmp_path)
+
+
+def seconds_of_a_save(run, monkeypatch):
+    """The median over a whole run."""
+    taken, save = [], loop.save_checkpoint
+
+    def timed(*given):
+        start = time.monotonic()
+        save(*given)
+        taken.append(time.monotonic() - start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", timed)
+        train(run)
+    return statistics.median(taken)
+
+
+def left_over(folder):
+    return [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old", ".gone")]
 
 
 def losses(line):

@@ -42,11 +42,19 @@ def change_a_row(name):
     return change
 
 
-def change_a_weight(folder):
-    path = folder / "base" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.0.mlp.up_proj.weight"] += 0.5
-    save_file(tensors, path, {"format": "pt"})
+def change_a_weight(name):
+    def change(folder):
+        path = folder / "base" / "model.safetensors"
+        tensors = load_file(path)
+        tensors[name] += 0.5
+        save_file(tensors, path, {"format": "pt"})
+
+    return change
+
+
+def change_a_setting(folder):
+    path = folder / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-5}))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,9 @@ def change_a_weight(folder):
     [
         (change_a_row("rows.jsonl"), "other training rows"),
         (change_a_row("held.jsonl"), "other held-out rows"),
-        (change_a_weight, "other weights of the base"),
+        (change_a_weight("model.layers.0.mlp.up_proj.weight"), "other weights of the base"),
+        (change_a_weight("lm_head.weight"), "other weights of the base"),
+        (change_a_setting, "other weights of the base"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_rows_or_weights_unless_it_is_forced(change, said, recipe, tmp_path):

@@ -18,7 +18,7 @@ from qlora_kit.export import export_merged, export_quantized, shelf, stream
 from qlora_kit.export.gguf import export_gguf, writer
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
-from qlora_kit.storage import read_json, sha256_file, staged_folder, write_text
+from qlora_kit.storage import clear_abandoned, read_json, remove_folder, sha256_file, staged_folder, write_text
 from qlora_kit.train.checkpoint import (
     Progress,
     checkpoints,
@@ -219,8 +219,34 @@ def test_whenever_the_process_is_killed_what_stands_is_whole_and_the_next_save_c
     assert ends == sorted(ends)
 
 
+def test_where_folders_cannot_exchange_names_a_kill_between_the_two_renames_loses_nothing(
+    model, disk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    saver, ends, were_away = AdapterFolder(model), [], 0
+    for disk.at in range(1000):
+        disk.act, disk.done = None, NEVER
+        folder = tmp_path / f"{disk.at}"
+        folder.mkdir()
+        saver.save(folder, 1)
+        child = os.fork()
+        if child == 0:
+            disk.act, disk.done = kill, 0
+            saver.save(folder, 2)
+            os._exit(0)
+        if os.WIFEXITED(os.waitpid(child, 0)[1]):
+            break
+        were_away += not (folder / "adapter").exists()
+        clear_abandoned(folder)
+        ends.append(saver.check(folder))
+        assert left_over(folder) == []
+    assert were_away == 1, "no kill came between the renames"
+    assert ends == sorted(ends)
+    assert {*ends} == {1, 2}
+
+
 def left_over(folder):
-    return [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")]
+    return [path for path in folder.rglob(".*") if path.suffix in (".tmp", ".old", ".gone")]
 
 
 def test_a_file_of_a_living_process_is_left_alone(tmp_path):
@@ -230,6 +256,41 @@ def test_a_file_of_a_living_process_is_left_alone(tmp_path):
     write_text(tmp_path / "page", "text")
     assert mine.exists()
     assert not dead.exists()
+
+
+def test_a_folder_that_was_being_deleted_does_not_come_back(tmp_path):
+    doomed = tmp_path / "doomed"
+    doomed.mkdir()
+    (doomed / "page").touch()
+    child = os.fork()
+    if child == 0:
+        storage.shutil.rmtree = lambda path: kill()
+        remove_folder(doomed)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert not doomed.exists()
+    assert len(left_over(tmp_path)) == 1
+    clear_abandoned(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_look_abandoned_and_lead_elsewhere_or_count_too_far_are_cleared_up_too(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "page").touch()
+    (tmp_path / f".link.{tiny.dead_process()}.tmp").symlink_to(tmp_path / "mine")
+    (tmp_path / f".page.{'9' * 20}.tmp").touch()
+    clear_abandoned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "page").exists()
+
+
+def test_every_folder_that_got_a_new_entry_is_flushed(tmp_path, monkeypatch):
+    flushed, flush = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.add(os.fstat(file).st_ino), flush(file)))
+    with staged_folder(tmp_path / "new" / "deep" / "run" / "checkpoint") as staged:
+        (staged / "page").touch()
+    made = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert len(made) == 4
+    assert {path.stat().st_ino for path in (tmp_path, *made)} <= flushed
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
 from qlora_kit.run import verify
+from qlora_kit.train.checkpoint import Progress, save_checkpoint
+from qlora_kit.train.optim import AdapterOptimizer
 
 
 def call(*arguments):
@@ -46,6 +49,24 @@ def changed_once(file):
         file.write_bytes(changed)
         yield
     file.write_bytes(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_every_bit_of_the_text_of_a_checkpoint_is_looked_at(name, tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))  # what is hashed with each bit is small
+    optimizer = AdapterOptimizer([("w", parameter)], "lion_32bit")
+    folder = save_checkpoint(tmp_path, {"w": parameter}, optimizer, Progress(step=2), keep=1)
+    before, missed = (folder / name).read_bytes(), []
+    assert verify(folder).faults == []
+    for bit in range(8 * len(before)):
+        changed = bytearray(before)
+        changed[bit // 8] ^= 1 << bit % 8
+        (folder / name).write_bytes(changed)
+        if not verify(folder).faults:
+            missed.append(bit)
+    assert len(before) > 100
+    assert missed == []
 
 
 def test_a_changed_byte_in_any_file_of_a_checkpoint_or_an_adapter_is_found(run):

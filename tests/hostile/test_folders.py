@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_kit.base.architecture import read_config
 from qlora_kit.base.files import check_model_folder
@@ -106,7 +106,9 @@ def test_neither_file_of_an_adapter_is_taken_from_elsewhere(adapter, base, tmp_p
     assert f"{adapter / name} is not a file" in refusal(base, adapter)
 
 
-ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000)
+ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X", "a{99999999999999}", "(" * 5000,
+           "(?x)(.+) +!", "(?x:(.+) +!)", "(?x)(.+) {2,}!", "(?#[)(.+)+!(?#])", "(?:(?:.+){2}|a)!", "(?i)q_proj",
+           r"(.+)\1+!")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,8 @@ ENDLESS = ("(a+)+$", "(.*)*X", "(.*){9}X", ".*.*.*.*.*.*.*.*X", ".?" * 40 + "X",
         ({"lora_dropout": float("inf")}, "impossible value: lora_dropout"),
         ({"trainable_token_indices": [10**30]}, "no tensors for"),
         *(({"target_modules": pattern}, "impossible value: target_modules") for pattern in ENDLESS),
-        *(({"rank_pattern": {pattern: 2}}, "impossible value: rank_pattern") for pattern in ENDLESS[:2]),
+        *(({"rank_pattern": {pattern: 2}}, "impossible value: rank_pattern") for pattern in ENDLESS),
+        *(({"exclude_modules": pattern}, "impossible value: exclude_modules") for pattern in ENDLESS[:2]),
     ],
 )
 def test_a_config_that_would_take_all_memory_or_time_is_refused_at_once(adapter, base, changes, said):
@@ -129,8 +132,19 @@ def test_a_config_that_would_take_all_memory_or_time_is_refused_at_once(adapter,
     assert said in refusal(base, adapter)
 
 
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_a_recipe_has_no_such_pattern_either(base, pattern):
+    start = time.process_time()
+    for key in ("targets=re:{}", "rank_pattern={{'re:{}': 4}}"):
+        with pytest.raises(RecipeError, match=r"lora\.(targets|rank_pattern)"):
+            read_recipe("default", ["base.model=a/b", "data.train=c.jsonl", "lora." + key.format(pattern)])
+    with pytest.raises(AdapterError, match="regular expression"):
+        add_lora(base, targets=f"re:{pattern}")
+    assert time.process_time() - start < 0.5
+
+
 @pytest.mark.parametrize("pattern", [
-    r".*\.(q|v)_proj",
+    r".*\.(q|v)_proj", r"(?P<name>layers)\.\d+\.(?!mlp)(self_attn)?.*", r"(?i:Q)_proj", r".*\.[(+*)]_proj",
     r".*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj|up_proj).*?",
     r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention)\.(?:(?:q_proj|k_proj)))",
 ])  # fmt: skip
@@ -229,6 +243,94 @@ def test_no_template_is_taken_from_elsewhere_into_an_export(model_folder, adapte
     (tmp_path / "base" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     with pytest.raises(ModelError, match="links to"):
         check_model_folder(tmp_path / "base", weights=False)
+
+
+WORDPIECE = {"model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                       "max_input_chars_per_word": 9}}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["absolute", "from where the program runs", "from the folder"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"])
+def test_no_file_of_the_reader_becomes_the_vocabulary_of_a_tokenizer(model_folder, tmp_path, monkeypatch, file, where):
+    """It would be published in the tokenizer.json of an export."""
+    folder = shutil.copytree(model_folder, tmp_path / "model", ignore=lambda *_: ["tokenizer.json"])
+    (tmp_path / "secret").write_text("[UNK]\npassword\n")
+    monkeypatch.chdir(tmp_path)
+    name = {"absolute": str(tmp_path / "secret"), "from the folder": "../secret"}.get(where, "secret")
+    change(folder / "tokenizer_config.json", tokenizer_class="BertTokenizer")
+    said = WORDPIECE["model"] | {"vocab": name}
+    tables = {"added_tokens": []} if file == "tokenizer.json" else {}
+    if not (folder / file).exists():
+        (folder / file).write_text(json.dumps(tables))
+    change(folder / file, **({"version": "1.0", "model": said} if tables else {"vocab": name}))
+    if where != "from the folder":  # transformers reads none so; a key of a later version might
+        assert "password" in AutoTokenizer.from_pretrained(folder).get_vocab()
+    with pytest.raises(ModelError, match=f"{file} names '.*secret', which is no file of its folder") as told:
+        read_tokenizer(folder)
+    assert "\n" not in str(told.value)
+
+
+def test_a_pipe_that_a_tokenizer_names_is_not_waited_for(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    os.mkfifo(folder / "pipe")
+    change(folder / "tokenizer_config.json", vocab="pipe")
+    with pytest.raises(ModelError, match="names 'pipe', which is no"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("key", ["fast_tokenizer_files", "gguf_file"])
+def test_no_other_file_takes_the_place_of_the_one_that_was_looked_at(model_folder, tmp_path, key):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    change(folder / "tokenizer_config.json", **{key: ["../tokenizer.4.0.0.json"]})
+    with pytest.raises(ModelError, match=f"says {key}=.*, wanted tokenizer.json alone"):
+        read_tokenizer(folder)
+
+
+def test_names_of_its_writers_files_and_tokens_like_names_of_files_are_no_fault_of_a_tokenizer(
+    model_folder, tmp_path, monkeypatch
+):
+    """Old tokenizer_config.json name the cache that they came from, and transformers reads nothing from there."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("no tokenizer")
+    written = dict.fromkeys(("special_tokens_map_file", "tokenizer_file", "name_or_path"), str(elsewhere))
+    tokens = {"additional_special_tokens": ["/", ".", "\0"], "chat_template": "a" * 10_000}
+    change(folder / "tokenizer_config.json", **written, **tokens)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("a file, and a token of tokenizer.json")
+    assert read_tokenizer(folder).get_vocab() == read_tokenizer(model_folder).get_vocab() | {"\0": 260}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_hidden_layers", 1_000_000), ("num_hidden_layers", 10**400), ("vocab_size", 10**15), ("hidden_size", 10**9),
+     ("intermediate_size", 1e30), ("num_attention_heads", 10**8), ("max_position_embeddings", 10**12),
+     ("text_config", {"num_local_experts": 10**9})],
+)  # fmt: skip
+def test_a_model_that_is_larger_than_any_is_a_line_at_once(model_folder, tmp_path, key, value):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    assert read_config(folder).num_hidden_layers == 2
+    change(folder / "config.json", **{key: value})
+    start = time.process_time()
+    with pytest.raises(ModelError, match=r"config.json says .*=.*; no model has more than [\d,]+") as told:
+        read_config(folder)
+    assert time.process_time() - start < 0.5
+    assert "\n" not in str(told.value)
+
+
+def test_the_largest_models_there_are_are_read(tmp_path):
+    """Layers of Llama 405B, experts of Kimi, vocabulary of Gemma, positions of Llama 4, a theta for millions."""
+    tiny.llama().save_pretrained(tmp_path)
+    change(tmp_path / "config.json", num_hidden_layers=126, vocab_size=262_208, hidden_size=16_384, num_experts=384,
+           intermediate_size=53_248, max_position_embeddings=10_485_760, rope_theta=45_168_893_440)  # fmt: skip
+    assert read_config(tmp_path).num_hidden_layers == 126
+
+
+def test_weights_that_only_the_config_names_are_not_read(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    change(folder / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(ModelError, match=r"names weights of its own \(transformers_weights\)"):
+        load_base(folder, device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.bool, torch.complex64])

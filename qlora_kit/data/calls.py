@@ -1,0 +1,111 @@
+"""Calls of tools, and the tools: objects in a chat, and in a rendering what its template takes.
+
+OpenAI's interface has the arguments of a call as a JSON text, and tables have tools as one, since schemas that differ
+share no columns. transformers' documentation asks for objects: most templates give them to `tojson`, which would write
+a text in quotes once more. Some (DeepSeek's) join arguments to other text. So a chat holds objects, and a template that
+takes only text is given their JSON.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+from qlora_kit.data.chat_template import Renderer
+from qlora_kit.data.values import check_characters, from_json, kind, without_nulls
+from qlora_kit.errors import DataError
+
+Object: TypeAlias = dict[str, Any]
+
+
+def tools_of(value: object) -> list[Object] | None:
+    """The tools that a column holds, as a list or as the JSON text of one; None where there are none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    tools = _spelt_out(without_nulls(value), "column 'tools'") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(f"column 'tools' is {kind(value)}, wanted a list of objects, or the JSON of one")
+    return tools
+
+
+def calls_of(value: object, name: str) -> list[Object]:
+    """The calls of a turn, the arguments of each as an object; `name` is what a message calls the turn.
+
+    Raises:
+        DataError: they are no list of objects, or arguments are neither an object nor the JSON of one.
+    """
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise DataError(f"tool_calls of {name} is {kind(value)}, wanted a list of objects")
+    return [_with_function(call, partial(_with_object, name=name)) for call in value]
+
+
+def with_arguments(messages: list[Object], render: Renderer) -> list[Object]:
+    """The turns of a chat with the arguments of calls as its template takes them: objects, or their JSON."""
+    if not any(message.get("tool_calls") for message in messages) or not _takes_text(render):
+        return messages
+    return [
+        message | {"tool_calls": [_with_function(call, _with_text) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_function(call: Object, change: Callable[[Object], Object]) -> Object:
+    """A call in which what has the name and the arguments is changed; data sets leave out what OpenAI has around it."""
+    function = call.get("function")
+    return call | {"function": change(function)} if isinstance(function, dict) else change(call)
+
+
+def _with_object(function: Object, name: str) -> Object:
+    if "arguments" not in function:
+        return function
+    column = f"function.arguments in {name}"
+    arguments = _spelt_out(function["arguments"], column)
+    if not isinstance(arguments, dict):
+        raise DataError(f"{column} is {kind(function['arguments'])}, wanted an object, or the JSON of one")
+    return function | {"arguments": arguments}
+
+
+def _with_text(function: Object) -> Object:
+    if "arguments" not in function:
+        return function
+    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def _spelt_out(value: object, name: str) -> Any:
+    """What a JSON text says, nulls and all; a value that is no text, or an empty one, as it is."""
+    if not isinstance(value, str) or not value:
+        return value
+    try:
+        found = from_json(value)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    except ValueError as error:
+        raise DataError(f"{name} is {kind(value)}, which is not JSON: {error}") from None
+    check_characters(found, name)
+    return found
+
+
+_ARGUMENTS = {"zone": "UTC"}
+
+
+def _takes_text(render: Renderer) -> bool:
+    """Whether a template refuses an object, or writes it as Python does, and writes a text as it is.
+
+    It is found by looking: a call is rendered either way.
+    """
+    text, by_object = json.dumps(_ARGUMENTS), _rendered(render, _ARGUMENTS)
+    return (not by_object or repr(_ARGUMENTS) in by_object) and text in _rendered(render, text)
+
+
+def _rendered(render: Renderer, arguments: object) -> str:
+    """A chat that calls a tool; nothing where it is refused."""
+    function = {"name": "clock", "arguments": arguments}
+    call = {"id": "call00000", "type": "function", "function": function}  # Mistral's ids have nine letters
+    try:
+        return render([{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}])
+    except DataError:
+        return ""

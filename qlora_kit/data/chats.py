@@ -1,0 +1,96 @@
+"""Chats: turns and tools as rows hold them, in the form that chat templates take.
+
+Keys of a turn beside role and content (tool_calls, name, reasoning_content) are kept for the template.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_kit.data.calls import calls_of, tools_of
+from qlora_kit.data.examples import Chat
+from qlora_kit.data.values import filled, kind, named, nearest, short, string, without_nulls
+from qlora_kit.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE_OF = {**{role: role for role in ROLES}, "human": "user", "gpt": "assistant", "developer": "system"}
+
+
+def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any], given: int = 0) -> Chat:
+    """A chat of these turns, of which so many are a prompt, with the tools of the row.
+
+    Raises:
+        DataError: no turn of it teaches anything, or the tools are none.
+    """
+    answers = [message for message in messages[given:] if message["role"] == "assistant"]
+    if not answers:
+        raise DataError("no assistant turn: nothing to learn from")
+    if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
+        raise DataError("every assistant turn is empty: nothing to learn from")
+    return Chat(messages, tools_of(row.get("tools")), given)
+
+
+def turns_of(value: object, column: str) -> list[dict[str, Any]]:
+    """The turns that a column holds.
+
+    Raises:
+        DataError: it holds none, or one that is none.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"column {column!r} is {kind(value)}, wanted a list of turns")
+    if not value:
+        raise DataError(f"column {column!r} holds no turns")
+    return [_turn(turn, f"turn {number}") for number, turn in enumerate(value, 1)]
+
+
+def spoken(value: object, column: str, role: str) -> list[dict[str, Any]]:
+    """The turns that a column holds; a text is one turn of `role`.
+
+    Raises:
+        DataError: it is neither, or an answer that is empty.
+    """
+    if isinstance(value, list):
+        return turns_of(value, column)
+    return [{"role": role, "content": filled(value, column) if role == "assistant" else string(value, column)}]
+
+
+def system_turn(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turn that a column of its own opens a chat with; none where there is no such column.
+
+    Raises:
+        DataError: the column holds something else than text.
+    """
+    return [{"role": "system", "content": string(row["system"], "system")}] if row.get("system") else []
+
+
+def _turn(raw: object, name: str) -> dict[str, Any]:
+    """One message; both namings of its keys are taken, since data sets mix them freely with both column names."""
+    if not isinstance(raw, Mapping):
+        raise DataError(f"{name} is {kind(raw)}, wanted an object with role and content")
+    turn = without_nulls(raw)  # templates ask whether a key is there
+    if "role" not in turn and "from" in turn:
+        turn = {"role": turn.pop("from"), "content": turn.pop("value", None), **turn}
+    if "role" not in turn:
+        raise DataError(f"{name} has no role; found: {named(turn)}; expected: role, content (or from, value)")
+    role = turn["role"]
+    if not isinstance(role, str) or role not in _ROLE_OF:
+        near = nearest(role, _ROLE_OF) if isinstance(role, str) else ""
+        raise DataError(f"{name} has the unknown role {short(role)}{near}; known: {', '.join(ROLES)}")
+    turn["role"] = _ROLE_OF[role]
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = calls_of(turn["tool_calls"], name)
+    if turn.get("content") is not None or not turn.get("tool_calls"):
+        turn["content"] = _content(turn.get("content"), f"content of {name}")
+    return turn
+
+
+def _content(value: object, name: str) -> str:
+    """The text of a turn, which may be a list of parts: they are joined as they stand."""
+    if not isinstance(value, list):
+        return string(value, name)
+    if not all(isinstance(part, Mapping) and "type" in part for part in value):
+        raise DataError(f"{name} is {kind(value)}, wanted text, or a list of parts with type and text")
+    if others := [part["type"] for part in value if part["type"] != "text"]:
+        raise DataError(
+            f"{name} has a part of type {short(others[0])}, and only text can be trained: leave the row out"
+        )
+    return "".join(string(part.get("text"), f"text in the {name}") for part in value)
