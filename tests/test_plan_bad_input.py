@@ -91,7 +91,7 @@ NO_MODELS = {
     "no words": ({**SOUND, "vocab_size": 0}, ["vocab_size=0"]),
     "no heads": ({**SOUND, "num_attention_heads": 0}, ["config.json cannot be used"]),
     "heads that do not divide": ({**SOUND, "num_attention_heads": 5}, ["not a multiple", "5"]),
-    "larger than can be": ({**SOUND, "hidden_size": 2**40}, ["cannot be built"]),
+    "larger than can be": ({**SOUND, "hidden_size": 2**40}, ["hidden_size", "no model has more"]),
     "an unknown activation": ({**SOUND, "hidden_act": "nonsense"}, ["cannot be built", "nonsense"]),
     "unknown positions": ({**SOUND, "rope_scaling": {"rope_type": "nonsense"}}, ["cannot be built", "nonsense"]),
     "an unknown dtype": ({**SOUND, "dtype": "nonsense"}, ["cannot be used", "nonsense"]),

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from chat_templates import FAMILIES, tokenizer_of
-from tiny import llama, quantized
+from tiny import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_kit
 from qlora_kit.base.formats import Quantization
-from qlora_kit.base.vocabulary import quantize_vocabulary
+from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.vocabulary import QuantizedEmbedding
 from qlora_kit.data import find_template
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run.unlearnt import tokens_to_learn, unlearnt_tokens
@@ -65,8 +66,9 @@ def test_rows_as_they_were_added_are_found_in_embedding_and_head(spoil, of):
 def test_rows_of_a_quantised_vocabulary_are_found_too(kind):
     model, tokenizer = base_of(hidden_size=64, rows_more=8)
     zeroed(model, tokenizer, EMBEDDING)
-    quantize_vocabulary(model, Quantization(kind, True, 64), torch.float32, torch.device("cpu"))
-    assert unlearnt_tokens(quantized(model, kind), tokenizer) == MARKS
+    freeze_and_quantize(model, Quantization(kind), torch.float32, torch.device("cpu"), quantize_head=True)
+    assert isinstance(EMBEDDING(model), QuantizedEmbedding)
+    assert unlearnt_tokens(model, tokenizer) == MARKS
 
 
 def test_one_token_of_several_is_named_alone():

@@ -83,7 +83,8 @@ def run_course(
     if model.dtype == torch.float16:
         watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
     _check_disk(job)
-    end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer
+    if job.task.answers:
+        end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer
     if job.packed_tokens is not None:
         check_isolation(model, prepared.pace.micro_batch)
     if resume:
