@@ -128,8 +128,8 @@ def staged_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
     make_folder(final.parent)
     staged = _beside(final, "tmp")
     shutil.rmtree(staged, ignore_errors=True)  # this process may have been here before
-    staged.mkdir()
     try:
+        staged.mkdir()  # in the block: an interrupt may come at any moment from here on
         yield staged
         for file in staged.rglob("*"):
             if file.is_file():
