@@ -2,9 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from qlora_kit.lora import (
-    lora_layers,
-)
+from qlora_kit.lora import lora_layers
 from qlora_kit.plan.fake import add_adapter, as_loaded, dense_model, quiet
 from qlora_kit.plan.recall import RecallingMode
 from qlora_kit.plan.workload import Workload
