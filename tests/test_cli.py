@@ -41,7 +41,7 @@ from qlora_kit.train.optim import AdapterOptimizer
 train_run = import_module("qlora_kit.run.train")
 
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
-             "device_profile", "steps", "tokens_per_s", "hours", "schema", "loss_chunk"}  # fmt: skip
+             "device_profile", "steps", "tokens_per_s", "hours", "schema", "loss_chunk", "eval_tokens"}  # fmt: skip
 RUN_FILES = {"recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "memory.json", "report.html", "adapter",
              "checkpoints", "scores.json", "data.json", "result.json"}  # fmt: skip
 
@@ -344,6 +344,30 @@ def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe
     assert plan["pace"]["micro_batch"] == plan["micro_batch"]
 
 
+def test_a_run_whose_budget_evaluation_decides_takes_fewer_held_out_rows_at_a_time_and_scores_the_same(recipe):
+    """Short rows to train on, long ones held out: in their usual batches these take most of all."""
+    held = recipe.parent / "held.jsonl"
+    rows = [{"prompt": "count " * 2, "completion": " one" * (1 + row % 5)} for row in range(24)]
+    held.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [recipe, f"data.eval={held}", "data.max_tokens=64", "train.micro_batch=1", "memory.activations=recompute"]
+    result = call("train", *words)
+    assert result.exit_code == 0, result.output
+    run = recipe.parent / "run"
+    ample, usual = (json.loads((run / name).read_text()) for name in ("memory.json", "scores.json"))
+    phases = ample["planned"]["peak_by_phase"]
+    budget = max(size for phase, size in phases.items() if phase != "evaluate") + 64 * 1024
+    assert phases["evaluate"] > 1.2 * budget
+    result = call("train", *words, f"memory.budget={budget}B", "--overwrite")
+    assert result.exit_code == 0, result.output
+    plan, memory, scores = (
+        json.loads((run / name).read_text()) for name in ("plan.json", "memory.json", "scores.json")
+    )
+    assert plan["eval_tokens"] < 2048
+    assert memory["measured"]["peak_bytes"] <= budget
+    assert abs(memory["error"]["peak"]) < 0.01
+    assert scores["adapter"]["loss"] == pytest.approx(usual["adapter"]["loss"], rel=1e-5), "padded and summed otherwise"
+
+
 def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_go_on(recipe, tmp_path, monkeypatch):
     """The process seems to grow by 2 GiB when the first checkpoint stands."""
     run, real = tmp_path / "run", counter.resident_bytes
@@ -442,15 +466,15 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_be
     monkeypatch.setattr("qlora_kit.plan.choose.automatic_chunk", lambda vocab: 3)
     short = json.loads(call("plan", *command[1:], "--json").stdout)
     assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
+    assert short["eval_tokens"] < before["eval_tokens"]
     assert short["loss_chunk"] == 3 < before["loss_chunk"]
     assert_mistake(call(*command, "--resume"), "64.0 KiB are free here", code=3)
     monkeypatch.setattr("qlora_kit.run.build.check_budget", lambda plan: None)
     result = call(*command, "--resume")
     assert result.exit_code == 0, result.output
     after = json.loads((run / "plan.json").read_text())
-    assert [after[key] for key in ("micro_batch", "loss_chunk")] == [
-        before[key] for key in ("micro_batch", "loss_chunk")
-    ]
+    kept = ("micro_batch", "loss_chunk", "eval_tokens")
+    assert [after[key] for key in kept] == [before[key] for key in kept]
     again = load_file(run / "adapter" / "adapter_model.safetensors")
     assert all((whole[key] == again[key]).all() for key in whole)
 

@@ -148,7 +148,7 @@ def test_a_model_without_blocks_is_planned_as_it_is_and_told_so(activations):
     assert count_layers(config, "causal") == 0
     recipe = read_recipe("default", ["base.model=x", "data.train=x", "base.device=cpu", "base.attention=eager"])
     pace = Pace(10, 2, 1, 1, None, 1e-3, "the test", 1000, 1000)
-    plan = plan_methods(recipe, config, pace, 12, eval_shape=(1, 12))
+    plan = plan_methods(recipe, config, pace, 12, eval_shapes={1: (1, 12)})
     assert (plan["activations"], plan["blocks"]) == (
         "keep",
         dict.fromkeys(("offload", "recompute", "selective", "keep"), 0),

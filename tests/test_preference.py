@@ -24,7 +24,7 @@ from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
 from qlora_kit.recipe import TASKS, Lora, Train, read_recipe
 from qlora_kit.run.prepare import prepare
-from qlora_kit.run.rows import eval_batches, largest_eval_shape
+from qlora_kit.run.rows import eval_batches, eval_shapes
 from qlora_kit.run.score import answered_rows
 from qlora_kit.train.evaluate import evaluate_loss
 from qlora_kit.train.forward import sequence_losses
@@ -494,7 +494,7 @@ def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
     answers = [[place % 90] * (place % 13 + 1) for place in range(40)]
     rows = [replace(sequence([5] * (150 - place), each), is_good=True) for place, each in enumerate(answers)]
     sizes = [tuple(batch.input_ids.shape) for batch in eval_batches(rows, 0, torch.device("cpu"))]
-    count, tokens = largest_eval_shape(rows)
+    count, tokens = eval_shapes(rows, "auto")[2048]
     assert (2 * count, tokens) == max(sizes, key=math.prod)
 
 

@@ -91,6 +91,7 @@ memory:
   budget: null
   activations: auto
   loss_chunk: auto
+  eval_tokens: auto
 output: runs/NAME
 """
 

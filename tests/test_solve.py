@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from qlora_kit.plan.choose import Workloads
 from qlora_kit.plan.devices import CUDA_RESERVE_BYTES
 from qlora_kit.plan.solve import Choices, Estimate, Setting, _more, solve
 from qlora_kit.recipe import read_recipe
+from qlora_kit.report.plan_text import plan_text
 from qlora_kit.run import check_budget, plan_memory
 from qlora_kit.train.activations import Blocks
 from qlora_kit.train.pace import Pace
@@ -73,7 +75,7 @@ def test_small_chunks_are_tried_wherever_they_matter_and_a_quantised_head_last(c
     """A quantised head is read by slices, whatever the chunk, but where an adapter is on it."""
     recipe = read_recipe("default", ["base.model=somewhere", "data.train=rows.jsonl", *changes])
     config = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=32_000)
-    made = Workloads(recipe, config, 16, on_card=True, eval_shape=None, after={}).ways()
+    made = Workloads(recipe, config, 16, on_card=True, eval_shapes={}, after={}).ways()
     assert [(way.quantize_head, way.loss_chunk) for way in made] == ways
 
 
@@ -290,6 +292,29 @@ def test_a_budget_below_the_evaluation_says_what_training_alone_takes(tmp_path):
     with pytest.raises(FitError) as told:
         check_budget({**none, "budget": 1000})
     assert "data.eval" not in str(told.value)
+
+
+def test_held_out_rows_go_in_smaller_batches_where_the_budget_wants_it(tmp_path):
+    tiny.llama(**SIZES).config.save_pretrained(tmp_path)
+    words = [f"base.model={tmp_path}", f"data.train={tmp_path / 'none.jsonl'}", "data.max_tokens=32",
+             "train.micro_batch=1", "memory.activations=recompute"]  # fmt: skip
+
+    def phases(*more):
+        plan = plan_memory(read_recipe("default", [*words, *more]))
+        return plan, plan["methods"]["qlora"]["peak_by_phase"]
+
+    usual, usually = phases()
+    alone, least = phases("memory.eval_tokens=1")
+    assert (usual["eval_tokens"], alone["eval_tokens"]) == (2048, 1)
+    assert usually["evaluate"] > 1.5 * max(least.values()), "16 held-out rows stand side by side"
+    for room in (usually["evaluate"] * 0.8, max(least.values()) + 1):
+        plan, within = phases(f"memory.budget={math.ceil(room)}B")
+        assert least["evaluate"] <= within["evaluate"] <= room
+        assert plan["eval_tokens"] == plan["pace"]["eval_tokens"] < 2048
+        step = ("load", "forward", "loss", "backward", "optimizer")
+        assert [within[phase] for phase in step] == [usually[phase] for phase in step]
+        check_budget(plan)
+        assert f"held-out rows {'one' if plan['eval_tokens'] == 1 else 'of'}" in plan_text(plan)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from qlora_kit.memory import Ledger
 from qlora_kit.run import Conversation, load_run, load_speaker
 from qlora_kit.run.rows import eval_batches
 from qlora_kit.run.score import score_rows
+from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
@@ -131,6 +132,24 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
         assert found == wanted
     assert [[*each] for each in told] == [[2], [0], [1], [2, 0], [1], [2, 0, 1]], "longest first"
     assert all(texts[row] == wanted[row] for texts in told for row in texts)
+
+
+@pytest.mark.parametrize("asked", ["auto", 40])
+def test_answers_of_a_score_take_no_more_tokens_at_a_time_than_its_losses(model, monkeypatch, asked):
+    net, tokenizer = model
+    rows = [Encoded([5 + row % 9] * 9, [False] * 6 + [True] * 3, [5 + row % 9] * 6, "x") for row in range(40)]
+    batches, real, together = eval_batches(rows, 0, net.device, asked), generate._generate, []
+
+    def counted(net, tokenizer, prompts, room, *given, **named):
+        together.append(len(prompts) * (6 + room))
+        return real(net, tokenizer, prompts, room, *given, **named)
+
+    monkeypatch.setattr(generate, "_generate", counted)
+    score_rows(net.eval(), tokenizer, rows, batches)
+    most = max(batch.input_ids.numel() for batch in batches)
+    assert most == (16 if asked == "auto" else 4) * 9
+    assert sum(together) == 40 * 10
+    assert max(together) <= most
 
 
 def test_held_out_rows_are_answered_within_the_positions_of_the_model_and_each_with_its_own_room(model):

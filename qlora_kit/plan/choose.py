@@ -49,20 +49,22 @@ class Workloads:
         config: of the base.
         tokens: of the longest row.
         on_card: whether the device is a card.
-        eval_shape: rows and tokens of the largest batch that is evaluated.
+        eval_shapes: rows and tokens of the largest batch that is evaluated, by the tokens that may go together.
         after: what else is done with the trained model, as `dry_run` takes it.
         quantize_head: whether embedding and head are quantised, too.
         loss_chunk: tokens whose logits stand at one time.
+        eval_tokens: of held-out rows that go together at most; None where there are none.
     """
 
     recipe: Recipe
     config: PretrainedConfig
     tokens: int
     on_card: bool
-    eval_shape: tuple[int, int] | None
+    eval_shapes: Mapping[int, tuple[int, int]]
     after: Mapping[str, After]
     quantize_head: bool = False
     loss_chunk: int | None = None
+    eval_tokens: int | None = None
     _runs: dict[Setting | None, dict[str, Any]] = field(default_factory=dict, compare=False)
 
     def ways(self) -> Iterator["Workloads"]:
@@ -87,28 +89,40 @@ class Workloads:
             activations=setting.blocks.policy or setting.blocks,
             loss_chunk=self.loss_chunk,
         )
-        return replace(work, on_card=self.on_card, eval_shape=self.eval_shape, quantize_head=self.quantize_head)
+        shape = None if self.eval_tokens is None else self.eval_shapes[self.eval_tokens]
+        return replace(work, on_card=self.on_card, eval_shape=shape, quantize_head=self.quantize_head)
 
     def plan(self, setting: Setting) -> dict[str, Any]:
         """The dry run of a setting, with `needs_bytes`: its peak, and on a card what is reserved beside it."""
-        if None not in self._runs:
-            self._runs[None] = dry_rest(self.config, self.of(setting), self.after)
-        planned = together(self._step(setting), self._runs[None])
-        return planned | {"needs_bytes": self._needs(planned)}
+        planned = together(self._step(setting), self._rest(setting))
+        return planned | {"needs_bytes": self._needs(planned["peak_bytes"])}
 
     def has_room(self, choices: Choices, room: int) -> bool:
         """Whether the step of one of the extremes fits, by half of the dry run."""
         smallest, fastest = choices.smallest(), choices.fastest(self.tokens)
         extremes = [smallest] if smallest.accumulation == fastest.accumulation else [smallest, fastest]
-        return any(self._needs(self._step(setting)) <= room for setting in extremes)
+        return any(self._needs(self._step(setting)["peak_bytes"]) <= room for setting in extremes)
+
+    def evaluating_within(self, room: int, setting: Setting) -> "Workloads":
+        """The largest batches of held-out rows that fit, by the other half; the smallest where none does."""
+        made = self
+        for tokens in self.eval_shapes:
+            made = replace(self, eval_tokens=tokens, _runs={})
+            if self._needs(made._rest(setting)["peak_by_phase"]["evaluate"]) <= room:
+                break
+        return made
 
     def _step(self, setting: Setting) -> dict[str, Any]:
         if setting not in self._runs:
             self._runs[setting] = dry_step(self.config, self.of(setting))
         return self._runs[setting]
 
-    def _needs(self, planned: dict[str, Any]) -> int:
-        peak: int = planned["peak_bytes"]
+    def _rest(self, setting: Setting) -> dict[str, Any]:
+        if None not in self._runs:
+            self._runs[None] = dry_rest(self.config, self.of(setting), self.after)
+        return self._runs[None]
+
+    def _needs(self, peak: int) -> int:
         return needed_on_card(peak) if self.on_card else peak
 
 
@@ -146,7 +160,8 @@ def choose(makes: Workloads, pace: Pace, room: int) -> Chosen:
     """
     choices = _choices(makes, pace)
     *others, last = makes.ways()
-    for way in (*(each for each in others if each.has_room(choices, room)), last):
+    ways = (*(each for each in others if each.has_room(choices, room)), last)
+    for way in (each.evaluating_within(room, choices.smallest()) for each in ways):
         solution = solve(choices, makes.tokens, room, way.plan)
         if solution.fits:
             break

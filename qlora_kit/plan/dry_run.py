@@ -59,7 +59,7 @@ def dry_run(config: PretrainedConfig, work: Workload, after: Mapping[str, After]
 
 def dry_step(config: PretrainedConfig, work: Workload) -> dict[str, Any]:
     """Load and train; as `dry_run`."""
-    return _told(config, work, None)
+    return _told(config, replace(work, eval_shape=None), None)
 
 
 def dry_rest(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None = None) -> dict[str, Any]:

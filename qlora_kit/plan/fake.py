@@ -135,7 +135,7 @@ def use_it(after: Mapping[str, After], run: FakeRun) -> None:
         if isinstance(module, QuantizedLinear) and module.workspace is not None:
             module.lent(work.dtype)  # a step leaves its buffer behind
     if work.eval_shape is not None:
-        rows = _rows(work.eval_shape, replace(work, packing=False))
+        rows = _rows(work.eval_shape, replace(work, packing=False, is_padded=work.eval_shape[0] > 1))
         with _told_packing(False):
             rehearse_evaluation(run.model, rows, _task(work), phase=ledger.phase, loss_chunk=work.loss_chunk)
     with ledger.phase("save"):

@@ -36,7 +36,7 @@ def plan_methods(
     tokens: int,
     card: str | None = None,
     *,
-    eval_shape: tuple[int, int] | None = None,
+    eval_shapes: Mapping[int, tuple[int, int]] | None = None,
     after: Mapping[str, After] | None = None,
     data_bits: float | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def plan_methods(
         pace: micro-batch, steps and so on.
         tokens: of the longest row.
         card: for which the plan is made, where that is not this machine's device.
-        eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
+        eval_shapes: rows and tokens of the largest batch that is evaluated, by the tokens that may go together, the
+            fastest first; None where none is.
         after: what else is done with the trained model, as `dry_run` takes it.
         data_bits: that the rows tell; None where there are none to look at.
 
@@ -66,7 +67,7 @@ def plan_methods(
     on_card = card is not None or device.type == "cuda"
     budget = _budget(recipe, device)
     room = budget or available_bytes(device)
-    chosen = choose(Workloads(recipe, config, tokens, on_card, eval_shape, after or {}), pace, room)
+    chosen = choose(Workloads(recipe, config, tokens, on_card, eval_shapes or {}, after or {}), pace, room)
     makes, solution, setting = chosen.makes, chosen.solution, chosen.solution.setting
     work = makes.of(setting)
     is_quantized = makes.quantize_head or recipe.base.quantize_head is True
@@ -88,10 +89,11 @@ def plan_methods(
         "available_bytes": room if budget is None else None,
         "needs_bytes": chosen.needs_bytes,
         **_settled(recipe, work, setting),
+        "eval_tokens": makes.eval_tokens,
         "tokens": tokens,
         "planned_on": "fake tensors, CPU operators",
         "device_profile": card or device_name(device),
-        "pace": asdict(replace(pace, micro_batch=setting.micro_batch, accumulation=setting.accumulation)),
+        "pace": asdict(_paced(pace, setting, makes.eval_tokens)),
         "steps": pace.steps,
         "tokens_per_s": speed,
         "hours": None if speed is None else pace.tokens / speed / 3600,
@@ -108,6 +110,12 @@ def _budget(recipe: Recipe, device: torch.device) -> int | None:
     if recipe.memory.budget is not None:
         return parse_bytes(recipe.memory.budget)
     return available_bytes(device) if device.type == "cuda" else None
+
+
+def _paced(pace: Pace, setting: Setting, eval_tokens: int | None) -> Pace:
+    """The pace in the batches that were chosen."""
+    chosen = replace(pace, micro_batch=setting.micro_batch, accumulation=setting.accumulation)
+    return chosen if eval_tokens is None else replace(chosen, eval_tokens=eval_tokens)
 
 
 def _settled(recipe: Recipe, work: Workload, setting: Setting) -> dict[str, Any]:

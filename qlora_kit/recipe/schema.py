@@ -278,6 +278,8 @@ class Memory(Section):
     """What blocks keep: all, products (selective), inputs, or those on the host (offload); auto: fastest that fits."""
     loss_chunk: Count | Auto = "auto"
     """Tokens whose logits exist at one time; auto: as many as take 256 MiB."""
+    eval_tokens: Count | Auto = "auto"
+    """Most tokens of held-out rows that go together, a longer row alone; auto: 2,048, or fewer, so that they fit."""
 
 
 class Recipe(Section):

@@ -99,6 +99,8 @@ def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
         said.append(f"{counted(rows, 'row')} at a time, {counted(times, 'time')} a step")
     if chunk := plan.get("loss_chunk"):
         said.append(f"the loss in chunks of {chunk:,.0f} tokens")
+    if tokens := plan.get("eval_tokens"):
+        said.append(f"held-out rows {'one at a time' if tokens == 1 else f'of {tokens:,.0f} tokens at a time'}")
     if said:
         yield f"Setting: {'; '.join(said)}."
 

@@ -37,7 +37,7 @@ def plan_run(recipe: Recipe, prepared: Prepared, watch: Watch) -> tuple[Prepared
     plan = plan_prepared(recipe, prepared)
     watch.planned(plan)
     check_budget(plan)
-    chosen = {key: plan[key] for key in ("micro_batch", "accumulation")}
+    chosen = {key: plan["pace"][key] for key in ("micro_batch", "accumulation", "eval_tokens")}
     return replace(prepared, pace=replace(prepared.pace, **chosen)), plan
 
 
@@ -138,7 +138,9 @@ def make_job(
         optimizer=optimizer,
         rows=prepared.train.rows,
         decks=prepared.train.decks,
-        eval_batches=eval_batches(prepared.eval.rows, pad_id(prepared.tokenizer), model.device),
+        eval_batches=eval_batches(
+            prepared.eval.rows, pad_id(prepared.tokenizer), model.device, prepared.pace.eval_tokens
+        ),
         pad_id=pad_id(prepared.tokenizer),
         pace=prepared.pace,
         train=recipe.train,

@@ -132,7 +132,7 @@ class _Loaded:
         return self._batches(training_rows(self.recipe, self.tokenizer, self.model.config, count))
 
     def _batches(self, rows: Sequence[Encoded]) -> list[Batch]:
-        return eval_batches(rows, pad_id(self.tokenizer), self.model.device)
+        return eval_batches(rows, pad_id(self.tokenizer), self.model.device, self.recipe.memory.eval_tokens)
 
     def export(self, out: Path, asked: Asked) -> dict[str, Any]:
         """Write one export."""

@@ -25,12 +25,12 @@ from qlora_kit.recipe import TASKS, Recipe, base_as_held, with_adapters
 from qlora_kit.run.folder import CHECKPOINTS
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.prepare import Prepared, note_attention, note_large_steps, prepare
-from qlora_kit.run.rows import largest_eval_shape, positions_of
+from qlora_kit.run.rows import eval_shapes, eval_shapes_of, positions_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.run.task import check_task
 from qlora_kit.train.checkpoint import checkpoints
 from qlora_kit.train.classes import head_for
-from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH, set_pace
+from qlora_kit.train.pace import ROWS_A_STEP, set_pace
 from qlora_kit.units import MIB, format_bytes, parse_bytes
 from qlora_kit.watch import Watch
 
@@ -85,8 +85,8 @@ def plan_memory(
     )
     note_large_steps(recipe, pace, watch)
     note_attention(recipe, config, watch)
-    eval_shape = None if recipe.data.eval is None else (max(1, TOKENS_A_MICRO_BATCH // tokens), tokens)
-    planned = plan_methods(recipe, config, pace, tokens, name, eval_shape=eval_shape, after=_AFTER)
+    shapes = {} if recipe.data.eval is None else eval_shapes_of(tokens, recipe.memory.eval_tokens)
+    planned = plan_methods(recipe, config, pace, tokens, name, eval_shapes=shapes, after=_AFTER)
     return planned | {"steps": None, "hours": None}
 
 
@@ -99,7 +99,7 @@ def plan_prepared(recipe: Recipe, prepared: Prepared, card: str | None = None) -
         prepared.pace,
         prepared.longest,
         card,
-        eval_shape=largest_eval_shape(prepared.eval.rows),
+        eval_shapes=eval_shapes(prepared.eval.rows, recipe.memory.eval_tokens),
         after=_AFTER,
         data_bits=bits_to_learn(train, recipe.train.task, pace.steps * pace.rows_a_step / train.epoch.rows),
     )
@@ -194,7 +194,8 @@ def _without_evaluation(plan: Mapping[str, Any]) -> str:
     if phases.get("evaluate", 0) <= others:
         return ""
     least = others + plan["needs_bytes"] - method["peak_bytes"]
-    return f"; evaluation takes that, training {format_bytes(least)}: hold out shorter rows, or set data.eval=null"
+    mend = "hold out shorter rows, leave memory.eval_tokens at auto, or set data.eval=null"
+    return f"; evaluation takes that, training {format_bytes(least)}: {mend}"
 
 
 def _rows_are_missing(recipe: Recipe) -> bool:

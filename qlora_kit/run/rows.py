@@ -1,9 +1,11 @@
 """The rows of a run: sources opened, read, encoded and split; and the batches that are evaluated."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date as Date
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -34,8 +36,11 @@ from qlora_kit.recipe.schema import DataName, Places, Sources
 from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.tokenizer import pad_id, settle_template
 from qlora_kit.train.classes import classes_in, known_classes, name_classes
-from qlora_kit.train.pace import ROWS_A_STEP, TOKENS_A_MICRO_BATCH
+from qlora_kit.train.pace import EVAL_TOKENS, ROWS_A_STEP
 from qlora_kit.watch import Watch
+
+Shapes = dict[int, tuple[int, int]]
+"""Rows, and tokens of the longest, of a batch, by the tokens that may go together."""
 
 
 def held_out_rows(
@@ -122,18 +127,49 @@ def read_rows(
     return train_rows, eval_rows, date
 
 
-def eval_batches(rows: Sequence[Encoded], pad: int, device: torch.device) -> list[Batch]:
-    """Held-out rows side by side, those of like length together, never more tokens than a training batch may have."""
-    return [collate_rows([[row] for row in group], pad).to(device) for group in _groups(rows)]
+def eval_batches(
+    rows: Sequence[Encoded], pad: int, device: torch.device, asked: int | Literal["auto"] = "auto"
+) -> list[Batch]:
+    """Held-out rows side by side, those of like length together.
+
+    Args:
+        rows: held out; may be none.
+        pad: id of the token that fills up.
+        device: where the batches lie.
+        asked: tokens of a batch at most, unless one row alone has more; auto: the usual.
+    """
+    groups = _groups(rows, EVAL_TOKENS[0] if asked == "auto" else asked)
+    return [collate_rows([[row] for row in group], pad).to(device) for group in groups]
 
 
-def largest_eval_shape(rows: Sequence[Encoded]) -> tuple[int, int] | None:
-    """Rows and tokens of the largest of `eval_batches`; None where there are no rows."""
-    shapes = ((len(group), group[-1].longest) for group in _groups(rows))
-    return max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
+def eval_shapes(rows: Sequence[Encoded], asked: int | Literal["auto"]) -> Shapes:
+    """Rows and tokens of the largest of `eval_batches`, by the tokens that may go together; none without rows.
+
+    Args:
+        rows: held out.
+        asked: `memory.eval_tokens`; auto makes several, the usual first.
+    """
+
+    def largest(most: int) -> tuple[int, int]:
+        return max(((len(group), group[-1].longest) for group in _groups(rows, most)), key=math.prod)
+
+    return _distinct(largest, asked) if rows else {}
 
 
-def _groups(rows: Sequence[Encoded]) -> list[list[Encoded]]:
+def eval_shapes_of(longest: int, asked: int | Literal["auto"]) -> Shapes:
+    """`eval_shapes` of many rows of one length, of which nothing else is known."""
+    return _distinct(lambda most: (min(ROWS_A_STEP, max(1, most // longest)), longest), asked)
+
+
+def _distinct(shape: Callable[[int], tuple[int, int]], asked: int | Literal["auto"]) -> Shapes:
+    shapes: Shapes = {}
+    for most in EVAL_TOKENS if asked == "auto" else [asked]:
+        if shape(most) not in shapes.values():
+            shapes[most] = shape(most)
+    return shapes
+
+
+def _groups(rows: Sequence[Encoded], most: int) -> list[list[Encoded]]:
     """Rows of a batch each, the longest of them last; answers with a verdict each with the one that they are swapped
     with."""
     if rows and rows[0].is_good is not None:
@@ -141,7 +177,7 @@ def _groups(rows: Sequence[Encoded]) -> list[list[Encoded]]:
     groups: list[list[Encoded]] = [[]]
     for row in sorted(rows, key=lambda row: row.longest):
         tokens = (len(groups[-1]) + 1) * row.longest * (1 if row.other is None else 2)
-        if groups[-1] and (tokens > TOKENS_A_MICRO_BATCH or len(groups[-1]) == ROWS_A_STEP):
+        if groups[-1] and (tokens > most or len(groups[-1]) == ROWS_A_STEP):
             groups.append([])
         groups[-1].append(row)
     return groups if rows else []

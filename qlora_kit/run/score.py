@@ -45,7 +45,7 @@ def score(
             without its adapters.
     """
     tokenizer, rows = prepared.tokenizer, prepared.eval.rows
-    batches = eval_batches(rows, pad_id(tokenizer), model.device)
+    batches = eval_batches(rows, pad_id(tokenizer), model.device, prepared.pace.eval_tokens)
     base, base_texts = of_its_base or score_base(model, prepared, task, loss_chunk)
     adapter, texts = score_rows(model, tokenizer, rows, batches, task, loss_chunk)
     asked = questions(tokenizer, rows) if task.answers else classified(model, tokenizer, rows)
@@ -74,7 +74,7 @@ def score_base(
     The arguments are those of `score`.
     """
     rows = prepared.eval.rows
-    batches = eval_batches(rows, pad_id(prepared.tokenizer), model.device)
+    batches = eval_batches(rows, pad_id(prepared.tokenizer), model.device, prepared.pace.eval_tokens)
     with adapters_off(model):
         return score_rows(model, prepared.tokenizer, rows, batches, task, loss_chunk)
 
@@ -105,7 +105,8 @@ def score_rows(
     asked = answered if is_short else answered[:SAMPLES]
     room = max(lengths) + 1 if is_short else SAMPLE_TOKENS
     prompts, positions = [row.prompt or [] for row in asked], positions_of(model.config)
-    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=room, positions=positions)
+    most = max(batch.input_ids.numel() for batch in batches)  # what the plan of an evaluation counts with
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=room, tokens_at_once=most, positions=positions)
     if not is_short:
         return measured, texts
     right = exact_match(texts, [reference(tokenizer, row) for row in asked])

@@ -219,13 +219,15 @@ def _learn_marks(
 
 
 def _as_planned(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with the rank, the head, the micro-batches and the loss that a plan chose: in others the same sums
-    would be rounded otherwise."""
+    """The recipe with the rank, the head, the batches and the loss that a plan chose: in others the same sums would be
+    rounded otherwise."""
     train, memory = recipe.train, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
         memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
+    if memory.eval_tokens == "auto" and plan.get("eval_tokens") is not None:
+        memory = memory.model_copy(update={"eval_tokens": plan["eval_tokens"]})
     return settle(recipe, plan).model_copy(update={"train": train, "memory": memory})
 
 

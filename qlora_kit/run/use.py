@@ -183,7 +183,7 @@ def evaluate(
     rows = held_out_rows(recipe, tokenizer, model.config, data)
     if not rows.rows:
         raise RunError(f"{folder} has no held-out rows (data.json says why); give rows with --data FILE")
-    batches = eval_batches(rows.rows, pad_id(tokenizer), model.device)
+    batches = eval_batches(rows.rows, pad_id(tokenizer), model.device, recipe.memory.eval_tokens)
     task = task_of(recipe.train, has_reference=has_reference(recipe))
     chunk = automatic_chunk(model.config.get_text_config().vocab_size) if task.answers else None
     loss_chunk, _ = settled_chunk(model, rows.rows[0].input_ids, chunk)

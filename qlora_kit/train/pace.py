@@ -16,6 +16,8 @@ ROWS_A_STEP = 16
 """Rows that `accumulation: auto` aims at, as in QLoRA's scripts; LoRA pays for larger batches (LoRA Without Regret)."""
 TOKENS_A_MICRO_BATCH = 2048
 """Tokens that `micro_batch: auto` aims at: enough to keep matrix products busy, few enough for the smallest cards."""
+EVAL_TOKENS = (TOKENS_A_MICRO_BATCH, 512, 128, 1)
+"""What `memory.eval_tokens: auto` may become, the fastest first; the last has each row alone."""
 MANY_ROWS = 32
 """Rows a step up to which LoRA keeps up with full fine-tuning; beyond, the more the larger the step, whatever the rank
 (LoRA Without Regret)."""
@@ -48,6 +50,7 @@ class Pace:
         lr_reason: where it comes from.
         tokens: that the run will see, padding aside, by the mean of the rows.
         trained_tokens: those of them that the loss counts.
+        eval_tokens: of held-out rows that go together at most, unless one alone has more.
     """
 
     steps: int
@@ -59,6 +62,7 @@ class Pace:
     lr_reason: str
     tokens: int
     trained_tokens: int
+    eval_tokens: int = TOKENS_A_MICRO_BATCH
 
     @property
     def rows_a_step(self) -> int:
