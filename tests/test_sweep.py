@@ -257,6 +257,19 @@ def test_a_best_at_the_end_of_the_grid_is_told(recipe, pretended):
     assert "That is the end of the grid over lr: look further, too." in sweep_sentences(swept)
 
 
+def test_losses_of_several_tasks_have_no_best_and_ipo_s_have_no_unit(recipe, pretended):
+    pretended(lambda checked: 1.0)
+    grid = read_grid(recipe, ["train.task=dpo,ipo"])
+    sweep(grid)
+    swept = read_sweep(grid.folder)
+    assert [point.loss for point in swept.points] == [1.0, 1.0]
+    assert swept.best is None
+    assert "of several tasks, different sums" in sweep_text(swept)
+    dpo, ipo = sorted(swept.runs, key=lambda run: run.task)
+    assert [(run.task, run.loss_words) for run in (dpo, ipo)] == [("dpo", "loss, nats"), ("ipo", "loss")]
+    assert "nats" not in str(sweep_chart(swept))
+
+
 @pytest.mark.parametrize("name", ["../runs", "a/b", ""])
 def test_a_sweep_file_reaches_nothing_outside_of_its_folder(tmp_path, name):
     run = {"name": name, "settings": {"train.lr": "1"}, "failed": None, "seconds": 1}

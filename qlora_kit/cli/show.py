@@ -269,7 +269,7 @@ class Screen(Watch):
 
 def score_lines(score: "Score") -> str:
     """A score as text."""
-    words = score_words(score.as_json()) | {"loss": f"{score.loss:.4f} nats" + (" a token" if score.perplexity else "")}
+    words = score_words(score.as_json()) | {"loss": f"{score.loss:.4f}" + (" nats a token" if score.perplexity else "")}
     lines = [f"{word:15}  {value}" for word, value in words.items()]
     return "\n".join([*lines, f"{'tokens':15}  {score.tokens:,} in {counted(score.rows, 'row')}"])
 

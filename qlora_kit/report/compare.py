@@ -309,7 +309,7 @@ def _differences(runs: Sequence[RunFolder]) -> Markup:
 
 def _charts(runs: Sequence[RunFolder], names: Sequence[str]) -> list[Markup]:
     losses = [
-        chart(_curves(runs, names, key, among), title=title.format(of), y_label=f"{kind} loss, nats")
+        chart(_curves(runs, names, key, among), title=title.format(of), y_label=f"{kind} {runs[among[0]].loss_words}")
         for of, among in _alike(runs)
         for key, kind, title in (
             ("eval_loss", "evaluation", "Evaluation loss{} over steps"),

@@ -162,6 +162,11 @@ class RunFolder:
         """What the run minimises, as the recipe gives it; without a word it is sft."""
         return clipped(_recipe_value(self.recipe or "", "train", "task"), 24) or "sft"
 
+    @property
+    def loss_words(self) -> str:
+        """The loss with its unit; that of ipo is a square and has none."""
+        return "loss" if self.task == "ipo" else "loss, nats"
+
 
 def read_run(folder: str | Path) -> RunFolder:
     """Read the run folder `folder`.

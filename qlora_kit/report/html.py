@@ -167,7 +167,7 @@ def _quote(text: str) -> Markup:
 
 
 def _curves(run: RunFolder) -> Markup:
-    loss = chart(_both_series(run.rows, "loss"), title="Loss over steps", y_label="loss, nats")
+    loss = chart(_both_series(run.rows, "loss"), title="Loss over steps", y_label=run.loss_words)
     rewards = (
         chart(_both_series(run.rows, key), title=f"{in_words(key)} over steps", y_label=label, height=150)
         for key, label in REWARDS.items()

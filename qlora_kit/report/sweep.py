@@ -89,9 +89,14 @@ class Swept:
         return [key for key in self.axes if key != SEED] or list(self.axes)
 
     @property
+    def is_of_one_task(self) -> bool:
+        """Whether the losses are the same sum."""
+        return len({run.task for run in self.runs}) <= 1
+
+    @property
     def best(self) -> Point | None:
-        """The point of the lowest mean loss."""
-        known = [point for point in self.points if point.loss is not None]
+        """The point of the lowest mean loss; None where the tasks differ."""
+        known = [point for point in self.points if point.loss is not None and self.is_of_one_task]
         return min(known, key=lambda point: point.loss or 0.0, default=None)
 
 
@@ -184,6 +189,8 @@ def sweep_sentences(swept: Swept) -> list[str]:
         edges = [key for key in swept.shown if _is_at_edge(key, swept.axes[key], best.settings[key])]
         if edges:
             said.append(f"That is the end of the grid over {', '.join(map(_leaf, edges))}: look further, too.")
+    if not swept.is_of_one_task:
+        said.append("The losses are of several tasks, different sums: none of them is the best.")
     failed = [line for point in swept.points for line in point.failed]
     if failed:
         said.append(f"{len(failed)} of the runs failed, first {clipped(failed[0], 160)}.")
@@ -216,7 +223,7 @@ def sweep_chart(swept: Swept) -> Markup:
         series,
         title=f"Held-out loss over {_leaf(across)}",
         x_label=_leaf(across),
-        y_label="held-out loss, nats",
+        y_label=f"held-out {swept.runs[0].loss_words}" if swept.is_of_one_task and swept.runs else "held-out loss",
         x_names=_sorted(swept.axes[across]),
         top=_OUT_OF_SIGHT * median(known) if known else None,
     )
