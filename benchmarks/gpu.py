@@ -15,6 +15,7 @@ which is kept where it is given, for another call). Phases, in this order:
     gradients  in bf16, against fp32 on the same codes: with kernels and without, and with sums of split products in
                fp32, where cuBLAS may take them in bf16
     peers      PEFT on bitsandbytes in two forms, and Unsloth where it is installed, each in a process of its own
+    packing    tokens a second on rows of mixed lengths, a sequence each and packed, by attention
     lengths    the longest row that fits 8, 12, 16 and 24 GiB less the driver's context, by the allocator's own limit
     paged      paged optimizer state with the device filled up: the same losses as with room
     runs       `qlora-kit` under budgets of 8 and 12 GiB: train, kill, resume, generate, merge
@@ -28,7 +29,9 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -53,8 +56,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from qlora_kit.base import load_base
 from qlora_kit.base.architecture import read_config
+from qlora_kit.base.attention import implementation
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.data import Encoded, Room, arrange, collate_rows, side_by_side
 from qlora_kit.errors import QloraKitError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
@@ -65,7 +70,7 @@ from qlora_kit.recipe import read_recipe
 from qlora_kit.train.activations import Blocks, Policy, set_activation_policy
 from qlora_kit.train.head import automatic_chunk
 from qlora_kit.train.optim import AdapterOptimizer
-from qlora_kit.train.pace import set_pace
+from qlora_kit.train.pace import OVERHEAD_TOKENS, set_pace
 from qlora_kit.train.step import accumulate_gradients
 from qlora_kit.units import GIB
 
@@ -153,14 +158,18 @@ class Bench:
         return SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
 
     def stepper(self, count: int, tokens: int, how: Policy | Blocks, **optimizer: Any) -> Callable[[], float]:
+        """A step on one micro-batch."""
+        return self.stepper_on([self.rows(count, tokens)], count * tokens, how, **optimizer)
+
+    def stepper_on(self, rows: list[Any], count: int, how: Policy | Blocks, **optimizer: Any) -> Callable[[], float]:
         """A step as the kit's own loop takes it; it gives the loss, for which it waits."""
         set_activation_policy(self.model, how)
-        parameters, rows = list(adapter_parameters(self.model)), self.rows(count, tokens)
+        parameters = list(adapter_parameters(self.model))
         settings = {"kind": "paged_adamw_8bit", "master_weights": "none"} | optimizer
         stepping, chunk = AdapterOptimizer(parameters, **settings), automatic_chunk(self.size.shape["vocab_size"])
 
         def step() -> float:
-            loss = accumulate_gradients(self.model, [rows], rows.input_ids.numel(), loss_chunk=chunk).value
+            loss = accumulate_gradients(self.model, rows, count, loss_chunk=chunk).value
             torch.nn.utils.clip_grad_norm_([parameter for _, parameter in parameters], 0.3)
             stepping.step(1e-4)
             self.wait()
@@ -261,6 +270,38 @@ def speed(bench: Bench) -> Iterator[Row]:
             "flops_a_second": rates[0],
             "bytes_a_second": rates[1],
         }
+
+
+def packing(bench: Bench) -> Iterator[Row]:
+    """Tokens of rows, padding aside, a second: mixes of which half are below an eighth, and below a thirty-second."""
+    room, tokens = Room(bench.size.rows, bench.size.tokens, overhead=OVERHEAD_TOKENS["cuda"]), bench.size.tokens
+    for share in (8, 32):
+        draw = random.Random(share)
+        lengths = [min(tokens, max(2, round(draw.lognormvariate(math.log(tokens / share), 0.9)))) for _ in range(16)]
+        rows = [Encoded([draw.randrange(3, bench.size.shape["vocab_size"]) for _ in range(n)], [True] * n)
+                for n in lengths]  # fmt: skip
+        layouts = {False: side_by_side(lengths, room), True: arrange(lengths, bench.size.rows, tokens)}
+        for attention, is_packed in (("sdpa", False), ("sdpa", True), ("flex", True), ("flash", True)):
+            asked = implementation(attention, bench.device, torch.bfloat16)
+            if asked is None and attention != "sdpa":
+                print(f"packing    {attention} cannot be had", flush=True)
+                continue
+            bench.model.set_attn_implementation(asked or "sdpa")
+            batches = [collate_rows([[rows[row] for row in pack] for pack in packs], 0).to(bench.device)
+                       for packs in layouts[is_packed]]  # fmt: skip
+            count = sum(batch.count for batch in batches)
+            taken = bench.timed(bench.stepper_on(batches, count, "recompute"))
+            yield {
+                "attention": attention,
+                "packed": is_packed,
+                "half_below": tokens // share,
+                "rows": len(rows),
+                "passes": len(batches),
+                "places": sum(batch.input_ids.numel() for batch in batches),
+                "tokens_per_s": round(sum(lengths) / statistics.median(taken), 1),
+                "range_s": [round(min(taken), 4), round(max(taken), 4)],
+            }
+    bench.model.set_attn_implementation("sdpa")
 
 
 def kernels(bench: Bench) -> Iterator[Row]:
@@ -450,7 +491,8 @@ def run_row(bench: Bench, folder: Path, base: Path, data: Path, cap: int) -> Row
 
 PHASES: dict[str, tuple[Callable[[Bench], Iterator[Row]], int]] = {
     "memory": (memory, 45), "speed": (speed, 45), "kernels": (kernels, 15), "gradients": (gradients, 15),
-    "peers": (peers, 120), "lengths": (lengths, 60), "paged": (paged, 20), "runs": (runs, 150),
+    "peers": (peers, 120), "packing": (packing, 40), "lengths": (lengths, 60), "paged": (paged, 20),
+    "runs": (runs, 150),
 }  # fmt: skip
 """Each with the seconds that must be left to begin it."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-PHASES = ["memory", "speed", "kernels", "gradients", "peers", "lengths", "paged", "runs"]
+PHASES = ["memory", "speed", "kernels", "gradients", "peers", "packing", "lengths", "paged", "runs"]
 
 
 @pytest.fixture
@@ -39,12 +39,14 @@ def test_without_a_device_it_says_so_in_one_line_and_writes_nothing(gpu, monkeyp
 
 
 def test_a_dry_call_goes_through_phases_and_writes_no_number(gpu, monkeypatch, capsys):
-    rows = run(gpu, monkeypatch, capsys, "--dry", "memory", "kernels", "gradients", "lengths", "paged")
+    rows = run(gpu, monkeypatch, capsys, "--dry", "memory", "kernels", "gradients", "packing", "lengths", "paged")
     assert not any("error" in row for each in rows.values() for row in each)
     assert {phase: len(each) for phase, each in rows.items() if each} == {
-        "memory": 1, "kernels": 5, "gradients": 1, "lengths": 2, "paged": 1,
+        "memory": 1, "kernels": 5, "gradients": 1, "packing": 4, "lengths": 2, "paged": 1,
     }  # fmt: skip
     assert rows["paged"][0]["same_losses"]
+    assert [row["packed"] for row in rows["packing"]] == [False, True] * 2
+    assert all(each["tokens_per_s"] > 0 and each["rows"] == 16 for each in rows["packing"])
     assert 0 < rows["gradients"][0]["off_by"] < 0.05
     assert not gpu.RESULTS.exists()
 
