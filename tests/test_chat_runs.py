@@ -19,7 +19,7 @@ from qlora_kit.data import end_token_id
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run import Asked, export_run, load_run, train
+from qlora_kit.run import Asked, export_run, load_run, pick_rate, train
 from qlora_kit.run.prepare import prepare
 from qlora_kit.run.tokenizer import load_tokenizer, set_template
 from qlora_kit.storage import read_json
@@ -170,6 +170,19 @@ def test_a_run_trains_the_rows_of_a_token_that_its_base_has_not_learnt_as_planne
         for _ in range(2):
             train(recipe, resume=True)
     assert read_json(run / "plan.json")["added_tokens"] == ["<|im_end|>"]
+
+
+@pytest.mark.slow
+def test_a_search_for_the_rate_trains_the_rows_that_the_run_itself_would(tmp_path):
+    recipe = recipe_of(tmp_path, base_of(tmp_path, DATED, "<|im_end|>"), "train.optimizer=adamw", "train.steps=4")
+    searching, alone = Listening(), Listening()
+    picked = pick_rate(recipe, watch=searching)
+    settings = ("train.schedule=constant", "train.warmup=0", f"train.lr={picked.best}")
+    train(recipe_of(tmp_path, tmp_path / "base", "train.optimizer=adamw", "train.steps=4", *settings), watch=alone)
+    for watch in (searching, alone):
+        assert [note for note in watch.notes if "those rows are trained" in note]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert next(each.loss for each in picked.tried if each.rate == picked.best) == metrics[-1]["eval_loss"]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from qlora_kit.run import pick_rate, train
 from qlora_kit.train.evaluate import Score
 from qlora_kit.watch import Watch
 
-picking, build = (import_module(f"qlora_kit.run.{name}") for name in ("pick_rate", "build"))
+picking, race, build = (import_module(f"qlora_kit.run.{name}") for name in ("pick_rate", "race", "build"))
 AUTO = 3.7e-3
 """Of a narrow Llama in a short run."""
 PLAN = {
@@ -68,14 +68,14 @@ class Seen(Watch):
 
     def follow(self, monkeypatch):
         """Keep what each adapter was when it went; count how many stood at once."""
-        real = picking.delete_adapter
+        real = race.delete_adapter
 
         def delete(model, name):
             self.most = max(self.most, len(adapter_names(model)))
             self.left[name] = {key: each.detach().clone() for key, each in adapter_parameters(model, name)}
             real(model, name)
 
-        monkeypatch.setattr(picking, "delete_adapter", delete)
+        monkeypatch.setattr(race, "delete_adapter", delete)
         return self
 
 
@@ -94,9 +94,9 @@ def pretended(monkeypatch):
 
         at = {}
         monkeypatch.setattr(picking, "plan_run", lambda recipe, prepared, watch: (prepared, PLAN))
-        monkeypatch.setattr(picking, "Steps", Pretended)
-        monkeypatch.setattr(picking, "rehearse", lambda *_: [])
-        monkeypatch.setattr(picking, "evaluate_loss", lambda *_, **__: Score(loss_of(at["rate"], at["step"]), 1, 1))
+        monkeypatch.setattr(race, "Steps", Pretended)
+        monkeypatch.setattr(race, "rehearse", lambda *_: [])
+        monkeypatch.setattr(race, "evaluate_loss", lambda *_, **__: Score(loss_of(at["rate"], at["step"]), 1, 1))
 
     return pretend
 

@@ -18,6 +18,7 @@ from qlora_kit.run.plan import check_budget, check_weights, plan_prepared
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.rows import eval_batches
 from qlora_kit.run.tokenizer import added_ids, pad_id
+from qlora_kit.run.unlearnt import tokens_to_learn
 from qlora_kit.run.use import load_recipe_base
 from qlora_kit.train.classes import classes_in
 from qlora_kit.train.loop import Job
@@ -52,6 +53,36 @@ def settle(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
     if not lora.added_tokens:
         lora = lora.model_copy(update={"added_tokens": plan.get("added_tokens", [])})
     return recipe.model_copy(update={"base": base, "lora": lora})
+
+
+def as_planned(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
+    """The recipe with the rank, the head, the batches and the loss that a plan chose: in others the same sums would be
+    rounded otherwise."""
+    train, memory = recipe.train, recipe.memory
+    if train.micro_batch == "auto" and train.accumulation == "auto":
+        train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
+    if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
+        memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
+    if memory.eval_tokens == "auto" and plan.get("eval_tokens") is not None:
+        memory = memory.model_copy(update={"eval_tokens": plan["eval_tokens"]})
+    return settle(recipe, plan).model_copy(update={"train": train, "memory": memory})
+
+
+def learn_marks(
+    model: PreTrainedModel, recipe: Recipe, prepared: Prepared, plan: dict[str, Any], watch: Watch
+) -> tuple[Recipe, dict[str, Any]]:
+    """Have rows trained of tokens that chats are written in and the base has not learnt; the plan with them."""
+    names, told = tokens_to_learn(model, prepared.tokenizer, recipe) if prepared.train.has_chats else ([], None)
+    if told is not None:
+        watch.note(told)
+    if names:
+        recipe = settle(recipe, {"added_tokens": names})
+        # The budget stays what it was before the base took some of it.
+        budget = None if plan["budget"] is None else f"{plan['budget']}B"
+        same = as_planned(recipe, plan)
+        same = same.model_copy(update={"memory": same.memory.model_copy(update={"budget": budget})})
+        _, plan = plan_run(same, prepared, Watch())
+    return recipe, plan | {"added_tokens": recipe.lora.added_tokens}
 
 
 def take_base(

@@ -19,7 +19,17 @@ from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan.devices import busy_note
 from qlora_kit.recipe import Recipe, base_as_held
-from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
+from qlora_kit.run.build import (
+    as_planned,
+    learn_marks,
+    load,
+    loss_of,
+    make_job,
+    plan_run,
+    put_adapter,
+    settle,
+    take_base,
+)
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
@@ -45,7 +55,6 @@ from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.score import Scored, score, score_base
 from qlora_kit.run.start import as_it_starts, check_reference
-from qlora_kit.run.unlearnt import tokens_to_learn
 from qlora_kit.storage import checksums, read_json, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.tasks import Task
@@ -119,7 +128,7 @@ def train(
         base = {"base": base_record(model).mark}
         if resume and not force:
             _check_base(folder, base_record(model))
-        recipe, plan = _learn_marks(model, recipe, prepared, plan, watch)
+        recipe, plan = learn_marks(model, recipe, prepared, plan, watch)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
         earlier = [] if resume else files_of_run(folder)
@@ -173,7 +182,7 @@ def _prepared(
     if resume:
         check_reference(recipe, recorded_reference(folder))
         recipe, today, rate = (
-            _as_planned(recipe, read_json(folder / PLAN)),
+            as_planned(recipe, read_json(folder / PLAN)),
             recorded_date(folder),
             recorded_rate(folder),
         )
@@ -199,36 +208,6 @@ def _check_base(folder: Path, record: BaseRecord) -> None:
 def _fingerprints(prepared: Prepared) -> dict[str, str]:
     """Which rows a run has."""
     return {"train": prepared.train.fingerprint, "eval": prepared.eval.fingerprint}
-
-
-def _learn_marks(
-    model: PreTrainedModel, recipe: Recipe, prepared: Prepared, plan: dict[str, Any], watch: Watch
-) -> tuple[Recipe, dict[str, Any]]:
-    """Have rows trained of tokens that chats are written in and the base has not learnt; the plan with them."""
-    names, told = tokens_to_learn(model, prepared.tokenizer, recipe) if prepared.train.has_chats else ([], None)
-    if told is not None:
-        watch.note(told)
-    if names:
-        recipe = settle(recipe, {"added_tokens": names})
-        # The budget stays what it was before the base took some of it.
-        budget = None if plan["budget"] is None else f"{plan['budget']}B"
-        same = _as_planned(recipe, plan)
-        same = same.model_copy(update={"memory": same.memory.model_copy(update={"budget": budget})})
-        _, plan = plan_run(same, prepared, Watch())
-    return recipe, plan | {"added_tokens": recipe.lora.added_tokens}
-
-
-def _as_planned(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
-    """The recipe with the rank, the head, the batches and the loss that a plan chose: in others the same sums would be
-    rounded otherwise."""
-    train, memory = recipe.train, recipe.memory
-    if train.micro_batch == "auto" and train.accumulation == "auto":
-        train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
-    if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
-        memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
-    if memory.eval_tokens == "auto" and plan.get("eval_tokens") is not None:
-        memory = memory.model_copy(update={"eval_tokens": plan["eval_tokens"]})
-    return settle(recipe, plan).model_copy(update={"train": train, "memory": memory})
 
 
 def _make_trainable(
