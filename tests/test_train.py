@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import mmap
 import random
 import shutil
 from collections import Counter
@@ -14,6 +15,7 @@ import hypothesis
 import pytest
 import tiny
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from hypothesis import strategies as st
 from peft import PeftModel
 from tokenizers import Tokenizer, models
@@ -30,6 +32,7 @@ from qlora_kit.recipe import Train
 from qlora_kit.recipe.schema import Optimizer
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import (
+    Progress,
     checkpoints,
     load_checkpoint,
     load_parameters,
@@ -754,6 +757,52 @@ def resumable(folder, masters="fp32", **changes):
     settings = {"steps": 6, "optimizer": "paged_adamw_8bit", "masters": masters, "evals": rows((11, 6), seed=9),
                 "eval_every": 2, "schedule": "cosine", "warmup": 0.2, "lr": 1e-3}  # fmt: skip
     return job_of(model, folder, **{**settings, **changes})
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    """State as bitsandbytes pages it on a card, as far as a CPU can: in memory that is not torch's, and marked."""
+    made = []
+
+    def buffer(optimizer, p, dtype=torch.float32):
+        if not optimizer.is_paged or p.numel() < 100_000:
+            return torch.zeros_like(p, dtype=dtype)
+        page = torch.frombuffer(mmap.mmap(-1, p.numel() * dtype.itemsize), dtype=dtype).view(p.shape)
+        page.is_paged, page.page_deviceid = True, 0
+        made.append(page)
+        return page
+
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", buffer)
+    monkeypatch.setattr("bitsandbytes.functional.prefetch_tensor", lambda page: page.is_paged)
+    monkeypatch.setattr("qlora_kit.train.optim.effective_kind", lambda kind, device: kind)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
+def test_paged_state_is_saved_and_comes_back_into_its_own_pages(kind, pages, tmp_path):
+    def begun():
+        torch.manual_seed(0)
+        shapes = {"large.a_RI": (16, 8192), "small.b_OR": (64, 16)}
+        parameters = {name: nn.Parameter(torch.randn(shape).bfloat16()) for name, shape in shapes.items()}
+        return parameters, AdapterOptimizer(list(parameters.items()), kind)
+
+    whole, wanted = begun()
+    assert [id(page) for page in wanted.pageable()] == [id(page) for page in pages]
+    assert pages
+    push(wanted, list(whole.items()), 3)
+    push(wanted, list(whole.items()), 3, seed=3)
+    first, optimizer = begun()
+    push(optimizer, list(first.items()), 3)
+    made = save_checkpoint(tmp_path, first, optimizer, Progress(step=3), keep=1)
+    second, found = begun()
+    places = [(id(page), page.data_ptr()) for page in found.pageable()]
+    load_checkpoint(made, second, found)
+    assert [(id(page), page.data_ptr()) for page in found.pageable()] == places
+    assert all(page.is_paged for page in found.pageable())
+    assert same(dict(found.state_tensors()), dict(optimizer.state_tensors()))
+    push(found, list(second.items()), 3, seed=3)
+    assert same(dict(found.state_tensors()), dict(wanted.state_tensors()))
+    assert same(second, whole)
 
 
 @pytest.mark.parametrize(("masters", "stop"), [("fp32", 3), ("stochastic", 2)])
