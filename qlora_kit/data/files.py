@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from qlora_kit.data.faults import Faults
+from qlora_kit.data.json_list import json_values
 from qlora_kit.data.values import from_json, twice
 from qlora_kit.errors import DataError
 
@@ -83,13 +84,10 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
         yield from _json_lines(path, faults)
         return
     try:
-        text = _decode(path.read_bytes(), path)
-        rows = _parse(text, path) if text.strip() else []
+        for number, row in enumerate(json_values(path), 1):
+            yield f"{path} row {number}", row
     except DataError as error:
         faults.add(error, hides_rows=True)
-        return
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        yield f"{path} row {number}", row
 
 
 def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
@@ -178,13 +176,11 @@ def _decode(data: bytes, where: object, codec: str = "utf-8-sig") -> str:
         ) from None
 
 
-def _parse(text: str, where: object) -> Any:
+def _parse(text: str, where: str) -> Any:
     try:
         return from_json(text)
     except json.JSONDecodeError as error:
-        place = where if isinstance(where, str) else f"{where}:{error.lineno}"
-        what = error.msg.removesuffix(" at")
-        raise DataError(f"{place}: not JSON: {what} at column {error.colno}") from None
+        raise DataError(f"{where}: not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from None
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets

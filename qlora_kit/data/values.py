@@ -32,7 +32,7 @@ def from_json(text: str) -> Any:
         ValueError: it is not JSON, or has a number with thousands of digits.
         RecursionError: it is nested hundreds of levels deep.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return DECODER.decode(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -42,6 +42,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = " and ".join(short(value) for each, value in pairs if each == name)
         raise DataError(f"the key {name!r} is there twice ({values}): keep one")
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Of all rows: one that keeps every key."""
 
 
 def twice(names: Sequence[str]) -> str | None:
