@@ -43,12 +43,16 @@ def write_text(path: Path, text: str) -> None:
     try:
         with open(staged, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
+        name_file(staged, path)
     finally:
         staged.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+
+
+def name_file(staged: Path, final: Path) -> None:
+    """Give a complete file its name, which it bears only once its bytes are on the disk."""
+    _sync_file(staged)
+    os.replace(staged, final)
+    _sync_folder(final.parent)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:

@@ -166,3 +166,11 @@ def test_no_peak_is_lost_between_blocks_whatever_the_model_calls_them(config):
     run = fake_run(config, work, train_once)
     assert len(run["history"].peaks_by_place()) > 2, "it is cut into places"
     assert sum(peaks(run["places"])[1].values()) == run["history"].peak_bytes()
+
+
+@pytest.mark.parametrize(("at_4", "at_8", "at_12"), [(87, 95, 103), (87, 72, 87)])
+def test_an_allocator_is_never_said_to_hold_less_than_the_tensors_in_it(at_4, at_8, at_12, monkeypatch):
+    """A deeper run may fit into ends of segments that a shallower one left; that line would end below zero."""
+    monkeypatch.setattr(dry_run_room, "_history", lambda config, work, blocks: blocks.all)
+    monkeypatch.setattr(dry_run_room, "_added", {4: at_4, 8: at_8}.__getitem__)
+    assert dry_run_room.added_by_allocator(LLAMA, replace(WORK, activations="recompute")) == at_12

@@ -205,6 +205,21 @@ def test_a_head_read_by_slices_never_has_more_logits_than_it_may(monkeypatch):
     assert max(each.nbytes for each, _ in ledger.history.events()) == 30 * TOKENS * 4 < VOCAB * TOKENS * 4
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_no_tokens_have_no_loss_and_gradients_of_zero(rule, way):
+    h, labels, *head = problem(torch.float32)
+    none = labels[:0]
+    for found in (
+        answers(dense(none, rule, 7), h[:0], *head),
+        answers(any_head(none, rule, 7), h[:0], *head),
+        of_input(sliced(none, rule), h[:0], *head),
+    ):
+        loss, dh, *of_head = found
+        assert loss == 0
+        assert dh.shape == (0, WIDTH)
+        assert not any(each.any() for each in of_head)
+
+
 def test_a_head_read_by_slices_without_a_gradient_is_decoded_once():
     h, labels, *head = problem(torch.float32)
     decoded = []

@@ -1,6 +1,7 @@
 """The compiled code: made once, in a folder of the user's own; and nothing is said where it cannot be had."""
 
 import ctypes
+import os
 import shutil
 import stat
 import sys
@@ -46,6 +47,17 @@ def test_the_code_is_compiled_once_into_a_folder_of_the_users_own(fresh, monkeyp
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-O2"))
     assert native.library() is not None
     assert len(list(fresh.iterdir())) == 2, "other flags are another library"
+
+
+@needs_compiler
+def test_what_was_compiled_is_on_the_disk_before_it_bears_its_name(fresh, monkeypatch):
+    """Or a machine that goes down leaves a library cut short, and whoever loads it ends with a bus error."""
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append(os.fstat(descriptor).st_ino) or sync(descriptor))
+    monkeypatch.setattr(os, "replace", lambda made, path: done.append("named") or replace(made, path))
+    assert native.library() is not None
+    (made,) = fresh.iterdir()
+    assert done == [made.stat().st_ino, "named", fresh.stat().st_ino]
 
 
 def homeless(path):

@@ -543,7 +543,7 @@ def test_it_survives_torch_compile_to_machine_code():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("leading", [(5,), (2, 3)])
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("step", [1, 7, 96, 1000])
 def test_a_matrix_in_slices_is_multiplied_as_a_whole(step, leading, dtype, monkeypatch):
     monkeypatch.setattr("qlora_kit.ops.slices.SLICE_ELEMENTS", step * 24)

@@ -4,7 +4,8 @@
     double quantisation:  absmax = table8[code8] * scale[block of 256] + offset
     int8:   w = code * absmax[row] / 127             vector-wise, as LLM.int8() stores it
 
-The codes are bit-identical to those of bitsandbytes' layers on the same device. What is not used is the layers
+The codes are bit-identical to those of bitsandbytes' layers on the same device, with as many threads: the mean of the
+constants, which double quantisation takes off, is a sum whose order they change. What is not used is the layers
 themselves: `Linear4bit.forward` repacks the stored weight in evaluation mode on some processors.
 
 Sources: QLoRA, arXiv 2305.14314, section 3; LLM.int8(), arXiv 2208.07339; bitsandbytes 0.50.

@@ -240,8 +240,8 @@ def _through(
 
 
 def token_chunks(tokens: int, chunk: int) -> Iterator[slice]:
-    """Tokens that go together."""
-    for begin in range(0, tokens, chunk):
+    """Tokens that go together; of no tokens one chunk without any."""
+    for begin in range(0, max(1, tokens), chunk):
         yield slice(begin, begin + chunk)
 
 
@@ -369,7 +369,7 @@ def scaled_gradients(
             yield None
             continue
         scaled = torch.empty_like(gradient, dtype=dtype)
-        rows = max(1, SLICE_ELEMENTS // gradient[0].numel())
+        rows = max(1, SLICE_ELEMENTS // math.prod(gradient.shape[1:]))
         for into, part in zip(scaled.split(rows), gradient.split(rows), strict=True):
             into.copy_(part.to(factor.dtype).mul(factor))
         yield scaled

@@ -147,7 +147,7 @@ class _Head:
         return dh_CD
 
     def _slices(self, h_CD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for rows in row_slices(self.shape, h_CD, at_most=max(1, LOGITS // len(h_CD))):
+        for rows in row_slices(self.shape, h_CD, at_most=max(1, LOGITS // max(1, len(h_CD)))):
             yield rows, self.decode_rows(rows, h_CD.dtype)
 
     def _logits(self, h_CD: Tensor, w_SD: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:

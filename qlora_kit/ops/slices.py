@@ -74,4 +74,4 @@ class _SlicedLinear(torch.autograd.Function):
         dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=dtype, device=grad.device)
         for rows in row_slices(ctx.shape, g_TO):
             dx_TI.add_(g_TO[:, rows] @ ctx.decode_rows(rows, grad.dtype))
-        return dx_TI.to(grad.dtype).view(*grad.shape[:-1], -1), None, None, None
+        return dx_TI.to(grad.dtype).view(*grad.shape[:-1], ctx.shape[1]), None, None, None

@@ -85,7 +85,9 @@ def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     """Bytes that a card's allocator holds beyond the peak of the tensors: rounding and fragmentation, an estimate.
 
     The requests of loading and of a step are played to it. Most of what it adds are ends of segments, as many in every
-    layer, so two depths tell the rest here too, if not to the byte. A step that no shallow ones tell was played whole.
+    layer, so two depths tell the rest here too, if not to the byte. Where the deeper one fits into ends that the other
+    left, no line goes on: segments are never smaller than what lies in them. A step that no shallow ones tell was
+    played whole.
     """
     blocks = Blocks.of(work.activations, count_layers(config, head_for(work.task)))
     if not find_shallow(config, blocks, head_for(work.task)).steps:
@@ -95,7 +97,7 @@ def added_by_allocator(config: PretrainedConfig, work: Workload) -> int:
     if more.all >= blocks.all:
         return _added(_history(config, work, blocks))
     low, high = (_added(_history(config, work, part)) for part in (few, more))
-    return round(low + (high - low) * (blocks.all - few.all) / (more.all - few.all))
+    return low + max(0, round((high - low) * (blocks.all - few.all) / (more.all - few.all)))
 
 
 def _history(config: PretrainedConfig, work: Workload, blocks: Blocks) -> History:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora_kit.storage import private_folder
+from qlora_kit.storage import name_file, private_folder
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
 _WIDTH = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
@@ -85,7 +85,7 @@ def _built(compiler: str, folder: Path) -> Path:
         os.close(handle)
         try:
             _compile(compiler, made)
-            os.replace(made, path)
+            name_file(Path(made), path)
         finally:
             Path(made).unlink(missing_ok=True)
     return path
