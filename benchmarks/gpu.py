@@ -21,7 +21,8 @@ which is kept where it is given, for another call). Phases, in this order:
     runs       `qlora-kit` under budgets of 8 and 12 GiB: train, kill, resume, generate, merge
 
 Medians and ranges. A phase that fails leaves a row that says why; one that would not end in time is not begun, and can
-be asked for in another call on the same --folder.
+be asked for in another call on the same --folder. Until a device is had, gpu.jsonl says of every phase that it is not
+measured; its first row takes the place of that.
 """
 
 import argparse
@@ -629,6 +630,18 @@ def environment(device: torch.device) -> Row:
     return {**card, "day": time.strftime("%Y-%m-%d"), **versions}
 
 
+def keep(phase: str, line: str) -> None:
+    """Write a row behind the others, in place of that which says of its phase that it is not measured."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    kept = [each for each in lines if each != not_measured(phase)]
+    RESULTS.write_text("".join(f"{each}\n" for each in [*kept, line]), encoding="utf-8")
+
+
+def not_measured(phase: str) -> str:
+    """What stands for a phase until a device is had."""
+    return json.dumps({"benchmark": "gpu", "phase": phase, "says": "not measured"})
+
+
 def measure(bench: Bench, asked: list[str], minutes: float, write: Callable[[Row], None]) -> None:
     """The phases that are asked for, as far as the time goes."""
     begun = time.monotonic()
@@ -667,8 +680,7 @@ def main() -> None:
         line = json.dumps({**about, **row, **({"dry": True} if asked.dry else {})})
         print(line, flush=True)
         if not asked.dry:
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            keep(row["phase"], line)
 
     with contextlib.ExitStack() as stack:
         folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

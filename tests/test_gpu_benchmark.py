@@ -64,6 +64,17 @@ def test_a_phase_that_fails_leaves_a_row_that_says_why_and_the_others_run(gpu, m
                     {"phase": "two", "number": 2}]  # fmt: skip
 
 
+def test_the_first_row_of_a_phase_takes_the_place_of_what_says_that_it_is_not_measured(gpu):
+    none = [gpu.not_measured(phase) for phase in PHASES]
+    rows = [json.loads(line) for line in (BENCHMARKS / "results" / "gpu.jsonl").read_text().splitlines()]
+    assert {row["phase"] for row in rows} == set(PHASES), "each is measured, or says that it is not"
+    gpu.RESULTS.write_text("".join(f"{line}\n" for line in none))
+    for line in ("one", "two"):
+        gpu.keep("speed", line)
+    others = [line for line in none if line != gpu.not_measured("speed")]
+    assert gpu.RESULTS.read_text().splitlines() == [*others, "one", "two"]
+
+
 @pytest.mark.parametrize(("again", "wanted"), [(1, 15_400), (0, 22_500)])
 def test_the_floor_of_its_speed_is_what_was_computed_by_hand(gpu, again, wanted):
     """For 4 x 2,048 tokens at 790 TFLOP/s and 4.3 TB/s, from sums of 46.4 and 31.9 GFLOP a token and 52.7 and 35 GB."""
