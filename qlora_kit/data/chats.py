@@ -53,13 +53,29 @@ def spoken(value: object, column: str, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": filled(value, column) if role == "assistant" else string(value, column)}]
 
 
-def system_turn(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turn that a column of its own opens a chat with; none where there is no such column.
+def opened(turns: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns behind that of the system, where the row has its words in a column of their own.
 
     Raises:
-        DataError: the column holds something else than text.
+        DataError: the column holds something else than text, or other words than a system turn that stands first.
     """
-    return [{"role": "system", "content": string(row["system"], "system")}] if row.get("system") else []
+    if not row.get("system"):
+        return turns
+    rules = {"role": "system", "content": string(row["system"], "system")}
+    if turns[0]["role"] != "system":
+        return [rules, *turns]
+    if turns[0]["content"] != rules["content"]:
+        said = short(turns[0]["content"])
+        raise DataError(f"column 'system' is {kind(rules['content'])}, and the first turn has {said}: keep one")
+    return turns
+
+
+def is_in_turns(row: Mapping[str, Any], *texts: object) -> bool:
+    """Whether texts of a row are turns: one of them holds turns, or the row has columns that only a chat has.
+
+    A column counts if it is there, be it empty, but not null: so all rows of a table are written in one way.
+    """
+    return any(isinstance(text, list) for text in texts) or "system" in row or "tools" in row
 
 
 def _turn(raw: object, name: str) -> dict[str, Any]:
