@@ -237,6 +237,32 @@ def test_a_completion_without_an_answer_is_refused_whatever_the_prompt_says():
         read_row({"prompt": [ASKED], "completion": " "}, "f:1")
 
 
+def test_an_answer_of_weight_zero_is_given_and_not_learnt():
+    """As OpenAI's interface has it: 1 or no weight at all is learnt."""
+    silent, loud = {**SAID, "weight": 0}, {"role": "assistant", "content": "the cat", "weight": 1}
+    for format, row in (
+        ("messages", {"messages": [ASKED, silent, ASKED, loud]}),
+        ("sharegpt", {"conversations": [ASKED, silent, ASKED, loud]}),
+        ("completion", {"prompt": [ASKED], "completion": [silent, ASKED, loud]}),
+    ):
+        chat = read_row(row, "f:1", format)
+        assert chat.given == 2
+        for family in ("phi4", "marked", "qwen3"):
+            tokenizer = tokenizer_of(FAMILIES[family])
+            found = [text for each in encode_turns(chat, tokenizer) for text in stretches(each, tokenizer)]
+            assert found == [FAMILIES[family].said("the cat") + FAMILIES[family].end]
+
+
+def test_weights_that_cannot_be_kept_are_refused():
+    silent = {**SAID, "weight": 0}
+    with pytest.raises(DataError, match=r"^f:1: turn 4 has weight 0 and stands behind an answer .*: cut the chat"):
+        read_row({"messages": [ASKED, SAID, ASKED, silent]}, "f:1")
+    with pytest.raises(DataError, match=r"^f:1: no assistant turn but of weight 0: nothing to learn"):
+        read_row({"messages": [ASKED, silent]}, "f:1")
+    with pytest.raises(DataError, match=r"^f:1: turn 2 has weight 0.5, wanted 0 .* or 1"):
+        read_row({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "f:1")
+
+
 # ---- a system's words and tools in columns of their own ------------------------------------------------------------
 
 RULES = {"role": "system", "content": "be a cat"}

@@ -21,12 +21,34 @@ def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any], given: int =
     Raises:
         DataError: no turn of it teaches anything, or the tools are none.
     """
+    given = _given(messages, given)
     answers = [message for message in messages[given:] if message["role"] == "assistant"]
     if not answers:
         raise DataError("no assistant turn: nothing to learn from")
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
         raise DataError("every assistant turn is empty: nothing to learn from")
     return Chat(messages, tools_of(row.get("tools")), given)
+
+
+def _given(messages: list[dict[str, Any]], given: int) -> int:
+    """How many turns are a prompt: at least `given`, and all up to the last answer that its `weight` of 0 leaves out.
+
+    Raises:
+        DataError: an answer that is to be learnt stands before one that is not, there is no other, or a weight is none.
+    """
+    weights = {at: turn.get("weight", 1) for at, turn in enumerate(messages) if turn["role"] == "assistant"}
+    odd = next((at for at, weight in weights.items() if weight not in (0, 1)), None)
+    if odd is not None:
+        raise DataError(f"turn {odd + 1} has weight {short(weights[odd])}, wanted 0 (it is not learnt) or 1")
+    end = max((at + 1 for at, weight in weights.items() if weight == 0), default=0)
+    if any(weight == 1 and given <= at < end for at, weight in weights.items()):
+        raise DataError(
+            f"turn {end} has weight 0 and stands behind an answer that is learnt: cut the chat before it, or leave the "
+            "row out"
+        )
+    if end > max(given, *weights, 0):
+        raise DataError("no assistant turn but of weight 0: nothing to learn from")
+    return max(given, end)
 
 
 def turns_of(value: object, column: str) -> list[dict[str, Any]]:
