@@ -11,6 +11,7 @@ from test_data import write
 from test_templates import stretches
 
 from qlora_kit.data import Chat, Completion, Faults, encode_turns, load_rows, read_row, split_eval
+from qlora_kit.data.examples import conversations
 from qlora_kit.errors import DataError
 
 ASKED = {"role": "user", "content": "where?"}
@@ -234,6 +235,77 @@ def test_a_completion_without_an_answer_is_refused_whatever_the_prompt_says():
         read_row({"prompt": [ASKED, SAID], "completion": [ASKED]}, "f:1")
     with pytest.raises(DataError, match=r"^f:1: completion is empty"):
         read_row({"prompt": [ASKED], "completion": " "}, "f:1")
+
+
+def test_an_answer_of_weight_zero_is_given_and_not_learnt():
+    """As OpenAI's interface has it: 1 or no weight at all is learnt."""
+    silent, loud = {**SAID, "weight": 0}, {"role": "assistant", "content": "the cat", "weight": 1}
+    for format, row in (
+        ("messages", {"messages": [ASKED, silent, ASKED, loud]}),
+        ("sharegpt", {"conversations": [ASKED, silent, ASKED, loud]}),
+        ("completion", {"prompt": [ASKED], "completion": [silent, ASKED, loud]}),
+    ):
+        chat = read_row(row, "f:1", format)
+        assert chat.given == 2
+        for family in ("phi4", "marked", "qwen3"):
+            tokenizer = tokenizer_of(FAMILIES[family])
+            found = [text for each in encode_turns(chat, tokenizer) for text in stretches(each, tokenizer)]
+            assert found == [FAMILIES[family].said("the cat") + FAMILIES[family].end]
+
+
+def test_weights_that_cannot_be_kept_are_refused():
+    silent = {**SAID, "weight": 0}
+    with pytest.raises(DataError, match=r"^f:1: turn 4 has weight 0 and stands behind an answer .*: cut the chat"):
+        read_row({"messages": [ASKED, SAID, ASKED, silent]}, "f:1")
+    with pytest.raises(DataError, match=r"^f:1: no assistant turn but of weight 0: nothing to learn"):
+        read_row({"messages": [ASKED, silent]}, "f:1")
+    with pytest.raises(DataError, match=r"^f:1: turn 2 has weight 0.5, wanted 0 .* or 1"):
+        read_row({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "f:1")
+
+
+# ---- a system's words and tools in columns of their own ------------------------------------------------------------
+
+RULES = {"role": "system", "content": "be a cat"}
+ANSWERS = {"chosen": SAID, "rejected": SAID | {"content": "hm"}}
+IN_TURNS = {
+    "messages": ("sft", {"messages": [ASKED, SAID]}),
+    "conversations": ("sft", {"conversations": [ASKED, SAID]}),
+    "alpaca": ("sft", {"instruction": "where?", "output": "on the mat"}),
+    "turns": ("sft", {"prompt": [ASKED], "completion": [SAID]}),
+    "texts": ("sft", {"prompt": "where?", "completion": "on the mat"}),
+    "pair of turns": ("dpo", {"prompt": [ASKED], **{name: [turn] for name, turn in ANSWERS.items()}}),
+    "pair of texts": ("dpo", {"prompt": "where?", **{name: turn["content"] for name, turn in ANSWERS.items()}}),
+    "verdict on turns": ("kto", {"messages": [ASKED, SAID], "label": True}),
+    "verdict on a text": ("kto", {"prompt": "where?", "completion": "on the mat", "label": True}),
+}
+
+
+@pytest.mark.parametrize("kind", IN_TURNS)
+def test_a_system_text_and_tools_beside_any_row_stand_in_its_chat(kind):
+    task, row = IN_TURNS[kind]
+    tools = [tool("clock", zone=TEXT)]
+    found = read_row({**row, "system": "be a cat", "tools": json.dumps(tools)}, "f:1", task=task)
+    for part in conversations(found):
+        assert isinstance(part, Chat)
+        assert part.messages[:2] == [RULES, ASKED]
+        assert len(part.messages) == 3
+        assert part.tools == tools
+        assert part.given in (0, 2)
+
+
+@pytest.mark.parametrize("kind", IN_TURNS)
+def test_an_empty_system_text_is_none_and_its_row_is_a_chat_like_the_others_of_its_table(kind):
+    task, row = IN_TURNS[kind]
+    for part in conversations(read_row({**row, "system": ""}, "f:1", task=task)):
+        assert isinstance(part, Chat)
+        assert part.messages[0] == ASKED
+
+
+def test_a_system_text_that_stands_in_the_turns_too_is_taken_once_and_another_is_refused():
+    row = {"messages": [RULES, ASKED, SAID], "system": "be a cat"}
+    assert read_row(row, "f:1") == Chat([RULES, ASKED, SAID])
+    with pytest.raises(DataError, match=r"^f:1: column 'system' .*'be a dog'.* the first turn .*: keep one"):
+        read_row(row | {"system": "be a dog"}, "f:1")
 
 
 # ---- characters ----------------------------------------------------------------------------------------------------

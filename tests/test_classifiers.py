@@ -275,6 +275,19 @@ def test_the_loss_of_a_step_is_transformers_own(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_of_a_step_on_texts_of_several_classes_is_transformers_own(family):
+    model = dense_model(family)
+    model.config.problem_type = "multi_label_classification"
+    several = [
+        tuple(float((number + place) % 3 == 0) for place in range(model.config.num_labels)) for number in range(4)
+    ]
+    batch = collate_texts(texts(), several, pad_id=0)
+    own = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), labels=batch.labels)
+    assert own.loss > 0.1
+    assert loss_of(model, batch) == pytest.approx(4 * own.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_texts_side_by_side_have_the_loss_and_gradients_of_texts_alone(family):
     model = tiny.quantized(dense_model(family))
     add_lora(model, rank=4, alpha=8, dtype=torch.float32, also_train=["classifier"])

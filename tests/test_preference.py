@@ -72,7 +72,7 @@ def trained(model, task, rows, size=8, loss_chunk=None):
         parameter.grad = None
     rows = swap_answers(rows) if rows[0].is_good is not None else rows
     batches = [collate_rows([[row] for row in rows[i : i + size]], 0) for i in range(0, len(rows), size)]
-    loss = accumulate_gradients(model, batches, len(rows), task, loss_chunk=loss_chunk)
+    loss = accumulate_gradients(model, batches, sum(batch.count for batch in batches), task, loss_chunk=loss_chunk)
     return loss, {name: parameter.grad.clone() for name, parameter in parameters.items()}
 
 
@@ -290,16 +290,17 @@ def trainer_of(kind, model, tmp_path, **settings):
     """One of TRL's trainers around a model, its rows made up: batches are given to it by hand."""
     from datasets import Dataset
     from test_train import tokenizer
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     config, trainer = {
+        "sft": (SFTConfig, SFTTrainer),
         "dpo": (DPOConfig, DPOTrainer),
         "kto": (KTOConfig, KTOTrainer),
         "orpo": (ORPOConfig, ORPOTrainer),
     }[kind]
     row = {"prompt": "w5", "chosen": " w6", "rejected": " w7"}
-    if kind == "kto":
+    if kind in ("kto", "sft"):
         row = {"prompt": "w5", "completion": " w6", "label": True}
     args = config(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False,
                   per_device_train_batch_size=2, **settings)  # fmt: skip
@@ -333,6 +334,24 @@ def assert_same(model, peft_model, loss, theirs, gradients):
             )
             < 1e-4
         ), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "pretrain"])
+def test_answers_and_texts_agree_with_trl_and_with_transformers(task, peft_side, tmp_path):
+    rows = [replace(row, other=None) for row in pairs()]
+    if task == "pretrain":
+        rows = [replace(row, trained=[True] * len(row.trained)) for row in rows]
+    model = tuned(4)
+    loss, gradients = trained(model, task_of(Train(task=task)), rows, size=2)
+    batch = side_by_side(rows)
+    batch["labels"] = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+    own = peft_side()
+    assert own(**batch).loss.item() == pytest.approx(loss.value.item(), rel=1e-5)
+    theirs = trainer_of("sft", peft_side(), tmp_path)
+    count = (batch["labels"][:, 1:] != -100).sum()
+    theirs_loss = theirs.compute_loss(theirs.model, batch, num_items_in_batch=count)
+    assert_same(model, theirs.model, loss, theirs_loss, gradients)
 
 
 @pytest.mark.slow

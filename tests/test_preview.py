@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -32,23 +33,19 @@ from qlora_kit.data import (
     Completion,
     EncodedSet,
     Preference,
-    Room,
     Sampler,
     Text,
-    arrange,
-    collate_packs,
     encode_rows,
-    fill,
     load_rows,
     measure_lengths,
     remarks_on,
     show_rows,
-    side_by_side,
 )
-from qlora_kit.data.encoded import Encoded
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import preview
 from qlora_kit.run.prepare import prepare
+from qlora_kit.train.loop import _micro_batches
+from qlora_kit.train.pace import room_of
 from qlora_kit.watch import Watch
 
 # ---- rows as text --------------------------------------------------------------------------------------------------
@@ -156,23 +153,40 @@ def test_lengths_are_those_before_rows_are_cut_or_left_out():
     assert [measure_lengths(each) for each in found] == [measure_lengths(whole)] * 2
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_filling_counts_what_the_batches_of_an_epoch_hold(is_packed):
-    lengths = [(7 * number) % 41 + 2 for number in range(70)]
-    room = Room(3, 64 if is_packed else 42, overhead=30)
-    found = fill(lengths, seed=3, steps=1000, rows_a_step=14, room=room, is_packed=is_packed)
-    sampler, tokens, places, sequences = Sampler(70, 3), 0, 0, 0
-    for _ in range(5):
-        rows = sampler.next_rows(14)
-        own = [lengths[row] for row in rows]
-        for packs in arrange(own, 3, 64) if is_packed else side_by_side(own, room):
-            batch = collate_packs([[Encoded([1] * lengths[rows[i]], [True] * lengths[rows[i]]) for i in pack]
-                                   for pack in packs], pad_id=0)  # fmt: skip
-            tokens, places = tokens + sum(batch.lengths), places + batch.input_ids.numel()
-            sequences += len(packs)
+LONG = {"answers": "prompt completion", "pairs": "prompt chosen rejected", "verdicts": "prompt completion label"}
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "packing"),
+    [("sft", "answers", False), ("sft", "answers", True), ("dpo", "pairs", False), ("orpo", "pairs", False),
+     ("kto", "verdicts", False), ("kto", "pairs", False)],
+)  # fmt: skip
+def test_padding_is_counted_as_the_batches_of_the_loop_have_it(task, kind, packing, recipe):
+    """Of an epoch, and of every sequence: a pair is two, and so is an answer beside the one that it is swapped with."""
+    rows = [
+        {"prompt": "the " * (1 + n % 3), "completion": "cat " * (1 + 7 * n % 11), "label": n % 2 == 0,
+         "chosen": "sat " * (1 + 5 * n % 13), "rejected": "on " * (1 + 3 * n % 17)}
+        for n in range(40)
+    ]  # fmt: skip
+    write(recipe.parent / "rows.jsonl", *({name: row[name] for name in LONG[kind].split()} for row in rows))
+    words = [f"train.task={task}", f"data.packing={json.dumps(packing)}", "train.accumulation=2", "train.steps=1000"]
+    asked = read_recipe(str(recipe), words)
+    prepared = prepare(asked, Watch(), weights=False)
+    device, pace, given = torch.device("cpu"), prepared.pace, prepared.train.rows
+    job = SimpleNamespace(rows=given, packed_tokens=prepared.packed_tokens, pace=pace, pad_id=0, device=device,
+                          room=room_of(asked.train, pace, prepared.longest, device))  # fmt: skip
+    sampler, batches = Sampler(len(given), 0), []
+    for _ in range(len(given) // pace.rows_a_step):
+        batches += _micro_batches(job, sampler.next_rows(pace.rows_a_step))
+    tokens = sum(sum(batch.lengths) for batch in batches)
+    places = sum(batch.input_ids.numel() for batch in batches)
     assert tokens < places
-    assert (found.steps, found.sequences, found.efficiency) == (5, sequences, tokens / places)
-    assert (sequences == 70) != is_packed
+    shown = preview(asked)
+    found = shown.packed if packing else shown.apart
+    assert found.steps == len(given) // pace.rows_a_step
+    assert found.sequences == sum(len(batch.lengths) for batch in batches)
+    assert found.efficiency == pytest.approx(tokens / places, rel=1e-12)
+    assert (found.sequences < len(given)) == packing
 
 
 # ---- remarks -------------------------------------------------------------------------------------------------------

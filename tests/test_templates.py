@@ -96,7 +96,7 @@ def test_every_answer_stands_behind_the_tokens_that_inference_gives(name, chat):
         row = rows[0 if len(rows) == 1 else number]
         assert row.input_ids[: len(prompt)] == prompt
         assert row.trained[len(prompt) - 1 : len(prompt) + 1] == [False, True]
-    assert rows[-1].prompt == (given[-1] if len(rows) == len(given) else None)
+    assert rows[-1].prompt == given[-1]
 
 
 @pytest.mark.parametrize(("name", "chat"), CASES)
@@ -171,6 +171,14 @@ def test_a_chat_of_one_answer_can_be_asked_whatever_is_trained():
     for loss_on in ("assistant", "last", "all"):
         tokenizer, (row,) = encoded("phi4", "single", loss_on=loss_on)
         assert (row.prompt, row.answer) == (prompts(tokenizer, "single")[0], "on the mat")
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("chat", ["multi", "system", "tools"])
+def test_a_chat_of_several_answers_can_be_asked_for_the_last_one_whatever_is_trained(chat, loss_on):
+    tokenizer, (row,) = encoded("qwen2.5", chat, loss_on=loss_on)
+    assert len(stretches(row, tokenizer)) == (2 if loss_on == "assistant" else 1)
+    assert (row.prompt, row.answer) == (prompts(tokenizer, chat)[-1], CHATS[chat][-1]["content"])
 
 
 @cache

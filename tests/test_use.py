@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from datetime import date
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from chat_templates import FAMILIES, tokenizer_of
 from safetensors.torch import load_file
 from test_cli import assert_mistake, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, OPTConfig, OPTForCausalLM
@@ -19,11 +21,12 @@ from typer.testing import CliRunner
 from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
 from qlora_kit.cli.visible import visible
-from qlora_kit.data import Encoded, ask, collate, encode, read_prompts, read_row
+from qlora_kit.data import Encoded, ask, collate, encode, fix_tokenizer, read_prompts, read_row
+from qlora_kit.data.thinking import with_thinking
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
-from qlora_kit.run import Conversation, load_run, load_speaker
+from qlora_kit.run import Conversation, answer, load_run, load_speaker
 from qlora_kit.run.rows import eval_batches
 from qlora_kit.run.score import score_rows
 from qlora_kit.train import generate
@@ -328,6 +331,76 @@ def test_a_prompt_is_the_one_that_its_row_was_trained_with(model, row, tmp_path)
     assert whole.ids == unanswered.ids == trained_with.prompt
     assert len(whole.ids) > 1
     assert (whole.reference, unanswered.reference) == (trained_with.answer, None)
+
+
+THOUGHTFUL = [
+    {"role": "user", "content": "where?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthere"},
+    {"role": "user", "content": "who?"},
+    {"role": "assistant", "content": "the cat", "reasoning_content": "well"},
+]
+
+
+@pytest.mark.parametrize("mode", ["keep", "strip", "empty"])
+@pytest.mark.parametrize("family", ["qwen2.5", "qwen3", "gemma"])
+def test_thoughts_of_a_prompt_are_treated_as_training_treated_them(family, mode, tmp_path):
+    tokenizer = tokenizer_of(FAMILIES[family])
+    fix_tokenizer(tokenizer, mode, date(2024, 5, 6))
+    row = {"messages": THOUGHTFUL}
+    trained_with = encode(with_thinking(read_row(row, "row"), mode), tokenizer, loss_on="last")
+    bare = {"messages": THOUGHTFUL[:-1]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(bare) + "\n")
+    how = {"is_chat": True, "thinking": mode}
+    whole, unanswered = read_prompts(tmp_path / "p.jsonl", tokenizer, **how)
+    assert whole.ids == unanswered.ids == ask(bare["messages"], tokenizer, **how).ids == trained_with.prompt
+    assert (whole.reference, unanswered.reference) == (trained_with.answer, None)
+    assert ("hm" in tokenizer.decode(whole.ids)) == (mode == "keep" and family != "qwen3")
+
+
+def test_prompts_are_read_under_the_names_that_a_run_gave_its_columns(model, tmp_path):
+    _, tokenizer = model
+    (tmp_path / "p.jsonl").write_text('{"q": "say cat ", "a": "cat"}\n{"q": "say cat "}\n{"prompt": "say cat "}\n')
+    columns = {"prompt": "q", "completion": "a"}
+    found = read_prompts(tmp_path / "p.jsonl", tokenizer, is_chat=False, columns=columns)
+    assert [prompt.ids for prompt in found] == [ask("say cat ", tokenizer, is_chat=False).ids] * 3
+    assert [prompt.reference for prompt in found] == ["cat", None, None]
+
+
+@pytest.mark.parametrize("mode", ["keep", "strip"])
+def test_a_run_is_asked_with_its_thinking_and_its_columns_in_files_and_in_a_chat(mode, chat_run, tmp_path, monkeypatch):
+    said = "a", "<think>b</think>c", "d", "e"
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
+    run = shutil.copytree(chat_run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"] |= {"thinking": mode, "columns": {"messages": "turns"}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
+    asked, speaker = [], load_speaker(run)
+    monkeypatch.setattr("qlora_kit.run.ask.generate_texts", lambda _, __, prompts, **how: asked.extend(prompts) or [""])
+    answer(speaker, tmp_path / "p.jsonl", max_new_tokens=1)
+    conversation = Conversation([run], max_new_tokens=1, sampling=Sampling())
+    conversation.messages = turns[:2]
+    monkeypatch.setattr("qlora_kit.run.talk.stream_text", lambda _, __, prompt, **how: asked.append(prompt) or "")
+    conversation.answer("d", tell=print, note=print, stopped=lambda: False)
+    row = with_thinking(read_row({"messages": turns}, "row"), mode)
+    assert asked == [encode(row, speaker.tokenizer, loss_on="last").prompt] * 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "say cat ", "chosen": "cat", "rejected": "dog"},
+        {"prompt": "say cat ", "chosen": "cat", "rejected": "dog", "system": "be brief"},
+        {"chosen": CHAT["messages"], "rejected": [CHAT["messages"][0], {"role": "assistant", "content": "dog"}]},
+    ],
+)
+def test_a_pair_is_asked_for_its_answers_as_it_was_trained(row, model, tmp_path):
+    _, tokenizer = model
+    trained_with = encode(read_row(row, "row", task="dpo"), tokenizer)
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = read_prompts(tmp_path / "p.jsonl", tokenizer, is_chat=False)
+    assert found.ids == trained_with.prompt
+    assert found.reference == "cat"
 
 
 def test_a_prompt_is_asked_whatever_verdict_its_answer_has_and_may_be_turns(model, tmp_path):

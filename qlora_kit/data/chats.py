@@ -21,12 +21,34 @@ def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any], given: int =
     Raises:
         DataError: no turn of it teaches anything, or the tools are none.
     """
+    given = _given(messages, given)
     answers = [message for message in messages[given:] if message["role"] == "assistant"]
     if not answers:
         raise DataError("no assistant turn: nothing to learn from")
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
         raise DataError("every assistant turn is empty: nothing to learn from")
     return Chat(messages, tools_of(row.get("tools")), given)
+
+
+def _given(messages: list[dict[str, Any]], given: int) -> int:
+    """How many turns are a prompt: at least `given`, and all up to the last answer that its `weight` of 0 leaves out.
+
+    Raises:
+        DataError: an answer that is to be learnt stands before one that is not, there is no other, or a weight is none.
+    """
+    weights = {at: turn.get("weight", 1) for at, turn in enumerate(messages) if turn["role"] == "assistant"}
+    odd = next((at for at, weight in weights.items() if weight not in (0, 1)), None)
+    if odd is not None:
+        raise DataError(f"turn {odd + 1} has weight {short(weights[odd])}, wanted 0 (it is not learnt) or 1")
+    end = max((at + 1 for at, weight in weights.items() if weight == 0), default=0)
+    if any(weight == 1 and given <= at < end for at, weight in weights.items()):
+        raise DataError(
+            f"turn {end} has weight 0 and stands behind an answer that is learnt: cut the chat before it, or leave the "
+            "row out"
+        )
+    if end > max(given, *weights, 0):
+        raise DataError("no assistant turn but of weight 0: nothing to learn from")
+    return max(given, end)
 
 
 def turns_of(value: object, column: str) -> list[dict[str, Any]]:
@@ -53,13 +75,29 @@ def spoken(value: object, column: str, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": filled(value, column) if role == "assistant" else string(value, column)}]
 
 
-def system_turn(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The turn that a column of its own opens a chat with; none where there is no such column.
+def opened(turns: list[dict[str, Any]], row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The turns behind that of the system, where the row has its words in a column of their own.
 
     Raises:
-        DataError: the column holds something else than text.
+        DataError: the column holds something else than text, or other words than a system turn that stands first.
     """
-    return [{"role": "system", "content": string(row["system"], "system")}] if row.get("system") else []
+    if not row.get("system"):
+        return turns
+    rules = {"role": "system", "content": string(row["system"], "system")}
+    if turns[0]["role"] != "system":
+        return [rules, *turns]
+    if turns[0]["content"] != rules["content"]:
+        said = short(turns[0]["content"])
+        raise DataError(f"column 'system' is {kind(rules['content'])}, and the first turn has {said}: keep one")
+    return turns
+
+
+def is_in_turns(row: Mapping[str, Any], *texts: object) -> bool:
+    """Whether texts of a row are turns: one of them holds turns, or the row has columns that only a chat has.
+
+    A column counts if it is there, be it empty, but not null: so all rows of a table are written in one way.
+    """
+    return any(isinstance(text, list) for text in texts) or "system" in row or "tools" in row
 
 
 def _turn(raw: object, name: str) -> dict[str, Any]:

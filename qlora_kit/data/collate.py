@@ -181,6 +181,11 @@ def swap_answers(rows: Sequence[Encoded]) -> list[Encoded]:
     return swapped
 
 
+def as_stepped(rows: list[Encoded]) -> list[Encoded]:
+    """The rows of a step; answers with a verdict each with the sequence that only the step gives them."""
+    return rows if rows[0].is_good is None else swap_answers(rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Deck:
     """The rows of one source, of which every epoch takes some: a deck of cards that is gone through, then shuffled."""

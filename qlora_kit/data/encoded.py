@@ -21,9 +21,9 @@ class Encoded:
     trained: list[bool]
     """Whether the loss counts the prediction of this token. The first token of a row is never predicted."""
     prompt: list[int] | None = None
-    """What inference would be given to produce `answer`; None where a row has no single answer at its end."""
+    """What inference would be given to produce `answer`; None where a row has no answer at its end."""
     answer: str | None = None
-    """The reference answer in plain text, without end token."""
+    """The reference answer in plain text, the last one of a chat, without end token."""
     where: str = ""
     """`file:line` or `source row N`."""
     other: "Encoded | None" = None

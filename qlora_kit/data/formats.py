@@ -1,13 +1,16 @@
 """Formats: from the columns of a row to what it means.
 
-    messages     messages: [{role, content}, ...], tools                 -> Chat
-    sharegpt     conversations: [{from, value}, ...], system, tools      -> Chat
-    alpaca       instruction, input, output, system, tools               -> Chat
-    completion   prompt, completion: texts, or turns, tools              -> Completion, Chat
+    messages     messages: [{role, content}, ...]                        -> Chat
+    sharegpt     conversations: [{from, value}, ...]                     -> Chat
+    alpaca       instruction, input, output                              -> Chat
+    completion   prompt, completion: texts, or turns                     -> Completion, Chat
     text         text                                                    -> Text
     preference   prompt, chosen, rejected: texts, or turns               -> Preference
     labelled     label; prompt, completion or messages                   -> Labelled
     classification   text, label: a name, a number, or a list of them    -> Classified
+
+The words of the system, and tools, may stand in the turns or in columns of their own, `system` and `tools`; beside
+such a column a prompt and its answer are turns, too, though they are texts.
 
 A format is one line in `FORMATS` and one function that builds its example; `columns.py` finds the format of a row.
 """
@@ -16,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qlora_kit.data.chats import chat_of, spoken, system_turn, turns_of
+from qlora_kit.data.chats import chat_of, is_in_turns, opened, spoken, turns_of
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
@@ -38,12 +41,11 @@ class Format:
 
 def _messages(row: Columns) -> Chat:
     _check_wanted(row)
-    return chat_of(turns_of(row["messages"], "messages"), row)
+    return chat_of(opened(turns_of(row["messages"], "messages"), row), row)
 
 
 def _sharegpt(row: Columns) -> Chat:
-    turns = turns_of(row["conversations"], "conversations")
-    return chat_of([*system_turn(row), *turns], row)
+    return chat_of(opened(turns_of(row["conversations"], "conversations"), row), row)
 
 
 def _alpaca(row: Columns) -> Chat:
@@ -51,15 +53,15 @@ def _alpaca(row: Columns) -> Chat:
     if row.get("input"):
         question = f"{question}\n\n{string(row['input'], 'input')}"
     answer = {"role": "assistant", "content": filled(row["output"], "output")}
-    return chat_of([*system_turn(row), {"role": "user", "content": question}, answer], row)
+    return chat_of(opened([{"role": "user", "content": question}, answer], row), row)
 
 
 def _completion(row: Columns) -> Completion | Chat:
     _check_wanted(row)
     prompt, completion = row["prompt"], row["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
+    if not is_in_turns(row, prompt, completion):
         return Completion(string(prompt, "prompt"), filled(completion, "completion"))
-    given = spoken(prompt, "prompt", "user")
+    given = opened(spoken(prompt, "prompt", "user"), row)
     return chat_of([*given, *spoken(completion, "completion", "assistant")], row, given=len(given))
 
 
@@ -130,17 +132,16 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
     Turns that begin with the assistant's go on from `prompt`, be it turns or what the user says; others are the whole
     conversation, beside which data sets often keep its first words in `prompt`.
     """
-    if not isinstance(answer, list):
-        if prompt is None:
-            raise DataError(f"{name} is {kind(answer)} and there is no column 'prompt': give prompt, or turns")
-        if not isinstance(prompt, list):
-            return Completion(string(prompt, "prompt"), filled(answer, name))
+    if prompt is None and not isinstance(answer, list):
+        raise DataError(f"{name} is {kind(answer)} and there is no column 'prompt': give prompt, or turns")
+    if not is_in_turns(row, prompt, answer):
+        return Completion(string(prompt, "prompt"), filled(answer, name))
     turns = spoken(answer, name, "assistant")
     if turns[0]["role"] == "assistant":
         turns = [*spoken(prompt, "prompt", "user"), *turns]
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{name} ends with a turn of the {turns[-1]['role']}, wanted the assistant's")
-    return chat_of([*system_turn(row), *turns], row)
+    return chat_of(opened(turns, row), row)
 
 
 def prompt_of(answer: Chat | Completion) -> object:
@@ -149,10 +150,10 @@ def prompt_of(answer: Chat | Completion) -> object:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("tools",), _messages),
+    "messages": Format(("messages",), ("system", "tools"), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
     "alpaca": Format(("instruction", "output"), ("input", "system", "tools"), _alpaca),
-    "completion": Format(("prompt", "completion"), ("tools",), _completion),
+    "completion": Format(("prompt", "completion"), ("system", "tools"), _completion),
     "text": Format(("text",), (), _text),
     "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
     "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),

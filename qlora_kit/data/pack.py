@@ -133,12 +133,13 @@ def _by_length(lengths: Sequence[int], packs: list[list[int]], micro_batch: int)
 
 def efficiency(lengths: Sequence[int], micro_batches: Sequence[Sequence[Sequence[int]]]) -> float:
     """Share of the places in micro-batches, from `arrange` or `side_by_side`, that hold a token and no padding."""
-    tokens = places = 0
-    for packs in micro_batches:
-        filled = [sum(lengths[row] for row in pack) for pack in packs]
-        tokens += sum(filled)
-        places += len(filled) * max(filled)
-    return tokens / places
+    tokens = sum(lengths[row] for packs in micro_batches for pack in packs for row in pack)
+    return tokens / places(lengths, micro_batches)
+
+
+def places(lengths: Sequence[int], micro_batches: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Places of all sequences in micro-batches, each padded to the longest beside it."""
+    return sum(len(packs) * max(sum(lengths[row] for row in pack) for pack in packs) for packs in micro_batches)
 
 
 def longest_pack(lengths: Sequence[int], max_tokens: int, rows: int) -> int:

@@ -6,15 +6,15 @@ them, so that no half of it has to be shown.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.classes import Classes
-from qlora_kit.data.collate import Deck, Sampler
+from qlora_kit.data.collate import Sampler, as_stepped
 from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.encoded import Encoded
-from qlora_kit.data.pack import Room, arrange, efficiency, side_by_side
+from qlora_kit.data.pack import Room, arrange, places, side_by_side
 from qlora_kit.data.remarks import Remark, sides
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ class Filling:
 
     Attributes:
         steps: laid out.
-        micro_batch: sequences side by side at most, before a plan fits them to a budget.
-        sequences: in them; fewer than rows where rows are packed.
+        micro_batch: rows, or packed sequences, side by side at most, before a plan fits them to a budget.
+        sequences: in them; fewer than rows where rows are packed, two a row where answers are held against each other.
         efficiency: share of the places that hold a token and no padding.
     """
 
@@ -165,35 +165,35 @@ def measure_lengths(rows: EncodedSet) -> Lengths:
     return Lengths(median, p95, p99, longest)
 
 
-def fill(
-    lengths: Sequence[int],
-    *,
-    seed: int,
-    steps: int,
-    rows_a_step: int,
-    room: Room,
-    is_packed: bool,
-    decks: Sequence[Deck] = (),
-) -> Filling:
+def fill(rows: EncodedSet, *, seed: int, steps: int, rows_a_step: int, room: Room, is_packed: bool) -> Filling:
     """Lay out the batches of an epoch as the training loop does.
 
     Args:
-        lengths: tokens of each row.
-        seed: of the run, which decides the order of the rows.
+        rows: to train on.
+        seed: of the run, which decides their order.
         steps: of the run.
         rows_a_step: rows that one optimizer step consumes.
         room: what a forward pass may take; of packed rows `longest` is what a sequence may hold.
         is_packed: whether rows share sequences.
-        decks: the sources of the rows, in order; none stands for one, each row of which an epoch sees once.
     """
-    sampler, micro_batches = Sampler(decks or len(lengths), seed), []
+    sampler, lengths, tokens, filled, sequences = Sampler(rows.decks, seed), rows.lengths, 0, 0, 0
+    is_one = rows.rows[0].other is None and rows.rows[0].is_good is None
     steps = min(steps, math.ceil(sampler.epoch_rows / rows_a_step), MOST_STEPS)
     for _ in range(steps):
-        rows = sampler.next_rows(rows_a_step)
-        own = [lengths[row] for row in rows]
+        chosen = sampler.next_rows(rows_a_step)
+        # Rows of one sequence need not be read, which may be many.
+        sizes = [(lengths[row],) for row in chosen] if is_one else _sizes([rows.rows[row] for row in chosen])
+        own, of_each = [max(size) for size in sizes], len(sizes[0])
         arranged = arrange(own, room.micro_batch, room.longest) if is_packed else side_by_side(own, room)
-        micro_batches += [[[rows[row] for row in pack] for pack in packs] for packs in arranged]
-    return Filling(steps, room.micro_batch, sum(map(len, micro_batches)), efficiency(lengths, micro_batches))
+        tokens += sum(map(sum, sizes))
+        filled += of_each * places(own, arranged)
+        sequences += of_each * sum(map(len, arranged))
+    return Filling(steps, room.micro_batch, sequences, tokens / filled)
+
+
+def _sizes(rows: list[Encoded]) -> list[tuple[int, ...]]:
+    """Tokens of each sequence of the rows of a step."""
+    return [tuple(len(side.input_ids) for side in row.sequences) for row in as_stepped(rows)]
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------

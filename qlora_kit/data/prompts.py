@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.columns import read_row
-from qlora_kit.data.examples import Chat, Completion, Example
+from qlora_kit.data.examples import Chat, Completion, Example, Preference
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.sources import raw_rows
 from qlora_kit.data.template import encode
+from qlora_kit.data.thinking import Thinking, with_thinking
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def ask(
     *,
     is_chat: bool,
     system: str | None = None,
+    thinking: Thinking = "keep",
 ) -> Prompt:
     """A text, or the turns of a chat so far, as a prompt.
 
@@ -54,17 +56,24 @@ def ask(
         tokenizer: of the model, with the chat template of its run.
         is_chat: whether a text is a turn of a chat, and not the beginning of a text to go on with.
         system: what a chat opens with, unless it has a system turn already.
+        thinking: what the run made of thoughts, which earlier turns may have.
 
     Raises:
         DataError: it is empty or no text, a system turn is wanted where there is no chat, or the template refuses the
             turns.
     """
     raw = {"prompt": text} if isinstance(text, str) else {"messages": text}
-    return _prompt(read_row(_answered(raw), "the prompt"), tokenizer, is_chat, system)
+    return _prompt(read_row(_answered(raw), "the prompt"), tokenizer, is_chat, system, thinking)
 
 
 def read_prompts(
-    path: Path, tokenizer: "PreTrainedTokenizerBase", *, is_chat: bool, system: str | None = None
+    path: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    is_chat: bool,
+    system: str | None = None,
+    thinking: Thinking = "keep",
+    columns: Mapping[str, str] | None = None,
 ) -> list[Prompt]:
     """The prompts of a file.
 
@@ -74,6 +83,8 @@ def read_prompts(
         tokenizer: as `ask` takes it, like the rest.
         is_chat: whether texts are turns of a chat.
         system: what chats open with that have no system turn.
+        thinking: as for `ask`.
+        columns: expected name -> name in the rows of the run; a row may have either.
 
     Raises:
         DataError: there is no such file, or no prompt in it, or there are bad rows: the first 20, with their lines.
@@ -83,7 +94,7 @@ def read_prompts(
     faults, prompts = Faults(), []
     for where, raw in _lines(path) if path.suffix.lower() == ".txt" else raw_rows(path, faults):
         try:
-            prompts.append(_prompt(read_row(_answered(raw), where), tokenizer, is_chat, system))
+            prompts.append(_prompt(_read(raw, where, columns or {}), tokenizer, is_chat, system, thinking))
         except DataError as error:
             told = str(error)
             faults.add(told if told.startswith(where) else f"{where}: {told}")
@@ -103,6 +114,16 @@ def _lines(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path}:{number}", {"prompt": line.rstrip("\r")}) for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def _read(raw: Any, where: str, columns: Mapping[str, str]) -> Example:
+    """What a row asks; of a pair of answers it is what the one that is preferred answers."""
+    if isinstance(raw, Mapping):
+        raw = {**raw, **{expected: raw[name] for expected, name in columns.items() if name in raw}}
+        if raw.get("chosen") is not None and raw.get("rejected") is not None:
+            pair = read_row(raw, where, format="preference", task="dpo")
+            return pair.chosen if isinstance(pair, Preference) else pair
+    return read_row(_answered(raw), where)
+
+
 def _answered(raw: Any) -> Any:
     """The row with an answer, one that stands for it where it has none, and without the verdict on it."""
     if not isinstance(raw, Mapping):
@@ -118,17 +139,20 @@ def _answered(raw: Any) -> Any:
     return {name: value for name, value in {**raw, **given}.items() if name != "label"}
 
 
-def _prompt(example: Example, tokenizer: "PreTrainedTokenizerBase", is_chat: bool, system: str | None) -> Prompt:
+def _prompt(
+    example: Example, tokenizer: "PreTrainedTokenizerBase", is_chat: bool, system: str | None, thinking: Thinking
+) -> Prompt:
     if isinstance(example, Completion) and is_chat:
         turns = [("user", example.prompt), ("assistant", example.completion)]
         example = Chat([{"role": role, "content": content} for role, content in turns], where=example.where)
     if system is not None:
         example = _with_system(example, system)
-    row = encode(example, tokenizer, loss_on="last")
+    row = encode(with_thinking(example, thinking), tokenizer, loss_on="last")
     if not row.prompt:
         raise DataError("there is no prompt, or none that a plain answer ends; wanted a prompt, or turns of a chat")
     shown = example.messages[:-1] if isinstance(example, Chat) else example.prompt  # type: ignore[union-attr]
-    return Prompt(row.prompt, shown, None if row.answer == UNSAID else row.answer)
+    is_open = (row.answer or "").endswith(UNSAID)  # an empty thought may stand before it
+    return Prompt(row.prompt, shown, None if is_open else row.answer)
 
 
 def _with_system(example: Example, system: str) -> Chat:

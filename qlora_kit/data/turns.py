@@ -154,7 +154,7 @@ def encode_chat(
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
-    asked = _asked(messages, render) if answers == [len(messages) - 1] else (None, None)
+    asked = _asked(messages, render) if answers[-1] == len(messages) - 1 else (None, None)
     odd = tuple(unwritten(messages, text, render, said=() if loss_on == "all" else answers))
     if loss_on == "all":
         return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]

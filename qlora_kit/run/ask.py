@@ -1,7 +1,7 @@
 """Ask a trained model: prompts from a line or a file, answered at once; what is given to it is as training gave it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base.architecture import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
+from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
+from qlora_kit.recipe import Recipe
 from qlora_kit.run.folder import DATA, recorded_classes
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_any, run_of
@@ -25,11 +27,23 @@ class Speaker:
         model: ready to generate.
         tokenizer: with the chat template of its run.
         is_chat: whether what it is asked is a turn of a chat.
+        thinking: what its run made of thoughts.
+        columns: of its run: expected name -> name in the rows.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     is_chat: bool
+    thinking: Thinking = "keep"
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def given(self, text: str | list[dict[str, Any]]) -> list[int]:
+        """What the model is given to answer a text, or the turns of a chat so far.
+
+        Raises:
+            DataError: as `ask`.
+        """
+        return ask(text, self.tokenizer, is_chat=self.is_chat, thinking=self.thinking).ids
 
     def room(self, prompt: Sequence[int]) -> int | None:
         """Tokens that an answer may have behind a prompt; None if the model has no limit.
@@ -69,9 +83,18 @@ def load_speaker(
     run = run_of(folder)
     if _tells_apart(folder if run is None else run, is_run=run is not None):
         raise RunError(f"{folder} tells texts apart and says nothing; ask it with qlora-kit eval {folder} --data FILE")
-    model, tokenizer, _ = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
-    is_chat = tokenizer.chat_template is not None if run is None else has_chats(run)
-    return Speaker(model, tokenizer, is_chat and not raw)
+    model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
+    if run is None or recipe is None:
+        return Speaker(model, tokenizer, tokenizer.chat_template is not None and not raw)
+    return speaker_of(run, recipe, model, tokenizer, raw=raw)
+
+
+def speaker_of(
+    run: Path, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
+) -> Speaker:
+    """The model of a run, which is asked as the run asked it; `raw` leaves the chat template away."""
+    is_chat = bool(read_json(run / DATA).get("chats"))
+    return Speaker(model, tokenizer, is_chat and not raw, recipe.data.thinking, recipe.data.columns)
 
 
 def _tells_apart(folder: Path, *, is_run: bool) -> bool:
@@ -79,11 +102,6 @@ def _tells_apart(folder: Path, *, is_run: bool) -> bool:
     if is_run:
         return recorded_classes(folder) is not None
     return (folder / "config.json").is_file() and stored_head(folder) == "classification"
-
-
-def has_chats(run: Path) -> bool:
-    """Whether a run was trained on chats."""
-    return bool(read_json(run / DATA).get("chats"))
 
 
 def answer(
@@ -112,9 +130,9 @@ def answer(
     Raises:
         DataError: a prompt cannot be put to the model, or is longer than its positions.
     """
-    how: dict[str, Any] = {"is_chat": speaker.is_chat, "system": system}
+    how: dict[str, Any] = {"is_chat": speaker.is_chat, "system": system, "thinking": speaker.thinking}
     if isinstance(prompts, Path):
-        asked = read_prompts(prompts, speaker.tokenizer, **how)
+        asked = read_prompts(prompts, speaker.tokenizer, columns=speaker.columns, **how)
     else:
         asked = [ask(prompt, speaker.tokenizer, **how) for prompt in prompts]
     for prompt in asked:

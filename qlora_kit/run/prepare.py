@@ -197,8 +197,7 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
 def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: int | None) -> Filling:
     """How full the batches of a run's first epoch are."""
     return fill(
-        rows.lengths,
-        decks=rows.decks,
+        rows,
         seed=recipe.train.seed,
         steps=pace.steps,
         rows_a_step=pace.rows_a_step,

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.tokenizer import read_tokenizer
-from qlora_kit.data import ask
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import adapters_off, load_adapter, use_adapter
 from qlora_kit.lora.several import adapter_names
 from qlora_kit.recipe import Recipe, read_recipe
-from qlora_kit.run.ask import Speaker, has_chats, load_speaker
+from qlora_kit.run.ask import Speaker, load_speaker, speaker_of
 from qlora_kit.run.folder import RECIPE, trained_folder
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_run_tokenizer, run_of
@@ -126,7 +125,8 @@ class Conversation:
         adapter, speaker = f"adapter_{len(self._voices)}", self._speaker
         load_adapter(self.model, folder if run is None else _adapter_of(run), name=adapter, force=self._force)
         if run is not None:  # an adapter's own files do not say how it was asked: then as who speaks now is
-            speaker = Speaker(self.model, load_run_tokenizer(run, trust_remote_code=self._trust), has_chats(run))
+            tokenizer = load_run_tokenizer(run, trust_remote_code=self._trust)
+            speaker = speaker_of(run, read_recipe(run / RECIPE), self.model, tokenizer)
         self._voices[name] = _Voice(adapter, speaker)
         return name
 
@@ -145,7 +145,7 @@ class Conversation:
             DataError: the text alone is too long for the model, or its template refuses it; no turn is kept.
         """
         asked, speaker = [*self.messages, {"role": "user", "content": text}], self._speaker
-        ids = self._fit(asked, note) if speaker.is_chat else ask(text, speaker.tokenizer, is_chat=False).ids
+        ids = self._fit(asked, note) if speaker.is_chat else speaker.given(text)
         most = min(self._max_new_tokens, speaker.room(ids) or self._max_new_tokens)
         sampling = replace(self._sampling, seed=self._sampling.seed + self._answers)  # no two answers are drawn alike
         with adapters_off(self.model) if self.speaks is None else nullcontext():
@@ -192,11 +192,11 @@ class Conversation:
         """The ids of a chat; the oldest turns go from `asked` until there is room for an answer."""
         positions, before = positions_of(self.model.config), len(asked)
         wanted = 0 if positions is None else min(self._max_new_tokens, positions // 2)
-        ids = ask(asked, self._speaker.tokenizer, is_chat=True).ids
+        ids = self._speaker.given(asked)
         while positions is not None and len(ids) + wanted > positions and len(_without_system(asked)) > 2:
             start = len(_system_of(asked))
             del asked[start : start + 2]
-            ids = ask(asked, self._speaker.tokenizer, is_chat=True).ids
+            ids = self._speaker.given(asked)
         if len(asked) < before:
             note(f"the model has {positions:,} positions: the first {before - len(asked)} turns are forgotten")
         return ids

@@ -25,11 +25,11 @@ from qlora_kit.data import (
     Room,
     Sampler,
     arrange,
+    as_stepped,
     collate_rows,
     full_packs,
     lengths_of,
     side_by_side,
-    swap_answers,
 )
 from qlora_kit.errors import DeviceError, TrainingError, listed
 from qlora_kit.memory import Ledger, PeakCounter
@@ -179,13 +179,8 @@ def _longest(job: Job) -> Batch:
     else:
         by_length = sorted(range(len(job.rows)), key=lengths_of(job.rows).__getitem__, reverse=True)
         rows = [job.rows[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
-        packs = [[row] for row in _with_others(rows)]
+        packs = [[row] for row in as_stepped(rows)]
     return collate_rows(packs, job.pad_id).to(job.device)
-
-
-def _with_others(rows: list[Encoded]) -> list[Encoded]:
-    """The rows of a step; answers with a verdict each with the sequence that only the step gives them."""
-    return rows if rows[0].is_good is None else swap_answers(rows)
 
 
 def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:
@@ -295,7 +290,7 @@ class Steps:
 
 def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
     """The rows of a step, cut into micro-batches."""
-    rows = _with_others([job.rows[index] for index in indices])
+    rows = as_stepped([job.rows[index] for index in indices])
     lengths = [row.longest for row in rows]
     if job.packed_tokens is None:
         micro_batches = side_by_side(lengths, job.room)
