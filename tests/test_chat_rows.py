@@ -308,6 +308,28 @@ def test_a_system_text_that_stands_in_the_turns_too_is_taken_once_and_another_is
         read_row(row | {"system": "be a dog"}, "f:1")
 
 
+# ---- turns before ---------------------------------------------------------------------------------------------------
+
+
+def test_the_history_of_an_alpaca_row_stands_before_its_question_and_its_answers_are_learnt():
+    row = {"instruction": "where?", "output": "on the mat", "history": [["hello", "hi"], ["who?", "a cat"]]}
+    found = read_row(row | {"system": "be a cat"}, "f:1")
+    spoken = [(turn["role"], turn["content"]) for turn in found.messages]
+    assert spoken == [
+        ("system", "be a cat"), ("user", "hello"), ("assistant", "hi"), ("user", "who?"), ("assistant", "a cat"),
+        ("user", "where?"), ("assistant", "on the mat"),
+    ]  # fmt: skip
+    assert found.given == 0
+    for none in (None, [], ""):
+        assert len(read_row(row | {"history": none}, "f:1").messages) == 2
+
+
+@pytest.mark.parametrize("history", ["hello", [["hello"]], ["hi"], [["a", 1]], {"a": "b"}])
+def test_a_history_that_is_no_list_of_pairs_is_refused(history):
+    with pytest.raises(DataError, match=r"^f:1: history"):
+        read_row({"instruction": "where?", "output": "on the mat", "history": history}, "f:1")
+
+
 # ---- characters ----------------------------------------------------------------------------------------------------
 
 HALF = "a\ud800b"

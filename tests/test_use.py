@@ -22,7 +22,7 @@ from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
 from qlora_kit.cli.visible import visible
 from qlora_kit.data import Encoded, ask, collate, encode, fix_tokenizer, read_prompts, read_row
-from qlora_kit.data.thinking import with_thinking
+from qlora_kit.data.thinking import CLOSE, with_thinking
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
@@ -382,6 +382,10 @@ def test_a_run_is_asked_with_its_thinking_and_its_columns_in_files_and_in_a_chat
     conversation.messages = turns[:2]
     monkeypatch.setattr("qlora_kit.run.talk.stream_text", lambda _, __, prompt, **how: asked.append(prompt) or "")
     conversation.answer("d", tell=print, note=print, stopped=lambda: False)
+    monkeypatch.setattr("qlora_kit.run.talk.stream_text", lambda *_, **how: "<think>\ncut")
+    for line in ("f", "g"):
+        conversation.answer(line, tell=print, note=print, stopped=lambda: False)
+    assert conversation.messages[-1]["content"] == "<think>\ncut" + ("" if mode == "keep" else CLOSE)
     row = with_thinking(read_row({"messages": turns}, "row"), mode)
     assert asked == [encode(row, speaker.tokenizer, loss_on="last").prompt] * 2
 

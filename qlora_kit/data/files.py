@@ -79,7 +79,7 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
     """One list of objects, one object over several lines, or one object a line as in .jsonl."""
     with path.open("rb") as file:
         start = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
-        is_whole = start.startswith(b"[") or start == b"{" or not start
+        is_whole = not (start.startswith(b"{") and start.endswith(b"}"))
     if not is_whole:
         yield from _json_lines(path, faults)
         return

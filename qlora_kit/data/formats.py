@@ -2,7 +2,7 @@
 
     messages     messages: [{role, content}, ...]                        -> Chat
     sharegpt     conversations: [{from, value}, ...]                     -> Chat
-    alpaca       instruction, input, output                              -> Chat
+    alpaca       instruction, input, output, history                     -> Chat
     completion   prompt, completion: texts, or turns                     -> Completion, Chat
     text         text                                                    -> Text
     preference   prompt, chosen, rejected: texts, or turns               -> Preference
@@ -53,7 +53,19 @@ def _alpaca(row: Columns) -> Chat:
     if row.get("input"):
         question = f"{question}\n\n{string(row['input'], 'input')}"
     answer = {"role": "assistant", "content": filled(row["output"], "output")}
-    return chat_of(opened([{"role": "user", "content": question}, answer], row), row)
+    return chat_of(opened([*_history(row), {"role": "user", "content": question}, answer], row), row)
+
+
+def _history(row: Columns) -> list[dict[str, Any]]:
+    """The turns before, as LLaMA-Factory's rows have them: questions with their answers, which are learnt, too."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        raise DataError(f"history is {kind(pairs)}, wanted a list of [question, answer]; rename it if it is none")
+    return [
+        {"role": role, "content": string(text, f"history {number}")}
+        for number, pair in enumerate(pairs, 1)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _completion(row: Columns) -> Completion | Chat:
@@ -152,7 +164,7 @@ def prompt_of(answer: Chat | Completion) -> object:
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("system", "tools"), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": Format(("instruction", "output"), ("input", "system", "tools"), _alpaca),
+    "alpaca": Format(("instruction", "output"), ("input", "history", "system", "tools"), _alpaca),
     "completion": Format(("prompt", "completion"), ("system", "tools"), _completion),
     "text": Format(("text",), (), _text),
     "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),

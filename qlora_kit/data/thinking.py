@@ -71,6 +71,12 @@ def _bare(message: dict[str, Any], mode: Thinking) -> dict[str, Any]:
     return bare | {"content": EMPTY + rest if mode == "empty" else rest}
 
 
+def thought_closed(content: str) -> str:
+    """What a turn said, its thought ended where it was cut in the middle of that."""
+    is_cut = content.lstrip().startswith("<think>") and "</think>" not in content
+    return content + CLOSE if is_cut else content
+
+
 def thought_of(message: dict[str, Any]) -> str:
     """The thought of an assistant turn without white space around it; empty if it has none."""
     found = _BLOCK.match(message.get("content") or "")

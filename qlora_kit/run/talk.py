@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.tokenizer import read_tokenizer
+from qlora_kit.data.thinking import thought_closed
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import adapters_off, load_adapter, use_adapter
 from qlora_kit.lora.several import adapter_names
@@ -158,7 +159,8 @@ class Conversation:
                 tell=tell,
                 stopped=stopped,
             )
-        self.messages = [*asked, {"role": "assistant", "content": said}]
+        kept = said if speaker.thinking == "keep" else thought_closed(said)  # or the next line could not be put
+        self.messages = [*asked, {"role": "assistant", "content": kept}]
         self._answers += 1
         return said
 
