@@ -268,7 +268,7 @@ def describe_run(
 
 
 def recorded_rate(folder: Path) -> Rate:
-    """The peak learning rate that a run began with."""
+    """The peak learning rate that a run was planned with."""
     pace = read_json(folder / PLAN)["pace"]
     return Rate(pace["lr"], pace["lr_reason"])
 

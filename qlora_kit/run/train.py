@@ -18,13 +18,14 @@ from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan.devices import busy_note
-from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.recipe import Recipe, base_as_held, read_recipe
 from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, settle, take_base
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
     DATA,
     PLAN,
+    RECIPE,
     RESULT,
     SCORES,
     check_run_folder,
@@ -172,11 +173,9 @@ def _prepared(
     folder, today, rate = Path(recipe.output), None, None
     if resume:
         check_reference(recipe, recorded_reference(folder))
-        recipe, today, rate = (
-            _as_planned(recipe, read_json(folder / PLAN)),
-            recorded_date(folder),
-            recorded_rate(folder),
-        )
+        recipe, today = _as_planned(recipe, read_json(folder / PLAN)), recorded_date(folder)
+        if recipe.train.lr == read_recipe(folder / RECIPE).train.lr == "auto":
+            rate = recorded_rate(folder)
     prepared = prepare(
         recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, common=common
     )
