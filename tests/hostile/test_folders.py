@@ -16,7 +16,8 @@ from qlora_kit.base.architecture import read_config
 from qlora_kit.base.files import check_model_folder
 from qlora_kit.base.load import load_base
 from qlora_kit.base.tokenizer import read_tokenizer
-from qlora_kit.errors import AdapterError, ModelError, RecipeError
+from qlora_kit.data.encoded import token_ids
+from qlora_kit.errors import AdapterError, ModelError, QloraKitError, RecipeError
 from qlora_kit.export import merge
 from qlora_kit.lora import add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.peft_config import _is_pattern
@@ -216,7 +217,7 @@ SPOILED = {
     "tokenizer.json": (b"", b"{}", b"[]", b"[" * 100_000, b"\xff", b'{"version": "9.0", "model": {"type": "New"}}'),
     "tokenizer_config.json": (b"null", b'{"tokenizer_class": 3}', b'{"added_tokens_decoder": {"x": {}}}',
                               b'{"chat_template": 3}', b'{"chat_template": [{"name": "default", "template": 3}]}',
-                              b'{"extra_special_tokens": 7}'),
+                              b'{"extra_special_tokens": 7}', b'{"model_max_length": "x"}'),
 }  # fmt: skip
 
 
@@ -228,6 +229,23 @@ def test_a_tokenizer_that_is_none_is_a_line(model_folder, tmp_path, name):
         with pytest.raises(ModelError, match="tokenizer") as caught:
             read_tokenizer(folder)
         assert "\n" not in str(caught.value)
+
+
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Replace", "pattern": {"Regex": ""},
+                                                                    "content": "aaa"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    *(("normalizer", value) for value in PANICS),
+    ("model", {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "zz"}),
+])  # fmt: skip
+def test_a_tokenizer_that_breaks_off_when_it_is_read_or_reads_is_a_line(model_folder, tmp_path, key, value):
+    """The library beneath ends in what is no `Exception`, or in one of no kind."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    change(folder / "tokenizer.json", **{key: value})
+    with pytest.raises(QloraKitError, match="tokenizer") as caught:
+        token_ids("say cat", read_tokenizer(folder))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/a.jinja"])
