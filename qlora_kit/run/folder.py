@@ -124,7 +124,7 @@ def run_folder(folder: Path) -> Iterator[None]:
         make_folder(folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be made: {error.strerror}; set output to another folder") from error
-    with open(folder / LOCK, "w", encoding="utf-8") as file:
+    with open(folder / LOCK, "a", encoding="utf-8") as file:  # a file that it may lead to stays as it is
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
