@@ -10,10 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.base.architecture import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.errors import DataError, RunError
-from qlora_kit.run.folder import DATA, recorded_classes
+from qlora_kit.run.folder import recorded_classes, recorded_data
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_any, run_of
-from qlora_kit.storage import read_json
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts
 
 
@@ -83,7 +82,7 @@ def _tells_apart(folder: Path, *, is_run: bool) -> bool:
 
 def has_chats(run: Path) -> bool:
     """Whether a run was trained on chats."""
-    return bool(read_json(run / DATA).get("chats"))
+    return bool(recorded_data(run).get("chats"))
 
 
 def answer(

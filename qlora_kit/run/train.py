@@ -23,7 +23,6 @@ from qlora_kit.run.build import load, loss_of, make_job, plan_run, put_adapter, 
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
-    DATA,
     PLAN,
     RECIPE,
     RESULT,
@@ -34,6 +33,7 @@ from qlora_kit.run.folder import (
     describe_run,
     files_of_run,
     provenance_of,
+    recorded_data,
     recorded_date,
     recorded_rate,
     recorded_reference,
@@ -190,7 +190,7 @@ def _check_base(folder: Path, record: BaseRecord) -> None:
     Raises:
         RunError: it is another.
     """
-    recorded = str(read_json(folder / DATA).get("fingerprints", {}).get("base", ""))
+    recorded = recorded_data(folder).get("fingerprints", {}).get("base", "")
     if record.differences(recorded):
         check_unchanged(folder, {"base": record.mark})
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from functools import partial
 
 import pytest
 import tiny
@@ -17,11 +18,19 @@ from qlora_kit.base.files import check_model_folder
 from qlora_kit.base.load import load_base
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data.encoded import token_ids
-from qlora_kit.errors import AdapterError, ModelError, QloraKitError, RecipeError
+from qlora_kit.errors import AdapterError, ModelError, QloraKitError, RecipeError, RunError
 from qlora_kit.export import merge
 from qlora_kit.lora import add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.peft_config import _is_pattern
 from qlora_kit.recipe import read_recipe
+from qlora_kit.run.ask import has_chats
+from qlora_kit.run.folder import (
+    check_unchanged,
+    recorded_classes,
+    recorded_date,
+    recorded_rate,
+    recorded_reference,
+)
 from qlora_kit.run.verify import verify
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -372,6 +381,21 @@ def test_weights_in_8_bits_whose_scales_nothing_names_are_refused(tmp_path, dtyp
     with pytest.raises(ModelError, match=rf"{name}' is in F8_E.*says nothing of a quant") as told:
         load_base(tmp_path, device="cpu")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("data.json", {"date": 5}), ("data.json", {"date": "2026-99-99"}), ("data.json", {"classes": 7}),
+    ("data.json", {"fingerprints": [1]}), ("data.json", {"reference": 3}), ("data.json", {"chats": "x"}),
+    ("plan.json", {}), ("plan.json", {"pace": None}), ("plan.json", {"pace": {"lr": "x", "lr_reason": ""}}),
+])  # fmt: skip
+def test_what_a_run_says_of_itself_is_taken_or_a_line(tmp_path, name, said):
+    (tmp_path / name).write_text(json.dumps(said))
+    recall = (
+        [recorded_rate] if name == "plan.json" else [recorded_date, recorded_classes, recorded_reference, has_chats]
+    )
+    for recorded in (*recall, *([partial(check_unchanged, found={"base": "x"})] if name == "data.json" else [])):
+        with pytest.raises(RunError, match=rf"\A[^\n]*{name}: [^\n]*(, wanted|is missing)[^\n]*\Z"):
+            recorded(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a\nb", "\ud800"])
