@@ -6,7 +6,8 @@ exits with `exit_code`. Each class is also the nearest class of the standard lib
 interface can catch what they already know.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def listed(names: Sequence[str]) -> str:
@@ -58,3 +59,18 @@ class FitError(QloraKitError, MemoryError):
     """The plan does not fit the memory budget, or the run did not keep to it."""
 
     exit_code = 3
+
+
+@contextmanager
+def tokenizing(kind: type[QloraKitError], what: str) -> Iterator[None]:
+    """A block that asks the library beneath fast tokenizers: where it fails, `kind` tells it, `what` and the reason.
+
+    It raises an `Exception` and none of its kinds; or, where it breaks off, a panic, which is no `Exception` at all and
+    cannot be imported. What else is raised goes on.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {first_line(error)}") from error

@@ -19,6 +19,8 @@ from qlora_kit.units import format_bytes
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<owner>\d+)\.(?P<kind>tmp|old|gone)")
+_ours: set[tuple[str, str]] = set()
+"""Hidden names that this process is at work on."""
 SCHEMA = 1
 """Version of every JSON file that the kit writes, under the key `schema`."""
 
@@ -39,13 +41,13 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    staged = _beside(path, "tmp")
-    try:
-        with open(staged, "w", encoding="utf-8") as file:
-            file.write(text)
-        name_file(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    with _beside(path, "tmp") as staged:
+        try:
+            with open(staged, "w", encoding="utf-8") as file:
+                file.write(text)
+            name_file(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
 
 
 def name_file(staged: Path, final: Path) -> None:
@@ -130,32 +132,31 @@ def staged_folder(final: Path, *, replaces: bool = True) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(final))
     make_folder(final.parent)
-    staged = _beside(final, "tmp")
-    shutil.rmtree(staged, ignore_errors=True)  # this process may have been here before
-    try:
-        staged.mkdir()  # in the block: an interrupt may come at any moment from here on
-        yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
-        _sync_folder(staged)
-        if replaces:
-            _take_place(staged, final)
-        else:
-            _take_free_place(staged, final)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with _beside(final, "tmp") as staged:
+        try:
+            staged.mkdir()  # in the block: an interrupt may come at any moment from here on
+            yield staged
+            for file in staged.rglob("*"):
+                if file.is_file():
+                    _sync_file(file)
+            _sync_folder(staged)
+            if replaces:
+                _take_place(staged, final)
+            else:
+                _take_free_place(staged, final)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager
 def passing_folder(beside: Path) -> Iterator[Path]:
     """A folder that is gone when the block ends, hidden beside the name that is given."""
-    folder = _beside(beside, "tmp")
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _beside(beside, "tmp") as folder:
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -169,9 +170,9 @@ def make_folder(folder: Path) -> None:
 def remove_folder(folder: Path) -> None:
     """Delete a folder if it is there: renamed first, so that no half-empty folder ever bears its name."""
     if folder.exists():
-        doomed = _beside(folder, "gone")
-        os.rename(folder, doomed)
-        _remove(doomed)
+        with _beside(folder, "gone") as doomed:
+            os.rename(folder, doomed)
+            _remove(doomed)
 
 
 def _take_place(staged: Path, final: Path) -> None:
@@ -179,14 +180,14 @@ def _take_place(staged: Path, final: Path) -> None:
     if not final.exists():
         os.rename(staged, final)
     elif not _exchange(staged, final):
-        doomed = _beside(final, "old")
-        os.rename(final, doomed)
-        try:
-            os.rename(staged, final)
-        except OSError:
-            os.rename(doomed, final)
-            raise
-        shutil.rmtree(doomed, ignore_errors=True)
+        with _beside(final, "old") as doomed:
+            os.rename(final, doomed)
+            try:
+                os.rename(staged, final)
+            except OSError:
+                os.rename(doomed, final)
+                raise
+            shutil.rmtree(doomed, ignore_errors=True)
     _sync_folder(final.parent)
 
 
@@ -221,7 +222,7 @@ def clear_abandoned(folder: Path, name: str | None = None) -> None:
     """
     for path in folder.glob(f".{'*' if name is None else escape(name)}.*"):
         left = _LEFT.fullmatch(path.name)
-        if left is None or _is_alive(int(left["owner"])):
+        if left is None or _is_under_way(path, int(left["owner"])):
             continue
         place = path.with_name(left["name"])
         if left["kind"] == "old" and not os.path.lexists(place):
@@ -245,10 +246,28 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _beside(path: Path, kind: Literal["tmp", "old", "gone"]) -> Path:
-    """A name beside `path` for what is unfinished, renamed away, or being deleted."""
+@contextmanager
+def _beside(path: Path, kind: Literal["tmp", "old", "gone"]) -> Iterator[Path]:
+    """A name beside `path` for what is unfinished, renamed away, or being deleted; nothing bears it at first."""
     clear_abandoned(path.parent, path.name)
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+    place = _place(hidden)
+    _ours.add(place)
+    try:
+        yield hidden
+    finally:
+        _ours.discard(place)
+
+
+def _place(path: Path) -> tuple[str, str]:
+    """Where a name stands, however its folder is spelt."""
+    return os.path.realpath(path.parent), path.name
+
+
+def _is_under_way(path: Path, owner: int) -> bool:
+    """Whether a living process is at work on what bears a hidden name. A name with this process's own number may be of
+    a dead one that had the same: in containers all have."""
+    return _place(path) in _ours if owner == os.getpid() else _is_alive(owner)
 
 
 def _is_alive(process: int) -> bool:

@@ -561,6 +561,18 @@ def test_a_run_that_is_resumed_with_more_steps_keeps_the_rate_that_was_chosen_fo
 
 
 @pytest.mark.slow
+def test_a_run_that_is_forced_to_go_on_at_another_rate_does(recipe):
+    """Which is what a run that broke off tells people to do."""
+    run = recipe.parent / "run"
+    assert call("train", recipe, "train.lr=1e-3", "train.steps=2").exit_code == 0
+    for steps, asked, rates in ((3, "1e-4", (1e-4,)), (4, "auto", (1e-3, 1e-4))):
+        assert call("train", recipe, f"train.lr={asked}", f"train.steps={steps}", "--resume", "--force").exit_code == 0
+        last = [json.loads(line) for line in (run / "metrics.jsonl").open() if '"lr"' in line][-1]
+        assert last["step"] == steps
+        assert (last["lr"] in rates) == (asked != "auto")
+
+
+@pytest.mark.slow
 def test_an_earlier_run_outlives_a_base_that_cannot_be_loaded(recipe, model_folder, tmp_path):
     assert call("train", recipe).exit_code == 0
     adapter = (recipe.parent / "run" / "adapter" / "adapter_model.safetensors").read_bytes()

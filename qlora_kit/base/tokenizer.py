@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.base.files import has_tokenizer, is_inside, read_object, text_faults
-from qlora_kit.errors import ModelError
+from qlora_kit.errors import ModelError, tokenizing
 
 _MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
 """What transformers raises over files that describe no tokenizer."""
@@ -39,15 +39,19 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     for fault in text_faults(folder):
         raise ModelError(fault)
     _check_names(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # Where tokenizer.json is JSON and still no tokenizer, such as one of a newer version, the library that reads it
-        # raises an `Exception` and none of its kinds.
-        if type(error) is not Exception and not isinstance(error, _MALFORMED):
-            raise
-        why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ModelError(f"{folder} has no tokenizer that can be read: {why}") from error
+    unread = f"{folder} has no tokenizer that can be read"
+    with tokenizing(ModelError, unread):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except _MALFORMED as error:
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ModelError(f"{unread}: {why}") from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"{folder} has a tokenizer whose model_max_length is {tokenizer.model_max_length!r}, wanted a number"
+        )
     held = tokenizer.chat_template
     sources = held.values() if isinstance(held, dict) else () if held is None else (held,)
     if not all(isinstance(source, str) for source in sources):

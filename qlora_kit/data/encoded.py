@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, tokenizing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
 Odd: TypeAlias = Literal["tools", "tool_calls", "system", "marks"]
@@ -69,8 +69,18 @@ def _continuation(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def token_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of a text, no special ones added."""
-    # verbose=False: a length above the tokenizer's own idea of a maximum is ours to judge, and counted.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenised(text, tokenizer, add_special_tokens=False)["input_ids"]
+
+
+def tokenised(text: str, tokenizer: "PreTrainedTokenizerBase", **options: bool) -> "BatchEncoding":
+    """What the tokenizer makes of a text.
+
+    Raises:
+        DataError: it makes nothing of it: a word that it has no token for, or tables that lead its library astray.
+    """
+    with tokenizing(DataError, "the tokenizer cannot read the text"):
+        # verbose=False: a length above the tokenizer's own idea of a maximum is ours to judge, and counted.
+        return tokenizer(text, verbose=False, **options)
 
 
 def with_end(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> list[int]:

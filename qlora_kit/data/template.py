@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.classes import Classes
-from qlora_kit.data.encoded import Encoded, LossOn, all_but_bos, gone_on, token_ids, with_end
+from qlora_kit.data.encoded import Encoded, LossOn, all_but_bos, gone_on, token_ids, tokenised, with_end
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.turns import encode_chat
 from qlora_kit.errors import DataError
@@ -90,7 +90,7 @@ def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", class
     Raises:
         DataError: its label is none of the classes.
     """
-    ids = tokenizer(example.text, verbose=False)["input_ids"]
+    ids = tokenised(example.text, tokenizer)["input_ids"]
     target, ending = classes.target(example.labels), _tokens_behind(tokenizer)
     return Encoded(ids, [False] * len(ids), where=example.where, target=target, ending=ending)
 
@@ -108,13 +108,13 @@ def _encode_completion(example: Completion, tokenizer: "PreTrainedTokenizerBase"
 def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Token ids of a text as a prompt: with one BOS if the tokenizer has the habit of adding it, and no end token."""
     ids, bos = token_ids(text, tokenizer), [tokenizer.bos_token_id]
-    if bos == [None] or ids[:1] == bos or tokenizer("a", verbose=False)["input_ids"][:1] != bos:
+    if bos == [None] or ids[:1] == bos or tokenised("a", tokenizer)["input_ids"][:1] != bos:
         return ids
     return bos + ids
 
 
 def _tokens_behind(tokenizer: "PreTrainedTokenizerBase") -> int:
     """How many tokens of its own the tokenizer puts behind every text."""
-    alone, whole = token_ids("a", tokenizer), tokenizer("a", verbose=False)["input_ids"]
+    alone, whole = token_ids("a", tokenizer), tokenised("a", tokenizer)["input_ids"]
     start = next(start for start in range(len(whole)) if whole[start : start + len(alone)] == alone)
     return len(whole) - start - len(alone)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.calls import with_arguments
 from qlora_kit.data.chat_template import Messages, Renderer, check_template, end_token, special_tokens, through_end
-from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids
+from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids, tokenised
 from qlora_kit.data.examples import Chat
 from qlora_kit.data.thinking import after_prompt, thought_of, written_out
 from qlora_kit.data.unwritten import loses_calls, unwritten
@@ -149,7 +149,7 @@ def encode_chat(
     messages = with_arguments([written_out(message, render.template) for message in chat.messages], render)
     text = render(messages)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens = tokenised(text, tokenizer, add_special_tokens=False, return_offsets_mapping=True)
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):

@@ -12,10 +12,9 @@ from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.folder import DATA, recorded_classes
+from qlora_kit.run.folder import recorded_classes, recorded_data
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_any, run_of
-from qlora_kit.storage import read_json
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts
 
 
@@ -93,7 +92,7 @@ def speaker_of(
     run: Path, recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, raw: bool = False
 ) -> Speaker:
     """The model of a run, which is asked as the run asked it; `raw` leaves the chat template away."""
-    is_chat = bool(read_json(run / DATA).get("chats"))
+    is_chat = bool(recorded_data(run).get("chats"))
     return Speaker(model, tokenizer, is_chat and not raw, recipe.data.thinking, recipe.data.columns)
 
 

@@ -23,13 +23,13 @@ from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.plan.devices import device_name
 from qlora_kit.recipe import Recipe, dump_recipe, read_recipe
 from qlora_kit.report import write_report
+from qlora_kit.report.folder import FLAG, NUMBER, TEXT, Leaf, document
 from qlora_kit.run.prepare import Prepared, fill_batches
 from qlora_kit.run.start import reference_checksums
 from qlora_kit.storage import (
     check_writable,
     clear_abandoned,
     make_folder,
-    read_json,
     remove_folder,
     staged_for,
     write_json,
@@ -55,6 +55,16 @@ _MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.tokens", "train.s
                "train.trackers")  # fmt: skip
 """Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
 
+
+_RECORDED = {
+    "chats?": FLAG,
+    "fingerprints?": {"*": TEXT},
+    "reference?": {"*": TEXT},
+    "date?": Leaf("a date such as 2026-01-31, or null", lambda value: value is None or _is_date(value)),
+    "classes?": [TEXT],
+    "is_multi?": FLAG,
+}
+"""What of data.json a run is gone on with, and used by."""
 
 _MADE_FROM = {"train": "training rows", "eval": "held-out rows", "base": "weights of the base"}
 
@@ -104,7 +114,7 @@ def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
     Raises:
         RunError: one is another.
     """
-    recorded = read_json(folder / DATA).get("fingerprints", {})
+    recorded = recorded_data(folder).get("fingerprints", {})
     changed = [_MADE_FROM[key] for key, mark in found.items() if recorded.get(key, mark) != mark]
     if changed:
         raise RunError(
@@ -124,7 +134,7 @@ def run_folder(folder: Path) -> Iterator[None]:
         make_folder(folder)
     except OSError as error:
         raise RunError(f"{folder} cannot be made: {error.strerror}; set output to another folder") from error
-    with open(folder / LOCK, "w", encoding="utf-8") as file:
+    with open(folder / LOCK, "a", encoding="utf-8") as file:  # a file that it may lead to stays as it is
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -178,6 +188,14 @@ def clear_run_folder(folder: Path, earlier: Iterable[Path]) -> None:
     for shared in (PROJECT, CHECKPOINTS):
         with suppress(OSError):  # where something else lies in it, it stays
             (folder / shared).rmdir()
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        Date.fromisoformat(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _things_in(folder: Path) -> bool:
@@ -268,27 +286,36 @@ def describe_run(
 
 
 def recorded_rate(folder: Path) -> Rate:
-    """The peak learning rate that a run began with."""
-    pace = read_json(folder / PLAN)["pace"]
+    """The peak learning rate that a run was planned with."""
+    pace = document(folder / PLAN, {"pace": {"lr": NUMBER, "lr_reason": TEXT}})["pace"]
     return Rate(pace["lr"], pace["lr_reason"])
+
+
+def recorded_data(folder: Path) -> dict[str, Any]:
+    """What data.json says.
+
+    Raises:
+        RunError: it is missing, or says something else than a run does.
+    """
+    return document(folder / DATA, _RECORDED)
 
 
 def recorded_reference(folder: Path) -> dict[str, str]:
     """Checksums of the frozen adapter that a run holds to; none where it holds to the base."""
-    recorded: dict[str, str] = read_json(folder / DATA).get("reference", {})
+    recorded: dict[str, str] = recorded_data(folder).get("reference", {})
     return recorded
 
 
 def recorded_date(folder: Path) -> Date | None:
     """The date that a run's chat template writes; None where it writes none."""
-    recorded = read_json(folder / DATA).get("date")
+    recorded = recorded_data(folder).get("date")
     return None if recorded is None else Date.fromisoformat(recorded)
 
 
 def recorded_classes(folder: Path) -> Classes | None:
     """The classes that a run tells apart; None where it learns to say something."""
-    recorded = read_json(folder / DATA)
-    return Classes(tuple(recorded["classes"]), recorded["is_multi"]) if "classes" in recorded else None
+    recorded = recorded_data(folder)
+    return Classes(tuple(recorded["classes"]), bool(recorded.get("is_multi"))) if "classes" in recorded else None
 
 
 def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:

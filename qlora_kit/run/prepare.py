@@ -71,7 +71,7 @@ def prepare(
 ) -> Prepared:
     """`gather`, and tell what became of the rows and what is odd about them.
 
-    A run that is resumed keeps the learning `rate` that it began with: of more steps `auto` would make another.
+    A run that is resumed keeps the learning `rate` that `auto` began it with: of more steps it would make another.
     """
     prepared = gather(recipe, watch, weights=weights, today=today, trust_remote_code=trust_remote_code, common=common)
     if rate is not None:

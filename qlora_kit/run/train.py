@@ -18,7 +18,7 @@ from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.plan.devices import busy_note
-from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.recipe import Recipe, base_as_held, read_recipe
 from qlora_kit.run.build import (
     as_planned,
     learn_marks,
@@ -33,8 +33,8 @@ from qlora_kit.run.build import (
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
-    DATA,
     PLAN,
+    RECIPE,
     RESULT,
     SCORES,
     check_run_folder,
@@ -43,6 +43,7 @@ from qlora_kit.run.folder import (
     describe_run,
     files_of_run,
     provenance_of,
+    recorded_data,
     recorded_date,
     recorded_rate,
     recorded_reference,
@@ -181,11 +182,9 @@ def _prepared(
     folder, today, rate = Path(recipe.output), None, None
     if resume:
         check_reference(recipe, recorded_reference(folder))
-        recipe, today, rate = (
-            as_planned(recipe, read_json(folder / PLAN)),
-            recorded_date(folder),
-            recorded_rate(folder),
-        )
+        recipe, today = as_planned(recipe, read_json(folder / PLAN)), recorded_date(folder)
+        if recipe.train.lr == read_recipe(folder / RECIPE).train.lr == "auto":
+            rate = recorded_rate(folder)
     prepared = prepare(
         recipe, watch, weights=True, today=today, rate=rate, trust_remote_code=trust_remote_code, common=common
     )
@@ -200,7 +199,7 @@ def _check_base(folder: Path, record: BaseRecord) -> None:
     Raises:
         RunError: it is another.
     """
-    recorded = str(read_json(folder / DATA).get("fingerprints", {}).get("base", ""))
+    recorded = recorded_data(folder).get("fingerprints", {}).get("base", "")
     if record.differences(recorded):
         check_unchanged(folder, {"base": record.mark})
 

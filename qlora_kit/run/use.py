@@ -16,9 +16,9 @@ from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lor
 from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
 from qlora_kit.run.folder import (
     CHECKPOINTS,
-    DATA,
     RECIPE,
     recorded_classes,
+    recorded_data,
     recorded_date,
     recorded_reference,
     trained_folder,
@@ -27,7 +27,7 @@ from qlora_kit.run.rows import eval_batches, held_out_rows, positions_for
 from qlora_kit.run.score import of_base, score_rows
 from qlora_kit.run.start import check_reference
 from qlora_kit.run.tokenizer import added_ids, load_tokenizer, pad_id, rows_needed, set_template
-from qlora_kit.storage import check_folder, read_json
+from qlora_kit.storage import check_folder
 from qlora_kit.train.checkpoint import load_parameters, verify_checkpoint
 from qlora_kit.train.classes import head_for, name_classes
 from qlora_kit.train.evaluate import Score
@@ -102,7 +102,7 @@ def load_run_tokenizer(
     base = recipe.base
     source = source or locate_model(base.model, base.revision, weights=False, code=trust_remote_code)
     tokenizer = load_tokenizer(source, recipe, trust_remote_code=trust_remote_code)
-    if read_json(run / DATA).get("chats"):
+    if recorded_data(run).get("chats"):
         set_template(tokenizer, recipe, recorded_date(run))
     return tokenizer
 

@@ -10,7 +10,7 @@ read.
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora_kit.errors import RunError
+from qlora_kit.errors import RunError, first_line
 from qlora_kit.memory import to_host
 from qlora_kit.storage import (
     changed_files,
@@ -35,13 +35,17 @@ from qlora_kit.storage import (
     write_tensors,
 )
 from qlora_kit.train.optim import AdapterOptimizer
-from qlora_kit.units import MIB
+from qlora_kit.units import MIB, is_number
 
 MANIFEST, _STATE = "manifest.json", "state.json"
 _FILES = ("optimizer.safetensors", "parameters.safetensors", "random.safetensors", _STATE)
 """What a checkpoint holds beside its manifest, in the manifest's order."""
 _TEXT_BYTES = MIB
 """Of random states, headers and JSON, an upper bound."""
+
+
+_COUNTS = ("step", "rows", "tokens", "best_step", "stale")
+"""Of where a run stands, what is counted."""
 
 
 @dataclass(slots=True)
@@ -211,9 +215,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
         RunError: the files do not fit this run.
     """
     saved, state, states = (_load(folder / f"{name}.safetensors") for name in ("parameters", "optimizer", "random"))
-    content: dict[str, Any] = read_json(folder / _STATE)
-    content.pop("schema")
-    progress = Progress(**content)
+    progress = _read_progress(folder / _STATE)
     _check_shapes(folder, saved, parameters)
     try:
         optimizer.restore(state, progress.numbers)
@@ -222,8 +224,36 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
             f"{folder} holds the state of another optimizer ({error}); resume with the recipe it was made with"
         ) from error
     _put(saved, parameters)
-    set_random_states(states, _device(parameters))
+    try:
+        set_random_states(states, _device(parameters))
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(
+            f"{folder} holds random states that are none ({first_line(error)}); take it away to go on from one before"
+        ) from error
     return progress
+
+
+def _read_progress(path: Path) -> Progress:
+    """Where a run stands, of a file whose checksum tells only that it is as somebody wrote it.
+
+    Raises:
+        RunError: it does not say so as this version does.
+    """
+    content: dict[str, Any] = read_json(path)
+    content.pop("schema", None)
+    numbers, best_loss = content.get("numbers"), content.get("best_loss")
+    is_sound = (
+        content.keys() <= {each.name for each in fields(Progress)}  # an earlier version counted less
+        and all(type(count := content.get(name, 0)) is int and count >= 0 for name in _COUNTS)
+        and (isinstance(numbers, dict) and all(is_number(number) for number in numbers.values()))
+        and (best_loss is None or is_number(best_loss))
+    )
+    if not is_sound:
+        raise RunError(
+            f"{path} does not say where a run stands as this version writes it; go on with the version that wrote it, "
+            "or take its folder away to go on from the one before"
+        )
+    return Progress(**content)
 
 
 @torch.no_grad()

@@ -112,6 +112,15 @@ def test_a_second_run_in_a_folder_that_is_being_written_to_is_refused(tmp_path):
         pytest.fail("both have it")
 
 
+def test_a_lock_that_leads_elsewhere_empties_nothing(tmp_path):
+    """In a run folder that somebody else made it may be a link to a file of its reader."""
+    (tmp_path / "mine").write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    with run_folder(tmp_path / "run"):
+        assert (tmp_path / "mine").read_text() == "text"
+
+
 @pytest.mark.slow
 def test_a_folder_that_a_killed_run_had_locked_is_free(tmp_path, model_folder):
     run = recipe(tmp_path, model_folder, "run")

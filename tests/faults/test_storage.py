@@ -4,6 +4,7 @@ still stands, and what is new is whole or not there."""
 import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -18,7 +19,15 @@ from qlora_kit.export import export_merged, export_quantized, shelf, stream
 from qlora_kit.export.gguf import export_gguf, writer
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
-from qlora_kit.storage import clear_abandoned, read_json, remove_folder, sha256_file, staged_folder, write_text
+from qlora_kit.storage import (
+    clear_abandoned,
+    passing_folder,
+    read_json,
+    remove_folder,
+    sha256_file,
+    staged_folder,
+    write_text,
+)
 from qlora_kit.train.checkpoint import (
     Progress,
     checkpoints,
@@ -256,6 +265,36 @@ def test_a_file_of_a_living_process_is_left_alone(tmp_path):
     write_text(tmp_path / "page", "text")
     assert mine.exists()
     assert not dead.exists()
+
+
+def test_what_a_dead_process_of_the_same_number_left_is_cleared_up_or_put_back(tmp_path, monkeypatch):
+    """In a container every run has the same number."""
+    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+
+    def leave(kind):
+        left = tmp_path / f".run.{os.getpid()}.{kind}"
+        left.mkdir()
+        (left / "page").write_text(kind)
+
+    leave("old")
+    clear_abandoned(tmp_path)
+    assert (tmp_path / "run" / "page").read_text() == "old"
+    for kind in ("tmp", "old", "gone"):
+        leave(kind)
+    with staged_folder(tmp_path / "run") as staged:
+        (staged / "page").write_text("new")
+        monkeypatch.chdir(tmp_path)
+        clear_abandoned(Path())
+        assert staged.exists(), "it is being written"
+    assert (tmp_path / "run" / "page").read_text() == "new"
+    leave("gone")
+    remove_folder(tmp_path / "run")
+    leave("tmp")
+    with passing_folder(tmp_path / "run") as passing:
+        assert list(passing.iterdir()) == []
+    leave("tmp")
+    write_text(tmp_path / "run", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_that_was_being_deleted_does_not_come_back(tmp_path):

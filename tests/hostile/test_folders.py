@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import time
+from functools import partial
 
 import pytest
 import tiny
@@ -16,11 +17,20 @@ from qlora_kit.base.architecture import read_config
 from qlora_kit.base.files import check_model_folder
 from qlora_kit.base.load import load_base
 from qlora_kit.base.tokenizer import read_tokenizer
-from qlora_kit.errors import AdapterError, ModelError, RecipeError
+from qlora_kit.data.encoded import token_ids
+from qlora_kit.errors import AdapterError, ModelError, QloraKitError, RecipeError, RunError
 from qlora_kit.export import merge
 from qlora_kit.lora import add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.peft_config import _is_pattern
 from qlora_kit.recipe import read_recipe
+from qlora_kit.run.ask import has_chats
+from qlora_kit.run.folder import (
+    check_unchanged,
+    recorded_classes,
+    recorded_date,
+    recorded_rate,
+    recorded_reference,
+)
 from qlora_kit.run.verify import verify
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -216,7 +226,7 @@ SPOILED = {
     "tokenizer.json": (b"", b"{}", b"[]", b"[" * 100_000, b"\xff", b'{"version": "9.0", "model": {"type": "New"}}'),
     "tokenizer_config.json": (b"null", b'{"tokenizer_class": 3}', b'{"added_tokens_decoder": {"x": {}}}',
                               b'{"chat_template": 3}', b'{"chat_template": [{"name": "default", "template": 3}]}',
-                              b'{"extra_special_tokens": 7}'),
+                              b'{"extra_special_tokens": 7}', b'{"model_max_length": "x"}'),
 }  # fmt: skip
 
 
@@ -228,6 +238,23 @@ def test_a_tokenizer_that_is_none_is_a_line(model_folder, tmp_path, name):
         with pytest.raises(ModelError, match="tokenizer") as caught:
             read_tokenizer(folder)
         assert "\n" not in str(caught.value)
+
+
+PANICS = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Replace", "pattern": {"Regex": ""},
+                                                                    "content": "aaa"}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    *(("normalizer", value) for value in PANICS),
+    ("model", {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1}, "unk_token": "zz"}),
+])  # fmt: skip
+def test_a_tokenizer_that_breaks_off_when_it_is_read_or_reads_is_a_line(model_folder, tmp_path, key, value):
+    """The library beneath ends in what is no `Exception`, or in one of no kind."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    change(folder / "tokenizer.json", **{key: value})
+    with pytest.raises(QloraKitError, match="tokenizer") as caught:
+        token_ids("say cat", read_tokenizer(folder))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/a.jinja"])
@@ -354,6 +381,21 @@ def test_weights_in_8_bits_whose_scales_nothing_names_are_refused(tmp_path, dtyp
     with pytest.raises(ModelError, match=rf"{name}' is in F8_E.*says nothing of a quant") as told:
         load_base(tmp_path, device="cpu")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("data.json", {"date": 5}), ("data.json", {"date": "2026-99-99"}), ("data.json", {"classes": 7}),
+    ("data.json", {"fingerprints": [1]}), ("data.json", {"reference": 3}), ("data.json", {"chats": "x"}),
+    ("plan.json", {}), ("plan.json", {"pace": None}), ("plan.json", {"pace": {"lr": "x", "lr_reason": ""}}),
+])  # fmt: skip
+def test_what_a_run_says_of_itself_is_taken_or_a_line(tmp_path, name, said):
+    (tmp_path / name).write_text(json.dumps(said))
+    recall = (
+        [recorded_rate] if name == "plan.json" else [recorded_date, recorded_classes, recorded_reference, has_chats]
+    )
+    for recorded in (*recall, *([partial(check_unchanged, found={"base": "x"})] if name == "data.json" else [])):
+        with pytest.raises(RunError, match=rf"\A[^\n]*{name}: [^\n]*(, wanted|is missing)[^\n]*\Z"):
+            recorded(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "a\nb", "\ud800"])

@@ -15,14 +15,14 @@ import pytest
 import tiny
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from test_report import full_documents, write_run
 
 from qlora_kit.base.architecture import read_config as read_model_config
 from qlora_kit.base.files import check_model_folder, read_header, weight_files
 from qlora_kit.data import Encoded, EncodedSet, cache, load_rows
 from qlora_kit.data.faults import Faults
-from qlora_kit.errors import QloraKitError
+from qlora_kit.errors import QloraKitError, RunError
 from qlora_kit.export.gguf.writer import write_gguf
 from qlora_kit.export.trained_against import read_classes, read_trained_against
 from qlora_kit.lora import add_lora, delete_adapter, load_adapter, lora_layers, save_adapter
@@ -341,6 +341,28 @@ def test_a_checkpoint_is_the_run_or_a_line(checkpoint, data):
             result_or_line(load_checkpoint, checkpoint.path, checkpoint.parameters, checkpoint.optimizer)
     finally:
         (checkpoint.path / name).write_bytes(whole)
+
+
+STATES = {"newer": 1}, {"rows": -5}, {"rows": "x"}, {"rows": 2.5}, {"tokens": None}, {"numbers": []}, {"best_loss": "x"}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_checkpoint_that_says_something_else_under_a_checksum_of_its_own_is_a_line(checkpoint, state):
+    """Of another version, or changed by hand."""
+    said = json.loads(checkpoint.files["state.json"])
+    with pytest.raises(RunError, match=r"state.json does not say where a run stands as this version writes it; go on"):
+        resealed(checkpoint, "state.json", json.dumps(said | state).encode())
+    with pytest.raises(RunError, match="holds random states that are none"):
+        resealed(checkpoint, "random.safetensors", save({"torch": torch.zeros(3, dtype=torch.uint8)}))
+
+
+def resealed(checkpoint, name, content):
+    """Read a checkpoint with another file in it."""
+    (checkpoint.path / name).write_bytes(content)
+    try:
+        load_checkpoint(checkpoint.path, checkpoint.parameters, checkpoint.optimizer)
+    finally:
+        (checkpoint.path / name).write_bytes(checkpoint.files[name])
 
 
 @fuzz(60)
