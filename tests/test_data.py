@@ -916,6 +916,12 @@ def test_weights_of_one_change_no_order_and_half_a_source_is_another_half_in_the
     assert Sampler([Deck(10, 0.5), Deck(4, 2)], seed=6).next_rows(13) != epochs[0]
 
 
+def test_a_place_far_out_is_as_near_as_any():
+    sampler = Sampler([Deck(10, 0.5), Deck(4, 2)], seed=5)
+    sampler.position = 13 * 10**15
+    assert Counter(row for row in sampler.next_rows(13) if row >= 10) == dict.fromkeys(range(10, 14), 2)
+
+
 def test_sampler_neither_moves_nor_reads_global_random_state():
     torch.manual_seed(0)
     random.seed(0)

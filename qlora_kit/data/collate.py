@@ -8,7 +8,6 @@ transformers to keep them apart. Everything that a step must know about lengths 
 reads a value off a tensor.
 """
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -209,7 +208,7 @@ class Deck:
         """
         start, end = epoch * self.drawn, (epoch + 1) * self.drawn
         found: list[int] = []
-        for time in range(start // max(1, self.rows), math.ceil(end / max(1, self.rows))):
+        for time in range(start // max(1, self.rows), -(-end // max(1, self.rows))):
             cards = list(range(self.rows))
             random.Random(f"{salt}, time {time}").shuffle(cards)
             found += cards[max(0, start - time * self.rows) : end - time * self.rows]

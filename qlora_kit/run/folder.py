@@ -66,6 +66,20 @@ _RECORDED = {
 }
 """What of data.json a run is gone on with, and used by."""
 
+_WHOLE = Leaf("a whole number of at least 1", lambda value: type(value) is int and 0 < value < 2**63)
+_MAYBE_WHOLE = Leaf("a whole number of at least 1, or null", lambda value: value is None or _WHOLE.accepts(value))
+_PLANNED = {
+    "rank": _WHOLE,
+    "quantize_head": FLAG,
+    "micro_batch": _WHOLE,
+    "accumulation": _WHOLE,
+    "loss_chunk?": _MAYBE_WHOLE,
+    "eval_tokens?": _MAYBE_WHOLE,
+    "added_tokens?": [TEXT],
+    "pace": {"lr": NUMBER, "lr_reason": TEXT},
+}
+"""What of plan.json a run is gone on with."""
+
 _MADE_FROM = {"train": "training rows", "eval": "held-out rows", "base": "weights of the base"}
 
 
@@ -287,8 +301,17 @@ def describe_run(
 
 def recorded_rate(folder: Path) -> Rate:
     """The peak learning rate that a run was planned with."""
-    pace = document(folder / PLAN, {"pace": {"lr": NUMBER, "lr_reason": TEXT}})["pace"]
+    pace = recorded_plan(folder)["pace"]
     return Rate(pace["lr"], pace["lr_reason"])
+
+
+def recorded_plan(folder: Path) -> dict[str, Any]:
+    """What plan.json says.
+
+    Raises:
+        RunError: it is missing, or says something else than a plan does.
+    """
+    return document(folder / PLAN, _PLANNED)
 
 
 def recorded_data(folder: Path) -> dict[str, Any]:

@@ -33,7 +33,6 @@ from qlora_kit.run.build import (
 from qlora_kit.run.common import Common
 from qlora_kit.run.course import End, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
-    PLAN,
     RECIPE,
     RESULT,
     SCORES,
@@ -45,6 +44,7 @@ from qlora_kit.run.folder import (
     provenance_of,
     recorded_data,
     recorded_date,
+    recorded_plan,
     recorded_rate,
     recorded_reference,
     reported,
@@ -56,7 +56,7 @@ from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.score import Scored, score, score_base
 from qlora_kit.run.start import as_it_starts, check_reference
-from qlora_kit.storage import checksums, read_json, write_json
+from qlora_kit.storage import checksums, write_json
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.tasks import Task
 from qlora_kit.train.trackers import Track, check_trackers, tracking
@@ -135,8 +135,9 @@ def train(
         earlier = [] if resume else files_of_run(folder)
         with reported(folder):
             with _tracking(recipe, prepared, folder, device) as track:
-                clear_run_folder(folder, earlier)
-                describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
+                with names_what_is_kept(folder):
+                    clear_run_folder(folder, earlier)
+                    describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
                 job = make_job(recipe, prepared, model, task, loss_chunk, limit)
                 planned = plan["methods"][plan["method"]]
                 end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
@@ -182,7 +183,7 @@ def _prepared(
     folder, today, rate = Path(recipe.output), None, None
     if resume:
         check_reference(recipe, recorded_reference(folder))
-        recipe, today = as_planned(recipe, read_json(folder / PLAN)), recorded_date(folder)
+        recipe, today = as_planned(recipe, recorded_plan(folder)), recorded_date(folder)
         if recipe.train.lr == read_recipe(folder / RECIPE).train.lr == "auto":
             rate = recorded_rate(folder)
     prepared = prepare(

@@ -244,7 +244,8 @@ def _read_progress(path: Path) -> Progress:
     numbers, best_loss = content.get("numbers"), content.get("best_loss")
     is_sound = (
         content.keys() <= {each.name for each in fields(Progress)}  # an earlier version counted less
-        and all(type(count := content.get(name, 0)) is int and count >= 0 for name in _COUNTS)
+        and content.keys() >= {"step", "rows", "tokens"}
+        and all(type(count := content.get(name, 0)) is int and 0 <= count < 2**63 for name in _COUNTS)
         and (isinstance(numbers, dict) and all(is_number(number) for number in numbers.values()))
         and (best_loss is None or is_number(best_loss))
     )

@@ -123,6 +123,45 @@ def test_a_run_that_is_resumed_twice_at_any_step_is_the_run_that_went_through(op
         assert_8_bit(tmp_path / "whole" / "checkpoints" / "step-000007")
 
 
+ROWS_OF = {
+    "pretrain": lambda n, word: {"text": f"say {word} {word} {n}"},
+    "classify": lambda n, word: {"text": f"say {word} {n}", "label": "bird" if word in ("owl", "hen") else "other"},
+    "pairs": lambda n, word: {"prompt": f"say {word} ", "chosen": word, "rejected": word[::-1] + "!" * (n % 3)},
+    "kto": lambda n, word: {"prompt": f"say {word} ", "completion": word, "label": n % 2 == 0},
+    "sft": lambda n, word: {"prompt": f"say {word} ", "completion": word},
+}
+WHOLE = ["train.full_finetune=true", "base.compute_dtype=bfloat16"]  # rounded stochastically
+TASKS = {
+    "pretrain": ("pretrain", ["data.over_length=split", "data.max_tokens=12", "data.packing=true"]),
+    "classify": ("classify", ["lora.dropout=0.1", "train.optimizer=ademamix_8bit"]),
+    "dpo": ("pairs", ["lora.dropout=0.1", "train.beta=0.5"]),
+    "orpo": ("pairs", ["train.accumulation=2"]),
+    "kto": ("kto", ["base.compute_dtype=bfloat16", "train.master_weights=stochastic"]),
+    "sft": ("sft", ["lora.dora=true", "lora.added_tokens=[cat]", "train.early_stopping=9", "train.sample_every=2"]),
+    "all weights": ("sft", WHOLE),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_of_any_task_goes_on_to_the_bit(task, recipe, tmp_path):
+    kind, settings = TASKS[task]
+    rows = tmp_path / "task.jsonl"
+    rows.write_text("".join(json.dumps(ROWS_OF[kind](n, word)) + "\n" for n, word in enumerate(WORDS * 2)))
+    more = [f"train.task={'sft' if task == 'all weights' else task}", f"data.train={rows}", f"data.eval={rows}",
+            "train.eval_every=2", "train.save_every=1", "train.keep_checkpoints=9", "train.schedule=cosine",
+            "train.lr=1e-3", "memory.activations=keep", "memory.loss_chunk=64", *settings]  # fmt: skip
+    train(recipe(5, "whole", *more))
+    for index, step in enumerate((1, 3, 5)):
+        train(recipe(5, "parts", *more), resume=index > 0, watch=StopAfter(step))
+    assert_same(tmp_path / "parts", tmp_path / "whole", 5)
+    trained = [sorted((tmp_path / run).glob("[am]*/*.safetensors")) for run in ("parts", "whole")]
+    assert trained[0]
+    for ours, theirs in zip(*trained, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert (tmp_path / "parts" / "scores.json").read_text() == (tmp_path / "whole" / "scores.json").read_text()
+
+
 def assert_same(parts, whole, steps):
     """Every row of metrics, and every tensor of every checkpoint, are the same to the bit."""
     ours, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (parts, whole))

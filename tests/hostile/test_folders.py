@@ -23,11 +23,12 @@ from qlora_kit.export import merge
 from qlora_kit.lora import add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.peft_config import _is_pattern
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run.ask import has_chats
 from qlora_kit.run.folder import (
     check_unchanged,
     recorded_classes,
+    recorded_data,
     recorded_date,
+    recorded_plan,
     recorded_rate,
     recorded_reference,
 )
@@ -383,15 +384,24 @@ def test_weights_in_8_bits_whose_scales_nothing_names_are_refused(tmp_path, dtyp
     assert "\n" not in str(told.value)
 
 
+PLANNED = {"rank": 16, "quantize_head": False, "micro_batch": 2, "accumulation": 8,
+           "pace": {"lr": 1e-3, "lr_reason": "the recipe"}}  # fmt: skip
+
+
 @pytest.mark.parametrize(("name", "said"), [
     ("data.json", {"date": 5}), ("data.json", {"date": "2026-99-99"}), ("data.json", {"classes": 7}),
     ("data.json", {"fingerprints": [1]}), ("data.json", {"reference": 3}), ("data.json", {"chats": "x"}),
-    ("plan.json", {}), ("plan.json", {"pace": None}), ("plan.json", {"pace": {"lr": "x", "lr_reason": ""}}),
+    ("plan.json", {}), ("plan.json", PLANNED | {"pace": None}), ("plan.json", PLANNED | {"rank": "wide"}),
+    ("plan.json", PLANNED | {"pace": {"lr": "x", "lr_reason": ""}}), ("plan.json", PLANNED | {"micro_batch": 0}),
+    ("plan.json", PLANNED | {"accumulation": 1.5}), ("plan.json", PLANNED | {"loss_chunk": "all"}),
+    ("plan.json", PLANNED | {"eval_tokens": -1}), ("plan.json", PLANNED | {"added_tokens": 7}),
 ])  # fmt: skip
 def test_what_a_run_says_of_itself_is_taken_or_a_line(tmp_path, name, said):
     (tmp_path / name).write_text(json.dumps(said))
     recall = (
-        [recorded_rate] if name == "plan.json" else [recorded_date, recorded_classes, recorded_reference, has_chats]
+        [recorded_rate, recorded_plan]
+        if name == "plan.json"
+        else [recorded_date, recorded_classes, recorded_reference, recorded_data]
     )
     for recorded in (*recall, *([partial(check_unchanged, found={"base": "x"})] if name == "data.json" else [])):
         with pytest.raises(RunError, match=rf"\A[^\n]*{name}: [^\n]*(, wanted|is missing)[^\n]*\Z"):

@@ -343,7 +343,10 @@ def test_a_checkpoint_is_the_run_or_a_line(checkpoint, data):
         (checkpoint.path / name).write_bytes(whole)
 
 
-STATES = {"newer": 1}, {"rows": -5}, {"rows": "x"}, {"rows": 2.5}, {"tokens": None}, {"numbers": []}, {"best_loss": "x"}
+STATES = (
+    *({"rows": rows} for rows in (-5, "x", 2.5, 10**30)),
+    *({"newer": 1}, {"tokens": None}, {"numbers": []}, {"best_loss": "x"}),
+)
 
 
 @pytest.mark.parametrize("state", STATES)
