@@ -26,7 +26,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_kit import storage
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.files import check_model_folder, read_header
 from qlora_kit.base.formats import Quantization, quantize
@@ -646,7 +645,7 @@ def test_a_weight_too_large_for_float16_is_refused(tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(RunError, match=r"needs 64\.\d MiB on the disk of .* has 4\.88 KiB free"):
         export_merged(trained_model(), None, tmp_path / "deep/out")
     assert list(tmp_path.iterdir()) == []
@@ -661,7 +660,7 @@ def test_what_a_killed_export_left_makes_room_for_the_next_and_a_running_one_is_
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage(10**9, 0, 0 if left.exists() else 10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 0, 0 if left.exists() else 10**9))
     export_merged(trained_model(), None, tmp_path / "out")
     assert set(tmp_path.iterdir()) == {tmp_path / "out", *others}
 

@@ -12,7 +12,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qlora_kit import storage
 from qlora_kit.base import load_base
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError
@@ -344,7 +343,7 @@ def test_a_stopped_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written_and_the_audits_copy_counts(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5000, 5000)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     model, said = trained(small("llama", vocab_size=20_000)), []
     for batches in (None, held_out()):
         with pytest.raises(RunError, match=r"needs \d+\.\d MiB on the disk of .* has 4\.88 KiB free") as caught:

@@ -24,7 +24,6 @@ from test_families import dense_model as family_of
 from tiny import llama, mixtral, quantized, wake
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from qlora_kit import storage
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Grid, Quantization, quantize
 from qlora_kit.base.freeze import freeze_and_quantize
@@ -456,7 +455,7 @@ def test_the_room_that_is_asked_for_is_what_is_needed(tmp_path, monkeypatch):
     model = trained_model()
     free = {"bytes": 5000}
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage(10**9, 0, free["bytes"]))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 0, free["bytes"]))
     with pytest.raises(RunError, match=r"needs 64\.\d MiB on the disk of .* has 4\.88 KiB free"):
         export_quantized(model, None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ still stands, and what is new is whole or not there."""
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import tiny
 from safetensors import safe_open
 from test_gguf import byte_level
 
-from qlora_kit import storage
 from qlora_kit.base.formats import Quantization
 from qlora_kit.errors import RunError
 from qlora_kit.export import export_merged, export_quantized, shelf, stream
@@ -21,6 +21,8 @@ from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.lora import add_lora, save_adapter
 from qlora_kit.storage import (
     clear_abandoned,
+    files,
+    folders,
     passing_folder,
     read_json,
     remove_folder,
@@ -49,7 +51,7 @@ class Disk:
         self.done, self.at, self.act = 0, NEVER, None
         for home, name in OPERATIONS:
             monkeypatch.setattr(home, name, self._counted(getattr(home, name)))
-        for home in (storage, stream, writer, shelf):
+        for home in (files, stream, writer, shelf):
             monkeypatch.setattr(home, "open", self._opened, raising=False)
 
     def _counted(self, operation):
@@ -196,7 +198,7 @@ def test_whichever_write_fails_what_stood_before_stands_and_nothing_half_written
 
 
 def test_where_folders_cannot_exchange_names_a_failed_write_leaves_the_old_one_too(model, disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
     test_whichever_write_fails_what_stood_before_stands_and_nothing_half_written_is_left(
         AdapterFolder, model, disk, tmp_path
     )
@@ -231,7 +233,7 @@ def test_whenever_the_process_is_killed_what_stands_is_whole_and_the_next_save_c
 def test_where_folders_cannot_exchange_names_a_kill_between_the_two_renames_loses_nothing(
     model, disk, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
     saver, ends, were_away = AdapterFolder(model), [], 0
     for disk.at in range(1000):
         disk.act, disk.done = None, NEVER
@@ -269,7 +271,7 @@ def test_a_file_of_a_living_process_is_left_alone(tmp_path):
 
 def test_what_a_dead_process_of_the_same_number_left_is_cleared_up_or_put_back(tmp_path, monkeypatch):
     """In a container every run has the same number."""
-    monkeypatch.setattr(storage, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
 
     def leave(kind):
         left = tmp_path / f".run.{os.getpid()}.{kind}"
@@ -303,7 +305,7 @@ def test_a_folder_that_was_being_deleted_does_not_come_back(tmp_path):
     (doomed / "page").touch()
     child = os.fork()
     if child == 0:
-        storage.shutil.rmtree = lambda path: kill()
+        shutil.rmtree = lambda path: kill()
         remove_folder(doomed)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     assert not doomed.exists()
