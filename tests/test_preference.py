@@ -375,6 +375,29 @@ def test_kto_agrees_with_trl(peft_side, tmp_path):
     assert_same(model, theirs.model, loss, theirs._compute_loss(theirs.model, batch, False), gradients)
 
 
+def chosen_and_rejected(rows):
+    """The batch of TRL's trainer of odds ratios."""
+    batch = {}
+    for name, sequences in (("chosen", rows), ("rejected", [row.other for row in rows])):
+        made = side_by_side(sequences)
+        batch |= {f"{name}_input_ids": made["input_ids"], f"{name}_attention_mask": made["attention_mask"]}
+        batch[f"{name}_labels"] = made["input_ids"].masked_fill(made["completion_mask"] == 0, -100)
+    return batch
+
+
+@pytest.mark.slow
+def test_the_odds_ratio_of_orpo_agrees_with_trl_on_any_pairs(peft_side, tmp_path):
+    """Its part of the loss is what twice the weight adds; the other part is counted otherwise, as below."""
+    model, batch = tuned(4), chosen_and_rejected(pairs())
+    light, heavy = (trained(model, task_of(Train(task="orpo", beta=beta)), pairs())[0] for beta in (0.5, 1.0))
+    theirs = trainer_of("orpo", peft_side(), tmp_path, beta=0.5)
+    _, metrics = theirs.get_batch_loss_metrics(theirs.model, batch)
+    ratio = 2 * (heavy.value - light.value).item()
+    assert ratio == pytest.approx(-metrics["log_odds_ratio"], rel=1e-5)
+    assert ratio != pytest.approx(math.log(2), rel=1e-3), "that of two answers of one likelihood"
+    assert light.measures["reward_margin"].item() == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+
+
 @pytest.mark.slow
 def test_orpo_agrees_with_trl_where_both_count_the_same_tokens(peft_side, tmp_path):
     # TRL counts the chosen likelihood over prompt and answer and over the tokens of all pairs, the paper over answers
@@ -387,17 +410,7 @@ def test_orpo_agrees_with_trl_where_both_count_the_same_tokens(peft_side, tmp_pa
     loss, gradients = trained(model, task_of(Train(task="orpo", beta=0.2)), rows)
     theirs = trainer_of("orpo", peft_side(), tmp_path, beta=0.2)
 
-    def side(name, sequences):
-        made = side_by_side(sequences)
-        labels = made["input_ids"].masked_fill(made["completion_mask"] == 0, -100)
-        return {
-            f"{name}_input_ids": made["input_ids"],
-            f"{name}_attention_mask": made["attention_mask"],
-            f"{name}_labels": labels,
-        }
-
-    batch = side("chosen", rows) | side("rejected", [row.other for row in rows])
-    theirs_loss, _ = theirs.get_batch_loss_metrics(theirs.model, batch)
+    theirs_loss, _ = theirs.get_batch_loss_metrics(theirs.model, chosen_and_rejected(rows))
     assert_same(model, theirs.model, loss, theirs_loss, gradients)
 
 
