@@ -79,7 +79,8 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
     """One list of objects, one object over several lines, or one object a line as in .jsonl."""
     with path.open("rb") as file:
         start = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
-        is_whole = not (start.startswith(b"{") and start.endswith(b"}"))
+        is_cut = start.startswith(b"{") and not start.endswith(b"}")
+        is_whole = start.startswith(b"[") or is_cut or not start
     if not is_whole:
         yield from _json_lines(path, faults)
         return

@@ -128,7 +128,7 @@ def names_what_is_kept(folder: Path) -> Iterator[None]:
         if isinstance(error, RunError):
             found = str(error)
         elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-            found = f"{folder} cannot be written: {error.strerror}"
+            found = f"{error.filename or folder} cannot be written: {error.strerror}"
         else:
             raise
         kept = checkpoints(folder / CHECKPOINTS)
