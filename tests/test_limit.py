@@ -128,6 +128,37 @@ def fails(ask):
     return caught.value
 
 
+PRODUCTS = """
+import qlora_kit, torch
+from qlora_kit.memory.allocator import set_allocation_policy
+from qlora_kit.memory.counter import resident_bytes
+
+set_allocation_policy()
+w = torch.randn(688, 256).bfloat16()
+before = resident_bytes()[0]
+for tokens in range(16, 266):
+    torch.randn(tokens, 256).bfloat16() @ w.T @ w
+print(resident_bytes()[0] - before)
+"""
+
+
+@needs_proc
+def test_products_of_many_lengths_in_16_bits_leave_little_behind():
+    """A value of the user's own stands: so it is seen what they would leave."""
+
+    def left(**own):
+        names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+        clean = {name: value for name, value in os.environ.items() if name not in names}
+        asked = {**clean, **dict.fromkeys(names, own["capacity"])} if own else clean
+        done = subprocess.run([sys.executable, "-c", PRODUCTS], env=asked, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    many = left(capacity="1024")
+    if many < 150 * MIB:
+        pytest.skip("this processor multiplies 16 bits in another way")
+    assert left() < min(120 * MIB, many / 2), "64 forms of up to 1.5 MiB"
+
+
 def test_whose_memory_ran_out_is_told_by_kind_and_words():
     assert whose_memory_ran_out(fails(lambda: torch.empty(2**60, dtype=torch.uint8))) == "host"
     assert whose_memory_ran_out(fails(lambda: bytearray(2**60))) == "host"
