@@ -344,6 +344,7 @@ def test_a_run_within_a_budget_takes_fewer_rows_at_a_time_and_keeps_to_it(recipe
     assert plan["pace"]["micro_batch"] == plan["micro_batch"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_budget_evaluation_decides_takes_fewer_held_out_rows_at_a_time_and_scores_the_same(recipe):
     """Short rows to train on, long ones held out: in their usual batches these take most of all."""
     held = recipe.parent / "held.jsonl"
