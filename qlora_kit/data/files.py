@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.json_list import json_values
-from qlora_kit.data.values import from_json, twice
+from qlora_kit.data.values import from_json, not_utf8, twice
 from qlora_kit.errors import DataError
 
 RawRow: TypeAlias = tuple[str, Any]
@@ -172,9 +172,7 @@ def _decode(data: bytes, where: object, codec: str = "utf-8-sig") -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         place = where if isinstance(where, str) else f"{where}:{line}"
-        raise DataError(
-            f"{place}: not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8"
-        ) from None
+        raise not_utf8(error, place) from None
 
 
 def _parse(text: str, where: str) -> Any:

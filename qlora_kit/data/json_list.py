@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_kit.data.values import DECODER
+from qlora_kit.data.values import DECODER, not_utf8
 from qlora_kit.errors import DataError
 
 WINDOW_BYTES = 2**20
@@ -37,15 +37,15 @@ def json_values(path: Path) -> Iterator[Any]:
 
 
 def _elements(window: "_Window") -> Iterator[Any]:
-    window.pass_by("[")
+    window.step()
     if window.next() != "]":
         yield window.value()
         while window.next() == ",":
-            window.pass_by(",")
+            window.step()
             yield window.value()
     if window.next() != "]":
         raise window.fault("wanted a comma or the end of the list")
-    window.pass_by("]")
+    window.step()
 
 
 class _Window:
@@ -65,9 +65,9 @@ class _Window:
                 return self.text[self.at : self.at + 1]
             self._more()
 
-    def pass_by(self, character: str) -> None:
+    def step(self) -> None:
         """Go behind the character that is there."""
-        self.at += len(character)
+        self.at += 1
 
     def value(self) -> Any:
         """The value that begins here; the place moves behind it."""
@@ -106,8 +106,7 @@ class _Window:
         except UnicodeDecodeError as error:
             before = self.text + error.object[: error.start].decode()
             line, _ = _moved(self.line, self.column, before)
-            byte = error.object[error.start]
-            raise DataError(f"{self.path}:{line}: not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8") from None
+            raise not_utf8(error, f"{self.path}:{line}") from None
 
 
 def _end_of_space(text: str, at: int) -> int:

@@ -44,6 +44,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def not_utf8(error: UnicodeDecodeError, place: str) -> DataError:
+    """An error that names the byte at which a file stops being text, and where it stands."""
+    return DataError(f"{place}: not UTF-8 (byte 0x{error.object[error.start]:02x}): save the file as UTF-8")
+
+
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
 """Of all rows: one that keeps every key."""
 

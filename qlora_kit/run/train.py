@@ -172,7 +172,8 @@ def _scored(
         its = load(recipe, prepared, Ledger(), watch, trust_remote_code) if is_changed else model
         return score_base(its, prepared, task, loss_chunk)
 
-    which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, loss_chunk)
+    batched = loss_chunk, prepared.pace.eval_tokens  # on which roundings depend
+    which = (base, base_as_held(recipe), recipe.lora.from_, prepared.eval.fingerprint, task, *batched)
     return score(model, prepared, task, loss_chunk, common.take("score of the base", which, of_its_base))
 
 
