@@ -12,7 +12,7 @@ from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.folder import recorded_classes, recorded_data
+from qlora_kit.run.recorded import recorded_classes, recorded_data
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_any, run_of
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts

@@ -37,16 +37,10 @@ from qlora_kit.run.folder import (
     RESULT,
     SCORES,
     check_run_folder,
-    check_unchanged,
     clear_run_folder,
     describe_run,
     files_of_run,
     provenance_of,
-    recorded_data,
-    recorded_date,
-    recorded_plan,
-    recorded_rate,
-    recorded_reference,
     reported,
     run_folder,
     settings_of,
@@ -54,6 +48,14 @@ from qlora_kit.run.folder import (
 )
 from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
+from qlora_kit.run.recorded import (
+    check_unchanged,
+    recorded_data,
+    recorded_date,
+    recorded_plan,
+    recorded_rate,
+    recorded_reference,
+)
 from qlora_kit.run.score import Scored, score, score_base
 from qlora_kit.run.start import as_it_starts, check_reference
 from qlora_kit.storage import checksums, write_json

@@ -14,15 +14,8 @@ from qlora_kit.data import Classes
 from qlora_kit.errors import RunError
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
-from qlora_kit.run.folder import (
-    CHECKPOINTS,
-    RECIPE,
-    recorded_classes,
-    recorded_data,
-    recorded_date,
-    recorded_reference,
-    trained_folder,
-)
+from qlora_kit.run.folder import CHECKPOINTS, RECIPE, trained_folder
+from qlora_kit.run.recorded import recorded_classes, recorded_data, recorded_date, recorded_reference
 from qlora_kit.run.rows import eval_batches, held_out_rows, positions_for
 from qlora_kit.run.score import of_base, score_rows
 from qlora_kit.run.start import check_reference

@@ -23,7 +23,7 @@ from qlora_kit.export import merge
 from qlora_kit.lora import add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.lora.peft_config import _is_pattern
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run.folder import (
+from qlora_kit.run.recorded import (
     check_unchanged,
     recorded_classes,
     recorded_data,
