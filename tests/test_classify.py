@@ -245,7 +245,7 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert {key: found[key] for key in ("accuracy", "f1")} == {
         key: scores["adapter"][key] for key in ("accuracy", "f1")
     }
-    assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "eval")
+    assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "qlora-kit classify")
     exported = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
     assert "same label 100.00%" in exported.output
@@ -260,7 +260,9 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert {key: found[key] for key in ("accuracy", "f1")} == {
         key: scores["adapter"][key] for key in ("accuracy", "f1")
     }
-    assert_mistake(call("generate", tmp_path / "merged", "--prompt", "a cat"), "tells texts apart", "eval")
+    assert_mistake(
+        call("generate", tmp_path / "merged", "--prompt", "a cat"), "tells texts apart", "qlora-kit classify"
+    )
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert plain.config.id2label == {0: "cat", 1: "dog", 2: "owl"}

@@ -17,6 +17,7 @@ import typer
 
 from qlora_kit import __version__
 from qlora_kit.cli.chat import chat
+from qlora_kit.cli.classify import classify
 from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.guard import DEBUG, reports_errors
@@ -191,6 +192,7 @@ def evaluate(
 
 
 app.command()(reports_errors(generate))
+app.command()(reports_errors(classify))
 app.command()(reports_errors(chat))
 app.command()(reports_errors(sweep))
 app.command()(reports_errors(verify))

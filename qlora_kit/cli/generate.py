@@ -1,16 +1,11 @@
 """`qlora-kit generate`: answers to one prompt, or to a file of them."""
 
-import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qlora_kit.cli.answers import Out, Tell, check_new, gather, show
 from qlora_kit.cli.options import (
     AsJson,
     Force,
@@ -27,10 +22,7 @@ from qlora_kit.cli.options import (
     UseBase,
     sampling_of,
 )
-from qlora_kit.cli.visible import visible
-from qlora_kit.errors import RecipeError, RunError
-from qlora_kit.storage import SCHEMA, write_text
-from qlora_kit.units import counted
+from qlora_kit.errors import RecipeError
 
 
 def generate(
@@ -43,10 +35,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="A new file for the answers, one JSON object a line; default: print.", show_default=False),
-    ] = None,
+    out: Out = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -69,88 +58,16 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise RecipeError("give one of --prompt TEXT and --prompts FILE")
-    if out is not None and out.exists():
-        raise RunError(f"{out} exists already; name a new file with --out")
+    check_new(out)
     import_libraries()
     from qlora_kit.run import answer, load_speaker
 
     sampling = sampling_of(temperature, top_p, top_k, min_p, repetition_penalty, seed, tuple(stop or ()))
-    asked = prompts if prompts is not None else [prompt or ""]
-    with _kept(out) as keep, _progress() as progress:
+
+    def ask(tell: Tell) -> list[dict[str, Any]]:
         speaker = load_speaker(run, raw=raw, bare_base=base, force=force, trust_remote_code=trust_remote_code)
+        asked = prompts if prompts is not None else [prompt or ""]
+        return answer(speaker, asked, max_new_tokens=max_new_tokens, system=system, sampling=sampling, tell=tell)
 
-        def tell(answers: Sequence[Mapping[str, Any]], of: int) -> None:
-            keep(answers)
-            progress(len(answers), of)
-
-        answers = answer(speaker, asked, max_new_tokens=max_new_tokens, system=system, sampling=sampling, tell=tell)
-        lines = _lines(answers)
-        if out is not None:
-            write_text(out, lines)
-    if as_json:
-        typer.echo(json.dumps({"schema": SCHEMA, "answers": answers}, indent=2))
-    elif out is not None:
-        typer.echo(f"{len(answers):,} answers in {visible(str(out))}")
-    else:
-        said = lines if prompts is not None else answers[0]["answer"] + "\n"
-        typer.echo(visible(said, keep="\n\t") if sys.stdout.isatty() else said, nl=False)
-
-
-def _lines(answers: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in answers)
-
-
-@contextmanager
-def _kept(out: Path | None) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
-    """Takes answers as they come, so that a stop loses none: they stand in FILE.part until FILE has them all.
-
-    Raises:
-        RunError: there can be no such file, or answers of a run that was stopped stand there.
-    """
-    if out is None:
-        yield lambda answers: None
-        return
-    part, made = out.with_name(f"{out.name}.part"), 0
-    if part.exists():
-        raise RunError(f"{part} holds answers of a run that was stopped; move it away, or name a new file with --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "x", encoding="utf-8")  # noqa: SIM115 - the block below closes it
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}; name another file with --out") from error
-
-    def keep(answers: Sequence[Mapping[str, Any]]) -> None:
-        nonlocal made
-        file.write(_lines(answers))
-        file.flush()
-        made += len(answers)
-
-    try:
-        with file:
-            yield keep
-    finally:
-        if made and not out.exists():
-            typer.echo(f"stopped: {counted(made, 'answer')} are in {part}", err=True)
-        else:
-            part.unlink()
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Is told how many more prompts are answered, and of how many; shows it on standard error: a bar, or a line now and
-    then where there is no terminal."""
-    console = Console(stderr=True, highlight=False)
-    columns = TextColumn("[bold]answers[/]"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task, done, told = bar.add_task("answers", total=None), 0, 0
-
-    def tell(more: int, of: int) -> None:
-        nonlocal done, told
-        done += more
-        bar.update(task, completed=done, total=of)
-        if not console.is_terminal and of > 1 and (done - told >= of / 10 or done == of):
-            told = done
-            console.print(f"answered {done:,} of {of:,}")
-
-    with bar:
-        yield tell
+    answers = gather(out, ask)
+    show(answers, out, as_json=as_json, said=None if prompt is None else answers[0]["answer"] + "\n")

@@ -43,6 +43,7 @@ from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.sources import Reader, Source, open_sources
 from qlora_kit.data.table import RowTable, lengths_of
 from qlora_kit.data.template import encode, encode_turns
+from qlora_kit.data.texts import Unlabelled, read_texts, unlabelled
 
 __all__ = [
     "FALLBACK",
@@ -73,6 +74,7 @@ __all__ = [
     "Scan",
     "Source",
     "Text",
+    "Unlabelled",
     "add_tokens",
     "arrange",
     "as_stepped",
@@ -110,6 +112,7 @@ __all__ = [
     "open_sources",
     "read_prompts",
     "read_row",
+    "read_texts",
     "remarks_on",
     "scan",
     "show_rows",
@@ -117,4 +120,5 @@ __all__ = [
     "split_eval",
     "swap_answers",
     "template_tokens",
+    "unlabelled",
 ]

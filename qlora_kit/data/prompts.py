@@ -4,7 +4,7 @@ A prompt is a row whose answer is not known yet: it is given one that stands for
 and of what comes out the prompt is taken. So no second rendering can drift from the first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,10 +89,8 @@ def read_prompts(
     Raises:
         DataError: there is no such file, or no prompt in it, or there are bad rows: the first 20, with their lines.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is a folder; give one file" if path.is_dir() else f"{path}: there is no such file")
     faults, prompts = Faults(), []
-    for where, raw in _lines(path) if path.suffix.lower() == ".txt" else raw_rows(path, faults):
+    for where, raw in asked_rows(path, "prompt", faults):
         try:
             prompts.append(_prompt(_read(raw, where, columns or {}), tokenizer, is_chat, system, thinking))
         except DataError as error:
@@ -104,23 +102,50 @@ def read_prompts(
     return prompts
 
 
-def _lines(path: Path) -> list[tuple[str, Any]]:
+def asked_rows(path: Path, column: str, faults: Faults) -> Iterable[tuple[str, Any]]:
+    """The rows of a file that a model is asked, each with its place.
+
+    Args:
+        path: .txt with one a line, or rows in a file that training reads.
+        column: that the lines of a text are.
+        faults: what cannot be read is left here.
+
+    Raises:
+        DataError: there is no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is a folder; give one file" if path.is_dir() else f"{path}: there is no such file")
+    return _lines(path, column) if path.suffix.lower() == ".txt" else raw_rows(path, faults)
+
+
+def renamed(raw: Any, columns: Mapping[str, str]) -> Any:
+    """A row under the names that a format expects, which it may have already; what is no row stays.
+
+    Args:
+        raw: the row.
+        columns: expected name -> name in the rows of the run.
+    """
+    if not isinstance(raw, Mapping):
+        return raw
+    return {**raw, **{expected: raw[name] for expected, name in columns.items() if name in raw}}
+
+
+def _lines(path: Path, column: str) -> list[tuple[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start})") from error
-    return [(f"{path}:{number}", {"prompt": line.rstrip("\r")}) for number, line in enumerate(lines, 1) if line.strip()]
+    return [(f"{path}:{number}", {column: line.rstrip("\r")}) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _read(raw: Any, where: str, columns: Mapping[str, str]) -> Example:
     """What a row asks; of a pair of answers it is what the one that is preferred answers."""
-    if isinstance(raw, Mapping):
-        raw = {**raw, **{expected: raw[name] for expected, name in columns.items() if name in raw}}
-        if raw.get("chosen") is not None and raw.get("rejected") is not None:
-            pair = read_row(raw, where, format="preference", task="dpo")
-            return pair.chosen if isinstance(pair, Preference) else pair
+    raw = renamed(raw, columns)
+    if isinstance(raw, Mapping) and raw.get("chosen") is not None and raw.get("rejected") is not None:
+        pair = read_row(raw, where, format="preference", task="dpo")
+        return pair.chosen if isinstance(pair, Preference) else pair
     return read_row(_answered(raw), where)
 
 

@@ -6,6 +6,7 @@ and what a finished run is used for. What a person sees goes through `Watch`; wh
 """
 
 from qlora_kit.run.ask import Speaker, answer, load_speaker
+from qlora_kit.run.classify import classify
 from qlora_kit.run.export import Asked, compare_exports, export_run
 from qlora_kit.run.pick_rate import PickedRate, Tried, pick_rate
 from qlora_kit.run.plan import check_budget, plan_memory
@@ -29,6 +30,7 @@ __all__ = [
     "Verified",
     "answer",
     "check_budget",
+    "classify",
     "compare_exports",
     "evaluate",
     "export_run",

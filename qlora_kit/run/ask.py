@@ -7,14 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.base.architecture import stored_head
 from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.recorded import recorded_classes, recorded_data
+from qlora_kit.run.recorded import recorded_data
 from qlora_kit.run.rows import positions_of
-from qlora_kit.run.use import load_any, run_of
+from qlora_kit.run.use import load_any, run_of, tells_apart
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts
 
 
@@ -79,9 +78,11 @@ def load_speaker(
     Raises:
         QloraKitError: as `load_run`.
     """
+    if tells_apart(folder):
+        raise RunError(
+            f"{folder} tells texts apart and says nothing; ask it with qlora-kit classify {folder} --text TEXT"
+        )
     run = run_of(folder)
-    if _tells_apart(folder if run is None else run, is_run=run is not None):
-        raise RunError(f"{folder} tells texts apart and says nothing; ask it with qlora-kit eval {folder} --data FILE")
     model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if run is None or recipe is None:
         return Speaker(model, tokenizer, tokenizer.chat_template is not None and not raw)
@@ -94,13 +95,6 @@ def speaker_of(
     """The model of a run, which is asked as the run asked it; `raw` leaves the chat template away."""
     is_chat = bool(recorded_data(run).get("chats"))
     return Speaker(model, tokenizer, is_chat and not raw, recipe.data.thinking, recipe.data.columns)
-
-
-def _tells_apart(folder: Path, *, is_run: bool) -> bool:
-    """Whether the model of a run, or of a folder with weights, is a classifier."""
-    if is_run:
-        return recorded_classes(folder) is not None
-    return (folder / "config.json").is_file() and stored_head(folder) == "classification"
 
 
 def answer(

@@ -134,6 +134,13 @@ def run_of(folder: Path) -> Path | None:
     return above[1] if is_checkpoint else None
 
 
+def tells_apart(folder: Path) -> bool | None:
+    """Whether the model of a run, of its checkpoint, or of a folder with weights is a classifier; None without one."""
+    if (run := run_of(folder)) is not None:
+        return recorded_classes(run) is not None
+    return stored_head(folder) == "classification" if (folder / "config.json").is_file() else None
+
+
 def _go_to_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
     """Give a base what its run had trained when the checkpoint was written."""
     if faults := verify_checkpoint(folder):

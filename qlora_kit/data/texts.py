@@ -1,0 +1,71 @@
+"""Texts: what a trained classifier is asked, put to it as training put its rows.
+
+As a prompt is given an answer that stands for it, a text is given a label, and goes the way of a row of training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.data.classes import Classes
+from qlora_kit.data.columns import read_row
+from qlora_kit.data.examples import Example
+from qlora_kit.data.faults import Faults
+from qlora_kit.data.prompts import asked_rows, renamed
+from qlora_kit.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Unlabelled:
+    """A text whose class is asked.
+
+    Attributes:
+        example: the row that is encoded, with a label that stands for the one to be told.
+        text: of it.
+        reference: the label that the row has, as it was written; None where it has none.
+    """
+
+    example: Example
+    text: str
+    reference: Any = None
+
+
+def unlabelled(text: str, classes: Classes) -> Unlabelled:
+    """A text to be told apart.
+
+    Raises:
+        DataError: it is empty, or has characters that are none.
+    """
+    return _asked({"text": text}, "the text", classes)
+
+
+def read_texts(path: Path, classes: Classes, *, columns: Mapping[str, str] | None = None) -> list[Unlabelled]:
+    """The texts of a file.
+
+    Args:
+        path: .txt with a text a line, or rows with a column `text` in a file that training reads; `label` may be
+            missing, and where it is there it is the reference.
+        classes: of the model.
+        columns: expected name -> name in the rows of the run; a row may have either.
+
+    Raises:
+        DataError: there is no such file, or no text in it, or there are bad rows: the first 20, with their lines.
+    """
+    faults, texts = Faults(), []
+    for where, raw in asked_rows(path, "text", faults):
+        try:
+            texts.append(_asked(renamed(raw, columns or {}), where, classes))
+        except DataError as error:
+            faults.add(str(error))
+    faults.stop()
+    if not texts:
+        raise DataError(f"{path} holds no texts")
+    return texts
+
+
+def _asked(raw: Any, where: str, classes: Classes) -> Unlabelled:
+    is_row = isinstance(raw, Mapping)
+    given = {**raw, "label": [classes.names[0]]} if is_row else raw
+    example = read_row(given, where, format="classification", task="classify")
+    return Unlabelled(example, raw["text"], raw.get("label"))
