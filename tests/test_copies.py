@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.base import copies, dense, experts, load_base
 from qlora_kit.base.copies import Copy
-from qlora_kit.base.files import read_header
+from qlora_kit.base.header import read_header
 from qlora_kit.base.record import base_record
 from qlora_kit.errors import ModelError
 from qlora_kit.lora import add_lora, load_adapter, save_adapter

@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from qlora_kit.base.dense import QuantizedLinear
-from qlora_kit.base.files import check_model_folder, read_header
+from qlora_kit.base.files import check_model_folder
 from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.header import read_header
 from qlora_kit.base.load import load_base
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data import Encoded, collate

@@ -13,7 +13,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from local_hub import COMMIT, Handler, files_of, serving
 from safetensors.torch import load_file, save_file
 
-from qlora_kit.base.files import check_model_folder, read_header, weight_files
+from qlora_kit.base.files import check_model_folder, weight_files
+from qlora_kit.base.header import read_header
 from qlora_kit.base.hub import locate_model
 from qlora_kit.errors import ModelError
 from qlora_kit.units import GIB

@@ -32,6 +32,7 @@ from qlora_kit.ops import (
     native,
     sliced_cross_entropy,
     sliced_linear,
+    softmax_gradient,
 )
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.evaluate import evaluate_loss
@@ -57,6 +58,12 @@ def way(request, monkeypatch):
     else:
         assert native.library() is not None, "these tests want a C compiler"
     return request.param
+
+
+def slice_after(monkeypatch, elements):
+    """Slices of a chunk, and of the gradients that are scaled, of so many elements."""
+    for room in (op, softmax_gradient):
+        monkeypatch.setattr(room, "SLICE_ELEMENTS", elements)
 
 
 # --- the op -----------------------------------------------------------------------------------------------------------
@@ -138,7 +145,7 @@ def test_a_slice_of_the_vocabulary_at_a_time_changes_nothing(monkeypatch):
     tiny.uncompiled(monkeypatch)
     h, labels, *head = problem(torch.bfloat16)
     once = answers(dense(labels, RULES[3], 13), h, *head)
-    monkeypatch.setattr(op, "SLICE_ELEMENTS", 2 * VOCAB + 1)
+    slice_after(monkeypatch, 2 * VOCAB + 1)
     assert all(map(torch.equal, answers(dense(labels, RULES[3], 13), h, *head)[1:], once[1:]))
 
 
@@ -290,7 +297,7 @@ def test_row_by_row_in_c_it_is_float64_up_to_one_rounding(vocab, rule, dtype, wa
     l64 = logits.double().requires_grad_()
     wanted = 0.7 * nn.functional.cross_entropy(rule(l64), labels, ignore_index=IGNORED, reduction="sum")
     wanted.backward()
-    loss = op._loss_and_gradient(logits, labels, rule, 0.7)  # puts the gradient in the place of the logits
+    loss = softmax_gradient.loss_and_gradient(logits, labels, rule, 0.7)  # puts the gradient in the place of the logits
     assert not logits[labels == IGNORED].any()
     assert (loss - wanted.detach()).abs() <= 1e-6 * wanted.detach().abs() + 1e-6
     if vocab > 1:  # of a single token the gradient is nothing
@@ -312,8 +319,8 @@ def test_logits_that_are_no_numbers_are_so_in_c_as_in_plain_torch(monkeypatch):
         if way == "plain":
             tiny.uncompiled(monkeypatch)
         rows = logits.clone()
-        assert (op._kernel(rows) is None) == (way == "plain")
-        losses = torch.stack([op._loss_and_gradient(row[None], labels, RULES[0], 0.7) for row in rows])
+        assert (softmax_gradient._kernel(rows) is None) == (way == "plain")
+        losses = torch.stack([softmax_gradient.loss_and_gradient(row[None], labels, RULES[0], 0.7) for row in rows])
         found[way] = losses, rows
     assert found["plain"][0].isfinite().tolist() == [True, True, False, False, True, False]
     for compiled, plain in zip(*found.values(), strict=True):
@@ -324,9 +331,9 @@ def test_in_c_more_threads_give_the_same_bits(monkeypatch):
     logits, labels = torch.randn(37, 3001).bfloat16(), torch.arange(37)
     found = []
     for threads in (1, 2):
-        monkeypatch.setattr(op, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr(softmax_gradient, "threads", lambda threads=threads: threads)
         rows = logits.clone()
-        found.append((op._loss_and_gradient(rows, labels, RULES[0], 1.0), rows))
+        found.append((softmax_gradient.loss_and_gradient(rows, labels, RULES[0], 1.0), rows))
     assert found[0][1].any()
     assert all(map(torch.equal, *found))
 
@@ -526,7 +533,7 @@ def test_the_logits_never_stand_whole(head, dtype, way, monkeypatch):
     """By hand: a chunk's logits in the compute dtype; of 16 bits, but in C, a slice in fp32; dh; what the head needs.
     Two more rows of the chunk and 4 KiB pay for what is as small as a column."""
     make, needed = STANDING[head]
-    monkeypatch.setattr(op, "SLICE_ELEMENTS", 2 * WIDE["vocab_size"])
+    slice_after(monkeypatch, 2 * WIDE["vocab_size"])
     monkeypatch.setattr(slices, "SLICE_ELEMENTS", 64 * 48)
     size, vocab = dtype.itemsize, WIDE["vocab_size"]
     sliced = 2 * vocab * 4 if size == 2 and way == "plain" else 0

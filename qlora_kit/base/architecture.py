@@ -17,7 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qlora_kit.base.files import read_object, tensor_names
+from qlora_kit.base.files import tensor_names
+from qlora_kit.base.header import read_object
 from qlora_kit.base.prequantized import stored_quantization
 from qlora_kit.errors import ModelError, first_line
 from qlora_kit.storage import read_json

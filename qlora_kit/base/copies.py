@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_kit.base.dense import QuantizedWeight
-from qlora_kit.base.files import TensorEntry, read_header, weight_files
+from qlora_kit.base.files import weight_files
+from qlora_kit.base.header import TensorEntry, read_header
 from qlora_kit.errors import ModelError, RunError
 from qlora_kit.ops import native
 from qlora_kit.storage import (

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qlora_kit.base.files import has_tokenizer, is_inside, read_object, text_faults
+from qlora_kit.base.files import has_tokenizer, is_inside, text_faults
+from qlora_kit.base.header import read_object
 from qlora_kit.errors import ModelError, tokenizing
 
 _MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qlora_kit.base.experts import stack_experts
-from qlora_kit.base.files import file_inside, read_header
+from qlora_kit.base.files import file_inside
+from qlora_kit.base.header import read_header
 from qlora_kit.base.record import BaseRecord, base_record
 from qlora_kit.errors import AdapterError, ModelError, listed
 from qlora_kit.lora.contents import LEAVES, PREFIX, ROWS, Contents, Parts, sort_out, stems

@@ -3,8 +3,6 @@
 from qlora_kit.ops.frozen import Decode, Stored
 from qlora_kit.ops.gated import Gate, gated, gated_plain
 from qlora_kit.ops.linear_cross_entropy import (
-    IGNORED,
-    LogitRule,
     head_cross_entropy,
     linear_cross_entropy,
     linear_cross_entropy_plain,
@@ -24,6 +22,7 @@ from qlora_kit.ops.rms_norm import Form, rms_norm, rms_norm_plain
 from qlora_kit.ops.rotary import rotary, rotary_plain
 from qlora_kit.ops.sliced_cross_entropy import sliced_cross_entropy
 from qlora_kit.ops.slices import sliced_linear
+from qlora_kit.ops.softmax_gradient import IGNORED, LogitRule
 from qlora_kit.ops.workspace import Workspace
 
 __all__ = [

@@ -23,19 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlora_kit.ops.linear_cross_entropy import (
-    IGNORED,
-    PLAIN,
-    LogitRule,
-    apply_rule,
-    apply_rule_backward,
-    scaled_gradients,
-    split_factor,
-    token_chunks,
-    wide_dtype,
-)
+from qlora_kit.ops.linear_cross_entropy import scaled_gradients, split_factor, token_chunks
 from qlora_kit.ops.lora_linear import compute_dtype
 from qlora_kit.ops.slices import DecodeRows, row_slices
+from qlora_kit.ops.softmax_gradient import IGNORED, PLAIN, LogitRule, apply_rule, apply_rule_backward, wide_dtype
 
 TOKENS = 1024
 """Tokens for which the head is decoded twice. With 152 k rows of 3,584 that is a ninth of the time of its products."""

@@ -19,7 +19,8 @@ from safetensors.torch import save, save_file
 from test_report import full_documents, write_run
 
 from qlora_kit.base.architecture import read_config as read_model_config
-from qlora_kit.base.files import check_model_folder, read_header, weight_files
+from qlora_kit.base.files import check_model_folder, weight_files
+from qlora_kit.base.header import read_header
 from qlora_kit.data import Encoded, EncodedSet, cache, load_rows
 from qlora_kit.data.faults import Faults
 from qlora_kit.errors import QloraKitError, RunError

@@ -1,6 +1,6 @@
 """A chunk's logits become their own gradient in place: a row a program, read twice and written once, all in fp32.
 
-The twin is `_of_slice` in `ops/linear_cross_entropy.py`, which makes fp32 copies of a slice and takes ten passes over
+The twin is `_of_slice` in `ops/softmax_gradient.py`, which makes fp32 copies of a slice and takes ten passes over
 them. A row whose label is ignored is not read. A label that is no token gives a loss of NaN, and the run stops: a
 kernel cannot raise.
 
