@@ -761,15 +761,28 @@ def test_where_a_processor_multiplies_no_tiles_weights_are_decoded(monkeypatch):
         multiply.multiply_stored(x, layer._buffers, layer.quantization, space)
 
 
+CPU = torch.device("cpu")
+
+
+def tables():
+    """Those of all formats, made anew."""
+    made = *(kernels.table_4bit.__wrapped__(kind, CPU) for kind in ("nf4", "fp4")), kernels.table_8bit.__wrapped__(CPU)
+    return [table.tolist() for table in made]
+
+
+@pytest.mark.parametrize("defaults", [{"dtype": torch.bfloat16}, {"device": "meta"}], ids=str)
+def test_the_tables_of_codes_are_the_same_whatever_torchs_defaults_are(defaults):
+    nf4, *_ = usual = tables()
+    assert min(value for value in nf4 if value > 0) == pytest.approx(0.07958029955625534, abs=1e-9)  # QLoRA, appendix E
+    with tiny.defaults(**defaults):
+        assert tables() == usual
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("default", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
-def test_the_tables_of_codes_are_the_same_whatever_torchs_defaults_are(default):
+def test_they_are_the_same_whatever_the_defaults_were_when_the_kit_was_imported(default):
     told = "[each.tolist() for each in (table_4bit('nf4', cpu), table_4bit('fp4', cpu), table_8bit(cpu))]"
     made = f"from qlora_kit.base.kernels import *; cpu = torch.device('cpu'); print({told})"
-    found = {
-        first: subprocess.run(
-            [sys.executable, "-c", f"import torch; {first}; {made}"], check=True, capture_output=True, text=True
-        ).stdout
-        for first in ("pass", default)
-    }
-    assert found[default] == found["pass"]
-    assert "0.0795802" in found["pass"], "nf4's least positive value: QLoRA, appendix E"
+    command = [sys.executable, "-c", f"import torch; {default}; {made}"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert json.loads(found) == tables()

@@ -110,11 +110,17 @@ def test_more_threads_than_there_are_columns_are_no_fault():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("first", [
-    "torch.set_default_dtype(torch.bfloat16)", "torch.set_default_dtype(torch.float64)",
-    "torch.set_default_device('meta')", "torch.set_num_threads(33)",
-])  # fmt: skip
-def test_that_a_processor_has_tiles_is_found_whatever_the_defaults_are(first):
+@pytest.mark.parametrize(
+    "defaults", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}, {"threads": 33}], ids=str
+)
+def test_that_a_processor_has_tiles_is_found_whatever_the_defaults_are(defaults):
+    with tiny.defaults(**defaults):
+        assert native.has_tiles.__wrapped__(), "asked anew"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
+def test_it_is_found_whatever_the_defaults_were_when_the_kit_was_imported(first):
     found = "from qlora_kit.base.multiply import has_tiles; print(has_tiles())"
     command = [sys.executable, "-c", f"import torch; {first}; {found}"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "True"

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -53,8 +54,9 @@ def device_name(device: torch.device) -> str:
     return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
+@cache
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of a matrix product, measured now.
+    """Floating-point operations a second of a matrix product, measured once.
 
     Args:
         device: to measure.
