@@ -26,8 +26,9 @@ from qlora_kit.data.thinking import CLOSE, with_thinking
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
+from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
-from qlora_kit.run.rows import eval_batches
+from qlora_kit.run.rows import column_maps, eval_batches
 from qlora_kit.run.score import score_rows
 from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
@@ -359,11 +360,13 @@ def test_thoughts_of_a_prompt_are_treated_as_training_treated_them(family, mode,
 
 def test_prompts_are_read_under_the_names_that_a_run_gave_its_columns(model, tmp_path):
     _, tokenizer = model
-    (tmp_path / "p.jsonl").write_text('{"q": "say cat ", "a": "cat"}\n{"q": "say cat "}\n{"prompt": "say cat "}\n')
-    columns = {"prompt": "q", "completion": "a"}
+    rows = {"q": "say cat ", "a": "cat"}, {"q": "say cat "}, {"prompt": "say cat "}, {"frage": "say cat ", "a": "dog"}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": "a.jsonl", "columns": {"prompt": "frage", "completion": "a"}}, "b.jsonl", {"path": "c.jsonl"}]
+    columns = column_maps(Data.model_validate({"train": sources, "columns": {"prompt": "q", "completion": "a"}}))
     found = read_prompts(tmp_path / "p.jsonl", tokenizer, is_chat=False, columns=columns)
-    assert [prompt.ids for prompt in found] == [ask("say cat ", tokenizer, is_chat=False).ids] * 3
-    assert [prompt.reference for prompt in found] == ["cat", None, None]
+    assert [prompt.ids for prompt in found] == [ask("say cat ", tokenizer, is_chat=False).ids] * 4
+    assert [prompt.reference for prompt in found] == ["cat", None, None, "dog"]
 
 
 @pytest.mark.parametrize("mode", ["keep", "strip"])
@@ -372,7 +375,7 @@ def test_a_run_is_asked_with_its_thinking_and_its_columns_in_files_and_in_a_chat
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
     run = shutil.copytree(chat_run, tmp_path / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["data"] |= {"thinking": mode, "columns": {"messages": "turns"}}
+    recipe["data"] |= {"thinking": mode, "train": [{"path": "rows.jsonl", "columns": {"messages": "turns"}}]}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "p.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
     asked, speaker = [], load_speaker(run)

@@ -4,7 +4,7 @@ A prompt is a row whose answer is not known yet: it is given one that stands for
 and of what comes out the prompt is taken. So no second rendering can drift from the first.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,7 @@ def read_prompts(
     is_chat: bool,
     system: str | None = None,
     thinking: Thinking = "keep",
-    columns: Mapping[str, str] | None = None,
+    columns: Sequence[Mapping[str, str]] = (),
 ) -> list[Prompt]:
     """The prompts of a file.
 
@@ -84,7 +84,7 @@ def read_prompts(
         is_chat: whether texts are turns of a chat.
         system: what chats open with that have no system turn.
         thinking: as for `ask`.
-        columns: expected name -> name in the rows of the run; a row may have either.
+        columns: as for `renamed`; a row may have the names that a format expects all the same.
 
     Raises:
         DataError: there is no such file, or no prompt in it, or there are bad rows: the first 20, with their lines.
@@ -92,7 +92,7 @@ def read_prompts(
     faults, prompts = Faults(), []
     for where, raw in asked_rows(path, "prompt", faults):
         try:
-            prompts.append(_prompt(_read(raw, where, columns or {}), tokenizer, is_chat, system, thinking))
+            prompts.append(_prompt(_read(raw, where, columns), tokenizer, is_chat, system, thinking))
         except DataError as error:
             told = str(error)
             faults.add(told if told.startswith(where) else f"{where}: {told}")
@@ -118,16 +118,18 @@ def asked_rows(path: Path, column: str, faults: Faults) -> Iterable[tuple[str, A
     return _lines(path, column) if path.suffix.lower() == ".txt" else raw_rows(path, faults)
 
 
-def renamed(raw: Any, columns: Mapping[str, str]) -> Any:
-    """A row under the names that a format expects, which it may have already; what is no row stays.
+def renamed(raw: Any, columns: Sequence[Mapping[str, str]]) -> Any:
+    """A row under the names that a format expects; what is no row stays.
 
     Args:
         raw: the row.
-        columns: expected name -> name in the rows of the run.
+        columns: for each way to name them, expected name -> name in the rows; of several that counts of which the row
+            has most.
     """
     if not isinstance(raw, Mapping):
         return raw
-    return {**raw, **{expected: raw[name] for expected, name in columns.items() if name in raw}}
+    likely: Mapping[str, str] = max(columns, key=lambda names: sum(name in raw for name in names.values()), default={})
+    return {**raw, **{expected: raw[name] for expected, name in likely.items() if name in raw}}
 
 
 def _lines(path: Path, column: str) -> list[tuple[str, Any]]:
@@ -140,7 +142,7 @@ def _lines(path: Path, column: str) -> list[tuple[str, Any]]:
     return [(f"{path}:{number}", {column: line.rstrip("\r")}) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _read(raw: Any, where: str, columns: Mapping[str, str]) -> Example:
+def _read(raw: Any, where: str, columns: Sequence[Mapping[str, str]]) -> Example:
     """What a row asks; of a pair of answers it is what the one that is preferred answers."""
     raw = renamed(raw, columns)
     if isinstance(raw, Mapping) and raw.get("chosen") is not None and raw.get("rejected") is not None:

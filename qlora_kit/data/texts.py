@@ -3,7 +3,7 @@
 As a prompt is given an answer that stands for it, a text is given a label, and goes the way of a row of training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,14 @@ def unlabelled(text: str, classes: Classes) -> Unlabelled:
     return _asked({"text": text}, "the text", classes)
 
 
-def read_texts(path: Path, classes: Classes, *, columns: Mapping[str, str] | None = None) -> list[Unlabelled]:
+def read_texts(path: Path, classes: Classes, *, columns: Sequence[Mapping[str, str]] = ()) -> list[Unlabelled]:
     """The texts of a file.
 
     Args:
         path: .txt with a text a line, or rows with a column `text` in a file that training reads; `label` may be
             missing, and where it is there it is the reference.
         classes: of the model.
-        columns: expected name -> name in the rows of the run; a row may have either.
+        columns: as for `read_prompts`.
 
     Raises:
         DataError: there is no such file, or no text in it, or there are bad rows: the first 20, with their lines.
@@ -55,7 +55,7 @@ def read_texts(path: Path, classes: Classes, *, columns: Mapping[str, str] | Non
     faults, texts = Faults(), []
     for where, raw in asked_rows(path, "text", faults):
         try:
-            texts.append(_asked(renamed(raw, columns or {}), where, classes))
+            texts.append(_asked(renamed(raw, columns), where, classes))
         except DataError as error:
             faults.add(str(error))
     faults.stop()

@@ -1,7 +1,7 @@
 """Ask a trained model: prompts from a line or a file, answered at once; what is given to it is as training gave it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.recipe import Recipe
 from qlora_kit.run.recorded import recorded_data
-from qlora_kit.run.rows import positions_of
+from qlora_kit.run.rows import column_maps, positions_of
 from qlora_kit.run.use import load_any, run_of, tells_apart
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts
 
@@ -26,14 +26,14 @@ class Speaker:
         tokenizer: with the chat template of its run.
         is_chat: whether what it is asked is a turn of a chat.
         thinking: what its run made of thoughts.
-        columns: of its run: expected name -> name in the rows.
+        columns: of its run, for each way to name them: expected name -> name in the rows.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     is_chat: bool
     thinking: Thinking = "keep"
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Sequence[Mapping[str, str]] = ()
 
     def given(self, text: str | list[dict[str, Any]]) -> list[int]:
         """What the model is given to answer a text, or the turns of a chat so far.
@@ -94,7 +94,7 @@ def speaker_of(
 ) -> Speaker:
     """The model of a run, which is asked as the run asked it; `raw` leaves the chat template away."""
     is_chat = bool(recorded_data(run).get("chats"))
-    return Speaker(model, tokenizer, is_chat and not raw, recipe.data.thinking, recipe.data.columns)
+    return Speaker(model, tokenizer, is_chat and not raw, recipe.data.thinking, column_maps(recipe.data))
 
 
 def answer(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data import Classes, Encoded, Unlabelled, encode_rows, read_texts, unlabelled
 from qlora_kit.errors import DataError, RunError, listed
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.rows import eval_batches, positions_for
+from qlora_kit.run.rows import column_maps, eval_batches, positions_for
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_any, tells_apart
 from qlora_kit.storage import check_folder
@@ -51,7 +51,7 @@ def classify(
             f"{folder} answers prompts and knows no classes; ask it with qlora-kit generate {folder} --prompt TEXT"
         )
     model, tokenizer, recipe = load_any(folder, force=force, trust_remote_code=trust_remote_code)
-    classes, columns = classes_in(model.config), {} if recipe is None else recipe.data.columns
+    classes, columns = classes_in(model.config), [] if recipe is None else column_maps(recipe.data)
     if isinstance(texts, Path):
         asked = read_texts(texts, classes, columns=columns)
     else:

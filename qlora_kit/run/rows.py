@@ -1,7 +1,7 @@
 """The rows of a run: sources opened, read, encoded and split; and the batches that are evaluated."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from qlora_kit.data import (
     swap_answers,
 )
 from qlora_kit.errors import AdapterError, listed
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import Data, Recipe
 from qlora_kit.recipe.schema import DataName, Places, Sources
 from qlora_kit.run.start import classes_at_start
 from qlora_kit.run.tokenizer import pad_id, settle_template
@@ -54,6 +54,12 @@ def held_out_rows(
         rows.check_left(recipe.data.max_tokens)
         return rows
     return read_rows(recipe, tokenizer, config)[1]
+
+
+def column_maps(data: Data) -> list[Mapping[str, str]]:
+    """What the rows of a run call the columns that a format expects: by `data.columns`, and in sources of their own."""
+    sources = [each for given in (data.train, data.eval) if isinstance(given, list) for each in given]
+    return [data.columns, *(each.columns for each in sources if not isinstance(each, str) and each.columns)]
 
 
 def training_rows(
