@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BENCHMARKS := quickstart exports learning_rate pick_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_memory packing growth
 EXPERIMENTS := adapters capacity kinds rate layers batch embedding quantised flops masters larger_rate larger classes continual data rows methods
 
-.PHONY: help quickstart test setup lint types slow long llamacpp gpu bench regret format clean
+.PHONY: help quickstart test setup lint types slow check long llamacpp gpu bench regret format clean
 
 help:  ## list these verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -42,6 +42,9 @@ types: $(STAMP)  ## mypy on the package
 
 slow: $(STAMP)  ## the tests that are too long for the default run
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
+
+check: lint types  ## all that continuous integration runs: lint, types, the default tests and the slow ones
+	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long and not gpu'
 
 llamacpp: $(STAMP)  ## build llama.cpp (6 to 15 minutes, once; needs cmake and a C++ compiler), and let it read exports
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \

@@ -245,7 +245,7 @@ def test_candidates_that_hold_to_a_frozen_adapter_share_it(recipe, tmp_path, mon
     assert next(tried.loss for tried in picked.tried if tried.rate == picked.best) == metrics[-1]["eval_loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_the_quickstart_the_pick_is_within_twice_of_the_best_of_the_measured_grid():
     grid = Path(__file__).parents[1] / "benchmarks" / "results" / "learning_rate.jsonl"
     rows = [row for row in map(json.loads, grid.read_text().splitlines()) if row["steps"] == 60]

@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from qlora_kit.errors import RecipeError
@@ -152,6 +153,7 @@ def fitting_cards(needed: Mapping[str, int]) -> list[dict[str, Any]]:
     ]
 
 
+@cache
 def _parts(name: str) -> tuple[frozenset[str], frozenset[int]]:
     """What of a name tells cards apart: its words, and the gigabytes that it says.
 

@@ -210,7 +210,7 @@ def test_a_packed_run_of_several_sources_goes_on_to_the_bit(mixed, tmp_path):
     assert_8_bit(tmp_path / "whole" / "checkpoints" / "step-000004")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_packed_run_of_several_sources_goes_on_to_the_bit_from_any_step(mixed, tmp_path, monkeypatch):
     """Over an epoch's end, begun with rows in memory and gone on with rows read off a file one by one, as a large set's
     are. No processes load rows beside the run: what is read is what is trained on, and nothing is ahead of it."""
