@@ -58,7 +58,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers: `/api/KIND/OWNER/NAME...` about a repository, and `/[datasets/]OWNER/NAME/resolve/COMMIT/FILE`."""
+    """Answers: `/` with nothing, `/api/KIND/OWNER/NAME...` about a repository, and
+    `/[datasets/]OWNER/NAME/resolve/COMMIT/FILE`."""
 
     server: Hub
 
@@ -66,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
         """A listing or a file."""
         path = unquote(urlsplit(self.path).path).strip("/")
         self.server.asked.append(f"{self.command} {path}")
+        if not path:
+            return self.send_json({})
         if path.startswith("api/"):
             return self.answer_api(path.removeprefix("api/"))
         kind, path = ("datasets", path.removeprefix("datasets/")) if path.startswith("datasets/") else ("models", path)

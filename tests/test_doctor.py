@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from huggingface_hub import constants
+from local_hub import serving
 
 from qlora_kit.base import formats, quantizer
 from qlora_kit.base.device import default_compute_dtype
@@ -151,6 +152,16 @@ def test_a_token_is_found_but_never_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     check = attempt("hub token", doctor._hub_token, "")
     assert check == Check("hub token", True, "there is one", "")
+
+
+def test_a_hub_that_answers_is_told_from_one_that_does_not_which_is_no_failure(monkeypatch):
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        assert attempt("hub access", doctor._hub_access, "") == Check("hub access", True, f"{hub.url} answers", "")
+        assert hub.asked
+    check = attempt("hub access", doctor._hub_access, "")
+    assert check.ok is None
+    assert f"{hub.url} cannot be reached" in check.found
 
 
 def test_offline_is_told_and_is_no_failure(monkeypatch):

@@ -175,10 +175,18 @@ def _hub_cache() -> str:
 
 def _hub_access() -> str:
     from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
 
     if constants.is_offline_mode():
         raise AbsentError("HF_HUB_OFFLINE is set: only models in the cache can be used")
-    return f"downloads from {constants.ENDPOINT} are allowed"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError) as error:
+        raise AbsentError(
+            f"{constants.ENDPOINT} cannot be reached ({error}): only models in the cache and in folders can be used"
+        ) from error
+    return f"{constants.ENDPOINT} answers"
 
 
 def _hub_token() -> str:
