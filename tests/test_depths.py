@@ -92,6 +92,10 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
@@ -103,13 +107,13 @@ def slow(*values):
         (MOE, {"activations": "recompute", **FULL}),
         (WIDE, {"activations": "recompute", **FULL, **MASTERS}),
         slow(WIDE, {"activations": "recompute", **FULL, "master_weights": "stochastic"}),
-        slow(WIDE, {"activations": "recompute", "lora": Lora(rank=256), **MASTERS}),
-        slow(LLAMA, {"activations": "recompute", "accumulation": 2}),
+        long(WIDE, {"activations": "recompute", "lora": Lora(rank=256), **MASTERS}),
+        long(LLAMA, {"activations": "recompute", "accumulation": 2}),
         slow(LLAMA, {"activations": "offload", "on_card": True}),
-        slow(LLAMA, {"activations": "recompute", **FULL}),
+        long(LLAMA, {"activations": "recompute", **FULL}),
         slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 30}), {"activations": Blocks(0, 10, keep=20), **FULL}),
-        slow(LlamaConfig(**{**DEEP, "num_hidden_layers": 40}), {"activations": Blocks(9, 20, 6, 5), "on_card": True}),
-        slow(GEMMA, {"activations": "keep"}),
+        long(LlamaConfig(**{**DEEP, "num_hidden_layers": 40}), {"activations": Blocks(9, 20, 6, 5), "on_card": True}),
+        long(GEMMA, {"activations": "keep"}),
         slow(GPT2, {"activations": "recompute"}),
         slow(MIXTRAL, {"activations": "keep"}),
         slow(DEEPSEEK, {"activations": "recompute"}),

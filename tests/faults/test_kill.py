@@ -21,6 +21,11 @@ from qlora_kit.train.checkpoint import newest_checkpoint
 STEPS, KILLS = 100, 30
 
 
+@pytest.fixture(autouse=True)
+def no_wait_for_the_disk():
+    """Here it is waited for: it is when most of a save's time passes."""
+
+
 def recipe(folder, model_folder, name):
     rows = [{"prompt": f"say {word} ", "completion": word} for word in ("cat", "dog", "owl", "bee", "ant", "elk")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
