@@ -1,12 +1,14 @@
 """Mixture-of-experts bases: their experts are quantised like every other matrix, and compute what they computed."""
 
 import copy
+import inspect
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.integrations import moe
 
 from qlora_kit.base import Quantization
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
@@ -19,6 +21,7 @@ from qlora_kit.memory import Ledger
 from qlora_kit.plan import Workload, dry_run
 from qlora_kit.recipe import Lora
 
+KNOWS_NORMS = "has_post_expert_norm" in inspect.signature(moe.use_experts_implementation).parameters
 MAKERS = [tiny.mixtral, tiny.qwen3_moe, tiny.gpt_oss]
 
 
@@ -49,6 +52,15 @@ def test_quantised_experts_compute_what_their_decoded_weights_compute(make, kind
     model = quantized(make, kind)
     assert tiny.relative(tiny.logits(model), tiny.logits(model.dense)) > 1e-4, "quantisation is there"
     assert tiny.relative(tiny.logits(model), tiny.logits(dense_twin(model))) < 1e-6
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_experts_are_those_of_older_releases_too_which_know_of_no_norm_behind_them(make):
+    model = quantized(make)
+    wanted = tiny.logits(model)
+    layers = [module for module in model.modules() if vars(module).pop("has_post_expert_norm", None) is not None]
+    assert layers or not KNOWS_NORMS
+    assert torch.equal(tiny.logits(model), wanted)
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -287,7 +287,7 @@ def experts_forward(layer: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         h = h + getattr(layer, f"{projections(layer)[0]}_bias")[expert] if layer.has_bias else h
         y = outward[expert](layer._apply_gate(h) if layer.has_gate else layer.act_fn(h))
         y = y + layer.down_proj_bias[expert] if layer.has_bias else y
-        y = layer.post_expert_norm(y) if layer.has_post_expert_norm else y
+        y = layer.post_expert_norm(y) if getattr(layer, "has_post_expert_norm", False) else y  # older ones have none
         mixed.index_add_(0, token_S[chosen], (y * share_S[chosen, None]).to(mixed.dtype))
     return mixed
 

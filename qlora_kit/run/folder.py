@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qlora_kit import __version__
 from qlora_kit.base.device import resolve_device
 from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
@@ -291,7 +292,7 @@ def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, count
 def _environment(device: torch.device) -> dict[str, Any]:
     packages = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
     return {
-        "qlora_kit": importlib.metadata.version("qlora-kit"),
+        "qlora_kit": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": device_name(device),
