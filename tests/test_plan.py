@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
     masking_utils,
 )
+from transformers.models.llama import modeling_llama
 
 from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.architecture import build_model
@@ -285,6 +286,15 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_named_and_may_be_left_as
         dry_run(config, replace(work, lora=Lora(rank=8, targets=["q_proj"])))
     left = replace(work, lora=Lora(rank=8, targets=["q_proj", "in_proj"]), skip=("out_proj",))
     assert dry_run(config, left)["parameters"]["quantized"] > 0
+
+
+@pytest.mark.parametrize(("is_packed", "words"), [(False, "alone; take"), (True, "set data.packing=false, or take")])
+def test_a_model_that_decides_by_values_is_told_that_a_plan_has_none(is_packed, words, monkeypatch):
+    forward = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda mlp, x: forward(mlp, x) if x.sum() > 0 else x)
+    work = replace(WORK, packing=is_packed, lora=Lora(rank=8, targets="attention"))
+    with pytest.raises(ModelError, match=rf"a llama reads values .*_local_scalar_dense.*{words} another release"):
+        dry_run(CONFIGS["llama"], work)
 
 
 class _Broken(tuple):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
@@ -93,7 +94,7 @@ def fake_run(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun],
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
         run = FakeRun(model, parameters, optimizer, work, ledger, second)
         del optimizer, second  # they go when the run lets them go
-        with ledger, _named_if_read(model):
+        with ledger, _named_if_read(model), _told_if_it_decides(model, work):
             does(run)
     names = list(activation_blocks(model))
     roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}
@@ -271,6 +272,19 @@ def _named_if_read(model: PreTrainedModel) -> Iterator[None]:
         raise ModelError(
             f"a {model.config.model_type} multiplies by the weight of {leaf} itself, past codes and adapters; leave it "
             f"as it is: add {leaf} to base.skip, and list in lora.targets the layers to adapt, without it"
+        ) from error
+
+
+@contextmanager
+def _told_if_it_decides(model: PreTrainedModel, work: Workload) -> Iterator[None]:
+    """Say of a model that does this or that by the values of its tensors that it cannot be planned: here are none."""
+    try:
+        yield
+    except DataDependentOutputException as error:
+        instead = "set data.packing=false, or " if work.packing else ""
+        raise ModelError(
+            f"a {model.config.model_type} reads values of its tensors to decide what it does ({error.func}), and a "
+            f"plan has shapes alone; {instead}take another release of transformers, or another model"
         ) from error
 
 
