@@ -3,6 +3,7 @@ is no GPU, a reason, and Triton's interpreter. `pytest --hypothesis-profile rand
 
 import gc
 import os
+from contextlib import suppress
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,14 +14,16 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, by transformers at the latest
 
-import hypothesis
 import pytest
 import tiny
 
+with suppress(ImportError):  # the tests on a GPU do without
+    import hypothesis
+
+    hypothesis.settings.register_profile("random", derandomize=False)
+    hypothesis.settings.register_profile("same", derandomize=True)
+    hypothesis.settings.load_profile("same")
 gc.disable()  # until all tests are imported, of which nothing is garbage
-hypothesis.settings.register_profile("random", derandomize=False)
-hypothesis.settings.register_profile("same", derandomize=True)
-hypothesis.settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items):
