@@ -6,11 +6,15 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import qlora_kit
+from qlora_kit.export.folder import library_versions
+from qlora_kit.run.folder import environment
 
 ROOT = Path(qlora_kit.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")  # the public face is lazy: exempt
@@ -232,3 +236,19 @@ def test_every_verb_of_the_face_can_be_called_whatever_was_imported_before():
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n")[0] == ""
     assert "'NoneType' object has no attribute 'output'" in result.stdout, "it reached the verb"
+
+
+def test_a_checkout_that_no_installer_has_seen_knows_its_version(monkeypatch):
+    """As where a folder is put on PYTHONPATH: what is recorded of a run and of an export must not ask the installer."""
+    found = metadata.Distribution.from_name
+
+    def unknown(name):
+        if name == "qlora-kit":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", unknown)
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("qlora-kit")
+    assert library_versions()["qlora-kit"] == qlora_kit.__version__
+    assert environment(torch.device("cpu"))["qlora_kit"] == qlora_kit.__version__

@@ -15,12 +15,13 @@ import torch
 import yaml
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from qlora_kit import __version__
 from qlora_kit.lora.vocabulary import head_name
 from qlora_kit.storage import write_text
 from qlora_kit.train.generate import end_tokens
 
-LIBRARIES = ("qlora-kit", "torch", "transformers", "bitsandbytes", "safetensors")
-"""Whose versions an export records."""
+_LIBRARIES = ("torch", "transformers", "bitsandbytes", "safetensors")
+"""Whose versions an export records beside the kit's own."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -82,7 +83,7 @@ def dense_config(model: PreTrainedModel, dtype: torch.dtype, tensor_names: Conta
 
 def library_versions() -> dict[str, str]:
     """Versions of what made the export."""
-    return {name: version(name) for name in LIBRARIES}
+    return {"qlora-kit": __version__, **{name: version(name) for name in _LIBRARIES}}
 
 
 def model_card(

@@ -223,7 +223,7 @@ def describe_run(
     write_json(folder / PLAN, dict(plan))
     device = resolve_device(recipe.base.device)
     optimizer = effective_kind(recipe.train.optimizer, device)
-    write_json(folder / "env.json", _environment(device) | {"optimizer": optimizer})
+    write_json(folder / "env.json", environment(device) | {"optimizer": optimizer})
     train = prepared.train
     data: dict[str, Any] = {"chats": train.has_chats, "train": asdict(train.counts)}
     data["fingerprints"] = dict(fingerprints)
@@ -289,7 +289,8 @@ def write_memory(folder: Path, planned: Mapping[str, Any], ledger: Ledger, count
     )
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run records of its machine and of the packages."""
     packages = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets", "safetensors")
     return {
         "qlora_kit": __version__,
