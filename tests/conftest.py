@@ -23,7 +23,6 @@ with suppress(ImportError):  # the tests on a GPU do without
     hypothesis.settings.register_profile("random", derandomize=False)
     hypothesis.settings.register_profile("same", derandomize=True)
     hypothesis.settings.load_profile("same")
-gc.disable()  # until all tests are imported, of which nothing is garbage
 
 
 def pytest_collection_modifyitems(items):
@@ -39,7 +38,6 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish(session):
     """What the imports have made, a million objects, is looked through no more: each run collects what it leaves."""
     gc.freeze()
-    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -780,7 +780,7 @@ def test_the_tables_of_codes_are_the_same_whatever_torchs_defaults_are(defaults)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("default", ["torch.set_default_dtype(torch.bfloat16)", "torch.set_default_device('meta')"])
-def test_they_and_a_processors_tiles_are_found_whatever_the_defaults_were_when_the_kit_was_imported(default):
+def test_tables_and_a_processors_tiles_are_the_same_whatever_the_defaults_were_when_the_kit_was_imported(default):
     kit = "from qlora_kit.base.kernels import *; from qlora_kit.base.multiply import has_tiles"
     told = "*(table_4bit(kind, cpu).tolist() for kind in ('nf4', 'fp4')), table_8bit(cpu).tolist(), has_tiles()"
     code = f"import json, torch; {default}; {kit}; cpu = torch.device('cpu'); print(json.dumps([{told}]))"

@@ -1,12 +1,16 @@
 """A trained classifier is asked: `qlora-kit classify`, held against plain transformers on its export."""
 
 import json
+import shutil
+from importlib import import_module
 
 import pytest
 import torch
 from test_classify import TEXTS, bert_folder, recipe_in, rows  # noqa: F401 - a fixture
 from test_cli import assert_mistake, call
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from qlora_kit.train.forward import whole_logits
 
 SEVERAL = [{"text": row["text"], "label": [name for name in TEXTS if name in row["text"]]} for row in rows()]
 
@@ -31,12 +35,26 @@ def asked(folder, texts, name="asked.jsonl"):
     return path
 
 
+@pytest.fixture
+def changed(classifiers, tmp_path):
+    """Makes a copy of a run, or of its export, with one text of a file put for another."""
+
+    def change(kind, file, old, new, is_multi=False):
+        folder = shutil.copytree(classifiers[is_multi] / kind, tmp_path / f"changed-{kind}")
+        content = (folder / file).read_text()
+        assert old in content
+        (folder / file).write_text(content.replace(old, new))
+        return folder
+
+    return change
+
+
 @pytest.mark.parametrize("is_multi", [False, True])
 def test_every_text_has_the_class_and_probabilities_that_transformers_gives_it_alone_in_the_order_given(
     is_multi, classifiers
 ):
     folder = classifiers[is_multi]
-    texts = ["a cat sat " * 6, "owls", "the dog and the cat", "a", "dogs? " * 3]
+    texts = ["a cat sat " * 6, "owls", "the dog and the cat", "a", "dogs? " * 3, "!?" * 9]
     file = asked(folder, [{"text": text} for text in texts])
     answers = json.loads(call("classify", folder / "run", "--texts", file, "--json").stdout)["answers"]
     assert [answer["text"] for answer in answers] == texts
@@ -67,6 +85,43 @@ def test_a_label_that_a_file_has_is_the_reference_and_the_answers_agree_with_the
     assert_mistake(call("classify", folder / "run", "--text", "a cat", "--out", out), "answers.jsonl", "exists already")
 
 
+def test_texts_go_in_batches_whose_answers_are_told_and_kept_as_they_come(classifiers, changed, tmp_path, monkeypatch):
+    run = changed("run", "recipe.yaml", "eval_tokens: auto", "eval_tokens: 1")
+    file = asked(tmp_path, [{"text": "a" * (1 + 7 * number % 20)} for number in range(20)])
+    at_once, done = call("classify", classifiers[False] / "run", "--texts", file, "--json"), []
+    room = import_module("qlora_kit.run.classify")
+
+    def interrupted(model, rows):
+        if len(done) == 12:
+            raise KeyboardInterrupt
+        done.append(rows)
+        return whole_logits(model, rows)
+
+    out, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "whole_logits", interrupted)
+        stopped = call("classify", run, "--texts", file, "--out", out)
+    assert stopped.exit_code == 130
+    assert {len(rows.input_ids) for rows in done} == {1}
+    assert f"stopped: {part} has 12 answers" in stopped.stderr
+    assert "answered 12 of 20" in stopped.stderr
+    part.unlink()
+    assert call("classify", run, "--texts", file, "--out", out).stdout == f"20 answers in {out}\n"
+    answers, wanted = [json.loads(line) for line in out.read_text().splitlines()], json.loads(at_once.stdout)["answers"]
+    assert [answer["text"] for answer in answers] == [answer["text"] for answer in wanted]
+    for answer, other in zip(answers, wanted, strict=True):  # alone, and beside others with padding
+        assert answer["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_the_least_likely_of_many_classes_are_counted_and_a_name_forges_no_line():
+    answer = {"probabilities": {f"a\n99.00%  {number}": number / 78 for number in range(13)}}
+    lines = import_module("qlora_kit.cli.classify")._likeliest(answer).splitlines()
+    assert len(lines) == 11
+    assert lines[0].startswith(" 15.38%  a")
+    assert lines[0].endswith("12")
+    assert lines[-1] == "and 3 more, less likely"
+
+
 def test_one_text_is_answered_by_its_classes_the_likeliest_first(classifiers):
     run = classifiers[False] / "run"
     lines = call("classify", run, "--text", "a cat sat").stdout.splitlines()
@@ -89,33 +144,26 @@ def test_a_checkpoint_can_be_asked_and_the_best_one_says_what_its_run_does(class
     assert said[run] in (said[early], said[late])
 
 
-def test_a_text_file_has_a_text_a_line_and_columns_of_the_run_are_read(classifiers, tmp_path):
+def test_a_text_file_has_a_text_a_line_and_columns_of_the_run_are_read(classifiers, changed, tmp_path):
     run = classifiers[False] / "run"
     (tmp_path / "texts.txt").write_text("a cat\n\nan owl\r\n")
     lines = call("classify", run, "--texts", tmp_path / "texts.txt").stdout.splitlines()
     assert [json.loads(line)["text"] for line in lines] == ["a cat", "an owl"]
-    recipe = run / "recipe.yaml"
-    as_it_was = recipe.read_text()
-    recipe.write_text(as_it_was.replace("text: text", "text: review"))
-    try:
-        file = asked(tmp_path, [{"review": "a cat"}, {"text": "an owl"}])
-        told = call("classify", run, "--texts", file).stdout.splitlines()
-    finally:
-        recipe.write_text(as_it_was)
+    run = changed("run", "recipe.yaml", "text: text", "text: review")
+    file = asked(tmp_path, [{"review": "a cat"}, {"text": "an owl"}])
+    told = call("classify", run, "--texts", file).stdout.splitlines()
     assert [json.loads(line)["text"] for line in told] == ["a cat", "an owl"]
 
 
-def test_a_text_beyond_the_positions_is_refused_by_its_place_and_cut_where_the_run_cut_its_rows(classifiers, tmp_path):
+def test_a_text_beyond_the_positions_is_refused_by_its_place_and_cut_where_the_run_cut_its_rows(
+    classifiers, changed, tmp_path
+):
     run = classifiers[False] / "run"
     file = asked(tmp_path, [{"text": "a cat"}, {"text": "cats and dogs and owls " * 20}])
     assert_mistake(call("classify", run, "--texts", file), f"{file}:2", "64 positions", "shorten")
-    recipe = run / "recipe.yaml"
-    as_it_was = recipe.read_text()
-    recipe.write_text(as_it_was.replace("over_length: drop", "over_length: truncate"))
-    try:
-        told = call("classify", run, "--texts", file)
-    finally:
-        recipe.write_text(as_it_was)
+    told = call(
+        "classify", changed("run", "recipe.yaml", "over_length: drop", "over_length: truncate"), "--texts", file
+    )
     assert told.exit_code == 0, told.output
     assert len(told.stdout.splitlines()) == 2
 
@@ -123,7 +171,12 @@ def test_a_text_beyond_the_positions_is_refused_by_its_place_and_cut_where_the_r
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([{"text": "a"}, {"words": "b"}, {"text": ""}], [":2", "'text'"]),
+        (
+            [{"text": "a"}, {"words": "b"}, {"text": " "}],
+            [":2: missing 'text'", "expected: text (", ":3: the text is empty"],
+        ),
+        ([{"text": "a", "label": "\ud800"}], [":1", "half of a surrogate pair"]),
+        ([{"text": "a", "label": float("nan")}], [":1", "column 'label'"]),
         ([{"text": "a"}, {"text": 3}], [":2", "text"]),
         ([["a"]], [":1", "wanted an object"]),
         ([], ["no texts"]),
@@ -145,3 +198,32 @@ def test_what_cannot_be_classified_is_one_line(classifiers, model_folder, tmp_pa
     assert_mistake(call("classify", model_folder, "--text", "a"), "knows no classes", "qlora-kit generate")
     assert_mistake(call("classify", tmp_path / "gone", "--text", "a"), "gone")
     assert_mistake(call("classify", tmp_path, "--text", "a"), "no run folder")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"1": "dog"', '"1": "cat"', ["names a class 'cat'", "id2label"]),
+        ('"1": "dog"', '"1": "\\ud800"', ["names a class '\\ud800'", "id2label"]),
+        ("single_label_classification", "regression", ["a value, and no class"]),
+    ],
+)
+def test_a_model_whose_classes_are_none_is_one_line(old, new, words, changed):
+    assert_mistake(call("classify", changed("merged", "config.json", old, new), "--text", "a cat"), *words)
+
+
+def test_a_class_may_be_called_anything_since_no_text_is_given_its_name(changed):
+    folder = changed("merged", "config.json", '"1": "dog"', '"1": " 2.5 "')
+    answer = json.loads(call("classify", folder, "--text", "a cat", "--json").stdout)["answers"][0]
+    assert " 2.5 " in answer["probabilities"]
+
+
+def test_an_answer_that_is_no_number_is_no_class(classifiers, monkeypatch):
+    room = import_module("qlora_kit.run.classify")
+    monkeypatch.setattr(room, "whole_logits", lambda *given: whole_logits(*given) * float("nan"))
+    assert_mistake(call("classify", classifiers[False] / "run", "--text", "a cat"), "the text", "not finite")
+
+
+def test_a_text_of_which_the_tokenizer_makes_nothing_is_refused(classifiers, monkeypatch):
+    monkeypatch.setattr("qlora_kit.data.template.tokenised", lambda text, tokenizer, **_: {"input_ids": []})
+    assert_mistake(call("classify", classifiers[False] / "run", "--text", "a cat"), "the text: ", "no token")

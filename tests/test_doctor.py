@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from huggingface_hub import constants
-from local_hub import serving
+from local_hub import Handler, serving
 
 from qlora_kit.base import formats, quantizer
 from qlora_kit.base.device import default_compute_dtype
@@ -154,11 +154,24 @@ def test_a_token_is_found_but_never_shown(monkeypatch):
     assert check == Check("hub token", True, "there is one", "")
 
 
+class Failing(Handler):
+    """A hub, or what stands before it, that is out of order."""
+
+    def do_HEAD(self) -> None:
+        """Nothing but that."""
+        self.send_response(503)
+        self.end_headers()
+
+
 def test_a_hub_that_answers_is_told_from_one_that_does_not_which_is_no_failure(monkeypatch):
     with serving() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         assert attempt("hub access", doctor._hub_access, "") == Check("hub access", True, f"{hub.url} answers", "")
         assert hub.asked
+        monkeypatch.setattr(hub, "RequestHandlerClass", Failing)
+        check = attempt("hub access", doctor._hub_access, "")
+        assert check.ok is None
+        assert "status 503" in check.found
     check = attempt("hub access", doctor._hub_access, "")
     assert check.ok is None
     assert f"{hub.url} cannot be reached" in check.found

@@ -495,7 +495,7 @@ def test_answers_that_were_made_before_a_stop_are_kept(text_run, tmp_path, monke
         patch.setattr(generate, "_generate", interrupted)
         stopped = call(*asked)
     assert stopped.exit_code == 130
-    assert f"32 answers are in {part}" in stopped.stderr
+    assert f"stopped: {part} has 32 answers" in stopped.stderr
     assert not out.exists()
     kept = jsonl(part)
     assert len(kept) == len(done) == 32

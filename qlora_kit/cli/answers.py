@@ -70,7 +70,7 @@ def show(answers: Sequence[Answer], out: Path | None, *, as_json: bool, said: st
     if as_json:
         typer.echo(json.dumps({"schema": SCHEMA, "answers": answers}, indent=2))
     elif out is not None:
-        typer.echo(f"{len(answers):,} answers in {visible(str(out))}")
+        typer.echo(f"{counted(len(answers), 'answer')} in {visible(str(out))}")
     else:
         text = _lines(answers) if said is None else said
         typer.echo(visible(text, keep="\n\t") if sys.stdout.isatty() else text, nl=False)
@@ -106,7 +106,7 @@ def _kept(out: Path | None) -> Iterator[Callable[[Sequence[Answer]], None]]:
             yield keep
     finally:
         if made and not out.exists():
-            typer.echo(f"stopped: {counted(made, 'answer')} are in {part}", err=True)
+            typer.echo(f"stopped: {part} has {counted(made, 'answer')}", err=True)
         else:
             part.unlink()
 

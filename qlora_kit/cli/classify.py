@@ -8,6 +8,7 @@ import typer
 
 from qlora_kit.cli.answers import Answer, Out, Tell, check_new, gather, show
 from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode
+from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RecipeError
 
 MOST_SHOWN = 10
@@ -50,6 +51,6 @@ def _likeliest(answer: Answer) -> str:
     """A line for each class, the likeliest first."""
     probabilities: Mapping[str, float] = answer["probabilities"]
     ordered = sorted(probabilities, key=lambda name: -probabilities[name])
-    told = [f"{probabilities[name]:7.2%}  {name}\n" for name in ordered[:MOST_SHOWN]]
+    told = [f"{probabilities[name]:7.2%}  {visible(name)}\n" for name in ordered[:MOST_SHOWN]]
     more = len(ordered) - len(told)
     return "".join(told) + (f"and {more:,} more, less likely\n" if more else "")

@@ -181,11 +181,13 @@ def _hub_access() -> str:
     if constants.is_offline_mode():
         raise AbsentError("HF_HUB_OFFLINE is set: only models in the cache can be used")
     try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        status = get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT).status_code
     except (HTTPError, OSError) as error:
         raise AbsentError(
             f"{constants.ENDPOINT} cannot be reached ({error}): only models in the cache and in folders can be used"
         ) from error
+    if status >= 500:
+        raise AbsentError(f"{constants.ENDPOINT} answers with status {status}: try again later")
     return f"{constants.ENDPOINT} answers"
 
 

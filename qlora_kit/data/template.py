@@ -88,9 +88,11 @@ def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", class
     """Tokenise a text as its model reads it, with the tokens that its tokenizer puts around every text.
 
     Raises:
-        DataError: its label is none of the classes.
+        DataError: its label is none of the classes, or the tokenizer makes nothing of it.
     """
     ids = tokenised(example.text, tokenizer)["input_ids"]
+    if not ids:
+        raise DataError("the tokenizer makes no token of the text")
     target, ending = classes.target(example.labels), _tokens_behind(tokenizer)
     return Encoded(ids, [False] * len(ids), where=example.where, target=target, ending=ending)
 

@@ -6,11 +6,11 @@ As a prompt is given an answer that stands for it, a text is given a label, and 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.columns import read_row
-from qlora_kit.data.examples import Example
+from qlora_kit.data.examples import Classified, Text
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.prompts import asked_rows, renamed
 from qlora_kit.errors import DataError
@@ -22,20 +22,18 @@ class Unlabelled:
 
     Attributes:
         example: the row that is encoded, with a label that stands for the one to be told.
-        text: of it.
-        reference: the label that the row has, as it was written; None where it has none.
+        reference: the label that the row has, or labels; None where it has none.
     """
 
-    example: Example
-    text: str
-    reference: Any = None
+    example: Classified
+    reference: str | list[str] | None = None
 
 
 def unlabelled(text: str, classes: Classes) -> Unlabelled:
     """A text to be told apart.
 
     Raises:
-        DataError: it is empty, or has characters that are none.
+        DataError: it is empty, or holds half of a surrogate pair.
     """
     return _asked({"text": text}, "the text", classes)
 
@@ -65,7 +63,11 @@ def read_texts(path: Path, classes: Classes, *, columns: Sequence[Mapping[str, s
 
 
 def _asked(raw: Any, where: str, classes: Classes) -> Unlabelled:
-    is_row = isinstance(raw, Mapping)
-    given = {**raw, "label": [classes.names[0]]} if is_row else raw
-    example = read_row(given, where, format="classification", task="classify")
-    return Unlabelled(example, raw["text"], raw.get("label"))
+    if isinstance(raw, Mapping) and isinstance(raw.get("text"), str) and not raw["text"].strip():
+        raise DataError(f"{where}: the text is empty")
+    text = cast(Text, read_row(raw, where, format="text", task="pretrain")).text
+    example = Classified(text, classes.names[:1], classes.is_multi, where)
+    if raw.get("label") is None:
+        return Unlabelled(example)
+    known = cast(Classified, read_row(raw, where, format="classification", task="classify"))
+    return Unlabelled(example, list(known.labels) if known.is_multi else known.labels[0])

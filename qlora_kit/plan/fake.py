@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
@@ -280,7 +280,7 @@ def _told_if_it_decides(model: PreTrainedModel, work: Workload) -> Iterator[None
     """Say of a model that does this or that by the values of its tensors that it cannot be planned: here are none."""
     try:
         yield
-    except DataDependentOutputException as error:
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         instead = "set data.packing=false, or " if work.packing else ""
         raise ModelError(
             f"a {model.config.model_type} reads values of its tensors to decide what it does ({error.func}), and a "

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlora_kit.data import Classes, Encoded, Unlabelled, encode_rows, read_texts, unlabelled
 from qlora_kit.errors import DataError, RunError, listed
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.rows import column_maps, eval_batches, positions_for
+from qlora_kit.run.rows import column_maps, each_eval_batch, positions_for
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_any, tells_apart
 from qlora_kit.storage import check_folder
@@ -39,10 +39,10 @@ def classify(
 
     Returns:
         For each `text`: `label`, a name, or a list of them where a text may have several; `probabilities` by name,
-        which add up to 1 where it may not; and `reference`, where the file has a label.
+        to six decimals; and `reference`, where the file has a label.
 
     Raises:
-        RunError: the model is no classifier.
+        RunError: the model is no classifier, or what it says are no numbers.
         DataError: a text cannot be read, or is longer than the model's positions.
     """
     check_folder(folder)
@@ -52,6 +52,8 @@ def classify(
         )
     model, tokenizer, recipe = load_any(folder, force=force, trust_remote_code=trust_remote_code)
     classes, columns = classes_in(model.config), [] if recipe is None else column_maps(recipe.data)
+    if model.config.problem_type == "regression" or (len(classes.names) == 1 and not classes.is_multi):
+        raise RunError(f"{folder} gives a text a value, and no class; give a model that tells classes apart")
     if isinstance(texts, Path):
         asked = read_texts(texts, classes, columns=columns)
     else:
@@ -60,7 +62,7 @@ def classify(
     by_length = sorted(range(len(rows)), key=lambda row: rows[row].longest)  # the order of the batches
     answers: dict[int, dict[str, Any]] = {}
     most = "auto" if recipe is None else recipe.memory.eval_tokens
-    for batch in eval_batches(rows, pad_id(tokenizer), model.device, most):
+    for batch in each_eval_batch(rows, pad_id(tokenizer), model.device, most):
         with evaluation_mode(model):
             logits_BL = whole_logits(model, batch).float().cpu()
         numbers = by_length[len(answers) : len(answers) + len(logits_BL)]
@@ -97,11 +99,13 @@ def _encoded(
 
 
 def _told(asked: Unlabelled, logits_L: Tensor, classes: Classes) -> dict[str, Any]:
+    if not logits_L.isfinite().all():
+        raise RunError(f"{asked.example.where}: the model's answer is not finite; its weights are damaged, or overflow")
     said = classes.named(said_classes(logits_L[None], is_multi=classes.is_multi)[0].tolist())
     likely = logits_L.sigmoid() if classes.is_multi else logits_L.softmax(0)
     reference = {} if asked.reference is None else {"reference": asked.reference}
     return {
-        "text": asked.text,
+        "text": asked.example.text,
         "label": said if classes.is_multi else said[0],
         "probabilities": {name: round(p, 6) for name, p in zip(classes.names, likely.tolist(), strict=True)},
         **reference,

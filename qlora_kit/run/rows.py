@@ -144,8 +144,15 @@ def eval_batches(
         device: where the batches lie.
         asked: tokens of a batch at most, unless one row alone has more; auto: the usual.
     """
-    groups = _groups(rows, EVAL_TOKENS[0] if asked == "auto" else asked)
-    return [collate_rows([[row] for row in group], pad).to(device) for group in groups]
+    return list(each_eval_batch(rows, pad, device, asked))
+
+
+def each_eval_batch(
+    rows: Sequence[Encoded], pad: int, device: torch.device, asked: int | Literal["auto"]
+) -> Iterator[Batch]:
+    """`eval_batches`, made one by one."""
+    for group in _groups(rows, EVAL_TOKENS[0] if asked == "auto" else asked):
+        yield collate_rows([[row] for row in group], pad).to(device)
 
 
 def eval_shapes(rows: Sequence[Encoded], asked: int | Literal["auto"]) -> Shapes:

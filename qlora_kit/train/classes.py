@@ -1,11 +1,13 @@
 """Which classes a model tells apart, as its configuration says it to every program."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 from transformers import PretrainedConfig
 
 from qlora_kit.base.architecture import Head, reads_both_ways
 from qlora_kit.data.classes import Classes
+from qlora_kit.errors import ModelError
 
 
 def head_for(task: str) -> Head:
@@ -33,9 +35,20 @@ def name_classes(config: PretrainedConfig, classes: Classes, pad: int | None) ->
 
 
 def known_classes(config: PretrainedConfig) -> list[str]:
-    """The names that a model's outputs have already, in their order; none where they are numbered."""
+    """The names that a model's outputs have already, in their order; none where they are numbered.
+
+    Raises:
+        ModelError: a name is no text, or two outputs have the same.
+    """
     named: Mapping[int, str] = config.id2label  # type: ignore[assignment]  # JSON's keys are made numbers when it is read
     names = [named[number] for number in sorted(named)]
+    odd = [name for name in names if not isinstance(name, str) or name != name.encode(errors="ignore").decode()]
+    odd = odd or [name for name, count in Counter(names).items() if count > 1]
+    if odd:
+        raise ModelError(
+            f"config.json names a class {odd[0]!a:.60} (id2label), wanted a text of whole characters, another for each "
+            "class; correct it there"
+        )
     return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
 
 
