@@ -23,6 +23,7 @@ def classifiers(tmp_path_factory, bert_folder):  # noqa: F811
         folder = tmp_path_factory.mktemp("several" if is_multi else "one")
         result = call("train", recipe_in(folder, bert_folder, given), "data.columns={text: text}")
         assert result.exit_code == 0, result.output
+        assert f"  ask      qlora-kit classify {folder / 'run'} --text TEXT\n" in result.output
         exported = call("export", folder / "run", "--to", "merged", "--dtype", "float32", "--out", folder / "merged")
         assert exported.exit_code == 0, exported.output
         made[is_multi] = folder

@@ -165,7 +165,7 @@ def train(
             watch=screen,
             trust_remote_code=trust_remote_code,
         )
-    screen.ended(result)
+    screen.ended(result, checked.train.task)
     if screen.signal is not None and not result.finished:
         raise typer.Exit(128 + screen.signal)
 

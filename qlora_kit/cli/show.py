@@ -204,7 +204,7 @@ class Screen(Watch):
         if worse := judge_scores(scores):
             self.note(f"{worse} A lower train.lr may help.")
 
-    def ended(self, result: "Result") -> None:
+    def ended(self, result: "Result", task: str) -> None:
         """Where everything lies, and what to type next."""
         self._end_bar()
         folder = result.folder
@@ -219,11 +219,14 @@ class Screen(Watch):
         self.console.print(f"\n[green]done[/] in {format_seconds(result.seconds)}")
         if self._trains_all:
             self.console.print(f"  model    {_shown(shown / 'model')}  (plain transformers weights)")
-            self.console.print(f"  report   {_shown(shown / 'report.html')}")
-            return
-        self.console.print(f"  adapter  {_shown(shown / 'adapter')}  (PEFT's format)")
+        else:
+            self.console.print(f"  adapter  {_shown(shown / 'adapter')}  (PEFT's format)")
         self.console.print(f"  report   {_shown(shown / 'report.html')}")
-        self.console.print(f"  merge    qlora-kit export {_shown(shown)} --to merged --out {_shown(shown / 'merged')}")
+        run, merged = (_shown(shlex.quote(str(path))) for path in (shown, shown / "merged"))
+        asked = f"classify {run} --text TEXT" if task == "classify" else f"generate {run} --prompt TEXT"
+        self.console.print(f"  ask      qlora-kit {asked}")
+        if not self._trains_all:
+            self.console.print(f"  merge    qlora-kit export {run} --to merged --out {merged}")
 
     @property
     def _trained_name(self) -> str:

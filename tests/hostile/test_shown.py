@@ -74,7 +74,7 @@ def test_where_a_run_lies_is_told_without_acting(tmp_path, capsys):
         (folder / "memory.json").write_text(
             (write_run(tmp_path / "plain", full_documents()) / "memory.json").read_text()
         )
-        Screen().ended(SimpleNamespace(folder=folder, finished=finished, step=3, seconds=1.0))
+        Screen().ended(SimpleNamespace(folder=folder, finished=finished, step=3, seconds=1.0), "sft")
         told = capsys.readouterr().out
         assert "[red]" in told
         assert all(character.isprintable() for character in told.replace("\n", ""))
