@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RunError
@@ -115,6 +113,9 @@ def _kept(out: Path | None) -> Iterator[Callable[[Sequence[Answer]], None]]:
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """Is told how many more are answered, and of how many; shows it on standard error: a bar, or a line now and
     then where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True, highlight=False)
     columns = TextColumn("[bold]answers[/]"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
