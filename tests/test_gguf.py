@@ -244,7 +244,7 @@ def test_memory_beside_the_model_stays_below_two_tensors():
     """Of an embedding, the largest tensor of most models; numpy's arrays are none of the types that are ours."""
     model = small("llama", vocab_size=12_000, hidden_size=256, head_dim=64)
     (tensor,) = (each for each in merged_tensors(model, torch.float32) if each.name == "model.embed_tokens.weight")
-    (stored,) = export._stored(model, [tensor], "q4_k_m")
+    (stored,) = export._stored(model.config, [tensor], "q4_k_m")
     with LiveBytes(model) as live:
         made_bytes = sum(part.nbytes for part in stored.parts())
     whole = 4 * 12_000 * 256

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -26,8 +27,12 @@ from qlora_kit.storage import read_json
 Head = Literal["causal", "classification"]
 """What a model says: the next token, or which of several labels a text has."""
 
-AUTO: dict[Head, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
-"""What transformers makes a model of each head with."""
+_AUTO: dict[Head, tuple[Any, ...]] = {
+    "causal": (AutoModelForCausalLM, AutoModelForImageTextToText),
+    "classification": (AutoModelForSequenceClassification,),
+}
+"""What transformers makes a model of each head with, the usual one first. Some models that see, too, have the other
+alone."""
 
 _MALFORMED = (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, ArithmeticError, RuntimeError,
               StrictDataclassError)  # fmt: skip
@@ -110,13 +115,20 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
         size = getattr(text, name, None)
         if isinstance(size, int) and size < 1:
             raise ModelError(f"{folder / 'config.json'} says {name}={size}; it must be at least 1")
-    auto = AUTO[head]
-    own = getattr(config, "auto_map", {})
+    auto, own = auto_class(config, head), getattr(config, "auto_map", {})
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
         kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
         raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
     if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
+
+
+def auto_class(config: PretrainedConfig, head: Head) -> Any:
+    """What transformers makes such a model with."""
+    usual, *others = _AUTO[head]
+    own = getattr(config, "auto_map", {})
+    is_made = (auto for auto in (usual, *others) if type(config) in auto._model_mapping or auto.__name__ in own)
+    return next(is_made, usual)
 
 
 def reads_both_ways(config: PretrainedConfig) -> bool:
@@ -131,7 +143,7 @@ def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
 
 def head_of(model: PreTrainedModel) -> Head:
     """What a model says."""
-    classifiers = AUTO["classification"]._model_mapping
+    classifiers = AutoModelForSequenceClassification._model_mapping
     kind = type(model.config)
     return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
 
@@ -160,7 +172,7 @@ def build_model(
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     try:
-        model: PreTrainedModel = AUTO[head].from_config(
+        model: PreTrainedModel = auto_class(config, head).from_config(
             config,
             dtype=dtype,
             attn_implementation=attention,

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.base.formats import Quantization, dequantize, quantize
 from qlora_kit.base.multiply import can_multiply, multiply_stored
 from qlora_kit.base.pages import let_go
+from qlora_kit.base.text import text_body, text_modules, text_parameters
 from qlora_kit.errors import ModelError
 from qlora_kit.ops import Decode, Stored, Workspace, lora_linear
 
@@ -236,10 +237,11 @@ def is_transposed(module: Linear) -> bool:
     return module.is_transposed if isinstance(module, QuantizedLinear) else isinstance(module, Conv1D)
 
 
-def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model by their true shapes: a packed weight as the matrix it stands for, a tied one once."""
-    quantized = sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight))
-    return quantized + sum(parameter.numel() for parameter in model.parameters())
+def parameter_count(model: PreTrainedModel) -> int:
+    """Parameters that text goes through, by their true shapes: a packed weight as the matrix it stands for, a tied one
+    once."""
+    quantized = sum(module.weight_count for module in text_modules(model) if isinstance(module, QuantizedWeight))
+    return quantized + sum(parameter.numel() for parameter in text_parameters(model).values())
 
 
 def decode(module: Linear, dtype: torch.dtype) -> Tensor:
@@ -266,10 +268,11 @@ def share_workspace(model: PreTrainedModel) -> None:
     A head has none: its matrix is the largest by far, and would stand beside the loss.
     """
     workspace = Workspace()
-    for module in model.base_model.modules():
+    body = text_body(model)
+    for module in body.modules():
         if isinstance(module, QuantizedWeight):
             module.workspace = workspace
-    model.base_model.register_forward_hook(workspace.release)
+    body.register_forward_hook(workspace.release)
 
 
 def quantize_linear(

@@ -1,11 +1,11 @@
 """Freeze: a dense model, in place, becomes a frozen one whose linear layers and experts are quantised.
 
-Everything linear inside the model's body is quantised and nothing else: heads (the output embedding, a classifier) lie
-outside the body (`base_model_prefix`), embeddings, norms and routers are no linear layers. Experts are quantised, too;
-embedding and output head where that is asked for.
+Everything linear inside the body that reads text is quantised and nothing else: heads (the output embedding, a
+classifier) lie outside of it, embeddings, norms and routers are no linear layers. Experts are quantised, too; embedding
+and output head where that is asked for. Other senses of a model, such as a vision tower, stay as they were read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.base.fuse import fuse
 from qlora_kit.base.pages import copy_off
 from qlora_kit.base.record import base_record, keep_record
+from qlora_kit.base.text import put_text_first, text_body, text_body_name, text_modules
 from qlora_kit.base.vocabulary import quantize_vocabulary
 from qlora_kit.errors import ModelError
 
@@ -60,9 +61,10 @@ def freeze_and_quantize(
     quantize_experts(model, quantization if quantize_body else Quantization("none"), dtype, device, kept)
     if quantize_head and quantization.kind != "none":
         quantize_vocabulary(model, quantization, dtype, device, kept)
-    _settle_dense(model, dtype, device)
+    _settle_dense(text_modules(model), dtype, device)
+    put_text_first(model)
     share_workspace(model)
-    fuse(model)
+    fuse(text_body(model))
     model.requires_grad_(False)
     return model.eval()
 
@@ -79,13 +81,13 @@ def _resolve_skip(model: PreTrainedModel, skip: Sequence[str]) -> set[str]:
     return found
 
 
-def _settle_dense(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _settle_dense(modules: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
     """Bring what is left dense to `dtype` and `device`, as copies that no longer point into the checkpoint's file.
 
     Buffers keep their dtype (rotary frequencies are fp32 for a reason), and tied parameters stay tied.
     """
     moved: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, QuantizedWeight):
             continue
         for name, parameter in module.named_parameters(recurse=False):
@@ -102,10 +104,10 @@ def body_linears(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     Subclasses of `nn.Linear` are left out: they exist because something reads their weight directly. Falcon's is none
     of these, it adds its bias in a step of its own.
     """
-    body, head = model.base_model, model.get_output_embeddings()
-    prefix = "" if body is model else f"{model.base_model_prefix}."
+    body, head = text_body_name(model), model.get_output_embeddings()
+    prefix = f"{body}." if body else ""
     heads = set() if head is None else set(head.modules())  # where a model is its own body, its head is in it
-    for name, module in body.named_modules():
+    for name, module in model.get_submodule(body).named_modules():
         if _is_plain_linear(module) and module not in heads and ".adapters." not in name:
             yield prefix + name, module
 
@@ -121,7 +123,7 @@ def left_dense(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     """
     return {
         f"{name}.{leaf}": parameter
-        for name, module in model.base_model.named_modules()
+        for name, module in text_body(model).named_modules()
         if not _is_plain_linear(module) and not isinstance(module, nn.Embedding) and ".adapters." not in name
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1

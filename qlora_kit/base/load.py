@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qlora_kit.base.architecture import AUTO, Head, brings_code, head_of, read_config, untrained_modules
+from qlora_kit.base.architecture import Head, auto_class, brings_code, head_of, read_config, untrained_modules
 from qlora_kit.base.attention import implementation
 from qlora_kit.base.copies import Copy, copy_place, find_copy, keep_copy
 from qlora_kit.base.dense import nothing_kept
@@ -177,7 +177,7 @@ def _load(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # a new classifier starts the same at every load
-            loaded: Any = AUTO[head].from_pretrained(
+            loaded: Any = auto_class(config, head).from_pretrained(
                 folder,
                 config=config,
                 dtype="auto",

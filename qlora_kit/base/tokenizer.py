@@ -19,6 +19,9 @@ from qlora_kit.errors import ModelError, tokenizing
 _MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
 """What transformers raises over files that describe no tokenizer."""
 _CONFIG, _SPECIAL, _TABLES = "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"
+_PROCESSOR_TEMPLATE = "chat_template.json"
+"""Where models that see had their template before all had chat_template.jinja; transformers gives it to the processor
+of pictures and text alone."""
 _UNREAD = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 """In tokenizer_config.json: where its writer's files lay. transformers puts the folder's own in their place."""
 _OTHER_TABLES = ("fast_tokenizer_files", "gguf_file")
@@ -53,6 +56,8 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise ModelError(
             f"{folder} has a tokenizer whose model_max_length is {tokenizer.model_max_length!r}, wanted a number"
         )
+    if tokenizer.chat_template is None and (folder / _PROCESSOR_TEMPLATE).is_file():
+        tokenizer.chat_template = read_object(folder / _PROCESSOR_TEMPLATE).get("chat_template")
     held = tokenizer.chat_template
     sources = held.values() if isinstance(held, dict) else () if held is None else (held,)
     if not all(isinstance(source, str) for source in sources):

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_kit.base.architecture import head_of
+from qlora_kit.base.text import text_body
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.ops import IGNORED
@@ -167,6 +168,6 @@ def _predictions(model: PreTrainedModel, has_head: bool, batch: Batch) -> Iterat
     if not has_head:
         yield from model(input_ids=batch.input_ids, use_cache=False).logits[:, :-1][is_labelled].split(CHUNK)
         return
-    hidden_ND = model.base_model(input_ids=batch.input_ids, use_cache=False)[0][:, :-1][is_labelled]
+    hidden_ND = text_body(model)(input_ids=batch.input_ids, use_cache=False)[0][:, :-1][is_labelled]
     for hidden_CD in hidden_ND.split(CHUNK):
         yield head_logits(model, hidden_CD)

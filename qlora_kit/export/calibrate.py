@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import Linear, QuantizedLinear, device_of, is_transposed, linear_shape
 from qlora_kit.base.formats import Quantization
+from qlora_kit.base.text import text_body
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import RunError
 from qlora_kit.export.compensate import Stored, compensated, quantized_onto
@@ -165,7 +166,7 @@ def _record(
             for name, block in activation_blocks(model).items():
                 hooks.callback(block.register_forward_hook(partial(noted.see, name), with_kwargs=True).remove)
             told = {name: each.to(model.device) for name, each in piece.structure.items()}
-            model.base_model(input_ids=piece.input_ids.to(model.device), **told, use_cache=False)
+            text_body(model)(input_ids=piece.input_ids.to(model.device), **told, use_cache=False)
         if not noted.is_chain or noted.first is None:
             raise RunError(
                 f"the blocks of a {model.config.model_type} do not hand on what they make, so codes cannot be chosen "

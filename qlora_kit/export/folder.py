@@ -5,6 +5,7 @@ what, merged how, how far from what was trained, made with which versions.
 """
 
 import copy
+import json
 import re
 from collections.abc import Container, Mapping
 from importlib.metadata import version
@@ -16,12 +17,18 @@ import yaml
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qlora_kit import __version__
+from qlora_kit.base.header import read_object
+from qlora_kit.base.record import base_record
+from qlora_kit.base.text import unread_parameters
 from qlora_kit.lora.vocabulary import head_name
 from qlora_kit.storage import write_text
 from qlora_kit.train.generate import end_tokens
 
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "safetensors")
 """Whose versions an export records beside the kit's own."""
+
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What else a model that sees is read with: how pictures become numbers."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -35,7 +42,8 @@ def write_model_files(
     tensor_names: Container[str],
     quantization: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write config.json, generation_config.json and the tokenizer's files, its chat template among them.
+    """Write config.json, generation_config.json and the tokenizer's files, its chat template among them, and of a model
+    that sees, too, those of its base for pictures.
 
     Args:
         model: whose configuration is written; it is not changed.
@@ -52,6 +60,10 @@ def write_model_files(
     write_generation_config(model, tokenizer, folder)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
+    base = base_record(model).folder
+    if base is not None and unread_parameters(model):
+        for path in [base / name for name in _PROCESSORS if (base / name).is_file()]:
+            write_text(folder / path.name, json.dumps(read_object(path), indent=2) + "\n")
 
 
 def write_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from qlora_kit.base.architecture import brings_code, head_of
+from qlora_kit.base.architecture import auto_class, brings_code, head_of
 from qlora_kit.base.experts import stack_experts
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
@@ -27,7 +25,7 @@ from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, ModelError, RunError
 from qlora_kit.export.audit import check_audit, compare
 from qlora_kit.export.folder import write_model_files
-from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
+from qlora_kit.export.merge import empty_workspaces, parts_in_use, stored_tensors
 from qlora_kit.export.sealed import (
     Made,
     check_disk,
@@ -237,7 +235,7 @@ def _checked_tensors(
 ) -> list[StreamedTensor]:
     """What a plain checkpoint of the model holds, if it can be one and the disk has room for it."""
     check_own_code(model)
-    tensors = list(merged_tensors(model, dtype, original))
+    tensors = stored_tensors(model, dtype, original)
     check_disk(out, sum(tensor.stored_bytes for tensor in tensors))
     return tensors
 
@@ -270,8 +268,7 @@ def _write_checkpoint(
 def audit_checkpoint(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
     """Compare the model with the folder as another program loads it: in the dtype of its own weights."""
     attention = model.config._attn_implementation
-    auto: Any = AutoModelForSequenceClassification if head_of(model) == "classification" else AutoModelForCausalLM
-    loaded: Any = auto.from_pretrained(
+    loaded: Any = auto_class(model.config, head_of(model)).from_pretrained(
         folder, dtype="auto", attn_implementation=attention, local_files_only=True, output_loading_info=True
     )
     export, info = loaded

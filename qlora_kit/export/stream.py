@@ -59,6 +59,8 @@ class StreamedTensor:
     dtype: torch.dtype
     slices: Callable[[], Iterator[Tensor]]
     """Its values in order, in slices along the first axis, in `dtype`."""
+    parts: tuple["StreamedTensor", ...] = ()
+    """Of a stack the tensors along its first axis, which can be read one by one."""
 
     @property
     def stored_bytes(self) -> int:
@@ -85,6 +87,11 @@ def streamed(name: str, values: Tensor, dtype: torch.dtype | None = None) -> Str
     """A tensor that is there already, each slice brought to `dtype` (by default its own) when it is asked for."""
     dtype = dtype or values.dtype
     return StreamedTensor(name, tuple(values.shape), dtype, partial(tensor_slices, values.detach(), dtype))
+
+
+def in_dtype(tensor: StreamedTensor, dtype: torch.dtype) -> StreamedTensor:
+    """The same tensor, each slice brought to another dtype."""
+    return StreamedTensor(tensor.name, tensor.shape, dtype, lambda: (part.to(dtype) for part in tensor.slices()))
 
 
 def tensor_slices(values: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.experts import ExpertStack, expert_stacks, stack_experts
 from qlora_kit.base.freeze import left_dense
 from qlora_kit.base.record import base_record
+from qlora_kit.base.text import text_body
 from qlora_kit.errors import AdapterError, listed
 from qlora_kit.lora.init import Init, Start
 from qlora_kit.lora.layer import (
@@ -237,7 +238,7 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
     share = sum(parameter.numel() for parameter in dense.values()) / total
     if base_record(model).quantization.kind != "none" and share >= WORTH_SAYING:
         first = next(iter(dense))
-        kind = type(model.base_model.get_submodule(first.rpartition(".")[0])).__name__
+        kind = type(text_body(model).get_submodule(first.rpartition(".")[0])).__name__
         yield (
             f"{share:.0%} of the weights are not quantised: {first} and {len(dense) - 1} more are parameters of a "
             f"{kind}, for which the kit has no rule"

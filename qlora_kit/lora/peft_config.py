@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qlora_kit.base.architecture import head_of
 from qlora_kit.base.dense import is_transposed
 from qlora_kit.base.experts import expert_stacks
+from qlora_kit.base.text import text_body_name, unread_parameters
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.lora.layer import LARGEST_ALPHA, LoraLinear, carriers, lora_layers
 from qlora_kit.lora.targets import adaptable_linears
@@ -124,11 +125,20 @@ def _token_indices(model: PreTrainedModel, name: str) -> dict[str, list[int]]:
     return indices
 
 
-def _target_modules(model: PreTrainedModel, matched: Sequence[str]) -> list[str]:
-    """Leaf names where they say exactly what was matched, whole names otherwise (PEFT matches by suffix)."""
-    leaves = {layer_name.rpartition(".")[2] for layer_name in matched}
+def _target_modules(model: PreTrainedModel, matched: Sequence[str]) -> list[str] | str:
+    """Leaf names where they say exactly what was matched, whole names otherwise (PEFT matches by suffix).
+
+    A model that sees, too, has layers of the same leaf names that text never reaches: there a pattern says in which
+    part of the model the leaf names are meant.
+    """
+    leaves = sorted({layer_name.rpartition(".")[2] for layer_name in matched})
     reached = {key for key in adaptable_linears(model) if key.rpartition(".")[2] in leaves}
-    return sorted(leaves if reached == set(matched) else matched)
+    body = f"{text_body_name(model)}."
+    if reached == set(matched) and not unread_parameters(model):
+        return leaves
+    if reached == set(matched) and all(key.startswith(body) for key in matched):
+        return rf"{_exactly(body)}.*\.({'|'.join(leaves)})"
+    return sorted(matched)
 
 
 def _exactly(layer_name: str) -> str:

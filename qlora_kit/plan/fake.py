@@ -24,6 +24,7 @@ from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
+from qlora_kit.base.text import text_parameters
 from qlora_kit.errors import ModelError
 from qlora_kit.lora import (
     REFERENCE,
@@ -183,10 +184,11 @@ def _build(config: PretrainedConfig, work: Workload, ledger: Ledger) -> tuple[Pr
             add_adapter(model, work.lora, originals)
     del linears
     ledger.adopt(model, activation_blocks(model))
-    if work.lora is None:
-        model.requires_grad_(True)
+    named = list(text_parameters(model).items() if work.lora is None else adapter_parameters(model))
+    for _, parameter in named:
+        parameter.requires_grad_(True)
     set_activation_policy(model, work.activations)
-    return model.train(), list(model.named_parameters() if work.lora is None else adapter_parameters(model))
+    return model.train(), named
 
 
 def add_adapter(

@@ -67,7 +67,8 @@ def floor_bytes(
             bf16.
     """
     sizes = config.get_text_config()
-    if not all(isinstance(getattr(sizes, name, None), int) for name in _NEEDED) or not _accounts_for(sizes, parameters):
+    is_known = all(isinstance(getattr(sizes, name, None), int) for name in _NEEDED)
+    if not is_known or not _accounts_for(config, parameters):
         return None
     rows, layers = tokens * micro_batch, sizes.num_hidden_layers
     resident = parameters["quantized"] * quantization.bits_per_parameter(sizes.hidden_size) / 8
@@ -102,11 +103,12 @@ def _attention_widths(sizes: PretrainedConfig) -> tuple[int, int]:
     return heads * width, (getattr(sizes, "num_key_value_heads", None) or heads) * width
 
 
-def _accounts_for(sizes: PretrainedConfig, parameters: Mapping[str, int]) -> bool:
+def _accounts_for(config: PretrainedConfig, parameters: Mapping[str, int]) -> bool:
     """Whether the usual matrices, the embedding and the head are what the model has, but for norms and biases."""
+    sizes = config.get_text_config()
     query, key = _attention_widths(sizes)
     layer = sizes.hidden_size * (2 * query + 2 * key + 3 * sizes.intermediate_size)
-    ends = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tie_word_embeddings else 2)
+    ends = sizes.vocab_size * sizes.hidden_size * (1 if config.tie_word_embeddings else 2)
     usual = sizes.num_hidden_layers * layer + ends
     return 0 <= parameters["total"] - usual <= _ACCOUNTED * usual
 

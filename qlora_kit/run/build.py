@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.load import original_weights
+from qlora_kit.base.text import text_parameters
 from qlora_kit.lora import LoraReport, adapter_constants, adapter_parameters, add_recipe_lora, load_start
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
@@ -153,7 +154,7 @@ def make_job(
 ) -> Job:
     """A job at its beginning: the adapter `name`, or every weight in full fine-tuning, with an optimizer of its own."""
     is_full = recipe.train.full_finetune
-    parameters = dict(model.named_parameters() if is_full else adapter_parameters(model, name))  # tied ones come once
+    parameters = text_parameters(model) if is_full else dict(adapter_parameters(model, name))
     optimizer = AdapterOptimizer(
         list(parameters.items()),
         recipe.train.optimizer,

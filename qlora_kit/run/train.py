@@ -14,6 +14,7 @@ from qlora_kit.base.attention import check_attention
 from qlora_kit.base.dense import parameter_count
 from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.record import BaseRecord, base_record
+from qlora_kit.base.text import text_parameters, unread_parameters
 from qlora_kit.export import save_model, trained_against
 from qlora_kit.lora import save_adapter
 from qlora_kit.memory import Ledger, Limit
@@ -223,10 +224,12 @@ def _make_trainable(
 ) -> None:
     """Put the adapter on the base, or let every weight train."""
     if recipe.train.full_finetune:
-        model.requires_grad_(True)
+        for parameter in text_parameters(model).values():
+            parameter.requires_grad_(True)
         watch.loaded_whole(parameter_count(model))
     else:
         watch.adapted(put_adapter(model, recipe, prepared, ledger))
+    ledger.ignore(unread_parameters(model))
     ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, Blocks(**plan["blocks"]))
 

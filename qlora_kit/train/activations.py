@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_kit.base.text import text_modules
 from qlora_kit.errors import ModelError
 from qlora_kit.memory import from_host, to_host
 from qlora_kit.ops import KeptProducts
@@ -59,12 +61,14 @@ class Blocks(NamedTuple):
         return self.policy or ", ".join(f"{name} {count}" for name, count in self._asdict().items() if count)
 
 
-def activation_blocks(model: nn.Module) -> dict[str, GradientCheckpointingLayer]:
-    """The blocks of a model by their dotted names, in the order in which they run."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+def activation_blocks(model: PreTrainedModel) -> dict[str, GradientCheckpointingLayer]:
+    """The blocks of a model that text goes through, by their dotted names, in the order in which they run."""
+    read = set(text_modules(model))
+    blocks = (each for each in model.named_modules() if isinstance(each[1], GradientCheckpointingLayer))
+    return {name: block for name, block in blocks if block in read}
 
 
-def set_activation_policy(model: nn.Module, policy: Policy | Blocks) -> int:
+def set_activation_policy(model: PreTrainedModel, policy: Policy | Blocks) -> int:
     """Say what each block does until its backward pass; it holds in training mode only.
 
     Checkpointing is the non-reentrant kind: the reentrant one cuts the graph of a model whose inputs need no gradient.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_kit.base.text import text_body
 from qlora_kit.data import Batch
 from qlora_kit.train.forward import Phase, Rows, evaluation_mode, no_phase
 from qlora_kit.train.tasks import LIKELIHOOD, Loss, Task
@@ -92,7 +93,7 @@ def rehearse_evaluation(
         task.begun(model, [rows], loss_chunk)(model, rows, no_phase, loss_chunk, 1)
     if not task.answers:
         return
-    body, ids = model.base_model, rows.input_ids
+    body, ids = text_body(model), rows.input_ids
     with evaluation_mode(model), phase("evaluate/answer"):
         begun = body(input_ids=ids[:, :-1] if ids.shape[1] > 1 else ids, use_cache=True)
         cache = begun.get("past_key_values")  # other kinds of state do not grow

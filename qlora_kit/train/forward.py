@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.text import text_body
 from qlora_kit.train.head import chunked_loss_sum, has_own_head
 from qlora_kit.train.objectives import causal_loss_sum
 
@@ -78,7 +79,7 @@ def loss_sum(
     """
     if loss_chunk is not None and has_own_head(model):
         with phase("forward"):
-            hidden = model.base_model(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
+            hidden = text_body(model)(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
         with phase("loss"):
             return chunked_loss_sum(model, hidden, rows.labels, loss_chunk, divisor)
     logits = whole_logits(model, rows, phase)
@@ -97,7 +98,7 @@ def sequence_losses(model: nn.Module, rows: Rows, phase: Phase = no_phase, loss_
     labels_BT = rows.labels
     if loss_chunk is not None and has_own_head(model):
         with phase("forward"):
-            hidden = model.base_model(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
+            hidden = text_body(model)(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
         with phase("loss"):
             each = zip(hidden.split(1), labels_BT.split(1), strict=True)
             return torch.stack([chunked_loss_sum(model, h_1TD, labels, loss_chunk) for h_1TD, labels in each])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora_kit.base.text import text_body
 from qlora_kit.train.evaluate import evaluation_mode
 from qlora_kit.train.head import has_own_head, head_logits
 
@@ -44,5 +45,5 @@ _WHOLE = "memory.loss_chunk is left out and whole logits are used, which take mo
 def _logit_error(model: PreTrainedModel, ids_1T: Tensor) -> float:
     """By how much the logits differ from the model's own, relative to these."""
     wanted = model(input_ids=ids_1T, use_cache=False).logits.float()
-    found = head_logits(model, model.base_model(input_ids=ids_1T, use_cache=False)[0]).float()
+    found = head_logits(model, text_body(model)(input_ids=ids_1T, use_cache=False)[0]).float()
     return ((found - wanted).norm() / wanted.norm()).item()

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export.gguf.families import Family, Value, family_of
 from qlora_kit.export.gguf.mixture import encode, stored_bytes
-from qlora_kit.export.gguf.tensors import gguf_name, paired_rows
+from qlora_kit.export.gguf.tensors import gguf_name, paired_rows, text_name
 from qlora_kit.export.gguf.writer import StoredTensor, write_gguf
 from qlora_kit.export.merge import parts_in_use
 from qlora_kit.export.sealed import check_disk, check_vacant, seal, settings_of, without_prefix, write_card
@@ -68,7 +68,7 @@ def export_gguf_adapter(
     stored = [_stored(tensor) for tensor in tensors]
     check_disk(out, sum(tensor.stored_bytes for tensor in stored))
     with staged_folder(out, replaces=False) as staged:
-        sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, stored)}
+        sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.whole or family.architecture, keys, stored)}
         sections: dict[str, Mapping[str, object]] = {
             "Provenance": facts,
             "Adapter": settings_of(adapters),
@@ -85,13 +85,13 @@ def _matrices(
     """The alpha of the file, and A and B of every layer as it holds them."""
     first = next(iter(adapters.values()))
     alpha = float(first.scale * len(first.matrices[0]))
-    tensors = []
+    tensors, config = [], model.config.get_text_config()
     for source, adapter in adapters.items():
-        name = gguf_name(f"{source}.weight", model.config.num_hidden_layers, family)
+        name = gguf_name(text_name(model, f"{source}.weight"), config.num_hidden_layers, family)
         a_RI, b_OR = (matrix.detach().float().cpu() for matrix in adapter.matrices)
         b_OR = b_OR * (adapter.scale * len(a_RI) / alpha) if alpha else b_OR
         if family.turns_in_pairs and name.split(".")[-2] in ("attn_q", "attn_k"):
-            b_OR = paired_rows(b_OR, model.config)
+            b_OR = paired_rows(b_OR, config)
         for suffix, matrix in (("lora_a", a_RI), ("lora_b", b_OR)):
             if not torch.isfinite(matrix).all():
                 raise AdapterError(f"{source} holds NaN or infinity; it is not exported")

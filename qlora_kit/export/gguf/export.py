@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_kit.base.record import base_record
 from qlora_kit.data.collate import Batch
@@ -28,13 +29,13 @@ from qlora_kit.export.gguf.families import Family, Value, family_of, head_width,
 from qlora_kit.export.gguf.mixture import FILE_TYPES, Mixture, encode, stored_bytes
 from qlora_kit.export.gguf.ollama import modelfile
 from qlora_kit.export.gguf.rope import rope_tensors
-from qlora_kit.export.gguf.tensors import Place, place, placed
+from qlora_kit.export.gguf.tensors import Place, is_of_text, place, placed, text_name
 from qlora_kit.export.gguf.vocabulary import vocabulary_keys
 from qlora_kit.export.gguf.writer import StoredTensor, write_gguf
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
 from qlora_kit.export.plain import audit_checkpoint, made_of, original_of
 from qlora_kit.export.sealed import Made, check_disk, check_place, finish
-from qlora_kit.export.stream import StreamedTensor, row_slices, streamed, write_weights
+from qlora_kit.export.stream import StreamedTensor, in_dtype, row_slices, streamed, write_weights
 from qlora_kit.storage import remove_folder, staged_folder, write_text
 from qlora_kit.train.generate import end_tokens
 
@@ -94,8 +95,9 @@ def export_gguf(
     made, family = made_of(model, dtype, onto, is_whole=is_whole), family_of(model)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
     merged = list(merged_tensors(model, torch.float32, original))
-    places = [place(tensor.name, tensor.shape, model.config, family) for tensor in merged]
-    tensors = _stored(model, [placed(*each) for each in zip(merged, places, strict=True)], dtype)
+    places = {each.name: _place(model, each, family) for each in merged if is_of_text(model, each.name)}
+    read = [placed(tensor, places[tensor.name]) for tensor in merged if tensor.name in places]
+    tensors = _stored(model.config.get_text_config(), read, dtype)
     name = Path((provenance or {}).get("base", model.config._name_or_path)).name
     keys = _keys(model, tokenizer, family, tensors, name, dtype)
     audited_in = torch.float32 if dtype == "f32" else base_record(model).dtype
@@ -105,9 +107,15 @@ def export_gguf(
         with empty_workspaces(model):
             sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, tensors)}
         write_text(staged / MODELFILE, modelfile(WEIGHTS, tokenizer, end_tokens(model, tokenizer)))
-        found = None if audit_batches is None else _audit(model, staged, places, audited_in, audit_batches)
+        unread = [tensor for tensor in merged if tensor.name not in places]
+        found = None if audit_batches is None else _audit(model, staged, places, unread, audited_in, audit_batches)
         check_audit("gguf", found, onto, max_kl, scored_loss, force=force)
         return finish(model, staged, "gguf", _in_one_file(made, dtype, tensors), provenance or {}, found, sums)
+
+
+def _place(model: PreTrainedModel, tensor: StreamedTensor, family: Family) -> Place:
+    found = place(text_name(model, tensor.name), tensor.shape, model.config.get_text_config(), family)
+    return replace(found, source=tensor.name)
 
 
 def _in_one_file(made: Made, dtype: str, tensors: list[StoredTensor]) -> Made:
@@ -130,14 +138,13 @@ def _keys(
         "general.name": name or "model",  # runtimes know Phi-3's tokens by it
         "general.file_type": int(FILE_TYPES[dtype]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        **metadata(model.config, family),
+        **metadata(model.config.get_text_config(), family),
         **vocabulary_keys(tokenizer, rows, end_tokens(model, tokenizer)),
     }
 
 
-def _stored(model: PreTrainedModel, tensors: list[StreamedTensor], dtype: str) -> list[StoredTensor]:
+def _stored(config: PretrainedConfig, tensors: list[StreamedTensor], dtype: str) -> list[StoredTensor]:
     """All tensors of the file, each with its type."""
-    config = model.config
     is_tied = all(tensor.name != "output.weight" for tensor in tensors)
     is_grouped = getattr(config, "num_key_value_heads", config.num_attention_heads) < config.num_attention_heads
     mixture = Mixture(dtype, config.num_hidden_layers, is_tied, is_grouped)
@@ -162,20 +169,27 @@ def _counts(tensors: list[StoredTensor]) -> dict[str, int]:
 
 
 def _audit(
-    model: PreTrainedModel, folder: Path, places: list[Place], dtype: torch.dtype, batches: Iterable[Batch]
+    model: PreTrainedModel,
+    folder: Path,
+    places: Mapping[str, Place],
+    unread: Iterable[StreamedTensor],
+    dtype: torch.dtype,
+    batches: Iterable[Batch],
 ) -> dict[str, Any]:
-    """Compare the model with what the file holds, in a plain checkpoint that is deleted again."""
+    """Compare the model with what the file holds, in a plain checkpoint that is deleted again; that has what text never
+    reaches from the model itself."""
     copy = folder / "audit"
     copy.mkdir()
     try:
-        write_weights(read_back(folder / WEIGHTS, places, dtype), copy)
-        write_model_files(model, None, copy, dtype=dtype, tensor_names={each.source for each in places})
+        read = read_back(folder / WEIGHTS, places.values(), dtype)
+        write_weights(chain(read, (in_dtype(tensor, dtype) for tensor in unread)), copy)
+        write_model_files(model, None, copy, dtype=dtype, tensor_names=places)
         return audit_checkpoint(model, copy, batches) | {"computed_in": str(dtype).removeprefix("torch.")}
     finally:
         remove_folder(copy)
 
 
-def read_back(path: Path, places: list[Place], dtype: torch.dtype) -> Iterator[StreamedTensor]:
+def read_back(path: Path, places: Iterable[Place], dtype: torch.dtype) -> Iterator[StreamedTensor]:
     """The tensors of a GGUF file as those of the checkpoint that it was made of.
 
     Args:

@@ -40,6 +40,8 @@ class Family:
     """Layers of which one sees everything and the others a window; 0: runtimes have no window."""
     odds: Callable[[PretrainedConfig], Iterator[str]] = lambda config: iter(())
     """What else of a config runtimes do not compute, in words."""
+    whole: str = ""
+    """What GGUF calls a model that has its sight, too, where that is another name: an adapter goes on such a file."""
 
 
 def _gpt2_odds(config: PretrainedConfig) -> Iterator[str]:
@@ -60,14 +62,18 @@ FAMILIES = {
     "llama": Family("llama", turns_in_pairs=True),
     "mistral": Family("llama", turns_in_pairs=True),
     "qwen2": Family("qwen2"),
+    "qwen2_vl_text": Family("qwen2", whole="qwen2vl"),
+    "qwen2_5_vl_text": Family("qwen2", whole="qwen2vl"),
     "qwen3": Family("qwen3"),
+    "qwen3_vl_text": Family("qwen3", whole="qwen3vl"),
     "gemma": Family("gemma", _GELU, norm_shift=1.0),
     "gemma2": Family("gemma2", _GELU, norm_shift=1.0, local_every=2, odds=_gemma_odds),
     "gemma3_text": Family("gemma3", _GELU, norm_shift=1.0, local_every=6, odds=_gemma_odds),
     "phi3": Family("phi3"),
     "gpt2": Family("gpt2", _GELU, odds=_gpt2_odds),
 }
-"""By `model_type`."""
+"""By `model_type` of what reads text. That of Qwen's models that see counts a token's place three times, which for
+text is three times the same: it computes what the family without sight does."""
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -76,13 +82,13 @@ def family_of(model: PreTrainedModel) -> Family:
     Raises:
         RunError: it has none that is built, or its config asks for what runtimes do not compute.
     """
-    config = model.config
-    name = config._name_or_path or "the model"
+    config = model.config.get_text_config()
+    name = model.config._name_or_path or "the model"
     if brings_code(model) or head_of(model) != "causal":
         raise RunError(f"{name} is a {type(model).__name__}, and GGUF holds transformers' causal language models only")
     family = FAMILIES.get(config.model_type)
     if family is None:
-        built = ", ".join(FAMILIES)
+        built = ", ".join(kind for kind, each in FAMILIES.items() if not each.whole)
         raise RunError(f"{name} is of the family {config.model_type}, for which no GGUF is built; built: {built}")
     odds = [*_odds(config, family), *family.odds(config)]
     if odds:

@@ -14,8 +14,9 @@ from functools import cache, partial
 import gguf
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from qlora_kit.base.text import text_body_name
 from qlora_kit.errors import RunError
 from qlora_kit.export.gguf.families import Family, head_width
 from qlora_kit.export.stream import StreamedTensor, row_slices
@@ -65,6 +66,17 @@ def place(source: str, shape: tuple[int, ...], config: PretrainedConfig, family:
         shift = family.norm_shift
         return Place(source, name, shape, partial(_shifted, by=shift), partial(_shifted, by=-shift))
     return Place(source, name, shape, iter, iter)
+
+
+def is_of_text(model: PreTrainedModel, source: str) -> bool:
+    """Whether a tensor has a part in reading text, by its name."""
+    return source.startswith(f"{text_body_name(model)}.") or not source.startswith(f"{model.base_model_prefix}.")
+
+
+def text_name(model: PreTrainedModel, source: str) -> str:
+    """What a tensor that has such a part is called where a model reads and does nothing else."""
+    body = f"{text_body_name(model)}."
+    return f"{model.base_model_prefix}.{source.removeprefix(body)}" if source.startswith(body) else source
 
 
 def gguf_name(source: str, layers: int, family: Family) -> str:

@@ -1,0 +1,87 @@
+"""Exported tensors under the names, and in the pieces, of the files that transformers reads such a model from.
+
+transformers keeps some families otherwise than their files do: the experts of a layer joined in one tensor, or a
+language model beside a vision tower under another name. Other programs know the files. So transformers' own rules for
+saving are asked, of an expert at a time: of tensors without values what comes of it, and of its values when they are
+written.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from qlora_kit.export.stream import StreamedTensor, tensor_slices
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def as_stored(model: PreTrainedModel, tensors: Sequence[StreamedTensor]) -> list[StreamedTensor]:
+    """The same weights as the files of the model's family hold them.
+
+    Args:
+        model: of which they are; its rules are those by which it was read, or those of its family.
+        tensors: as `merged_tensors` gives them.
+
+    Returns:
+        tensors in the same order, each in the place of that which it is a piece of; or `tensors` themselves where a
+        rule takes several of them for one: transformers reads them so, too.
+    """
+    wanted = _shapes(model, {tensor.name: tensor.shape for tensor in tensors})
+    found = [piece for tensor in tensors for piece in _pieces(model, tensor, wanted)]
+    return found if {piece.name: piece.shape for piece in found} == wanted else list(tensors)
+
+
+def _pieces(model: PreTrainedModel, tensor: StreamedTensor, wanted: Shapes) -> Iterator[StreamedTensor]:
+    """What comes of one tensor by itself."""
+    empty = _empty(tensor.shape)
+    made = _stored(model, {tensor.name: empty})
+    if all(each is empty for each in made.values()):
+        yield from (replace(tensor, name=name) for name in made)
+        return
+    parts = tensor.parts or (tensor,)
+
+    @lru_cache(maxsize=1)
+    def values(number: int) -> dict[str, Tensor]:
+        return _stored(model, {tensor.name: parts[number].read().view(shape)})
+
+    shape = (1, *parts[0].shape) if tensor.parts else tensor.shape
+    first = _shapes(model, {tensor.name: shape})
+    for number in range(len(parts)):
+        for name, piece in first.items():
+            yield StreamedTensor(
+                _of_part(name, number, wanted), piece, tensor.dtype, lambda n=number, m=name: _slices(values(n)[m])
+            )
+
+
+def _slices(values: Tensor) -> Iterator[Tensor]:
+    return tensor_slices(values, values.dtype)
+
+
+def _of_part(name: str, number: int, wanted: Shapes) -> str:
+    """The name of the same piece of another part: the one that is wanted, where a 0 in the first's is its number."""
+    zeros = (zero.span() for zero in re.finditer(r"(?<=\.)0(?=\.)", name))
+    others = (f"{name[:begin]}{number}{name[end:]}" for begin, end in zeros)
+    return next((other for other in others if other in wanted), name)
+
+
+def _shapes(model: PreTrainedModel, shapes: Shapes) -> Shapes:
+    made = _stored(model, {name: _empty(shape) for name, shape in shapes.items()})
+    return {name: tuple(each.shape) for name, each in made.items()}
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    """A tensor without values, a plain one in a rehearsal, too."""
+    with _disable_current_modes():
+        return torch.empty(shape, device="meta")
+
+
+def _stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return made

@@ -1,0 +1,249 @@
+"""Models that see, too: rows are text, so what sees stays as it was read, costs nothing, and is exported as it was."""
+
+import copy
+import json
+import warnings
+
+import gguf
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_gguf import byte_level, read_with_transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    LlavaConfig,
+    Mistral3Config,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+
+import qlora_kit as qk
+from qlora_kit.base.architecture import auto_class, read_config
+from qlora_kit.base.text import text_body, text_parameters, unread_parameters
+from qlora_kit.base.tokenizer import read_tokenizer
+from qlora_kit.data import Batch
+from qlora_kit.errors import ModelError
+from qlora_kit.export import export_merged, export_quantized
+from qlora_kit.export.gguf import export_gguf, export_gguf_adapter
+from qlora_kit.lora import lora_layers
+from qlora_kit.ops import IGNORED
+from qlora_kit.train.activations import activation_blocks
+from qlora_kit.train.forward import loss_sum
+from qlora_kit.train.probe import settled_chunk
+
+TEXT = {
+    "vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 12, "intermediate_size": 64, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+SEEING = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 48}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+CONFIGS = {
+    "gemma3": Gemma3Config(
+        text_config=TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 12},
+        vision_config=SEEING,
+        mm_tokens_per_image=4,
+    ),
+    "mistral3": Mistral3Config(
+        text_config=TEXT | {"model_type": "mistral"}, vision_config=SEEING | {"model_type": "pixtral"}
+    ),
+    "llava": LlavaConfig(
+        text_config=TEXT | {"model_type": "llama"}, vision_config=SEEING | {"model_type": "clip_vision_model"}
+    ),
+    "qwen2_5_vl": Qwen2_5_VLConfig(text_config=TEXT | {"rope_parameters": ROPE}, vision_config=QWEN),
+    "qwen3_vl": Qwen3VLConfig(
+        text_config=TEXT | {"rope_parameters": ROPE}, vision_config=QWEN | {"deepstack_visual_indexes": [0]}
+    ),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    """A checkpoint as transformers writes it, what sees in another dtype than what reads."""
+    config = copy.deepcopy(CONFIGS[request.param])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+    model.save_pretrained(tmp_path / request.param / "base")
+    return tmp_path / request.param / "base"
+
+
+def loaded(folder, **settings):
+    return qk.load_base(folder, **{"compute_dtype": "float32", "device": "cpu"} | settings)
+
+
+def dense(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_text_alone_is_quantised_and_adapted_and_what_sees_stays_on_its_file(folder):
+    model, theirs = loaded(folder), dense(folder)
+    body = text_body(model)
+    assert body is model.get_decoder()
+    report = qk.add_lora(model, rank=2)
+    names = [name for name, _ in lora_layers(model)]
+    assert len(names) == 2 * 7 == len(report.matched)
+    assert all(".language_model." in f".{name}." for name in names)
+    assert list(activation_blocks(model)) == [f"model.language_model.layers.{layer}" for layer in range(2)]
+    unread = set(unread_parameters(model))
+    seeing = {name: each for name, each in model.named_parameters() if each in unread}
+    assert sum(each.numel() for each in seeing.values()) > 5_000
+    originals = dict(theirs.named_parameters())
+    assert all(torch.equal(each, originals[name]) and not each.requires_grad for name, each in seeing.items())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wanted = sum(each.numel() for each in text_parameters(theirs).values())
+    assert (report.total, report.trainable) == (wanted, trained)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_loss_and_gradients_are_those_of_peft_on_the_whole_model(folder, chunk, tmp_path):
+    model = loaded(folder)
+    qk.add_lora(model, rank=2, dtype=torch.float32)
+    tiny.wake(model)
+    qk.save_adapter(model, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(
+        tiny.read_out(dense(folder), model), tmp_path / "adapter", is_trainable=True
+    ).eval()
+    ids = tiny.tokens(rows=2)
+    assert settled_chunk(model, ids[0].tolist(), 64) == (64, None)
+    labels = torch.where(torch.arange(ids.shape[1]) < 3, IGNORED, ids)
+    rows = Batch(ids, labels, lengths=(11, 11), trained_tokens=16, rows=2, count=16)
+    loss = loss_sum(model.train(), rows, loss_chunk=chunk)
+    loss.backward()
+    wanted = theirs(input_ids=ids, labels=labels).loss * 16
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)  # fp32, sums in another order
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * 14
+    for name, layer in lora_layers(model):
+        adapter = layer.adapter("default")
+        for theirs_name, ours in (("lora_A", adapter.a_RI), ("lora_B", adapter.b_OR)):
+            found = gradients[f"base_model.model.{name}.{theirs_name}.default.weight"]
+            assert tiny.relative(ours.grad, found) < 1e-4, name
+
+
+def test_peft_puts_an_adapter_on_the_layers_that_read_and_on_no_others(folder, tmp_path):
+    model = loaded(folder)
+    qk.add_lora(model, rank=2)
+    tiny.wake(model)
+    qk.save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        theirs = PeftModel.from_pretrained(dense(folder), tmp_path / "adapter")
+    wrapped = {name.removeprefix("base_model.model.").rpartition(".lora_A")[0] for name, _ in theirs.named_parameters()
+               if ".lora_A." in name}  # fmt: skip
+    assert wrapped == {name for name, _ in lora_layers(model)}
+    again = loaded(folder)
+    qk.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_a_merged_export_still_sees_and_has_the_names_of_its_base(folder, tmp_path):
+    model = loaded(folder)
+    qk.add_lora(model, rank=2)
+    tiny.wake(model)
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    base, out = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: each.shape for name, each in out.items()} == {name: each.shape for name, each in base.items()}
+    same = [name for name in base if torch.equal(base[name], out[name])]
+    sight = [name for name in base if "vis" in name or "multi_modal" in name]
+    assert len(sight) > 20
+    assert set(sight) <= set(same)
+    assert len(same) <= len(base) - 14
+    export = dense(tmp_path / "out")
+    assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
+    assert tiny.relative(tiny.logits(export), tiny.logits(dense(folder))) > 1e-2
+
+
+@pytest.mark.parametrize("to", ["merged", "quantized"])
+def test_an_export_brings_what_turns_pictures_into_numbers(folder, tmp_path, to):
+    kept = {"preprocessor_config.json": {"size": {"height": 28}}, "processor_config.json": {"image_seq_length": 4}}
+    for name, said in kept.items():
+        (folder / name).write_text(json.dumps(said))
+    model = loaded(folder)
+    qk.add_lora(model, rank=2)
+    {"merged": export_merged, "quantized": export_quantized}[to](model, None, tmp_path / "out")
+    for name, said in kept.items():
+        assert json.loads((tmp_path / "out" / name).read_text()) == said
+
+
+def test_a_quantised_export_leaves_what_sees_as_it_was(folder, tmp_path):
+    model = loaded(folder)
+    qk.add_lora(model, rank=2)
+    tiny.wake(model)
+    export_quantized(model, None, tmp_path / "out", dtype="float32")
+    export, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    packed = [name for name, module in export.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert sorted(packed) == sorted(name for name, _ in lora_layers(model))
+    base = dict(dense(folder).named_parameters())
+    unread = set(unread_parameters(model))
+    sight = [name for name, each in model.named_parameters() if each in unread]
+    assert all(torch.equal(export.get_parameter(name), base[name]) for name in sight)
+
+
+def test_weights_that_see_keep_the_dtype_of_the_file_and_do_not_decide_the_model_s(folder):
+    weights = load_file(folder / "model.safetensors")
+    assert {each.dtype for each in weights.values()} == {torch.float32}
+    model = loaded(folder, compute_dtype="bfloat16")
+    assert {each.dtype for each in unread_parameters(model)} == {torch.float32}
+    assert {each.dtype for each in text_parameters(model).values()} == {torch.bfloat16}
+    assert model.dtype == torch.bfloat16
+
+
+PLAIN = {"mistral3": "mistral", "llava": "llama", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "gemma3": "gemma3_text"}
+
+
+def test_a_gguf_is_that_of_the_family_without_sight(folder, tmp_path):
+    model = loaded(folder)
+    qk.add_lora(model, rank=2, dtype=torch.float32)
+    tiny.wake(model)
+    batches = [Batch(tiny.tokens(2), tiny.tokens(2), lengths=(11, 11), trained_tokens=20, rows=2, count=20)]
+    content = export_gguf(model, byte_level(), tmp_path / "out", dtype="f32", audit_batches=batches)
+    # A divergence adds 300 terms, each rounded in fp32.
+    assert content["comparisons"]["gguf"]["max_kl"] < 1e-6
+    # transformers reads the file as the plain family, whatever the config of the model said.
+    family = PLAIN[folder.parent.name]
+    plain = AutoConfig.for_model(**model.config.get_text_config().to_dict() | {"model_type": family})
+    found = read_with_transformers(tmp_path / "out", **({} if family == "mistral" else {"config": plain}))
+    assert "language_model" not in dict(found.named_modules())
+    assert tiny.relative(tiny.logits(found), tiny.logits(model)) < 1e-5  # fp32, the adapter apart and merged
+
+
+def test_a_gguf_adapter_names_the_file_with_sight_as_its_base(folder, tmp_path):
+    model = loaded(folder)
+    qk.add_lora(model, rank=2)
+    export_gguf_adapter(model, tmp_path / "out")
+    read = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    wanted = {"mistral3": "llama", "llava": "llama", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl", "gemma3": "gemma3"}
+    assert read.fields["general.architecture"].contents() == wanted[folder.parent.name]
+    assert len(read.tensors) == 2 * 14
+    assert all(tensor.name.startswith("blk.") for tensor in read.tensors)
+
+
+def test_the_template_of_an_older_processor_is_the_tokenizer_s(tmp_path):
+    tiny.save_model(tmp_path)
+    assert read_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert read_tokenizer(tmp_path).chat_template == "{{ messages }}"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": 3}))
+    with pytest.raises(ModelError, match="whose chat_template is no text"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_model_is_made_as_transformers_makes_it_and_one_that_reads_only_is_refused(tmp_path):
+    for config in CONFIGS.values():
+        auto = auto_class(config, "causal")
+        is_causal = type(config) in AutoModelForCausalLM._model_mapping
+        assert auto is (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    with pytest.raises(ModelError, match=r"holds a siglip, which is no causal language model$"):
+        read_config(tmp_path)
