@@ -7,15 +7,17 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
-from qlora_kit.base import Quantization
+from qlora_kit.base import Quantization, load_base
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.experts import ExpertStack
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import AdapterError
-from qlora_kit.export import export_merged
+from qlora_kit.export import export_merged, merged_tensors
+from qlora_kit.export.merge import stored_tensors
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.memory import Ledger
 from qlora_kit.plan import Workload, dry_run
@@ -225,3 +227,33 @@ def test_full_fine_tuning_of_a_mixture_is_planned_with_all_its_experts(make):
     planned = dry_run(dense.config, work)
     assert planned["parameters"] == {"total": total, "trainable": total, "quantized": 0}
     assert planned["by_category"]["optimizer_state"] == 8 * total
+
+
+@pytest.mark.parametrize("mixture", [tiny.mixtral, tiny.qwen3_moe, tiny.gpt_oss])
+def test_a_merged_export_has_the_tensors_of_its_family_s_files(mixture, tmp_path):
+    mixture().save_pretrained(tmp_path / "base")
+    model = load_base(tmp_path / "base", compute_dtype="float32", device="cpu")
+    add_lora(model, rank=4)
+    tiny.wake(model)
+    merged = {tensor.name: tensor.read() for tensor in merged_tensors(model, torch.float32)}
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    base, out = (load_file(tmp_path / which / "model.safetensors") for which in ("base", "out"))
+    assert {name: each.shape for name, each in out.items()} == {name: each.shape for name, each in base.items()}
+    assert (out.keys() == merged.keys()) == (mixture is tiny.gpt_oss)  # whose files hold stacks, too
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], each) for name, each in merged.items())
+
+
+def test_an_export_reads_one_expert_at_a_time_and_each_once(monkeypatch):
+    model = tiny.quantized(tiny.mixtral())
+    add_lora(model, rank=4)
+    read, module = [], stored_tensors.__globals__
+    expert = module["_expert"]
+    monkeypatch.setitem(module, "_expert", lambda *given: read.append(given[2]) or expert(*given))
+    tensors = [tensor for tensor in stored_tensors(model, torch.bfloat16) if ".experts." in tensor.name]
+    assert len(tensors) == 2 * 4 * 3
+    assert not read
+    for tensor in tensors:
+        for _ in tensor.slices():
+            pass
+    assert read == 2 * [0, 1, 2, 3, 0, 1, 2, 3]  # of two layers gate and up, and down

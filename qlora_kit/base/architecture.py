@@ -143,7 +143,7 @@ def brings_code(made: PretrainedConfig | PreTrainedModel) -> bool:
 
 def head_of(model: PreTrainedModel) -> Head:
     """What a model says."""
-    classifiers = AutoModelForSequenceClassification._model_mapping
+    classifiers = _AUTO["classification"][0]._model_mapping
     kind = type(model.config)
     return "classification" if kind in classifiers and type(model) is classifiers[kind] else "causal"
 

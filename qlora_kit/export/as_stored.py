@@ -7,9 +7,9 @@ written.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlora_kit.export.stream import StreamedTensor, tensor_slices
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def as_stored(model: PreTrainedModel, tensors: Sequence[StreamedTensor]) -> list[StreamedTensor]:
@@ -33,12 +31,15 @@ def as_stored(model: PreTrainedModel, tensors: Sequence[StreamedTensor]) -> list
         tensors in the same order, each in the place of that which it is a piece of; or `tensors` themselves where a
         rule takes several of them for one: transformers reads them so, too.
     """
-    wanted = _shapes(model, {tensor.name: tensor.shape for tensor in tensors})
-    found = [piece for tensor in tensors for piece in _pieces(model, tensor, wanted)]
-    return found if {piece.name: piece.shape for piece in found} == wanted else list(tensors)
+    empty = {tensor.name: _empty(tensor.shape) for tensor in tensors}
+    made = _stored(model, empty)
+    if all(made.get(name) is each for name, each in empty.items()):
+        return list(tensors)
+    found = [piece for tensor in tensors for piece in _pieces(model, tensor)]
+    return found if {piece.name: piece.shape for piece in found} == _shapes(made) else list(tensors)
 
 
-def _pieces(model: PreTrainedModel, tensor: StreamedTensor, wanted: Shapes) -> Iterator[StreamedTensor]:
+def _pieces(model: PreTrainedModel, tensor: StreamedTensor) -> Iterator[StreamedTensor]:
     """What comes of one tensor by itself."""
     empty = _empty(tensor.shape)
     made = _stored(model, {tensor.name: empty})
@@ -46,34 +47,30 @@ def _pieces(model: PreTrainedModel, tensor: StreamedTensor, wanted: Shapes) -> I
         yield from (replace(tensor, name=name) for name in made)
         return
     parts = tensor.parts or (tensor,)
+    shape = (1, *tensor.shape[1:]) if tensor.parts else tensor.shape
+    first = _shapes(_stored(model, {tensor.name: _empty(shape)}))
 
     @lru_cache(maxsize=1)
     def values(number: int) -> dict[str, Tensor]:
         return _stored(model, {tensor.name: parts[number].read().view(shape)})
 
-    shape = (1, *parts[0].shape) if tensor.parts else tensor.shape
-    first = _shapes(model, {tensor.name: shape})
+    def slices(number: int, name: str) -> Iterator[Tensor]:
+        return tensor_slices(values(number)[name], tensor.dtype)
+
     for number in range(len(parts)):
         for name, piece in first.items():
-            yield StreamedTensor(
-                _of_part(name, number, wanted), piece, tensor.dtype, lambda n=number, m=name: _slices(values(n)[m])
-            )
+            yield StreamedTensor(_of_part(name, number, made), piece, tensor.dtype, partial(slices, number, name))
 
 
-def _slices(values: Tensor) -> Iterator[Tensor]:
-    return tensor_slices(values, values.dtype)
-
-
-def _of_part(name: str, number: int, wanted: Shapes) -> str:
-    """The name of the same piece of another part: the one that is wanted, where a 0 in the first's is its number."""
+def _of_part(name: str, number: int, names: Container[str]) -> str:
+    """The name of the same piece of another part: that of `names` which has its number in the place of a 0."""
     zeros = (zero.span() for zero in re.finditer(r"(?<=\.)0(?=\.)", name))
     others = (f"{name[:begin]}{number}{name[end:]}" for begin, end in zeros)
-    return next((other for other in others if other in wanted), name)
+    return next((other for other in others if other in names), name)
 
 
-def _shapes(model: PreTrainedModel, shapes: Shapes) -> Shapes:
-    made = _stored(model, {name: _empty(shape) for name, shape in shapes.items()})
-    return {name: tuple(each.shape) for name, each in made.items()}
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(each.shape) for name, each in tensors.items()}
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
@@ -82,6 +79,6 @@ def _empty(shape: Sequence[int]) -> Tensor:
         return torch.empty(shape, device="meta")
 
 
-def _stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+def _stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return made
