@@ -32,6 +32,7 @@ from qlora_kit.export import export_merged, export_quantized
 from qlora_kit.export.gguf import export_gguf, export_gguf_adapter
 from qlora_kit.lora import lora_layers
 from qlora_kit.ops import IGNORED
+from qlora_kit.recipe import Recipe
 from qlora_kit.train.activations import activation_blocks
 from qlora_kit.train.forward import loss_sum
 from qlora_kit.train.probe import settled_chunk
@@ -64,15 +65,19 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=CONFIGS)
-def folder(request, tmp_path):
-    """A checkpoint as transformers writes it, what sees in another dtype than what reads."""
-    config = copy.deepcopy(CONFIGS[request.param])
+def checkpoint(family, place):
+    """As transformers writes it."""
+    config = copy.deepcopy(CONFIGS[family])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
-    model.save_pretrained(tmp_path / request.param / "base")
-    return tmp_path / request.param / "base"
+    model.save_pretrained(place / family / "base")
+    return place / family / "base"
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    return checkpoint(request.param, tmp_path)
 
 
 def loaded(folder, **settings):
@@ -247,3 +252,36 @@ def test_a_model_is_made_as_transformers_makes_it_and_one_that_reads_only_is_ref
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     with pytest.raises(ModelError, match=r"holds a siglip, which is no causal language model$"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+def test_a_run_takes_what_was_planned_and_leaves_what_sees_alone(family, full, tmp_path):
+    base = checkpoint(family, tmp_path)
+    tiny.save_tokenizer(base)
+    rows = [{"prompt": f"say {number}", "completion": f" cat {number}"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = Recipe.model_validate(
+        {
+            "base": {"model": str(base), "compute_dtype": "float32", "device": "cpu"},
+            "lora": {"rank": 2},
+            "data": {"train": str(tmp_path / "rows.jsonl"), "max_tokens": 48},
+            "train": {"steps": 2, "micro_batch": 4, "optimizer": "adamw", "full_finetune": full},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    assert qk.train(recipe).finished
+    memory = json.loads((tmp_path / "run" / "memory.json").read_text())
+    planned = memory["planned"]
+    large = [name for name, size in planned["by_category"].items() if size > 0.01 * planned["peak_bytes"]]
+    assert {"base_weights", "activations", "optimizer_state"} <= {*large}
+    # Some scalars and allocations of a few bytes: 400 KiB in all.
+    assert all(abs(memory["error"][name]) < 0.005 for name in large)
+    assert abs(memory["error"]["peak"]) < 0.001
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    theirs = dense(base)
+    assert plan["parameters"]["total"] == sum(each.numel() for each in text_parameters(theirs).values())
+    if full:
+        out = dense(tmp_path / "run" / "model")
+        moved = {name for name, each in theirs.named_parameters() if not torch.equal(each, out.get_parameter(name))}
+        assert moved == set(text_parameters(theirs))

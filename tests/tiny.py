@@ -107,8 +107,8 @@ def quantized(
     return freeze_and_quantize(model, Quantization(kind, double_quant, block_size), dtype, CPU, skip)
 
 
-def save_model(folder: Path) -> Path:
-    """A two-layer Llama with random weights and a byte-level tokenizer, saved as a user would have it."""
+def save_tokenizer(folder: Path) -> int:
+    """A byte-level tokenizer, saved as a user would have it; gives the number of its tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -117,8 +117,13 @@ def save_model(folder: Path) -> Path:
         trainers.BpeTrainer(vocab_size=260, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
-    llama(vocab_size=len(tokenizer), eos_token_id=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def save_model(folder: Path) -> Path:
+    """A two-layer Llama with random weights beside it."""
+    llama(vocab_size=save_tokenizer(folder), eos_token_id=0).save_pretrained(folder)
     return folder
 
 
