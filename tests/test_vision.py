@@ -19,6 +19,7 @@ from transformers import (
     LlavaConfig,
     Mistral3Config,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
 )
 
@@ -45,6 +46,7 @@ TEXT = {
 SEEING = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
 QWEN = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 48}
+LINEAR = {"num_value_heads": 4, "num_key_heads": 2, "key_head_dim": 16, "value_head_dim": 16}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 CONFIGS = {
     "gemma3": Gemma3Config(
@@ -242,6 +244,19 @@ def test_the_template_of_an_older_processor_is_the_tokenizer_s(tmp_path):
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": 3}))
     with pytest.raises(ModelError, match="whose chat_template is no text"):
         read_tokenizer(tmp_path)
+
+
+def test_a_family_that_transformers_reads_without_its_sight_is_told_of(tmp_path):
+    linear = {f"linear_{what}": size for what, size in LINEAR.items()}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
+    text = TEXT | linear | {"head_dim": 16, "rope_parameters": rope}
+    config = Qwen3_5Config(text_config=text, vision_config=QWEN)
+    with torch.random.fork_rng():
+        AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    model = loaded(tmp_path)
+    assert not unread_parameters(model)
+    notes = qk.add_lora(model, rank=2).notes
+    assert any(note.endswith("no place for, left out: all of a qwen3_5 but its qwen3_5_text") for note in notes)
 
 
 def test_a_model_is_made_as_transformers_makes_it_and_one_that_reads_only_is_refused(tmp_path):

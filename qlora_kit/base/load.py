@@ -204,5 +204,7 @@ def _load(
             f"{folder} has no tensor for {listed(lost)}: its weights are incomplete, and a base is never filled up at "
             "random"
         )
-    unused = tuple(sorted(info["unexpected_keys"])) if head == "causal" else ()  # a classifier leaves a head out
-    return model, untrained, unused
+    unused = sorted(info["unexpected_keys"]) if head == "causal" else []  # a classifier leaves a head out
+    if type(model.config) is not type(config):
+        unused.insert(0, f"all of a {config.model_type} but its {model.config.model_type}")
+    return model, untrained, tuple(unused)
