@@ -32,9 +32,9 @@ CLASSES = "classes"
 
 def trained_against(model: PreTrainedModel) -> dict[str, str]:
     """How the base of this model is stored, as metadata: `qlora_kit.quantization` and its settings."""
-    record, embedding = base_record(model), model.get_input_embeddings()
+    record, embedding, head = base_record(model), model.get_input_embeddings(), head_name(model)
     how = record.quantization
-    linears = {name: module for name, module in adaptable_linears(model).items() if name != head_name(model)}
+    linears = {name: module for name, module in adaptable_linears(model).items() if name != head}
     facts = {"quantization": how.kind, "compute_dtype": str(record.dtype).removeprefix("torch.")}
     if isinstance(bare(embedding), QuantizedEmbedding):
         facts["quantize_head"] = "true"
