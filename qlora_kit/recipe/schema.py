@@ -105,84 +105,84 @@ class Base(Section):
     """The frozen model, and how its weights are held."""
 
     model: ModelName
-    """The model to fine-tune: a folder if it begins with . or / or exists, otherwise a hub id."""
+    """The model to fine-tune: a folder if the name begins with ., / or ~ or exists on disk, otherwise a hub id."""
     revision: Text | None = None
-    """Branch, tag or commit of a hub model; null takes the newest."""
+    """Branch, tag or commit of a hub model; null: the newest."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """How the linear layers are stored; QLoRA, table 2: of the 4-bit types nf4 has the lowest perplexity."""
+    """How the linear layers are stored; of the 4-bit types, nf4 has the lowest perplexity (QLoRA, table 2)."""
     double_quant: bool = True
-    """Quantise the block constants as well: 4.127 bits per parameter in place of 4.5 (QLoRA, section 3)."""
+    """Quantise the block constants as well: 4.127 bits per parameter instead of 4.5 (QLoRA, section 3)."""
     block_size: BlockSize = 64
-    """Weights that share one constant; 64 as in QLoRA, section 3."""
+    """Number of weights that share one quantisation constant; 64 as in QLoRA, section 3."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What weights are decoded to; auto: bfloat16 where the device multiplies it, else float16 (a CPU: float32)."""
+    """Type that weights are decoded to; auto: bfloat16 if the hardware supports it, else float16 (float32 on a CPU)."""
     skip: list[Text] = []
-    """Names of linear layers that stay dense, beside heads and classifiers."""
+    """Names of linear layers to leave unquantised, in addition to heads and classifiers."""
     quantize_head: bool | Auto = False
-    """Quantise output head and input embedding, too; block_size must divide their width; auto: where it must be."""
+    """Also quantise output head and input embedding; block_size must divide their width; auto: if nothing else fits."""
     cache: bool = False
-    """Keep the quantised weights on disk, to load them from there later; false: nf4 takes 0.52 GB a billion there."""
+    """Keep the quantised weights on disk, so that later loads are fast; in nf4, 0.52 GB for a billion weights."""
     attention: Literal["sdpa", "eager", "flex", "flash"] = "sdpa"
-    """Implementation of attention; a family that has no sdpa takes eager in its place."""
+    """Attention implementation; flex and flash need a CUDA device; a family without sdpa uses eager instead."""
     device: Device = "auto"
-    """Where the model lives; auto: the first CUDA device if there is one."""
+    """Device to train on; auto: the first CUDA device if there is one, else the CPU."""
 
 
 class Lora(Section):
-    """The adapters: where they sit, how large they are and how they start."""
+    """The adapters: which layers have them, how large they are and how they are initialised."""
 
     from_: AdapterName | None = Field(default=None, alias="from")
-    """An adapter or run to continue from; the optimizer starts new."""
+    """An adapter or run to continue from; the optimizer starts fresh."""
     rank: Count | Auto = 16
-    """Rank of the update B A, of little effect (QLoRA, section 4); auto: 16 to 256, the least that holds the data."""
+    """Rank of the update B A; it matters little (QLoRA, section 4); auto: 16 to 256, the least that holds the data."""
     alpha: Number = 32
     """The update is multiplied by alpha / rank; 32 as in LoRA Without Regret."""
     targets: Layers | Expression | LayerNames = "all-linear"
-    """Layers that get an adapter; all linear layers are needed to match 16-bit tuning (QLoRA, section 4)."""
+    """Layers that get an adapter; matching 16-bit tuning takes all linear layers (QLoRA, section 4)."""
     dropout: Annotated[float, Field(ge=0, lt=1), Says("a number from 0 to below 1")] = 0.0
-    """Share of the adapter's inputs set to zero in training; 0 is fastest, QLoRA's scripts use 0.05 to 0.1."""
+    """Dropout on the adapter's input during training; 0 is fastest, QLoRA's scripts use 0.05 to 0.1."""
     scaling: Literal["standard", "rslora"] = "standard"
     """standard: alpha / rank, as in LoRA, section 4.1; rslora: alpha / sqrt(rank), for high ranks."""
     init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
-    """default: A uniform within 1 / sqrt(inputs), B zero (LoRA Without Regret); pissa, loftq: from the weight."""
+    """default: A uniform within 1 / sqrt(inputs), B zero; gaussian: A normal, B zero; pissa, loftq: from the weight."""
     dora: bool = False
-    """Train a magnitude for each output beside the direction."""
+    """DoRA: also train a magnitude for each output of a layer."""
     lr_ratio: Rate = 1.0
-    """Learning rate of B over that of A (LoRA+); LoRA Without Regret keeps them equal."""
+    """Learning rate of B divided by that of A (LoRA+); LoRA Without Regret keeps them equal."""
     rank_pattern: Annotated[
         dict[LayerName, Count], Says('a mapping of layer names or "re:..." to whole numbers of at least 1')
     ] = {}
-    """Other ranks for some layers: leaf name or "re:..." to rank."""
+    """Different ranks for some layers: from layer name or "re:..." to rank."""
     alpha_pattern: Annotated[
         dict[LayerName, Number], Says('a mapping of layer names or "re:..." to numbers above 0')
     ] = {}
-    """Other alphas for some layers: leaf name or "re:..." to alpha."""
+    """Different alphas for some layers: from layer name or "re:..." to alpha."""
     also_train: list[Text] = []
-    """Whole modules that are trained and saved beside the adapters, such as a new head: names, or ends of names."""
+    """Modules that are trained and saved in full beside the adapters, such as a new head: names, or ends of names."""
     added_tokens: list[Text] = []
-    """Tokens whose rows of the embedding and the head are trained and saved; those that are new get a row."""
+    """Tokens whose embedding and head rows are trained and saved; a token that is not in the vocabulary is added."""
     untie_head: bool = False
-    """Let an adapter change a head that is tied to the embedding; merged exports then hold both."""
+    """Let an adapter change a head that is tied to the embedding; merged exports then store both."""
 
 
 class Place(Section):
     """One of several sources of rows."""
 
     path: DataName
-    """Where its rows are; of a hub data set that has several configurations ID:CONFIG."""
+    """Where its rows are; for a configuration of a hub data set, ID:CONFIG."""
     split: Text = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, such as train or train[:10%]."""
     format: Format | None = None
-    """Format of its rows; null takes data.format."""
+    """Format of its rows; null: that of data.format."""
     columns: Columns | None = None
-    """Expected column to column in the file; null takes data.columns."""
+    """Names of its columns, as in data.columns; null: those of data.columns."""
 
 
 class Source(Place):
     """One of several sources of training rows."""
 
     weight: Weight = 1
-    """How often an epoch sees each of its rows: 2 twice; 0.5 half of them, and the other half in the next epoch."""
+    """How often an epoch sees each row: 2 is twice; 0.5 is half of the rows, and the other half in the next epoch."""
 
 
 Sources = Annotated[
@@ -194,96 +194,96 @@ Places = Annotated[
 
 
 class Data(Section):
-    """The rows: where they come from and what of them is trained on."""
+    """The rows (training examples): where they come from and which of their tokens are trained on."""
 
     train: DataName | Sources
     """The training rows: one source or several."""
     eval: EvalName | Places | None = "auto"
-    """Held-out rows: one source or several; auto: 2 % of the rows, at most 200, split by content; null: none."""
+    """Held-out rows: one source or several; auto: 2 % of the rows, at most 200, chosen by content; null: none."""
     format: Format = "auto"
-    """Format of the rows; auto looks at the column names."""
+    """Format of the rows; auto: recognised by the column names."""
     columns: Columns = {}
-    """Column that the format expects to the column in the file."""
+    """Your names for the columns that a format expects, as in {prompt: question, completion: answer}."""
     max_tokens: Count = 2048
-    """Longest row, in tokens."""
+    """Longest row that is taken whole, in tokens."""
     over_length: Literal["drop", "truncate", "split", "error"] = "drop"
-    """What happens to a longer row; every one is counted."""
+    """What happens to longer rows (they are counted): left out, cut to the length, cut into pieces, or an error."""
     packing: bool | Auto = "auto"
-    """Rows of a step share sequences of at most max_tokens; auto: where attention is flex or flash (no dense mask)."""
+    """Pack short rows into sequences of at most max_tokens, each seeing only itself; auto: with flex or flash."""
     loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
-    """The tokens that are learnt: those of the assistant, its last turn, the completion, or all."""
+    """Tokens that are trained on: those of all assistant turns, of the last one, of the completion, or all."""
     template: TemplateName = "auto"
-    """Chat template; auto takes the tokenizer's, and plain where it has none."""
+    """Chat template: chatml, plain or a Jinja file; auto: the tokenizer's, or plain if it has none."""
     thinking: Literal["keep", "strip", "empty"] = "keep"
-    """What happens to reasoning in assistant turns: kept; left out, or an empty block (enable_thinking is off then)."""
+    """Reasoning in assistant turns: kept, left out, or replaced by an empty block (both turn enable_thinking off)."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens to rows that cannot be used: an error that names them, or they are left out, counted and named."""
+    """Rows that cannot be used: stop with an error that names them, or leave them out, counted and named."""
 
 
 class Train(Section):
     """The run: objective, length, optimizer and what is written on the way."""
 
     task: TaskName = "sft"
-    """The objective: answers, text, classes, pairs of answers (dpo, ipo, orpo), or answers with a verdict (kto)."""
+    """Objective: answers, raw text, classes, preference pairs (dpo, ipo, orpo), or answers rated good or bad (kto)."""
     epochs: Number = 1
-    """Passes over the rows; may be a fraction."""
+    """Passes over the rows; fractions are allowed."""
     tokens: Count | None = None
-    """Tokens to see, padding aside, by the mean length of the rows; overrides epochs."""
+    """Tokens to train on, padding not counted, estimated from the mean length of the rows; overrides epochs."""
     steps: Count | None = None
     """Optimizer steps; overrides epochs and tokens."""
     micro_batch: Count | Auto = "auto"
-    """Sequences in one forward pass; auto: as many of the longest as make 2,048 tokens, at most 16."""
+    """Sequences in one forward pass; auto: as many of the longest as fit into 2,048 tokens, at most 16."""
     accumulation: Count | Auto = "auto"
-    """Micro-batches a step; auto: about 16 rows (not packs) a step, as in QLoRA's scripts."""
+    """Micro-batches per step; auto: about 16 rows (not packed sequences) per step, as in QLoRA's scripts."""
     lr: Rate | Auto = "auto"
-    """Peak learning rate; auto: by family and hidden size, the fit of LoRA Without Regret; a tenth if all train."""
+    """Peak learning rate; auto: LoRA Without Regret's fit (family, width); a tenth for preferences or full tuning."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """Course of the learning rate after the warm-up; constant as in QLoRA and LoRA Without Regret."""
+    """Learning-rate schedule after the warm-up; constant as in QLoRA and LoRA Without Regret."""
     warmup: Annotated[float, Field(ge=0, le=1), Says("a number from 0 to 1")] = 0.03
-    """Share of the steps in which the learning rate rises; 0.03 as in QLoRA's scripts."""
+    """Share of the steps over which the learning rate rises; 0.03 as in QLoRA's scripts."""
     optimizer: Optimizer = "paged_adamw_8bit"
-    """The optimizer; paged: its state may move to the CPU's memory at a peak (QLoRA, section 3)."""
+    """Optimizer; paged: its state can move to host memory at a peak (QLoRA, section 3), on CUDA only."""
     master_weights: Literal["auto", "fp32", "stochastic", "none"] = "auto"
-    """How small updates reach bfloat16: a float32 copy (auto), stochastic rounding (auto if all train), not at all."""
+    """How bfloat16 weights keep small updates; auto: float32 copies, but stochastic rounding if all weights train."""
     weight_decay: Annotated[float, Field(ge=0), Says("a number of at least 0")] = 0.0
     """Decoupled weight decay, per step and unit of learning rate."""
     max_grad_norm: Above0 = 0.3
-    """Longest gradient before it is scaled down; 0.3 as in QLoRA's scripts."""
+    """Gradient norm above which gradients are clipped; 0.3 as in QLoRA's scripts."""
     beta: Above0 = 0.1
-    """How strongly dpo, ipo and kto hold to the model that training starts from; of orpo the odds ratio's weight."""
+    """For dpo, ipo and kto, how closely to stay to the starting model; for orpo, the weight of the odds ratio."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Says("a whole number from 0 to 4294967295")] = 0
     """Seed of every random choice; 32 bits, because NumPy takes no more."""
     eval_every: Count | Auto = "auto"
-    """Steps between evaluations; auto: 10 evaluations a run."""
+    """Steps between evaluations; auto: about 10 evaluations per run."""
     save_every: Count | Auto = "auto"
-    """Steps between checkpoints; auto: about every 15 minutes. Each better evaluation and the end have one anyway."""
+    """Steps between checkpoints; auto: about every 15 minutes. Each better evaluation and the end save one anyway."""
     sample_every: Count | None = None
-    """Steps between answers to a few held-out prompts, in samples.jsonl; null: none."""
+    """Steps between sample answers to a few held-out prompts, written to samples.jsonl; null: none."""
     keep_checkpoints: Count = 2
-    """Checkpoints that are kept, the newest; that of the lowest held-out loss comes on top."""
+    """Number of newest checkpoints to keep; the one with the lowest held-out loss is kept besides."""
     early_stopping: Count | None = None
-    """Evaluations in a row without a lower held-out loss after which the run ends; null: never."""
+    """End the run after this many evaluations in a row without a lower held-out loss; null: never."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    """Where metrics go beside metrics.jsonl."""
+    """Trackers that get the metrics, in addition to metrics.jsonl."""
     full_finetune: bool = False
-    """Train every weight of the base, held dense whatever base.quantization says, in place of adapters."""
+    """Train every weight of the base instead of adapters; base.quantization has no effect then."""
 
 
 class Memory(Section):
-    """The memory the run may take, and what it trades for it."""
+    """How much memory the run may take, and what it trades for memory."""
 
     budget: Size | None = None
-    """Most memory of the device, held to in the run; null on CUDA: what is free at the start, less a stated reserve."""
+    """Device memory that the run may use, enforced; null on CUDA: what is free at the start, less a stated reserve."""
     activations: Literal["auto", "keep", "selective", "recompute", "offload"] = "auto"
-    """What blocks keep: all, products (selective), inputs, or those on the host (offload); auto: fastest that fits."""
+    """What blocks keep for backward: all, products, inputs, or inputs in host memory; auto: the fastest that fits."""
     loss_chunk: Count | Auto = "auto"
-    """Tokens whose logits exist at one time; auto: as many as take 256 MiB."""
+    """Tokens whose logits exist at the same time; auto: as many as take 256 MiB."""
     eval_tokens: Count | Auto = "auto"
-    """Most tokens of held-out rows that go together, a longer row alone; auto: 2,048, or fewer, so that they fit."""
+    """Tokens per evaluation batch (a longer row goes alone); auto: 2,048, or fewer where the budget needs it."""
 
 
 class Recipe(Section):
-    """All that a run depends on."""
+    """Everything that a run depends on."""
 
     base: Base
     """Settings of the frozen model."""
@@ -296,4 +296,4 @@ class Recipe(Section):
     memory: Memory = Memory()
     """Settings of the memory."""
     output: Text = "runs/NAME"
-    """The run folder, relative to the working directory; NAME: the recipe's own name, also for null."""
+    """The run folder, relative to the working directory; NAME is the recipe's own name."""
