@@ -20,7 +20,7 @@ Tell: TypeAlias = Callable[[Sequence[Answer], int], None]
 
 Out = Annotated[
     Path | None,
-    typer.Option(help="A new file for the answers, one JSON object a line; default: print.", show_default=False),
+    typer.Option(help="New file for the answers, one JSON object per line; default: print them.", show_default=False),
 ]
 
 

@@ -21,7 +21,7 @@ from qlora_kit.cli.classify import classify
 from qlora_kit.cli.export import export
 from qlora_kit.cli.generate import generate
 from qlora_kit.cli.guard import DEBUG, reports_errors
-from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode, UseBase
+from qlora_kit.cli.options import AsJson, Force, RunOrExport, TrustRemoteCode, UseBase
 from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.sweep import sweep
 from qlora_kit.cli.verify import verify
@@ -35,13 +35,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    epilog="Start with: qlora-kit train quickstart. Add --debug to any command to see the traceback of an error.",
+    epilog="Start with: qlora-kit train quickstart. Add --debug to any command to see the traceback of an error. "
+    "Exit codes: 0 done, 2 an error that you can fix, 3 not enough memory, 130 or 143 stopped by a signal.",
 )
 app.add_typer(recipes_app, name="recipes")
 
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings such as lora.rank=32, or lora.rank=auto.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="Settings that override the recipe, such as lora.rank=32.", show_default=False),
 ]
 
 
@@ -80,12 +82,14 @@ def options(
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    budget: Annotated[str | None, typer.Option(help="Memory that the run may take, such as 24GiB.")] = None,
-    gpu: Annotated[str | None, typer.Option(help='Plan for this card, such as "RTX 4090"; none need be here.')] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory that the run may use, such as 24GiB.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help='Plan for this card, such as "RTX 4090"; it need not be in this machine.')
+    ] = None,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """What a run will take, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
+    """Plan a run's memory, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
     from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
@@ -112,11 +116,11 @@ def plan(
 def preview(
     recipe: RecipeName,
     overrides: Overrides = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to show token by token.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to show token by token.")] = 3,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """What will be trained on, token by token, and what became of every row. Needs no weights."""
+    """Show what will be trained on, token by token. Counts every row, and needs no weights."""
     from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
@@ -138,12 +142,16 @@ def preview(
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that stands in the folder.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Resume though recipe, rows or base have changed.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the folder from its newest intact checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: continue even if recipe, rows or base have changed.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """The main job: plan, load, train, score, report. Fills the run folder."""
+    """Train a recipe: plan, load, train, score, report. Writes a run folder."""
     from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
@@ -173,14 +181,16 @@ def train(
 @app.command("eval")
 @reports_errors
 def evaluate(
-    run: RunFolder,
-    data: Annotated[Path | None, typer.Option(help="Rows to evaluate on; default: the run's held-out rows.")] = None,
+    run: RunOrExport,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to score on; default: the held-out rows of the run (an export has none).")
+    ] = None,
     base: UseBase = False,
     as_json: AsJson = False,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Loss, perplexity and exact match of a run's adapter, its base, or an exported model."""
+    """Score a run, its base, or an export: loss, perplexity, exact match."""
     from qlora_kit.cli.show import Screen, import_libraries, score_lines
 
     import_libraries()
@@ -202,18 +212,18 @@ app.command()(reports_errors(export))
 @app.command()
 @reports_errors
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run folder, or several to compare.")],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The page to write; default: report.html in the run folder, or here if there are several. "
-            "Only an older page of the same kind is overwritten.",
+            help="Page to write; default: report.html in the run folder, or in the working directory if there are "
+            "several runs. Only an older page of the same kind is overwritten.",
             show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write report.html again from the run folder alone; of several runs, one page and table that compare them."""
+    """Write a run's report.html again, or compare runs on one page. Reads the run folders alone."""
     from qlora_kit.report import (
         compare_runs,
         comparison_facts,
@@ -237,7 +247,7 @@ def report(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check what is really there by trying it: torch, bitsandbytes, the GPU, the disk, the hub."""
+    """Try out what training needs here: torch, bitsandbytes, GPU, disk, hub."""
     from qlora_kit.cli.doctor import run_doctor
     from qlora_kit.cli.show import quiet_environment
 

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 
 def chat(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs on one base; the first one speaks.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="One or several runs on the same base; the first one answers until you switch."
+        ),
+    ],
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -45,7 +50,7 @@ def chat(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk with a run, and switch between the adapters of several. /help lists what can be said besides."""
+    """Chat with a run, or switch between several. /help lists the commands of a chat."""
     from qlora_kit.cli.show import import_libraries
 
     import_libraries()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from qlora_kit.cli.answers import Answer, Out, Tell, check_new, gather, show
-from qlora_kit.cli.options import AsJson, Force, RunFolder, TrustRemoteCode
+from qlora_kit.cli.options import AsJson, Force, RunOrExport, TrustRemoteCode
 from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RecipeError
 
@@ -16,12 +16,12 @@ MOST_SHOWN = 10
 
 
 def classify(
-    run: RunFolder,
-    text: Annotated[str | None, typer.Option(help="What to classify.", show_default=False)] = None,
+    run: RunOrExport,
+    text: Annotated[str | None, typer.Option(help="One text.", show_default=False)] = None,
     texts: Annotated[
         Path | None,
         typer.Option(
-            help="A file of texts: .txt with one a line, or rows as training reads them, with or without a label.",
+            help="File of texts: .txt with one per line, or rows as for training, with or without a label.",
             show_default=False,
         ),
     ] = None,
@@ -30,7 +30,7 @@ def classify(
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Tell the class of texts, and how likely each is, with a run of train.task=classify or its export."""
+    """Classify texts with a classifier run or its export. Prints the probability of each class."""
     from qlora_kit.cli.show import import_libraries
 
     if (text is None) == (texts is None):

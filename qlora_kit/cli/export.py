@@ -15,50 +15,57 @@ from qlora_kit.units import format_bytes
 
 def export(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="The new folder.", show_default=False)] = None,
-    to: Annotated[str, typer.Option(help="merged, quantized, adapter, gguf or gguf-adapter.")] = "merged",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for the export; required unless --compare is given.", show_default=False),
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="Kind of export: merged, quantized, adapter, gguf or gguf-adapter.")
+    ] = "merged",
     onto: Annotated[
-        str, typer.Option(help="What an adapter is merged into: dequantized (as it was trained) or original.")
+        str, typer.Option(help="Weights to merge into: dequantized (those it was trained on) or original (16-bit).")
     ] = "dequantized",
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of merged weights, and of what stays dense: bfloat16 (default), float16 or float32. Of a GGUF: f32, "
+            help="Type of the weights that are not quantised: bfloat16 (default), float16 or float32. For a GGUF: f32, "
             "f16, bf16, q8_0, q4_0, q4_k_m (default), q5_k_m or q6_k.",
             show_default=False,
         ),
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="With --to quantized: nf4, fp4 or int8; default: the base's.", show_default=False)
+        str | None,
+        typer.Option(help="With --to quantized: nf4, fp4 or int8; default: that of the base.", show_default=False),
     ] = None,
     calibration_rows: Annotated[
         int,
-        typer.Option(
-            min=0, help="With --to quantized: training rows on which codes and constants are chosen; 0 rounds plainly."
-        ),
+        typer.Option(min=0, help="With --to quantized: number of training rows to calibrate on; 0 rounds to nearest."),
     ] = 128,
     max_kl: Annotated[
         float | None,
         typer.Option(
             min=0.0,
-            help="Largest mean KL, in nats a token (of a classifier, a text), to the model as trained; default: 0.01 "
-            "for merged onto dequantized, any for the rest.",
+            help="Refuse an export whose mean KL from the trained model is above this, in nats per token (for a "
+            "classifier, per text); default: 0.01 for a merge onto dequantized, no limit otherwise.",
             show_default=False,
         ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="A table of all kinds; --out keeps them, otherwise none is kept.")
+        bool,
+        typer.Option(
+            "--compare", help="Make every kind and print a table of them; they are kept only if --out is given."
+        ),
     ] = False,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Take an adapter that was trained on another base; keep an export above its largest KL."
+            "--force", help="Export even if the adapter was trained on a different base or the export differs too much."
         ),
     ] = False,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Weights for other programs, compared with the model as it was trained."""
+    """Write weights for other programs, and compare them with the trained model."""
     from qlora_kit.cli.show import audit_lines, import_libraries
 
     if out is None and not compare:

@@ -12,7 +12,7 @@ from qlora_kit.cli.options import (
     MaxNewTokens,
     MinP,
     Penalty,
-    RunFolder,
+    RunOrExport,
     Seed,
     System,
     Temperature,
@@ -26,12 +26,12 @@ from qlora_kit.errors import RecipeError
 
 
 def generate(
-    run: RunFolder,
-    prompt: Annotated[str | None, typer.Option(help="What to answer.", show_default=False)] = None,
+    run: RunOrExport,
+    prompt: Annotated[str | None, typer.Option(help="One prompt.", show_default=False)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="A file of prompts: .txt with one a line, or rows in any format that training reads.",
+            help="File of prompts: .txt with one per line, or rows in any format that training reads.",
             show_default=False,
         ),
     ] = None,
@@ -45,15 +45,17 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends an answer; may be given again.", show_default=False)
+        list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.", show_default=False)
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without a chat template.")
+    ] = False,
     base: UseBase = False,
     as_json: AsJson = False,
     force: Force = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Answer prompts with a run, one of its checkpoints, or an exported model."""
+    """Answer prompts with a run, a checkpoint or an export."""
     from qlora_kit.cli.show import import_libraries
 
     if (prompt is None) == (prompts is None):

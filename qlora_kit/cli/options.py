@@ -10,21 +10,31 @@ from qlora_kit.errors import RecipeError
 if TYPE_CHECKING:
     from qlora_kit.train.generate import Sampling
 
-RunFolder = Annotated[Path, typer.Argument(help="A run folder (the output of `qlora-kit train`).")]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")]
+RunOrExport = Annotated[Path, typer.Argument(help="A run folder, one of its checkpoints, or an exported model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-UseBase = Annotated[bool, typer.Option("--base", help="Leave away what was trained: the bare base.")]
-Force = Annotated[bool, typer.Option("--force", help="Take the adapter although it was trained on another base.")]
+UseBase = Annotated[bool, typer.Option("--base", help="Use the base model without what was trained.")]
+Force = Annotated[bool, typer.Option("--force", help="Load the adapter even if it was trained on a different base.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the model folder brings.")
+    bool, typer.Option("--trust-remote-code", help="Allow Python code that comes with the model to run.")
 ]
-System = Annotated[str | None, typer.Option(help="What a chat opens with, as its system turn.", show_default=False)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
-TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Draw from the likeliest tokens of this share together.")]
-TopK = Annotated[int, typer.Option(min=0, help="Draw from as many of the likeliest tokens; 0: all.")]
-MinP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from tokens of this share of the likeliest one's.")]
-Penalty = Annotated[float, typer.Option(min=0.01, help="Above 1 holds tokens back that were there already.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the draws: the same seed gives the same answers.")]
+System = Annotated[str | None, typer.Option(help="System prompt of the chat.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="Sample from the likeliest tokens that add up to this probability.")
+]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0 is all.")]
+MinP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="Sample from tokens with at least this share of the likeliest one's probability."
+    ),
+]
+Penalty = Annotated[
+    float, typer.Option(min=0.01, help="Above 1, tokens that have occurred already become less likely.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed for sampling; the same seed gives the same answers.")]
 
 
 def sampling_of(

@@ -12,14 +12,16 @@ from qlora_kit.cli.visible import visible
 from qlora_kit.errors import RecipeError
 
 recipes_app = typer.Typer(
-    help="List, show and copy shipped recipes; print the schema.", no_args_is_help=True, rich_markup_mode=None
+    help="List, show or copy the shipped recipes; print every setting.", no_args_is_help=True, rich_markup_mode=None
 )
+
+Name = Annotated[str, typer.Argument(help="Name of a shipped recipe.")]
 
 
 @recipes_app.command("list")
 @reports_errors
 def list_recipes() -> None:
-    """Names of the shipped recipes and what each is for."""
+    """List the shipped recipes and what each is for."""
     names = recipe.names()
     width = max(map(len, names), default=0)
     for name in names:
@@ -28,15 +30,17 @@ def list_recipes() -> None:
 
 @recipes_app.command()
 @reports_errors
-def show(name: str) -> None:
+def show(name: Name) -> None:
     """Print a shipped recipe."""
     typer.echo(recipe.find(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes_app.command()
 @reports_errors
-def copy(name: str, to: Annotated[Path | None, typer.Argument(help="File to write.")] = None) -> None:
-    """Copy a shipped recipe to a file of your own."""
+def copy(
+    name: Name, to: Annotated[Path | None, typer.Argument(help="File to write; default: NAME.yaml.")] = None
+) -> None:
+    """Copy a shipped recipe to a new file that you can edit."""
     target = to or Path(f"{name}.yaml")
     source = recipe.find(name)
     if target.exists():
@@ -51,5 +55,5 @@ def copy(name: str, to: Annotated[Path | None, typer.Argument(help="File to writ
 @recipes_app.command()
 @reports_errors
 def schema() -> None:
-    """Every key with its type, default and meaning."""
+    """Print every setting with its default, its values and its meaning."""
     typer.echo(recipe.schema_text())

@@ -14,18 +14,22 @@ def sweep(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Axes such as lora.rank=4,16,64, and settings for all runs.", show_default=False),
+        typer.Argument(
+            help="Axes such as lora.rank=4,16,64, and settings for all runs such as train.steps=100.",
+            show_default=False,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Make the runs that are missing.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the sweep that stands in the folder.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Train the runs that are missing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the sweep in the folder.")] = False,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Train a grid of settings, a run folder each; one table and one page. Rows and base are read once.
+    """Train a grid of settings, or pick the learning rate.
 
-    Without an axis: pick the learning rate in short runs, side by side on one base. That leaves nothing on disk.
+    With axes: trains every combination, each in its own run folder, and writes one table and one page that compare
+    them. Rows and base are read once.
+
+    Without an axis: tries learning rates in short runs, side by side on one base, and leaves nothing on disk.
     """
     from qlora_kit.recipe import has_axes
 

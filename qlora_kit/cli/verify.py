@@ -23,15 +23,18 @@ class _Steps(Watch):
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or an export.")],
+    folder: Annotated[Path, typer.Argument(help="A run folder, one of its checkpoints, or an export.")],
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Train a few steps of its recipe, and again with a stop: are they the same?"),
+        typer.Option(
+            "--resume",
+            help="Also train the recipe for 6 steps, straight and resumed, and compare both bit for bit.",
+        ),
     ] = False,
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Whether files still have the bytes that were written, and whether resuming a run is exact here."""
+    """Check files against their checksums, or that resuming is exact."""
     from qlora_kit.cli.show import import_libraries
 
     import_libraries()
