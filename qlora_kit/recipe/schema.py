@@ -221,14 +221,14 @@ class Data(Section):
 
 
 class Train(Section):
-    """The run: objective, length, optimizer and what is written on the way."""
+    """The run: objective, length, optimizer, and what is written along the way."""
 
     task: TaskName = "sft"
     """Objective: answers, raw text, classes, preference pairs (dpo, ipo, orpo), or answers rated good or bad (kto)."""
     epochs: Number = 1
     """Passes over the rows; fractions are allowed."""
     tokens: Count | None = None
-    """Tokens to train on, padding not counted, estimated from the mean length of the rows; overrides epochs."""
+    """Tokens to process, prompts included and padding not, by the mean length of the rows; overrides epochs."""
     steps: Count | None = None
     """Optimizer steps; overrides epochs and tokens."""
     micro_batch: Count | Auto = "auto"
@@ -270,7 +270,7 @@ class Train(Section):
 
 
 class Memory(Section):
-    """How much memory the run may take, and what it trades for memory."""
+    """How much memory the run may take, and what is traded for it."""
 
     budget: Size | None = None
     """Device memory that the run may use, enforced; null on CUDA: what is free at the start, less a stated reserve."""
