@@ -1,4 +1,4 @@
-"""Ctrl-C, or a notebook's interrupt, in what should come to a place where it can stop."""
+"""Ctrl-C, or a notebook's interrupt, during work that should first reach a point where it can stop."""
 
 import signal
 import threading

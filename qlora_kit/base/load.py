@@ -92,7 +92,7 @@ def load_base(
     folder = locate_model(str(model), revision, code=trust_remote_code)
     asked = Quantization(quantization, double_quant, block_size)
     if quantize_head and quantization == "none":
-        raise ModelError("base.quantize_head=true wants a format; set base.quantization to nf4, fp4 or int8")
+        raise ModelError("base.quantize_head=true needs a quantised format; set base.quantization to nf4, fp4 or int8")
     config = read_config(folder, head=head, labels=labels, trust_remote_code=trust_remote_code)
     stored = stored_quantization(config)
     if stored is not None:
@@ -201,8 +201,8 @@ def _load(
     lost = [key for key in missing if not key.startswith(tuple(f"{name}." for name in untrained))]
     if lost:
         raise ModelError(
-            f"{folder} has no tensor for {listed(lost)}: its weights are incomplete, and a base is never filled up at "
-            "random"
+            f"{folder} has no tensor for {listed(lost)}: its weights are incomplete, and missing ones are never filled "
+            "in at random"
         )
     unused = sorted(info["unexpected_keys"]) if head == "causal" else []  # a classifier leaves a head out
     if type(model.config) is not type(config):

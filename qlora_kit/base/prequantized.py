@@ -34,7 +34,7 @@ def stored_quantization(config: PretrainedConfig) -> Quantization | None:
         return None
     said = stored if isinstance(stored, dict) else stored.to_dict()
     if said.get("load_in_4bit") and said.get("load_in_8bit"):
-        raise ModelError("the model's config.json says load_in_4bit and load_in_8bit; it can be one of them: mend it")
+        raise ModelError("the model's config.json sets both load_in_4bit and load_in_8bit; correct it to one of them")
     if said.get("load_in_4bit"):
         return Quantization(said["bnb_4bit_quant_type"], bool(said.get("bnb_4bit_use_double_quant")), 64)
     if said.get("load_in_8bit"):

@@ -2,7 +2,7 @@
 
 transformers gives what stands in tokenizer_config.json and in special_tokens_map.json to the tokenizer's class as
 arguments. Some of these may be tables or names of files, such as `vocab` and `merges`, and which ones is each class's
-own affair. So it is not asked what a text is for: none of them may name a file, but one of the folder.
+own affair. So every text is treated alike, whatever it is for: none may name a file outside the folder.
 """
 
 import os

@@ -112,7 +112,7 @@ def embedding_scale(embedding: nn.Module) -> float | Tensor:
     scale = getattr(embedding, "embed_scale", None)
     if not isinstance(embedding, nn.Embedding) or not isinstance(scale, float | Tensor):
         raise ModelError(
-            f"the input embedding is a {type(embedding).__name__}, and what that does to a row is not known: leave out "
+            f"the input embedding is a {type(embedding).__name__}, and how it changes a row is not known: leave out "
             "base.quantize_head and lora.added_tokens"
         )
     return scale

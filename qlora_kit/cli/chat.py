@@ -134,7 +134,7 @@ class _Terminal:
     def _save(self, name: str) -> None:
         """FILE: write the conversation as training data"""
         if not name:
-            raise RunError("/save wants the name of a new file")
+            raise RunError("/save needs the name of a new file")
         path, rows = Path(os.path.expanduser(name)), self._conversation.rows
         if not rows:
             raise RunError("nothing is said yet, so there is nothing to save")
@@ -157,7 +157,7 @@ class _Terminal:
         said = ", ".join(f"{name} (speaks)" if name == speaks else name for name in names)
         _say(f"adapters: {said}{'; the bare base speaks' if speaks is None else ''}")
         if not self._conversation.is_chat:
-            _note("it was trained on prompts and completions: each line is put to it by itself, without those before")
+            _note("it was trained on prompts and completions: it answers each line by itself, without the lines before")
 
 
 def _read() -> str | None:

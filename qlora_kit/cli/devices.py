@@ -143,7 +143,7 @@ def _triton_kernels(device: str) -> str:
     if not serves(torch.device(device)):
         raise AbsentError(
             "none, plain torch instead: Triton is not installed, switched off (QLORA_KIT_TRITON=0), or cannot compile "
-            "(it wants a C compiler and Python's headers)"
+            "(it needs a C compiler and Python's headers)"
         )
     return "norms, gates, rotary embeddings and the loss"
 

@@ -81,7 +81,7 @@ def _python() -> str:
     try:
         wanted = metadata.metadata("qlora-kit")["Requires-Python"]
     except metadata.PackageNotFoundError:
-        raise AbsentError(f"{version}; qlora-kit is not installed, so what it wants is not known") from None
+        raise AbsentError(f"{version}; qlora-kit is not installed, so the versions it needs are not known") from None
     if not SpecifierSet(wanted).contains(version, prereleases=True):
         raise RuntimeError(f"{version}, wanted {wanted}")
     return f"{version} ({wanted})"
@@ -155,7 +155,7 @@ def _compiled_code() -> str:
 
     if c_functions() is None:
         raise AbsentError(
-            "none, plain torch instead: no C compiler (cc, gcc, clang) whose code may be kept and is right"
+            "none, plain torch instead: no C compiler (cc, gcc, clang) whose code can be stored and gives right results"
         )
     return "there, for a CPU" + (
         ", which multiplies quantised matrices as they are stored (AMX)" if has_tiles() else ""

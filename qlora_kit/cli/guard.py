@@ -45,7 +45,9 @@ def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
             whose = whose_memory_ran_out(error)
             if DEBUG["on"] or whose is None:
                 raise
-            typer.echo(f"error: the {whose} ran out of memory; free some, or take a smaller model or device", err=True)
+            typer.echo(
+                f"error: the {whose} ran out of memory; free some, or use a smaller model or another device", err=True
+            )
             raise typer.Exit(FitError.exit_code) from None
         except OSError as error:
             if DEBUG["on"] or error.errno not in _DISK_FAULTS:

@@ -1,4 +1,4 @@
-"""Pipes that nobody reads any more, as behind `| head`."""
+"""Pipes whose reader has gone, as after `| head`."""
 
 import os
 from typing import IO

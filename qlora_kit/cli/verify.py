@@ -1,4 +1,4 @@
-"""The verb that looks whether what was written is still what was written."""
+"""`qlora-kit verify`: whether files still have the bytes that were written, and whether resuming is exact."""
 
 import json
 from collections.abc import Mapping

@@ -105,7 +105,7 @@ def check_turn_tokens(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     """
     missing = [token for token in _CHATML if token not in tokenizer.get_vocab()]
     if name == "chatml" and missing:
-        raise DataError(f"data.template=chatml wants the tokens {', '.join(missing)}, which this tokenizer has not: "
+        raise DataError(f"data.template=chatml needs the tokens {', '.join(missing)}, which this tokenizer lacks: "
                         "set data.template=plain")  # fmt: skip
     if name == "plain" and tokenizer.eos_token is None:
         raise DataError(

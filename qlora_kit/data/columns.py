@@ -63,7 +63,7 @@ def check_format(format: str, columns: Mapping[str, str] | None = None, task: st
         )
     if format != "auto" and format not in formats_of(task):
         raise DataError(
-            f"data.format={format} is of no use to train.task={task}; it takes: {', '.join(formats_of(task))}"
+            f"data.format={format} does not work with train.task={task}; it takes: {', '.join(formats_of(task))}"
         )
     mapped = set(columns or ())
     candidates = _candidates(format, task)

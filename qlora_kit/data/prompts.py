@@ -1,7 +1,7 @@
-"""Prompts: what a trained model is asked, put to it as training put its prompts.
+"""Prompts: what a trained model is asked, formatted as its prompts were in training.
 
-A prompt is a row whose answer is not known yet: it is given one that stands for it, goes the way of a row of training,
-and of what comes out the prompt is taken. So no second rendering can drift from the first.
+A prompt is a row whose answer is not known yet: it is given a placeholder answer, encoded like a row of training, and
+the part before the answer is the prompt. So no second rendering can drift from the first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

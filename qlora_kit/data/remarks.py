@@ -140,7 +140,7 @@ def _kept(train: _Seen, held_out: _Seen) -> Iterator[Remark]:
         yield _remark("repeated", why, repeated, is_for_runs=share > WORTH_A_WORD)
     held = {key: where for where, key in held_out.said}
     if leaked := [f"{here} (as {held[key]})" for here, key in train.said if key in held]:
-        yield _remark("leaked", "trained on and held out, too: held-out scores flatter", leaked)
+        yield _remark("leaked", "trained on and held out, too: held-out scores look too good", leaked)
 
 
 def sides(row: Encoded) -> dict[str, Encoded]:

@@ -38,7 +38,7 @@ def encode(
     rows = encode_turns(example, tokenizer, loss_on=loss_on, template=template)
     if len(rows) > 1:
         raise DataError(
-            f"the chat template writes earlier turns otherwise than inference saw them, so that this chat makes "
+            f"the chat template writes earlier turns differently from what inference saw, so that this chat makes "
             f"{len(rows)} rows where one is wanted: set data.loss_on=last"
         )
     return rows[0]

@@ -1,6 +1,6 @@
-"""Texts: what a trained classifier is asked, put to it as training put its rows.
+"""Texts: what a trained classifier is asked, formatted as its rows were in training.
 
-As a prompt is given an answer that stands for it, a text is given a label, and goes the way of a row of training.
+As a prompt is given a placeholder answer, a text is given a placeholder label, and is encoded like a row of training.
 """
 
 from collections.abc import Mapping, Sequence

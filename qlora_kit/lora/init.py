@@ -68,7 +68,7 @@ class Start:
         """
         if self.init in ("pissa", "loftq") and rank > min(shape[-2:]):
             raise AdapterError(
-                f"lora.init={self.init} wants a rank of at most {min(shape[-2:])} on {layer_name}, found {rank}"
+                f"lora.init={self.init} needs a rank of at most {min(shape[-2:])} on {layer_name}, found {rank}"
             )
 
     @torch.no_grad()

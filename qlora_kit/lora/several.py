@@ -1,4 +1,4 @@
-"""Several adapters on one base: their names, which one is in use, none of them, one less, and one made of many.
+"""Several adapters on one base: their names, switching to one or to none, deleting one, and combining several.
 
     combined:  sum over i of w_i scale_i B_i A_i  =  [w_1 scale_1 B_1, w_2 scale_2 B_2, ...] [A_1; A_2; ...]
 
@@ -120,7 +120,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     odd = [other for other in weights for _, carrier in carriers(model) if _is_no_sum(carrier, other)]
     if odd:
         raise AdapterError(
-            f"adapter {odd[0]!r} is a DoRA, or trains whole modules or rows, and a sum of those is no adapter: "
+            f"adapter {odd[0]!r} is a DoRA, or trains whole modules or rows, so a weighted sum with it is no adapter: "
             "export it merged"
         )
     for _, layer in lora_layers(model):

@@ -55,7 +55,7 @@ def shaped(lora: Lora, added_tokens: Sequence[str] = ()) -> Lora:
         return lora
     config = read_config(adapter_folder(lora.from_) / CONFIG)
     if config.get("trainable_token_indices") and not added_tokens:
-        raise AdapterError(f"the adapter of lora.from={lora.from_} trains rows of tokens and does not say of which")
+        raise AdapterError(f"the adapter of lora.from={lora.from_} trains rows of tokens and does not say which tokens")
     brought: dict[str, Any] = _shape(config) | {"added_tokens": list(added_tokens)}
     if "dropout" not in lora.model_fields_set:
         brought["dropout"] = config.get("lora_dropout") or 0.0

@@ -272,8 +272,9 @@ def _named_if_read(model: PreTrainedModel) -> Iterator[None]:
             raise
         leaf = names[0].removesuffix(".base").rpartition(".")[2]
         raise ModelError(
-            f"a {model.config.model_type} multiplies by the weight of {leaf} itself, past codes and adapters; leave it "
-            f"as it is: add {leaf} to base.skip, and list in lora.targets the layers to adapt, without it"
+            f"a {model.config.model_type} multiplies by the weight of {leaf} itself, bypassing quantisation and "
+            f"adapters; leave it as it is: add {leaf} to base.skip, and list in lora.targets the layers to adapt, "
+            "without it"
         ) from error
 
 
@@ -285,7 +286,7 @@ def _told_if_it_decides(model: PreTrainedModel, work: Workload) -> Iterator[None
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         instead = "set data.packing=false, or " if work.packing else ""
         raise ModelError(
-            f"a {model.config.model_type} reads values of its tensors to decide what it does ({error.func}), and a "
+            f"a {model.config.model_type} reads values of its tensors to decide what to do ({error.func}), but a "
             f"plan has shapes alone; {instead}take another release of transformers, or another model"
         ) from error
 

@@ -1,4 +1,4 @@
-"""What a model and its adapter are made of, before anything is done with them."""
+"""The sizes of a model's weights and of its adapter, found without loading either."""
 
 from transformers import PretrainedConfig
 

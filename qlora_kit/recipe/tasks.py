@@ -1,4 +1,4 @@
-"""What `train.task` may name, and what of each task every room goes by: a row a task.
+"""The tasks that `train.task` may name, and what the rest of the kit must know of each: one row per task.
 
 What a task minimises stands in `train/tasks.py`, which knows torch.
 """

@@ -60,7 +60,7 @@ def memory_check_sentences(memory: dict[str, Any]) -> list[str]:
     if beside:
         said.append(f"Beside it {', and '.join(beside)}.")
     if backed := memory.get("file_backed_bytes"):
-        said.append(f"Besides, {format_bytes(backed)} are backed by files, and can be dropped when memory is short.")
+        said.append(f"Another {format_bytes(backed)} are backed by files, and can be dropped when memory is short.")
     return said
 
 

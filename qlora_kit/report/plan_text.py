@@ -130,7 +130,7 @@ def _room(plan: dict[str, Any]) -> Iterator[str]:
         yield f"Budget {format_bytes(budget)}{'' if name.startswith('CPU') or not name else f' ({name})'}: {verdict}."
     if floor := plan.get("floor"):
         least = f"the least that the mathematics needs ({format_bytes(floor['bytes'])})"
-        yield f"The step takes {floor['ratio']:.2f} times {least} with all of it on the device."
+        yield f"The step takes {floor['ratio']:.2f} times {least} with nothing offloaded."
     if more := plan.get("next"):
         wanted = format_bytes(more["peak_bytes"])
         yield f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate)."

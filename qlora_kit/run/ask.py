@@ -1,4 +1,4 @@
-"""Ask a trained model: prompts from a line or a file, answered at once; what is given to it is as training gave it."""
+"""Ask a trained model: prompts from a line or a file, answered at once, and formatted as in training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -192,7 +192,7 @@ def _go_on(job: Job, watch: Watch) -> None:
     best = job.progress.best_step
     if best and verify_checkpoint(checkpoint_of(folder, best)):
         watch.note(
-            f"the checkpoint of the lowest held-out loss, step {best}, is lost: the best is looked for from here on"
+            f"the checkpoint of the lowest held-out loss, step {best}, is lost: the search for the best starts over"
         )
         job.progress.forget_best()
 

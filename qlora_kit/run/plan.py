@@ -180,7 +180,7 @@ def _smaller(plan: Mapping[str, Any], room: int) -> str:
     small = plan["with_quantized_head"]
     head = ""
     if small is not None:
-        still = "" if small <= room else ", too much still"
+        still = "" if small <= room else ", still too much"
         head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
     kept = plan["blocks"]["keep"] or plan["blocks"]["selective"]
     return f"{head}; memory.activations=recompute takes less" if kept else head

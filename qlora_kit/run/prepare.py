@@ -78,8 +78,8 @@ def prepare(
         prepared = replace(prepared, pace=replace(prepared.pace, lr=rate.lr, lr_reason=rate.reason))
     prepared.train.check_most_fit(recipe.data.max_tokens)
     if recipe.train.task == "kto" and len(prepared.eval.rows) == 1:
-        raise DataError("train.task=kto holds answers of other rows against a prompt, and one row is held out: give "
-                        "data.eval two rows or more, or set data.eval=null")  # fmt: skip
+        raise DataError("train.task=kto pairs each prompt with another row's answer, and only one row is held out: "
+                        "give data.eval two rows or more, or set data.eval=null")  # fmt: skip
     watch.prepared(prepared)
     for remark in remarks_on(prepared.train, prepared.eval, prepared.tokenizer):
         if remark.is_for_runs:
@@ -156,7 +156,7 @@ def _read(recipe: Recipe, watch: Watch, weights: bool, today: Date | None, trust
     train_rows, eval_rows, date = read_rows(recipe, tokenizer, config, watch, today)
     if train_rows.counts.turns:
         watch.note(
-            "the chat template writes earlier turns otherwise than inference saw them: chats are one row an answer, "
+            "the chat template writes earlier turns differently from what inference saw: chats are one row an answer, "
             f"{counted(train_rows.counts.turns, 'row')} more"
         )
     return _Material(config, tokenizer, train_rows, eval_rows, date)
@@ -189,7 +189,7 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
         config=config,
     )
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
-        raise DataError("train.task=kto holds answers of other rows against a prompt, so a step needs two rows: "
+        raise DataError("train.task=kto pairs each prompt with another row's answer, so a step needs two rows: "
                         "raise train.accumulation, or give more rows")  # fmt: skip
     return pace, longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if packs else None
 

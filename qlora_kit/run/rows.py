@@ -222,8 +222,8 @@ def _classes(recipe: Recipe, found: Scan, config: PretrainedConfig) -> Classes:
     strange = sorted(found.labels - set(found.labels if start is None else start.names))
     if start is not None and strange:
         raise AdapterError(
-            f"lora.from={recipe.lora.from_} tells {listed(start.names)} apart; the rows have {listed(strange)}; give "
-            "rows of its classes, or leave out lora.from"
+            f"lora.from={recipe.lora.from_} has the classes {listed(start.names)}; the rows have {listed(strange)}; "
+            "give rows of its classes, or leave out lora.from"
         )
     return classes_of(found.labels, found.is_multi, known_classes(config) if start is None else start.names)
 

@@ -63,5 +63,5 @@ def check_reference(recipe: Recipe, recorded: Mapping[str, str]) -> None:
     if changed:
         raise AdapterError(
             f"{adapter_folder(str(recipe.lora.from_)) / changed[0]} is not what it was when the run began, and the "
-            "run's losses are against that: put it back, or start a new run"
+            "run's losses are measured against it: put it back, or start a new run"
         )

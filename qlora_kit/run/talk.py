@@ -104,7 +104,7 @@ class Conversation:
         if name is None:
             if not adapter_names(self.model):
                 raise AdapterError(
-                    "there is no adapter to leave away: this model is what it is, base and training in one"
+                    "there is no adapter to switch off: in this model base and training are the same weights"
                 )
             self.speaks = None
             return

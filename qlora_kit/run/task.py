@@ -1,4 +1,4 @@
-"""What a task cannot be asked together with, said before anything is read."""
+"""Settings that a task cannot be combined with, refused before anything is read."""
 
 from qlora_kit.errors import RecipeError
 from qlora_kit.recipe import TASKS, Recipe
@@ -18,16 +18,18 @@ def check_task(recipe: Recipe) -> None:
             f"data.packing=true is for tasks that learn every row by itself; leave it out for train.task={task}"
         )
     if recipe.data.loss_on == "all":
-        raise RecipeError(f"data.loss_on=all is of no use to train.task={task}, which learns no prompts; leave it out")
+        raise RecipeError(
+            f"data.loss_on=all does not work with train.task={task}, which learns no prompts; leave it out"
+        )
     if recipe.data.over_length == "split":
         raise RecipeError(
-            f"data.over_length=split would part a row into what no longer stands for it; for train.task={task} set "
+            f"data.over_length=split would cut a row into pieces that lose its meaning; for train.task={task} set "
             "drop, truncate or error"
         )
     if recipe.train.sample_every is not None and task == "classify":
-        raise RecipeError("train.sample_every asks for answers, and train.task=classify learns none; leave it out")
+        raise RecipeError("train.sample_every writes answers, and train.task=classify learns none; leave it out")
     if recipe.train.full_finetune and kind.holds_to_start:
         raise RecipeError(
-            f"train.task={task} holds to the model that training starts from, which train.full_finetune changes; "
+            f"train.task={task} compares with the model that training starts from, which train.full_finetune changes; "
             "leave that out, or set train.task=orpo"
         )

@@ -110,7 +110,7 @@ def check_pad(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> N
     pad, rows = pad_id(tokenizer), config.get_text_config().vocab_size
     if pad >= rows:
         raise DataError(
-            f"rows would be filled with {tokenizer.convert_ids_to_tokens(pad)!r}, number {pad}, which is beyond the "
+            f"rows would be padded with {tokenizer.convert_ids_to_tokens(pad)!r}, number {pad}, which is beyond the "
             f"model's vocabulary of {rows}: name it in lora.added_tokens, or give tokenizer_config.json a pad_token "
             "that the model has"
         )

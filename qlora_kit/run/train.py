@@ -121,7 +121,7 @@ def train(
     recipe = settle(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
-        watch.note("this system does not tell what a process holds: nothing watches over memory.budget")
+        watch.note("this system does not say how much memory a process holds: memory.budget is not enforced")
     busy = busy_note(device)
     if busy is not None:
         watch.note(busy)

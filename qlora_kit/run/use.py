@@ -1,4 +1,4 @@
-"""What a finished run is good for: load it, evaluate it; `ask.py` and `talk.py` let it speak, `export.py` writes it."""
+"""Using a finished run: load and evaluate it. `ask.py` and `talk.py` generate answers, `export.py` writes weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +114,7 @@ def load_any(
     if not (folder / "config.json").is_file():
         held = next((what for name, what in _NO_MODEL.items() if (folder / name).is_file()), None)
         if held is not None:
-            raise RunError(f"{folder} holds {held}; give the run that it is of, or the run's export --to merged")
+            raise RunError(f"{folder} holds {held}; give the run that it belongs to, or the run's export --to merged")
         raise RunError(
             f"{folder} is no run folder (it has no recipe.yaml) and holds no model (config.json); give the output of a "
             "`qlora-kit train` or of an export"

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: written under a hidden name, which they change for their own at one stroke."""
+"""Folders that are complete or absent: written under a hidden name, then renamed into place in one step."""
 
 import ctypes
 import errno
