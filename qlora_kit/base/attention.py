@@ -1,8 +1,9 @@
 """Attention: what a recipe's name for an implementation stands for, and where it can be had.
 
-All compute the same function. sdpa and eager run everywhere. flex and flash read of packed documents only what may see
-each other, where sdpa is given a mask of every pair; both train on CUDA cards alone. What was trained with them is
-evaluated, asked and exported on a machine without them through sdpa. A family without sdpa takes eager in its place.
+All compute the same function. sdpa and eager run everywhere. Of packed documents flex and flash read only the pairs of
+tokens that may see each other, where sdpa is given a mask of every pair; both train on CUDA cards alone. What was
+trained with them is evaluated, asked and exported on a machine without them through sdpa. A family without sdpa takes
+eager in its place.
 """
 
 from typing import Literal

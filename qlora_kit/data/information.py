@@ -6,9 +6,9 @@
     orpo                both: the bit, and the tokens of the better answer, which it learns, too
 
 A row that says what another one says tells nothing new, nor does another pass over the same rows; a run that ends
-within its first pass sees a part of them. What the base knows already is not taken off: that would want its weights.
+within its first pass sees a part of them. What the base knows already is not subtracted: that would need its weights.
 
-The compressed size tells of answers that are all alike; ordinary text is far above the bit in it.
+The compressed size matters where answers are all alike; ordinary text compresses to far more than a bit a token.
 
 Source: LoRA Without Regret, doi 10.64434/tml.20250929: a token of the usual sets has a loss of about 1 bit, which is
 0.69 nats; a verdict tells O(1) bits, however long what it is on.

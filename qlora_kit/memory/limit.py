@@ -1,4 +1,4 @@
-"""The budget is a promise: a card's allocator refuses what lies above it; on a CPU what was taken is looked at between
+"""The budget is a promise: a card's allocator refuses what lies above it; on a CPU the memory in use is checked between
 micro-batches.
 
 On a card the limit stands with no budget, too: it is then what is free at the start less a reserve. Under WSL the

@@ -1,7 +1,7 @@
 """Reading a run folder: every file is checked once, here, so that what draws can trust what it is given.
 
 The shapes below are the input format of this room. A key that ends in `?` may be missing; `*` stands for any key.
-Infinities and NaN are no JSON, but some writers make them: they are read as null.
+Infinities and NaN are not JSON, but some programs write them: they are read as null.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 Evaluation losses are judged where there are at least three, since the training loss of a model that overfits goes on
 falling. Without them the training losses are, averaged over ten stretches of the run. A difference counts if it is
-above 1 % of the loss and, between averages, above four standard errors of the noisiest one: of ten averages around one
-value the lowest lies one and a half below it already.
+above 1 % of the loss and, between averages, above four standard errors of the noisiest one: of ten averages around the
+same value the lowest already lies one and a half standard errors below it.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A run that trains every weight of its base: what it refuses and does not read, said before any weight is read."""
+"""A run that trains every weight of its base: what it refuses or ignores, said before any weight is read."""
 
 import torch
 from transformers import PretrainedConfig

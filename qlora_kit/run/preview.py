@@ -1,4 +1,4 @@
-"""What a run will be given to learn, before anything else of it is done: no weights are needed, and none are read."""
+"""What a run will be trained on, shown before anything else: no weights are needed, and none are read."""
 
 from qlora_kit.data import Filling, Preview, count_classes, measure_lengths, remarks_on, show_rows
 from qlora_kit.recipe import TASKS, Recipe, is_packed

@@ -1,4 +1,4 @@
-"""What a run's folder says of how the run was begun, which is taken as it should be, or refused in one line."""
+"""What a run's folder says of how the run was begun: taken if it is well formed, refused in one line if not."""
 
 from collections.abc import Mapping
 from datetime import date as Date

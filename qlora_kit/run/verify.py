@@ -1,4 +1,4 @@
-"""Verify: whether files still have the bytes that were written, and whether a run that is resumed is exact here."""
+"""Verify: whether files still have the bytes that were written, and whether resuming a run is exact on this machine."""
 
 import json
 from collections.abc import Iterator, Mapping
