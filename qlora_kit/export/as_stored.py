@@ -49,13 +49,18 @@ def _pieces(model: PreTrainedModel, tensor: StreamedTensor) -> Iterator[Streamed
     parts = tensor.parts or (tensor,)
     shape = (1, *tensor.shape[1:]) if tensor.parts else tensor.shape
     first = _shapes(_stored(model, {tensor.name: _empty(shape)}))
+    last = next(reversed(first))
 
     @lru_cache(maxsize=1)
     def values(number: int) -> dict[str, Tensor]:
         return _stored(model, {tensor.name: parts[number].read().view(shape)})
 
     def slices(number: int, name: str) -> Iterator[Tensor]:
-        return tensor_slices(values(number)[name], tensor.dtype)
+        try:
+            yield from tensor_slices(values(number)[name], tensor.dtype)
+        finally:
+            if name == last:  # read in order: none of them is asked for again
+                values.cache_clear()
 
     for number in range(len(parts)):
         for name, piece in first.items():
