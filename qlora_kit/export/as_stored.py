@@ -10,6 +10,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,5 +86,19 @@ def _empty(shape: Sequence[int]) -> Tensor:
 
 
 def _stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    asked: Any = _With(model, tensors)
+    made: dict[str, Tensor] = revert_weight_conversion(asked, dict(tensors))
     return made
+
+
+class _With:
+    """A model whose parameters are these tensors, as it was before it was quantised: some rules look at a shape."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, tensors
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
