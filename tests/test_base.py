@@ -26,6 +26,7 @@ from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kerne
 from qlora_kit.base.dense import parameter_count, quantize_linear
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
+from qlora_kit.export import export_merged
 from qlora_kit.lora import adapters_off, add_lora
 
 KINDS_4BIT = ["nf4", "fp4"]
@@ -656,6 +657,21 @@ def test_a_checkpoint_that_was_stored_quantised_is_not_held_open(stored_checkpoi
     gc.collect()  # bitsandbytes' layers hold each other
     with open("/proc/self/maps") as maps:
         assert str(folder) not in maps.read()
+
+
+def test_a_merged_export_of_a_stored_checkpoint_is_a_plain_model_of_the_same_logits(stored_checkpoint):
+    folder, kind = stored_checkpoint
+    model = load_base(
+        folder / "stored", quantization=kind, double_quant=kind == "nf4", compute_dtype="float32", device="cpu"
+    )
+    add_lora(model, rank=2)
+    tiny.wake(model)
+    wanted = tiny.logits(model)
+    export_merged(model, None, folder / "out", dtype="float32")
+    names = (set(load_file(folder / which / "model.safetensors")) for which in ("dense", "out"))
+    assert next(names) == next(names)
+    out = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    assert tiny.relative(tiny.logits(out), wanted) < 1e-5  # fp32, decoded once and decoded at each use
 
 
 def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):

@@ -21,6 +21,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
 import qlora_kit as qk
@@ -167,6 +168,26 @@ def test_a_merged_export_still_sees_and_has_the_names_of_its_base(folder, tmp_pa
     export = dense(tmp_path / "out")
     assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
     assert tiny.relative(tiny.logits(export), tiny.logits(dense(folder))) > 1e-2
+
+
+def test_a_merged_export_of_one_with_experts_has_the_tensors_of_its_base(tmp_path):
+    # Whose rules compare a tensor with the parameter of the model, and the kit has other ones there.
+    text = TEXT | {"rope_parameters": ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=QWEN | {"deepstack_visual_indexes": [0]})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+    made.save_pretrained(tmp_path / "base")
+    model = loaded(tmp_path / "base")
+    qk.add_lora(model, rank=2)
+    tiny.wake(model)
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    base, out = (load_file(tmp_path / which / "model.safetensors") for which in ("base", "out"))
+    assert {name: each.shape for name, each in out.items()} == {name: each.shape for name, each in base.items()}
+    assert sum(".experts." in name and not torch.equal(base[name], out[name]) for name in base) == 2 * 2
+    export = dense(tmp_path / "out")
+    assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
+    assert tiny.relative(tiny.logits(export), tiny.logits(made)) > 1e-2
 
 
 @pytest.mark.parametrize("to", ["merged", "quantized"])

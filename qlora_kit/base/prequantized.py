@@ -13,6 +13,8 @@ import bitsandbytes.nn as bnb
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
 from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base.dense import QuantizedLinear
@@ -71,7 +73,8 @@ def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
         if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
             kind = QuantizedTable if module is head else QuantizedLinear
             model.set_submodule(name, _adopted(module, kind, dtype, device))
-    # Left on, these would bar `.to` and make an export call itself quantised.
+    # Left on, these would bar `.to`, make an export call itself quantised, and be asked to pack what it writes.
+    model._weight_conversions = [rule for rule in model._weight_conversions if not _unpacks(rule)]
     model.hf_quantizer.remove_quantization_config(model)
     for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
@@ -114,6 +117,12 @@ def packed(
         list(json.dumps(state).encode()), dtype=torch.uint8
     )
     return made
+
+
+def _unpacks(rule: WeightTransform) -> bool:
+    """Whether it is bitsandbytes' own for reading a file, of which transformers has no reverse."""
+    steps = rule.operations if isinstance(rule, WeightConverter) else ()
+    return any(isinstance(step, Bnb4bitDeserialize | Bnb8bitDeserialize) for step in steps)
 
 
 def _adopted(module: Any, kind: type[QuantizedLinear], dtype: torch.dtype, device: torch.device) -> QuantizedLinear:

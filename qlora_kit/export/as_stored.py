@@ -10,6 +10,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,18 @@ def _pieces(model: PreTrainedModel, tensor: StreamedTensor) -> Iterator[Streamed
     parts = tensor.parts or (tensor,)
     shape = (1, *tensor.shape[1:]) if tensor.parts else tensor.shape
     first = _shapes(_stored(model, {tensor.name: _empty(shape)}))
+    last = next(reversed(first))
 
     @lru_cache(maxsize=1)
     def values(number: int) -> dict[str, Tensor]:
         return _stored(model, {tensor.name: parts[number].read().view(shape)})
 
     def slices(number: int, name: str) -> Iterator[Tensor]:
-        return tensor_slices(values(number)[name], tensor.dtype)
+        try:
+            yield from tensor_slices(values(number)[name], tensor.dtype)
+        finally:
+            if name == last:  # read in order: none of them is asked for again
+                values.cache_clear()
 
     for number in range(len(parts)):
         for name, piece in first.items():
@@ -80,5 +86,19 @@ def _empty(shape: Sequence[int]) -> Tensor:
 
 
 def _stored(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
+    asked: Any = _With(model, tensors)
+    made: dict[str, Tensor] = revert_weight_conversion(asked, dict(tensors))
     return made
+
+
+class _With:
+    """A model whose parameters are these tensors, as it was before it was quantised: some rules look at a shape."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, tensors
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
