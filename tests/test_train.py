@@ -521,6 +521,16 @@ def test_stochastic_rounding_is_unbiased_and_leaves_representable_values_alone()
         assert torch.equal(target, representable)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_stochastic_rounding_leaves_no_number_what_it_is(bits):
+    """A CPU's NaN, a card's, which has all bits set but the first, and its negative: what is spoiled must show."""
+    source = torch.full((1000,), bits, dtype=torch.int32).view(torch.float32)
+    assert source.isnan().all()
+    target = torch.zeros(1000, dtype=torch.bfloat16)
+    round_stochastically(source, target, torch.Generator().manual_seed(0))
+    assert target.isnan().all()
+
+
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
 def test_bf16_adapters_end_at_the_loss_of_fp32_ones_within_noise(masters, tmp_path):
     for seed in (0, 1):

@@ -201,6 +201,8 @@ def round_stochastically(source: Tensor, target: Tensor, generator: torch.Genera
     bits = source.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     target.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))
+    # A card's NaN has all bits set but the first, and with the noise it runs over into -0.
+    target.masked_fill_(source.isnan(), torch.nan)
 
 
 def _cut(pairs: _Pairs) -> list[_Pairs]:
