@@ -7,6 +7,7 @@ import mmap
 import random
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -15,7 +16,7 @@ import hypothesis
 import pytest
 import tiny
 import torch
-from bitsandbytes.optim.optimizer import Optimizer8bit
+from bitsandbytes.optim.optimizer import Optimizer2State, Optimizer8bit
 from hypothesis import strategies as st
 from peft import PeftModel
 from tokenizers import Tokenizer, models
@@ -529,6 +530,27 @@ def test_stochastic_rounding_leaves_no_number_what_it_is(bits):
     target = torch.zeros(1000, dtype=torch.bfloat16)
     round_stochastically(source, target, torch.Generator().manual_seed(0))
     assert target.isnan().all()
+
+
+def test_paged_state_is_made_and_stepped_with_the_card_of_the_parameters_as_the_current_one(monkeypatch):
+    """bitsandbytes fills it by the current card and waits for that: with `base.device=cuda:1` it would be another."""
+    current, seen = [None], []
+
+    @contextmanager
+    def device_of(tensor):
+        before, current[0] = current[0], tensor
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("init_state", "update_step"):
+        done = getattr(Optimizer2State, name)
+        told = lambda *args, name=name, done=done: seen.append((name, current[0])) or done(*args)  # noqa: E731
+        monkeypatch.setattr(Optimizer2State, name, told)
+    parameters = pair()
+    push(AdapterOptimizer(parameters, "paged_adamw_8bit"), parameters, 1)
+    assert {name for name, _ in seen} == {"init_state", "update_step"}
+    assert all(tensor is parameters[0][1] for _, tensor in seen)
 
 
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
