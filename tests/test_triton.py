@@ -214,7 +214,10 @@ def test_switched_off_nothing_is_tried(switch, tries, monkeypatch):
     assert tried == [CUDA] * tries
 
 
-@pytest.mark.parametrize("fault", ["no triton", "no compiler", "no headers", "no room", "no such card", "wrong"])
+@pytest.mark.parametrize(
+    "fault",
+    ["no triton", "no compiler", "no headers", "no room", "no such card", "no driver's library", "not loaded", "wrong"],
+)
 def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(fault, by_triton, monkeypatch):
     from triton.runtime.errors import PTXASError
 
@@ -224,6 +227,8 @@ def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(f
         "no headers": subprocess.CalledProcessError(1, "gcc"),
         "no room": OSError("No space left on device"),
         "no such card": PTXASError("unknown target"),
+        "no driver's library": AssertionError("libcuda.so cannot found!"),  # triton/backends/nvidia/driver.py
+        "not loaded": ImportError("cuda_utils.so: failed to map segment from shared object"),  # a cache on noexec
     }
 
     def launch(*_):
