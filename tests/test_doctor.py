@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from huggingface_hub import constants
 from local_hub import Handler, serving
 
@@ -102,6 +103,15 @@ def test_an_optimizer_that_does_nothing_is_noticed(monkeypatch):
     check = only("8-bit step, cpu", devices.device_checks("cpu"))
     assert check.ok is False
     assert "off by 0.001" in check.found
+
+
+def test_the_step_is_large_enough_for_its_state_to_be_paged_on_a_gpu(monkeypatch):
+    asked, make = [], Optimizer8bit.get_state_buffer
+    noted = lambda self, weight, **how: asked.append(weight) or make(self, weight, **how)  # noqa: E731
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", noted)
+    assert only("8-bit step, cpu", devices.device_checks("cpu")).ok
+    assert asked
+    assert all(weight.numel() >= 1e5 for weight in asked), "bitsandbytes pages no smaller state (0.50)"
 
 
 @pytest.mark.parametrize("serves", [True, False])

@@ -92,7 +92,7 @@ def _gpu(device: str) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        auto = str(default_compute_dtype(torch.device(device))).removeprefix("torch.")
+    auto = str(default_compute_dtype(torch.device(device))).removeprefix("torch.")
     return (
         f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), "
         f"{format_bytes(free_bytes)} of {format_bytes(total_bytes)} free, "
@@ -125,10 +125,11 @@ def _optimizer_step(device: str) -> str:
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     lr = 1e-3
-    weight = torch.nn.Parameter(torch.zeros(4096, device=device))  # smaller ones keep 32-bit states
+    weight = torch.nn.Parameter(torch.zeros(2**17, device=device))  # the state of less than 100,000 is not paged
     optimizer = (AdamW8bit if device == "cpu" else PagedAdamW8bit)([weight], lr=lr, weight_decay=0.0)
-    weight.grad = torch.linspace(-1, 1, 4096, device=device)
-    optimizer.step()
+    weight.grad = torch.linspace(-1, 1, weight.numel(), device=device)
+    with torch.cuda.device_of(weight):
+        optimizer.step()
     worst = (weight.detach() + lr * weight.grad.sign()).abs().max().item()
     if not worst <= 1e-2 * lr:
         raise DeviceError(f"a weight is off by {worst:.2g} after one step of {lr:g}")
