@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 
 import bitsandbytes.functional as bnb
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kernels, linear_shape, load_base, multiply
 from qlora_kit.base.dense import parameter_count, quantize_linear
+from qlora_kit.base.device import default_compute_dtype
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
 from qlora_kit.lora import adapters_off, add_lora
@@ -688,6 +690,23 @@ def test_a_gpu_that_is_not_there_is_a_device_error(device, tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     with pytest.raises(DeviceError, match=device):
         load_base(tmp_path, device=device)
+
+
+def test_a_compute_dtype_is_chosen_for_the_card_that_is_asked_for_and_not_the_current_one(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def select(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", select)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[0] == 1)  # a newer card beside an older
+    for index, wanted in enumerate((torch.float16, torch.bfloat16)):
+        assert default_compute_dtype(torch.device("cuda", index)) == wanted
+
+
 
 
 @pytest.mark.parametrize(
