@@ -707,6 +707,17 @@ def test_a_compute_dtype_is_chosen_for_the_card_that_is_asked_for_and_not_the_cu
         assert default_compute_dtype(torch.device("cuda", index)) == wanted
 
 
+@pytest.mark.filterwarnings("error:CUDA reports that you have")
+def test_with_two_cards_loading_leaves_the_random_states_of_both_and_torch_does_not_warn(tmp_path, monkeypatch):
+    tiny.llama().save_pretrained(tmp_path)
+    states = {0: "first", 1: "second"}
+    put_back = dict.fromkeys(states)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.update({device: state}))
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    load_base(tmp_path, device="cpu")
+    assert put_back == states
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def _load(
     if stored_quantization(config) is None:
         check_weights_are_dense(folder)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # by default of all cards, with a warning
             torch.manual_seed(0)  # a new classifier starts the same at every load
             loaded: Any = AUTO[head].from_pretrained(
                 folder,
