@@ -660,6 +660,17 @@ def test_a_checkpoint_that_was_stored_quantised_is_not_held_open(stored_checkpoi
         assert str(folder) not in maps.read()
 
 
+def test_a_checkpoint_that_was_stored_quantised_goes_to_no_other_card_than_the_one_that_is_asked_for(
+    stored_checkpoint, monkeypatch
+):
+    """transformers reads it onto the current card, where there is one and it is told no device: here there would be."""
+    folder, kind = stored_checkpoint
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    settings = {"quantization": kind, "double_quant": kind == "nf4", "compute_dtype": "float32", "device": "cpu"}
+    assert tiny.logits(load_base(folder / "stored", **settings)).isfinite().all()
+
+
 def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):
     folder, kind = stored_checkpoint
     other = "int8" if kind != "int8" else "nf4"
