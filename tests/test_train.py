@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import hypothesis
@@ -31,6 +32,7 @@ from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapt
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.recipe.schema import Optimizer
+from qlora_kit.train import checkpoint
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import (
     Progress,
@@ -1066,6 +1068,28 @@ def test_a_checkpoint_is_refused_by_another_run(trained_run, tmp_path):
         with pytest.raises(RunError, match="resume with the recipe it was made with"):
             load_checkpoint(newest, other.parameters, other.optimizer)
         assert same(values(other), before)
+
+
+def test_paged_state_is_looked_at_only_while_the_card_has_nothing_to_do(trained_run, tmp_path, monkeypatch):
+    """It is the processor's own memory to torch; on WSL a look at it while a kernel runs ends the process."""
+
+    class OnCard(torch.Tensor):
+        is_cuda = True
+
+    done, card, paged = [], torch.ones(2).as_subclass(OnCard), torch.ones(2)
+    monkeypatch.setattr(checkpoint, "_wait", lambda parameters: done.append("wait"))
+    monkeypatch.setattr(checkpoint, "to_host", lambda x: done.append("card" if x.is_cuda else "paged") or x)
+    named = [("a/master", card), ("a/state1", paged), ("a/absmax1", card), ("b/master", card), ("b/state1", paged)]
+    optimizer = SimpleNamespace(state_tensors=lambda: iter(named))
+    files = {name: set(copies) for name, copies in checkpoint._host_copies({"a": card}, optimizer, True)}
+    assert files == {"parameters": {"a"}, "optimizer": {name for name, _ in named}}
+    assert done == ["card", "wait", "paged", "paged", "card", "card", "card"]
+
+    done.clear()
+    job, restore = job_of(adapted(), tmp_path), AdapterOptimizer.restore
+    monkeypatch.setattr(AdapterOptimizer, "restore", lambda *state: done.append("restore") or restore(*state))
+    load_checkpoint(newest_checkpoint(trained_run[0] / "checkpoints")[0], job.parameters, job.optimizer)
+    assert done == ["wait", "restore"]
 
 
 SWAPS = [
