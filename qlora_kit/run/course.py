@@ -80,8 +80,6 @@ def run_course(
     """
     torch.manual_seed(recipe.train.seed)
     model = job.model
-    if model.dtype == torch.float16:
-        watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
     _check_disk(job)
     if job.task.answers:
         end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer
