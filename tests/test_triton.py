@@ -241,6 +241,13 @@ def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(f
     assert not triton._work(torch.device("cpu"))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("width", [1, 4096, 2**17 + 1, 2**23 + 1])
+def test_parts_of_rows_are_all_rows_however_wide(width, device):
+    x = torch.empty(3, width, dtype=torch.int8, device=device)
+    assert sum(len(x[part]) for part in row_parts(x)) == 3
+
+
 def test_a_twin_on_a_card_makes_little_in_fp32_at_a_time():
     x = torch.empty(10_000, 4096, device="meta")
     parts = [len(x[part]) for part in row_parts(x)]
