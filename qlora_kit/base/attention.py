@@ -6,7 +6,7 @@ evaluated, asked and exported on a machine without them through sdpa. A family w
 
 Where several heads share keys and values, a card's flash kernel takes them so; those that it has for fp32, and for any
 dtype before Ampere, do not. transformers asks for it all the same, and torch then writes out the scores of every pair
-of tokens: on a T4 4 GiB in fp32 for 32 heads of 4,096 tokens, several times. There each head gets a copy, as it does
+of tokens: on a T4 2 GiB in fp32 for 32 heads of 4,096 tokens, several times. There each head gets a copy, as it does
 where there is a mask.
 """
 
