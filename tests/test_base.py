@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import bitsandbytes.functional as bnb
@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kernels, linear_shape, load_base, multiply
 from qlora_kit.base.dense import parameter_count, quantize_linear
-from qlora_kit.base.device import default_compute_dtype
+from qlora_kit.base.device import default_compute_dtype, emulation_note
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
 from qlora_kit.lora import adapters_off, add_lora
@@ -730,6 +730,18 @@ def test_a_compute_dtype_is_chosen_for_the_card_that_is_asked_for_and_not_the_cu
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[0] == 1)  # a newer card beside an older
     for index, wanted in enumerate((torch.float16, torch.bfloat16)):
         assert default_compute_dtype(torch.device("cuda", index)) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_card_that_is_asked_for_bf16_and_does_not_multiply_it_is_told_of(dtype, kind, has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    told = emulation_note(dtype, torch.device(kind))
+    assert (told is not None) == (dtype == torch.bfloat16 and kind == "cuda" and not has_bf16)
+    assert told is None or ("Tesla T4" in told and "base.compute_dtype=auto" in told)
 
 
 @pytest.mark.filterwarnings("error:CUDA reports that you have")

@@ -22,6 +22,13 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def emulation_note(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to say of bf16 on a card that does not multiply it; None elsewhere."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or default_compute_dtype(device) == dtype:
+        return None
+    return f"{torch.cuda.get_device_name(device)} multiplies no bfloat16 and is slow at it: set base.compute_dtype=auto"
+
+
 def resolve_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:
     """The compute dtype by its name in the recipe.
 
