@@ -651,6 +651,8 @@ def measure(bench: Bench, asked: list[str], minutes: float, write: Callable[[Row
         if left_s < least_s:
             print(f"{name:10} not begun: {left_s:.0f} s are left, and it may take {least_s}", flush=True)
             continue
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the phase before left would be missing to other processes
         try:
             for row in phase(bench):
                 write({"phase": name, **row})

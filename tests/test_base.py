@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import bitsandbytes.functional as bnb
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kernels, linear_shape, load_base, multiply
 from qlora_kit.base.dense import parameter_count, quantize_linear
+from qlora_kit.base.device import default_compute_dtype, emulation_note
 from qlora_kit.base.formats import quantize
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
 from qlora_kit.export import export_merged
@@ -612,6 +614,20 @@ def test_a_loaded_model_holds_no_page_of_its_checkpoint(tmp_path):
         assert torch.equal(tiny.logits(model), wanted)
 
 
+def test_on_a_card_an_int8_matrix_is_decoded_in_few_parts():
+    """Each is three kernels: in parts of a processor's cache, down_proj of an 8B model took 684 of them."""
+    out, width = 4096, 14336
+    written, copy = [], Tensor.copy_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "copy_", lambda self, source: written.append(len(self)) or copy(self, source))
+        codes = torch.empty(out, width, dtype=torch.int8, device="meta")
+        absmax = torch.empty(out, device="meta")
+        kernels._decode_int8(codes, absmax, torch.empty(out, width, dtype=torch.bfloat16, device="meta"))
+    assert sum(written) == out
+    assert len(written) <= 8
+    assert max(written) * width * 4 <= 32 * 2**20, "more would pass by the plan"
+
+
 # --- checkpoints that are quantised already ---------------------------------------------------------------------------
 
 STORED = {
@@ -674,6 +690,17 @@ def test_a_merged_export_of_a_stored_checkpoint_is_a_plain_model_of_the_same_log
     assert tiny.relative(tiny.logits(out), wanted) < 1e-5  # fp32, decoded once and decoded at each use
 
 
+def test_a_checkpoint_that_was_stored_quantised_goes_to_no_other_card_than_the_one_that_is_asked_for(
+    stored_checkpoint, monkeypatch
+):
+    """transformers reads it onto the current card, where there is one and it is told no device: here there would be."""
+    folder, kind = stored_checkpoint
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    settings = {"quantization": kind, "double_quant": kind == "nf4", "compute_dtype": "float32", "device": "cpu"}
+    assert tiny.logits(load_base(folder / "stored", **settings)).isfinite().all()
+
+
 def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):
     folder, kind = stored_checkpoint
     other = "int8" if kind != "int8" else "nf4"
@@ -704,6 +731,46 @@ def test_a_gpu_that_is_not_there_is_a_device_error(device, tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     with pytest.raises(DeviceError, match=device):
         load_base(tmp_path, device=device)
+
+
+def test_a_compute_dtype_is_chosen_for_the_card_that_is_asked_for_and_not_the_current_one(monkeypatch):
+    current = [0]
+
+    @contextmanager
+    def select(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", select)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: current[0] == 1)  # a newer card beside an older
+    for index, wanted in enumerate((torch.float16, torch.bfloat16)):
+        assert default_compute_dtype(torch.device("cuda", index)) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_card_that_is_asked_for_bf16_and_does_not_multiply_it_is_told_of(dtype, kind, has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    told = emulation_note(dtype, torch.device(kind))
+    assert (told is not None) == (dtype == torch.bfloat16 and kind == "cuda" and not has_bf16)
+    assert told is None or ("Tesla T4" in told and "base.compute_dtype=auto" in told)
+
+
+@pytest.mark.filterwarnings("error:CUDA reports that you have")
+def test_with_two_cards_loading_leaves_the_random_states_of_both_and_torch_does_not_warn(tmp_path, monkeypatch):
+    tiny.llama().save_pretrained(tmp_path)
+    states = {0: "first", 1: "second"}
+    put_back = dict.fromkeys(states)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.update({device: state}))
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    load_base(tmp_path, device="cpu")
+    assert put_back == states
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from huggingface_hub import constants
 from local_hub import Handler, serving
 
@@ -102,6 +104,31 @@ def test_an_optimizer_that_does_nothing_is_noticed(monkeypatch):
     check = only("8-bit step, cpu", devices.device_checks("cpu"))
     assert check.ok is False
     assert "off by 0.001" in check.found
+
+
+def test_the_step_is_large_enough_for_its_state_to_be_paged_on_a_gpu(monkeypatch):
+    asked, make = [], Optimizer8bit.get_state_buffer
+    noted = lambda self, weight, **how: asked.append(weight) or make(self, weight, **how)  # noqa: E731
+    monkeypatch.setattr(Optimizer8bit, "get_state_buffer", noted)
+    assert only("8-bit step, cpu", devices.device_checks("cpu")).ok
+    assert asked
+    assert all(weight.numel() >= 1e5 for weight in asked), "bitsandbytes pages no smaller state (0.50)"
+
+
+@pytest.mark.parametrize(("capability", "ok"), [((6, 1), False), ((7, 5), True), ((8, 9), True), ((12, 1), True)])
+def test_a_card_that_torch_has_no_code_for_is_a_failure_that_names_both(capability, ok, monkeypatch):
+    for name, answer in {
+        "get_arch_list": ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"],
+        "get_device_capability": capability,
+        "get_device_name": "NVIDIA Something",
+        "mem_get_info": (1, 2),
+        "is_bf16_supported": True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    check = only("cuda:0", devices.device_checks("cuda:0"))
+    assert check.ok is ok
+    assert ("capability 6.1, and torch" in check.found and "for 7.5 and newer" in check.found) != ok
 
 
 @pytest.mark.parametrize("serves", [True, False])

@@ -320,7 +320,7 @@ def test_the_budget_is_held_against_full_fine_tuning(plans):
 
 
 @pytest.mark.parametrize(("base", "stored", "message"), [
-    ({"compute_dtype": "float16"}, None, "float16.*no loss scaling"),
+    ({"compute_dtype": "float16"}, None, "float16.*no room for small gradients"),
     ({}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "stored quantised.*16-bit model"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_whole_is_refused_in_one_line(base, stored, message, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import llama, tokens, wake
 
+from qlora_kit.base.device import resolve_dtype
 from qlora_kit.base.formats import Quantization, quantize
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.lora import adapter_parameters, add_lora
@@ -89,6 +90,18 @@ def test_no_gradient_flows_between_packed_documents_on_the_gpu(dtype, attention)
     model = llama(hidden_size=128, intermediate_size=256)
     model.set_attn_implementation(attention)
     assert leaked_gradient(freeze_and_quantize(model, Quantization(), dtype, CUDA)) == 0.0
+
+
+@pytest.mark.parametrize("compute_dtype", ["auto", "float16", "float32"])
+def test_attention_on_the_gpu_makes_no_scores_of_all_pairs_of_tokens(compute_dtype):
+    """Of four heads that share two of keys; 256 MiB in fp32, and more than once where they are made."""
+    model = llama(hidden_size=128, intermediate_size=256, num_hidden_layers=1, max_position_embeddings=4096)
+    model = freeze_and_quantize(model, Quantization(), resolve_dtype(compute_dtype, CUDA), CUDA)
+    add_lora(model)
+    ids = tokens(1, 4096).to(CUDA)
+    with PeakCounter(CUDA) as counter:
+        model.train().model(input_ids=ids, use_cache=False)[0].float().sum().backward()
+    assert 0 < counter.taken_bytes < 2**27  # 39 MiB of tensors in fp32, and a library's workspace of up to 32
 
 
 def test_the_counter_reads_the_allocators_peak():

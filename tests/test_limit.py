@@ -168,6 +168,7 @@ def test_whose_memory_ran_out_is_told_by_kind_and_words():
     assert whose_memory_ran_out(RuntimeError("could not create a primitive descriptor for a matmul primitive")) is None
     assert whose_memory_ran_out(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")) == "device"
     assert whose_memory_ran_out(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it")) == "device"
+    assert whose_memory_ran_out(RuntimeError("Triton Error [CUDA]: out of memory")) == "device", "for a kernel's code"
     assert whose_memory_ran_out(fails(lambda: torch.ones(2) @ torch.ones(3))) is None
     assert whose_memory_ran_out(fails(lambda: os.stat("/nowhere/at/all"))) is None
 
@@ -216,6 +217,7 @@ def test_a_card_refuses_what_lies_above_the_budget_and_gives_it_afterwards():
 
 @pytest.mark.gpu
 def test_with_no_budget_a_card_keeps_its_reserve():
+    torch.cuda.empty_cache()  # as a limit does first: what tests before this one have left is free, too
     free, _ = torch.cuda.mem_get_info(CUDA)
     with Limit(CUDA) as limit:
         assert limit.budget_bytes == pytest.approx(free - CUDA_RESERVE_BYTES, rel=0.01)

@@ -23,6 +23,7 @@ from transformers.models.llama import modeling_llama
 
 from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.architecture import build_model
+from qlora_kit.base.attention import as_on_card
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.errors import ModelError
@@ -118,9 +119,10 @@ def real_step(config, work, folder):
     )
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     metrics = MetricsLog(folder / "metrics.jsonl")
-    with ledger:
-        rehearse(job, ledger)
-    assert train_loop(job, metrics, PeakCounter(CPU), ledger)
+    with as_on_card(work.on_card):
+        with ledger:
+            rehearse(job, ledger)
+        assert train_loop(job, metrics, PeakCounter(CPU), ledger)
     metrics.close()
     return ledger.summary(), metrics.rows[0]
 

@@ -7,15 +7,17 @@ import mmap
 import random
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import hypothesis
 import pytest
 import tiny
 import torch
-from bitsandbytes.optim.optimizer import Optimizer8bit
+from bitsandbytes.optim.optimizer import Optimizer2State, Optimizer8bit
 from hypothesis import strategies as st
 from peft import PeftModel
 from tokenizers import Tokenizer, models
@@ -30,6 +32,7 @@ from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapt
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.recipe.schema import Optimizer
+from qlora_kit.train import checkpoint
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import (
     Progress,
@@ -126,6 +129,23 @@ def gradients(model, micro_batches, count=None):
     count = count or sum(batch.trained_tokens for batch in micro_batches)
     loss = accumulate_gradients(model, micro_batches, count).value.item()
     return loss, {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("loss_chunk", [None, 16])
+def test_in_fp16_the_share_of_a_token_in_a_long_step_is_not_lost_on_its_way_back(loss_chunk, monkeypatch):
+    """A step of 32 rows of 2,048 tokens, of which this is a small part."""
+
+    def step_of(compute):
+        model = adapted("nf4", awake=True, compute=compute)
+        loss = accumulate_gradients(model, [collate(rows(), 0)] * 2, 32 * 2048, loss_chunk=loss_chunk).value
+        return loss.item(), torch.cat([p.grad.flatten() for _, p in adapter_parameters(model)])
+
+    exact_loss, exact = step_of(torch.float32)
+    loss, gradient = step_of(torch.float16)
+    assert loss == pytest.approx(exact_loss, rel=1e-4)
+    assert tiny.relative(gradient, exact) < 3e-3  # roundings of 5e-4, some one after another
+    monkeypatch.setattr("qlora_kit.train.step._scale", lambda *_: 1.0)
+    assert tiny.relative(step_of(torch.float16)[1], exact) > 0.1, "without a scale much is lost"
 
 
 def norm_of(found):
@@ -519,6 +539,37 @@ def test_stochastic_rounding_is_unbiased_and_leaves_representable_values_alone()
         target = torch.zeros_like(representable)
         round_stochastically(representable.float(), target, generator)
         assert torch.equal(target, representable)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
+def test_stochastic_rounding_leaves_no_number_what_it_is(bits):
+    """A CPU's NaN, a card's, which has all bits set but the first, and its negative: what is spoiled must show."""
+    source = torch.full((1000,), bits, dtype=torch.int32).view(torch.float32)
+    assert source.isnan().all()
+    target = torch.zeros(1000, dtype=torch.bfloat16)
+    round_stochastically(source, target, torch.Generator().manual_seed(0))
+    assert target.isnan().all()
+
+
+def test_paged_state_is_made_and_stepped_with_the_card_of_the_parameters_as_the_current_one(monkeypatch):
+    """bitsandbytes fills it by the current card and waits for that: with `base.device=cuda:1` it would be another."""
+    current, seen = [None], []
+
+    @contextmanager
+    def device_of(tensor):
+        before, current[0] = current[0], tensor
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("init_state", "update_step"):
+        done = getattr(Optimizer2State, name)
+        told = lambda *args, name=name, done=done: seen.append((name, current[0])) or done(*args)  # noqa: E731
+        monkeypatch.setattr(Optimizer2State, name, told)
+    parameters = pair()
+    push(AdapterOptimizer(parameters, "paged_adamw_8bit"), parameters, 1)
+    assert {name for name, _ in seen} == {"init_state", "update_step"}
+    assert all(tensor is parameters[0][1] for _, tensor in seen)
 
 
 @pytest.mark.parametrize("masters", ["fp32", "stochastic"])
@@ -1034,6 +1085,28 @@ def test_a_checkpoint_is_refused_by_another_run(trained_run, tmp_path):
         with pytest.raises(RunError, match="resume with the recipe it was made with"):
             load_checkpoint(newest, other.parameters, other.optimizer)
         assert same(values(other), before)
+
+
+def test_paged_state_is_looked_at_only_while_the_card_has_nothing_to_do(trained_run, tmp_path, monkeypatch):
+    """It is the processor's own memory to torch; on WSL a look at it while a kernel runs ends the process."""
+
+    class OnCard(torch.Tensor):
+        is_cuda = True
+
+    done, card, paged = [], torch.ones(2).as_subclass(OnCard), torch.ones(2)
+    monkeypatch.setattr(checkpoint, "_wait", lambda parameters: done.append("wait"))
+    monkeypatch.setattr(checkpoint, "to_host", lambda x: done.append("card" if x.is_cuda else "paged") or x)
+    named = [("a/master", card), ("a/state1", paged), ("a/absmax1", card), ("b/master", card), ("b/state1", paged)]
+    optimizer = SimpleNamespace(state_tensors=lambda: iter(named))
+    files = {name: set(copies) for name, copies in checkpoint._host_copies({"a": card}, optimizer, True)}
+    assert files == {"parameters": {"a"}, "optimizer": {name for name, _ in named}}
+    assert done == ["card", "wait", "paged", "paged", "card", "card", "card"]
+
+    done.clear()
+    job, restore = job_of(adapted(), tmp_path), AdapterOptimizer.restore
+    monkeypatch.setattr(AdapterOptimizer, "restore", lambda *state: done.append("restore") or restore(*state))
+    load_checkpoint(newest_checkpoint(trained_run[0] / "checkpoints")[0], job.parameters, job.optimizer)
+    assert done == ["wait", "restore"]
 
 
 SWAPS = [

@@ -214,7 +214,10 @@ def test_switched_off_nothing_is_tried(switch, tries, monkeypatch):
     assert tried == [CUDA] * tries
 
 
-@pytest.mark.parametrize("fault", ["no triton", "no compiler", "no headers", "no room", "no such card", "wrong"])
+@pytest.mark.parametrize(
+    "fault",
+    ["no triton", "no compiler", "no headers", "no room", "no such card", "no driver's library", "not loaded", "wrong"],
+)
 def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(fault, by_triton, monkeypatch):
     from triton.runtime.errors import PTXASError
 
@@ -224,6 +227,8 @@ def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(f
         "no headers": subprocess.CalledProcessError(1, "gcc"),
         "no room": OSError("No space left on device"),
         "no such card": PTXASError("unknown target"),
+        "no driver's library": AssertionError("libcuda.so cannot found!"),  # triton/backends/nvidia/driver.py
+        "not loaded": ImportError("cuda_utils.so: failed to map segment from shared object"),  # a cache on noexec
     }
 
     def launch(*_):
@@ -234,6 +239,13 @@ def test_where_a_kernel_does_not_compile_or_gives_other_numbers_there_are_none(f
     if fault == "no triton":
         monkeypatch.setitem(sys.modules, "triton.errors", None)
     assert not triton._work(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("width", [1, 4096, 2**17 + 1, 2**23 + 1])
+def test_parts_of_rows_are_all_rows_however_wide(width, device):
+    x = torch.empty(3, width, dtype=torch.int8, device=device)
+    assert sum(len(x[part]) for part in row_parts(x)) == 3
 
 
 def test_a_twin_on_a_card_makes_little_in_fp32_at_a_time():
@@ -259,11 +271,12 @@ class Card:
 made, run = [], JITFunction.run
 def compiled(self, *args, grid, warmup, **how):
     kernel = run(self, *args, grid=grid, warmup=True, **how)
-    about, rounded = kernel.metadata, kernel.asm["ptx"].count(".rn.bf16")
+    about, rounded = kernel.metadata, kernel.asm["ptx"].count(".rn." + sys.argv[2])
     made.append((self.__name__, about.target.arch, rounded, about.shared))
 JITFunction.run = compiled
 
-x, labels = torch.ones(3, 4096, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64)
+dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[sys.argv[2]]
+x, labels = torch.ones(3, 4096, dtype=dtype), torch.zeros(3, dtype=torch.int64)
 inverse = torch.ones(3)
 driver.set_active(Card(int(sys.argv[1])))
 norm.rms_norm(x, x[0], 1e-6, "twice", x, inverse)
@@ -280,13 +293,14 @@ print(json.dumps(made))
 
 
 @pytest.mark.parametrize(
-    "capability", [pytest.param(other, marks=pytest.mark.slow) for other in (80, 86, 89, 100, 120)] + [90]
+    "capability", [pytest.param(other, marks=pytest.mark.slow) for other in (75, 80, 86, 89, 100, 120)] + [90]
 )
 def test_every_kernel_compiles_for_a_card_and_rounds_to_nearest_there(capability, tmp_path):
-    """Down to the card's own code, without a card; in a process of its own, where nothing is interpreted."""
+    """Down to the card's own code, without a card, in the 16 bits that `compute_dtype: auto` takes there; in a process
+    of its own, where nothing is interpreted."""
     pytest.importorskip("triton", reason="Triton is not installed: it is in the test extra on Linux")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, str(capability)]
+    command = [sys.executable, "-c", COMPILE, str(capability), "bf16" if capability >= 80 else "f16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout)

@@ -4,11 +4,22 @@ All compute the same function. sdpa and eager run everywhere. Of packed document
 tokens that may see each other, where sdpa is given a mask of every pair; both train on CUDA cards alone. What was
 trained with them is evaluated, asked and exported on a machine without them through sdpa. A family without sdpa takes
 eager in its place.
+
+Where several heads share keys and values, a card's flash kernel takes them so; those that it has for fp32, and for any
+dtype before Ampere, do not. transformers asks for it all the same, and torch then writes out the scores of every pair
+of tokens: on a T4 2 GiB in fp32 for 32 heads of 4,096 tokens, several times. There each head gets a copy, as it does
+where there is a mask.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
+from torch import Tensor
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_kit.errors import DeviceError
@@ -16,6 +27,9 @@ from qlora_kit.errors import DeviceError
 Attention = Literal["sdpa", "eager", "flex", "flash"]
 
 _IMPLEMENTATIONS = {"eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
+_AMPERE = 8
+"""The first compute capability with bf16 and a flash kernel."""
+_ON_CARD: ContextVar[bool] = ContextVar("attention_on_card", default=False)
 
 
 def implementation(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -51,3 +65,34 @@ def _missing(asked: str, device: torch.device, dtype: torch.dtype) -> str | None
     if asked == "flash" and dtype == torch.float32:
         return "computes in 16 bits alone, and base.compute_dtype is float32 here"
     return None
+
+
+@contextmanager
+def as_on_card(is_so: bool) -> Iterator[None]:
+    """A block in which tensors of the CPU stand for a card's: what a plan allocates is then what the card would. Of one
+    that computes in fp16 it is taken to be older than Ampere."""
+    token = _ON_CARD.set(is_so)
+    try:
+        yield
+    finally:
+        _ON_CARD.reset(token)
+
+
+def may_share_heads(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+    """Whether sdpa is given keys and values that several heads share, and not a copy for each head.
+
+    Args:
+        attention_mask: as sdpa is given it.
+        key: (batch, heads, tokens, width).
+        value: as key.
+    """
+    return _kernel_shares(key) and use_gqa_in_sdpa(attention_mask, key, value)
+
+
+def _kernel_shares(key: Tensor) -> bool:
+    if not key.is_cuda:
+        return not _ON_CARD.get() or key.dtype == torch.bfloat16
+    return key.dtype != torch.float32 and torch.cuda.get_device_capability(key.device)[0] >= _AMPERE
+
+
+sdpa_attention.use_gqa_in_sdpa = may_share_heads

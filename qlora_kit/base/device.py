@@ -16,9 +16,17 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
     ten times slower than fp32 (AVX2, two threads).
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # torch answers for the current card, and others may be older
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def emulation_note(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to say of bf16 on a card that does not multiply it; None elsewhere."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or default_compute_dtype(device) == dtype:
+        return None
+    return f"{torch.cuda.get_device_name(device)} multiplies no bfloat16 and is slow at it: set base.compute_dtype=auto"
 
 
 def resolve_dtype(compute_dtype: str, device: torch.device) -> torch.dtype:

@@ -22,13 +22,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from qlora_kit.ops.native import address, library, size, threads, typed_kernel
+from qlora_kit.ops.rows import row_parts
 
 _C_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ABSMAX_BLOCK = 256
 """Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
-
-_INT8_CHUNK = 1 << 18
-"""Elements of an int8 matrix that are decoded at once: their fp32 values, 1 MiB, stay in a core's cache."""
 
 torch.library.define(
     "qlora_kit::decode_4bit",
@@ -221,10 +219,8 @@ def check_int8(codes: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _decode_int8(codes: Tensor, absmax: Tensor, out: Tensor) -> None:
-    rows = max(1, _INT8_CHUNK // codes.shape[1])
-    parts = zip(codes.split(rows), absmax[:, None].split(rows), out.split(rows), strict=True)
-    for codes_PI, absmax_P1, out_PI in parts:
-        out_PI.copy_((codes_PI * absmax_P1).mul_(1 / 127))
+    for part in row_parts(codes):
+        out[part].copy_((codes[part] * absmax[part, None]).mul_(1 / 127))
 
 
 torch.library.impl("qlora_kit::decode_int8", "default", _decode_int8)

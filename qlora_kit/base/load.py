@@ -172,10 +172,13 @@ def _load(
 ) -> tuple[PreTrainedModel, tuple[str, ...], tuple[str, ...]]:
     """The model as it is stored, in its own dtype, off its mapped file; its modules that are new; tensors that it has
     no place for."""
-    if stored_quantization(config) is None:
+    is_dense = stored_quantization(config) is None
+    if is_dense:
         check_weights_are_dense(folder)
+    # Quantised weights would go to the current card, where there is one, whatever device is asked for.
+    place = {} if is_dense else {"device_map": {"": "cpu"}}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # by default of all cards, with a warning
             torch.manual_seed(0)  # a new classifier starts the same at every load
             loaded: Any = auto_class(config, head).from_pretrained(
                 folder,
@@ -186,6 +189,7 @@ def _load(
                 local_files_only=True,
                 trust_remote_code=brings_code(config),
                 output_loading_info=True,
+                **place,
             )
     except (ValueError, RuntimeError, OSError, KeyError, ImportError) as error:
         if whose_memory_ran_out(error) is not None:

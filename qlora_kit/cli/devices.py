@@ -88,16 +88,31 @@ def _gpu(device: str) -> str:
 
     from qlora_kit.base.device import default_compute_dtype
 
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     major, minor = torch.cuda.get_device_capability(device)
+    _check_is_compiled_for(device, major, minor)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     with torch.cuda.device(device):
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        auto = str(default_compute_dtype(torch.device(device))).removeprefix("torch.")
+    auto = str(default_compute_dtype(torch.device(device))).removeprefix("torch.")
     return (
         f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), "
         f"{format_bytes(free_bytes)} of {format_bytes(total_bytes)} free, "
         f"{'bf16' if has_bf16 else 'no bf16'}; compute_dtype auto is {auto}"
     )
+
+
+def _check_is_compiled_for(device: str, major: int, minor: int) -> None:
+    """See that torch has code for a card: PyPI's leaves older ones out with every other CUDA."""
+    import torch
+
+    compiled = [int(found[1]) for each in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", each))]
+    if compiled and 10 * major + minor < min(compiled):
+        oldest = min(compiled)
+        raise DeviceError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
+            f"{torch.__version__} is compiled for {oldest // 10}.{oldest % 10} and newer: install one for older CUDA "
+            "(https://pytorch.org/get-started/locally)"
+        )
 
 
 def _nf4_decode(device: str) -> str:
@@ -125,10 +140,11 @@ def _optimizer_step(device: str) -> str:
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     lr = 1e-3
-    weight = torch.nn.Parameter(torch.zeros(4096, device=device))  # smaller ones keep 32-bit states
+    weight = torch.nn.Parameter(torch.zeros(2**17, device=device))  # the state of less than 100,000 is not paged
     optimizer = (AdamW8bit if device == "cpu" else PagedAdamW8bit)([weight], lr=lr, weight_decay=0.0)
-    weight.grad = torch.linspace(-1, 1, 4096, device=device)
-    optimizer.step()
+    weight.grad = torch.linspace(-1, 1, weight.numel(), device=device)
+    with torch.cuda.device_of(weight):
+        optimizer.step()
     worst = (weight.detach() + lr * weight.grad.sign()).abs().max().item()
     if not worst <= 1e-2 * lr:
         raise DeviceError(f"a weight is off by {worst:.2g} after one step of {lr:g}")

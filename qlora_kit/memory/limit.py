@@ -34,7 +34,7 @@ _HOST_WORDS = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|could not (create|execute) a (primitive|memory object)$"
 )
 """The last are oneDNN's, which says as much where it cannot do a thing, but then names a primitive descriptor."""
-_DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_DEVICE_WORDS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 
 
 def whose_memory_ran_out(error: BaseException) -> Literal["device", "host"] | None:

@@ -21,6 +21,6 @@ def as_rows(x: Tensor) -> Tensor:
 def row_parts(x: Tensor) -> Iterator[slice]:
     """Some rows of (..., H) after others, so few that what is made of them in fp32 is small."""
     count = x.numel() // x.shape[-1]
-    step = (PART_ELEMENTS if x.device.type == "cpu" else CARD_PART_ELEMENTS) // x.shape[-1]
-    for begin in range(0, count, max(1, step)):
+    step = max(1, (PART_ELEMENTS if x.device.type == "cpu" else CARD_PART_ELEMENTS) // x.shape[-1])
+    for begin in range(0, count, step):
         yield slice(begin, begin + step)

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base.architecture import build_model, expected_untrained
-from qlora_kit.base.attention import implementation
+from qlora_kit.base.attention import as_on_card, implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
@@ -95,7 +95,7 @@ def fake_run(config: PretrainedConfig, work: Workload, does: Callable[[FakeRun],
         ledger.paged_bytes = sum(tensor.nbytes for tensor in optimizer.pageable()) if work.on_card else 0
         run = FakeRun(model, parameters, optimizer, work, ledger, second)
         del optimizer, second  # they go when the run lets them go
-        with ledger, _named_if_read(model), _told_if_it_decides(model, work):
+        with ledger, as_on_card(work.on_card), _named_if_read(model), _told_if_it_decides(model, work):
             does(run)
     names = list(activation_blocks(model))
     roles = {name: role(index, Blocks.of(blocks, len(names))) for index, name in enumerate(names)}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qlora_kit.base.device import emulation_note, resolve_dtype
 from qlora_kit.errors import RunError
 from qlora_kit.interrupt import first_interrupt
 from qlora_kit.memory import Ledger, Limit
@@ -80,8 +81,9 @@ def run_course(
     """
     torch.manual_seed(recipe.train.seed)
     model = job.model
-    if model.dtype == torch.float16:
-        watch.note("float16 has no loss scaling in this version: small gradients are lost; prefer bfloat16 or float32")
+    slow = emulation_note(resolve_dtype(recipe.base.compute_dtype, model.device), model.device)
+    if slow is not None:
+        watch.note(slow)
     _check_disk(job)
     if job.task.answers:
         end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer

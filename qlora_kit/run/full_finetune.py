@@ -32,8 +32,8 @@ def check_full_finetune(recipe: Recipe, config: PretrainedConfig, watch: Watch) 
         )
     if resolve_dtype(base.compute_dtype, resolve_device(base.device)) == torch.float16:
         raise ModelError(
-            "train.full_finetune trains the weights in base.compute_dtype, which is float16 here and has no loss "
-            f"scaling in this version; set base.compute_dtype=float32 or bfloat16, {instead}"
+            "train.full_finetune trains the weights in base.compute_dtype, which is float16 here and has no room for "
+            f"small gradients and updates; set base.compute_dtype=float32 or bfloat16, {instead}"
         )
     if brings_code(config):
         raise ModelError(

@@ -104,7 +104,7 @@ def save_checkpoint(
     progress.numbers = optimizer.state_numbers()
     with staged_folder(final) as staged:
         for name, copies in _host_copies(parameters, optimizer, _device(parameters).type == "cuda"):
-            _wait(parameters)  # copies are queued
+            _wait(parameters)
             write_tensors(staged / f"{name}.safetensors", copies)
             copies.clear()
         write_tensors(staged / "random.safetensors", random_states(_device(parameters)))
@@ -217,6 +217,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
     saved, state, states = (_load(folder / f"{name}.safetensors") for name in ("parameters", "optimizer", "random"))
     progress = _read_progress(folder / _STATE)
     _check_shapes(folder, saved, parameters)
+    _wait(parameters)
     try:
         optimizer.restore(state, progress.numbers)
     except KeyError as error:
@@ -292,6 +293,8 @@ def _device(parameters: Mapping[str, Tensor]) -> torch.device:
 
 
 def _wait(parameters: Mapping[str, Tensor]) -> None:
+    """Until the card has done what was queued: it may still fill copies, and paged state, which is managed memory, is
+    the card's alone for as long; on WSL the process would not survive a look at it."""
     device = _device(parameters)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -304,10 +307,11 @@ def _host_copies(
 
     On a CPU it is written from where it lies.
     """
-    _wait(parameters)  # paged state is the card's until it is done
     bring = to_host if on_card else Tensor.contiguous
     yield "parameters", {name: bring(tensor.detach()) for name, tensor in parameters.items()}
-    yield "optimizer", {name: bring(tensor) for name, tensor in optimizer.state_tensors()}
+    _wait(parameters)
+    state = sorted(optimizer.state_tensors(), key=lambda named: named[1].is_cuda)  # paged first, while the card rests
+    yield "optimizer", {name: bring(tensor) for name, tensor in state}
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ Sources: 8-bit optimizers, arXiv 2110.02861; paged ones, QLoRA section 3; stocha
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import bitsandbytes.optim as bnb
@@ -74,16 +75,18 @@ class AdapterOptimizer:
         ]
         with unset_fake_temporarily():  # bitsandbytes builds its code tables here, from real numbers
             self.inner = _build(self.effective_kind, groups, weight_decay)
-        self._allocate()
+        with self._own_card():
+            self._allocate()
 
     def step(self, lr: float) -> None:
         """Move the parameters by one step at the rate `lr` and let their gradients go."""
         for group in self.inner.param_groups:
             group["lr"] = lr * group["ratio"]
-        for pairs in self._stepped_together:
-            self._lift(pairs)
-            self.inner.step()  # passes over parameters without a gradient: those that are not lifted
-            self._lower(pairs)
+        with self._own_card():
+            for pairs in self._stepped_together:
+                self._lift(pairs)
+                self.inner.step()  # passes over parameters without a gradient: those that are not lifted
+                self._lower(pairs)
 
     def rehearse(self) -> None:
         """Everything that a step allocates, without its arithmetic: for the dry run, where there are no values.
@@ -136,6 +139,11 @@ class AdapterOptimizer:
         for name, stepped in zip(self.names, self._stepped, strict=True):
             state = self.inner.state[stepped]
             state.update({key: numbers[f"{name}/{key}"] for key in state if f"{name}/{key}" in numbers})
+
+    def _own_card(self) -> AbstractContextManager[None]:
+        """A block in which the card of the parameters is the current one, on which bitsandbytes makes paged state, and
+        for which it waits, whichever card they lie on."""
+        return torch.cuda.device_of(self.parameters[0])
 
     def _stepped_form(self, parameter: nn.Parameter) -> nn.Parameter:
         """The tensor that the inner optimizer moves: the parameter itself, or its fp32 copy."""
@@ -201,6 +209,8 @@ def round_stochastically(source: Tensor, target: Tensor, generator: torch.Genera
     bits = source.view(torch.int32)
     noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator)
     target.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))
+    # A card's NaN has all bits set but the first, and with the noise it runs over into -0.
+    target.masked_fill_(source.isnan(), torch.nan)
 
 
 def _cut(pairs: _Pairs) -> list[_Pairs]:

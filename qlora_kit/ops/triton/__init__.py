@@ -55,8 +55,8 @@ def _work(device: torch.device) -> bool:
             x = torch.ones(16, device=device)
             _launcher("gated")(x, x, "silu", x)
             return bool((x > 0.7).all() and (x < 0.8).all())  # silu(1) = 0.731
-    except (OSError, RuntimeError, subprocess.SubprocessError, TritonError):
-        return False
+    except (AssertionError, ImportError, OSError, RuntimeError, subprocess.SubprocessError, TritonError):
+        return False  # Triton asserts that it finds the driver's library, and imports the launcher that it has built
 
 
 @functools.cache
