@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_export import LiveBytes
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
@@ -14,12 +15,14 @@ from qlora_kit.base import Quantization
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
 from qlora_kit.base.experts import ExpertStack
 from qlora_kit.base.formats import quantize
+from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, load_adapter, lora_layers, save_adapter
 from qlora_kit.memory import Ledger
 from qlora_kit.plan import Workload, dry_run
 from qlora_kit.recipe import Lora
+from qlora_kit.storage import sha256_file
 
 KNOWS_NORMS = "has_post_expert_norm" in inspect.signature(moe.use_experts_implementation).parameters
 MAKERS = [tiny.mixtral, tiny.qwen3_moe, tiny.gpt_oss]
@@ -116,6 +119,21 @@ def test_a_merged_export_of_experts_loads_in_transformers_with_the_same_logits(m
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("make", [tiny.mixtral, tiny.qwen3_moe])
+def test_an_audit_of_experts_reads_them_where_they_lie_and_joins_none_in_memory(make, tmp_path):
+    model = tuned(make)
+    rows = [Encoded(row, [place > 2 for place in range(len(row))]) for row in tiny.tokens(2, 7).tolist()]
+    audited = [collate(rows, pad_id=0)]
+    with LiveBytes(model) as live:
+        content = export_merged(model, None, tmp_path / "out", dtype="float32", audit_batches=audited)
+    assert content["comparisons"]["merged"]["max_kl"] < 1e-6
+    assert content["comparisons"]["merged"]["loss_as_trained"] > 1
+    joined = sum(4 * stack.weight_count for stack in model.modules() if isinstance(stack, ExpertStack))
+    assert live.peak < joined / 2  # transformers alone takes 0.8 to 0.9 of it
+    assert content["files"].keys() == {path.name for path in (tmp_path / "out").iterdir()} - {"export.json"}
+    assert all(sha256_file(tmp_path / "out" / name) == sha for name, sha in content["files"].items())
 
 
 # --- adapters on experts ---

@@ -1,13 +1,14 @@
 """Every family by the general rule: quantised, adapted, trained, merged, and in agreement with PEFT."""
 
 import copy
+import json
 import math
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel
-from test_export import LiveBytes
+from test_export import LiveBytes, tensors_of
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -134,6 +135,23 @@ def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):
     assert not info["unexpected_keys"]
     assert tiny.relative(tiny.logits(model), base) > 0.01
     assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_export_holds_the_very_tensors_that_transformers_would_save(family, tmp_path):
+    """transformers joins experts and renames heads as it reads; other programs know the published names alone."""
+    model = tiny.quantized(dense_model(family))
+    add_lora(model, rank=2, alpha=4)  # B is zero, so that the export is the decoded base
+    twin = tiny.read_out(dense_model(family), model)
+    twin.save_pretrained(tmp_path / "plain")
+    export_merged(model, None, tmp_path / "out", dtype="float32", shard_bytes=20_000)
+    plain, out = (tensors_of(tmp_path / name) for name in ("plain", "out"))
+    assert out.keys() == plain.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in plain.items())
+    assert (plain.keys() <= twin.state_dict().keys()) == (family not in ("mixtral", "qwen3_moe", "gpt_neox"))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == plain.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in plain.values())
 
 
 def test_weights_that_no_rule_quantises_are_said():
