@@ -391,6 +391,18 @@ def test_a_gguf_adapter_holds_scale_b_a_of_every_layer(tmp_path):
     assert len({len(tensors[f"blk.0.{leaf}.weight.lora_a"]) for leaf in ("attn_q", "ffn_up")}) == 2
 
 
+def test_an_adapter_on_a_tied_head_is_refused_since_no_gguf_of_the_base_has_that_head(tmp_path):
+    head = {"targets": ["q_proj", "lm_head"]}
+    with pytest.raises(RunError, match=r"tied to the embedding, .* export --to gguf, which merges it$"):
+        export_gguf_adapter(
+            trained(small("llama", tie_word_embeddings=True), **head, untie_head=True), tmp_path / "out"
+        )
+    assert list(tmp_path.iterdir()) == []
+    export_gguf_adapter(trained(small("llama"), **head), tmp_path / "out")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out/adapter.gguf").tensors}
+    assert {"output.weight.lora_a", "output.weight.lora_b"} < names
+
+
 def test_an_adapter_that_is_more_than_two_matrices_a_layer_is_refused(tmp_path):
     for more in ({"dora": True}, {"also_train": ["norm"]}):
         with pytest.raises(RunError, match="otherwise than by a plain pair of matrices"):
