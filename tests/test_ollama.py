@@ -4,6 +4,7 @@ import re
 
 import pytest
 from chat_templates import FAMILIES, tokenizer_of
+from tokenizers import processors
 
 from qlora_kit.export.gguf.ollama import chat_shape, modelfile
 
@@ -46,10 +47,19 @@ def run_go(template, chat):
     return walk(0, None, True)[0]
 
 
-def rendered(tokenizer, chat):
+def prompt_ids(tokenizer, chat):
+    """What the model was trained to go on from."""
     messages = [{"role": role, "content": content} for role, content in chat]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token or "")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def putting_bos(tokenizer):
+    """The tokenizer, which puts its first token before every text from now on, if it has one."""
+    if tokenizer.bos_token is not None:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 def template_in(text):
@@ -62,9 +72,13 @@ def test_some_families_have_a_template_and_some_do_more_than_put_words_around_me
     assert found == set(FAMILIES) - {"mistral", "gemma"}
 
 
+@pytest.mark.parametrize("puts", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_template_writes_chats_as_the_tokenizer_does_or_is_left_to_ollama(name):
-    tokenizer = tokenizer_of(FAMILIES[name])
+def test_a_chat_becomes_the_tokens_that_it_was_in_training_or_is_left_to_ollama(name, puts):
+    """Ollama writes a chat by the template and tokenises it, which puts a first token where the tokenizer puts one."""
+    tokenizer = putting_bos(tokenizer_of(FAMILIES[name])) if puts else tokenizer_of(FAMILIES[name])
+    if puts and tokenizer.bos_token is not None:
+        assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
     text = modelfile("model.gguf", tokenizer, [tokenizer.eos_token_id])
     assert text.startswith("FROM ./model.gguf\n")
     assert f'PARAMETER stop "{tokenizer.eos_token}"' in text
@@ -73,7 +87,7 @@ def test_the_template_writes_chats_as_the_tokenizer_does_or_is_left_to_ollama(na
         assert "# The chat template is more than" in text
         return
     for chat in CHATS:
-        assert run_go(found[1], chat) == rendered(tokenizer, chat)
+        assert tokenizer(run_go(found[1], chat)).input_ids == prompt_ids(tokenizer, chat)
 
 
 def test_a_model_of_texts_is_given_the_prompt_alone():

@@ -109,7 +109,7 @@ def _special_keys(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> dict[s
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     text = "a"
     plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
-    adds_bos, adds_eos = whole[:1] == [bos], len(whole) > 1 and whole[-1:] == [eos]
+    adds_bos, adds_eos = puts_bos(tokenizer), len(whole) > 1 and whole[-1:] == [eos]
     if whole != [bos] * adds_bos + plain + [eos] * adds_eos:
         raise RunError(f"the tokenizer puts {whole} around {plain}; GGUF's runtimes put one bos and one eos token")
     found = {
@@ -123,6 +123,11 @@ def _special_keys(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> dict[s
     keys |= {_key("add_bos_token"): adds_bos, _key("add_eos_token"): adds_eos}
     template = tokenizer.chat_template
     return keys | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+
+
+def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its first token before a text, as runtimes do then."""
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _steps(step: Mapping[str, Any] | None, several: str) -> Iterator[Mapping[str, Any]]:
