@@ -44,6 +44,11 @@ merged up to it (`ignore_merges`)."""
 
 _SPACE = "▁"
 
+_TAKING = ("phi-3", "phi3")
+"""Names of models (`general.name`) whose added tokens take the white space behind them in runtimes, but for `_LEAVING`:
+nothing else in a file says so."""
+_LEAVING = ("<unk>", "<s>", "<|endoftext|>")
+
 
 def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: list[int]) -> dict[str, Value]:
     """What a GGUF file says of a tokenizer.
@@ -59,8 +64,9 @@ def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         kind = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise RunError(f"the model has {kind}, and a GGUF file holds its tokenizer; a fast one is wanted")
-    if len(tokenizer) > rows:
-        raise RunError(f"the tokenizer has {len(tokenizer)} tokens for the {rows} rows of the embedding")
+    count = 1 + max(tokenizer.get_vocab().values())
+    if count > rows:
+        raise RunError(f"the tokenizer has {count} tokens for the {rows} rows of the embedding")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**_keys_of(state, rows, tokenizer.chat_template is not None), **_special_keys(tokenizer, ends)}
 
@@ -81,6 +87,20 @@ def _keys_of(state: Mapping[str, Any], rows: int, has_chats: bool) -> dict[str, 
         own = {"model": "llama", "pre": "default", "scores": _scores(model, tokens)}
         own["add_space_prefix"] = _adds_space(state, has_chats)
     return {_key(name): value for name, value in {**own, "tokens": tokens, "token_type": kinds}.items()}
+
+
+def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The name of a model by which runtimes treat white space beside its added tokens as its tokenizer does.
+
+    Raises:
+        RunError: they do so under no name.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    odd = [token.content for token in added if token.lstrip or (token.rstrip and token.content in _LEAVING)]
+    if odd:
+        raise RunError(f"the token {odd[0]} takes white space beside it, which it does not in GGUF's runtimes")
+    is_known = any(taking in name.lower() for taking in _TAKING)
+    return f"{_TAKING[0]} {name}" if not is_known and any(token.rstrip for token in added) else name
 
 
 def _key(name: str) -> str:
