@@ -25,6 +25,7 @@ from transformers import (
 from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.freeze import left_dense
 from qlora_kit.export import export_merged, merged_tensors
+from qlora_kit.export.published import published
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
 
 COMMON = {
@@ -152,6 +153,27 @@ def test_a_merged_export_holds_the_very_tensors_that_transformers_would_save(fam
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == plain.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in plain.values())
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda name, rows: {name.replace("up_proj", "gate_up_proj").replace("gate_proj", "gate_up_proj"): rows},
+        lambda name, rows: {name: rows.t() if rows.ndim > 1 else rows},
+        lambda name, rows: {f"{name}.odd": rows[1::2], f"{name}.even": rows[::2]},
+    ],
+    ids=["joined of two", "turned", "interleaved"],
+)
+def test_where_published_tensors_are_more_than_rows_of_one_all_keep_the_names_that_transformers_reads(
+    saved, monkeypatch
+):
+    monkeypatch.setattr(
+        "qlora_kit.export.published.revert_weight_conversion",
+        lambda model, tensors: {key: part for name, rows in tensors.items() for key, part in saved(name, rows).items()},
+    )
+    model = tiny.llama()
+    tensors = list(merged_tensors(model, torch.bfloat16))
+    assert [tensor.parts for tensor in published(model, tensors)] == [((each.name, each.shape),) for each in tensors]
 
 
 def test_weights_that_no_rule_quantises_are_said():
