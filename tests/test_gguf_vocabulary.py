@@ -134,6 +134,22 @@ def test_a_space_before_a_text_alone_is_left_out_for_chats_which_begin_with_a_sp
         assert keys(tokenizer)["add_space_prefix"] == of_chats
 
 
+@pytest.mark.parametrize(
+    ("template", "adds"),
+    [
+        (None, True),
+        ("{{ bos_token }}{{ messages[0].content }}", True),
+        ("{{ messages[0].content }}", False),
+        ("{{ raise_exception('no questions') }}", True),
+    ],
+)
+def test_the_first_token_of_texts_is_left_out_for_chats_that_begin_without_it(template, adds):
+    tokenizer = sentencepiece()
+    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = template
+    assert keys(tokenizer)["add_bos_token"] == adds
+
+
 def test_the_scores_join_tokens_in_the_order_of_the_merges():
     """An independent reading of how runtimes join: always the neighbours that make the token with the highest score."""
     tokenizer = sentencepiece()

@@ -17,7 +17,8 @@ from typing import Any
 from gguf import TokenType
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora_kit.errors import RunError
+from qlora_kit.data.chat_template import Renderer
+from qlora_kit.errors import DataError, RunError
 from qlora_kit.export.gguf.families import Value
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -140,9 +141,23 @@ def _special_keys(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> dict[s
         "padding_token_id": tokenizer.pad_token_id,
     }
     keys: dict[str, Value] = {_key(name): token for name, token in found.items() if token is not None}
-    keys |= {_key("add_bos_token"): adds_bos, _key("add_eos_token"): adds_eos}
+    keys |= {_key("add_bos_token"): adds_bos and not _chats_do_without(tokenizer), _key("add_eos_token"): adds_eos}
     template = tokenizer.chat_template
     return keys | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+
+
+def _chats_do_without(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether chats begin without the token that is put before texts: runtimes would put it before them, too.
+
+    As with the space before a text, a file is either right for chats or for texts.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return False
+    try:
+        text = Renderer(tokenizer, tokenizer.chat_template)([{"role": "user", "content": "a"}])
+    except DataError:
+        return False
+    return not text.startswith(tokenizer.bos_token or "")
 
 
 def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
