@@ -1085,8 +1085,12 @@ def test_a_loftq_start_is_not_put_onto_the_original(finished, tmp_path):
     assert_mistake(told, "loftq", "--onto dequantized")
 
 
-def test_unbuilt_exports_are_refused(finished, tmp_path):
-    assert_mistake(call("export", finished[0], "--to", "onnx", "--out", tmp_path / "g"), "onnx", "merged")
+def test_unbuilt_exports_and_idle_options_are_refused_of_runs_and_of_checkpoints(finished, tmp_path):
+    for folder in (finished[0], next((finished[0] / "checkpoints").iterdir())):
+        assert_mistake(call("export", folder, "--to", "onnx", "--out", tmp_path / "g"), "onnx", "merged")
+        told = call("export", folder, "--to", "adapter", "--onto", "original", "--out", tmp_path / "g")
+        assert_mistake(told, "--onto changes nothing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_is_exported_as_gguf_with_its_audit_and_its_adapter_too(finished, tmp_path):

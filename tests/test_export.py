@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -511,6 +512,18 @@ def test_the_folder_is_complete_and_says_what_it_is(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again.chat_template == tokenizer().chat_template
     assert again("w5 w6").input_ids == [5, 6]
+
+
+def test_the_end_tokens_of_a_base_without_a_generation_config_stand_in_one_of_the_exports_own(tmp_path):
+    model, words = trained_model(), tokenizer()
+    words.add_special_tokens({"extra_special_tokens": ["w7"]})
+    words.chat_template = "{% for m in messages %}{{ m.content }}w7{% endfor %}"
+    assert model.generation_config._from_model_config
+    export_merged(model, words, tmp_path / "out")
+    found = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert found["eos_token_id"] == [2, 7]
+    assert "_from_model_config" not in found
+    assert not GenerationConfig.from_pretrained(tmp_path / "out")._from_model_config
 
 
 def test_the_card_is_valid_and_no_value_acts_as_markup(tmp_path):

@@ -1,13 +1,14 @@
 """Every family by the general rule: quantised, adapted, trained, merged, and in agreement with PEFT."""
 
 import copy
+import json
 import math
 
 import pytest
 import tiny
 import torch
 from peft import PeftModel
-from test_export import LiveBytes
+from test_export import LiveBytes, tensors_of
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -24,6 +25,7 @@ from transformers import (
 from qlora_kit.base.dense import QuantizedWeight
 from qlora_kit.base.freeze import left_dense
 from qlora_kit.export import export_merged, merged_tensors
+from qlora_kit.export.published import published
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers, save_adapter
 
 COMMON = {
@@ -134,6 +136,44 @@ def test_the_merged_model_says_the_same_in_plain_transformers(tuned, tmp_path):
     assert not info["unexpected_keys"]
     assert tiny.relative(tiny.logits(model), base) > 0.01
     assert tiny.relative(tiny.logits(export), tiny.logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_export_holds_the_very_tensors_that_transformers_would_save(family, tmp_path):
+    """transformers joins experts and renames heads as it reads; other programs know the published names alone."""
+    model = tiny.quantized(dense_model(family))
+    add_lora(model, rank=2, alpha=4)  # B is zero, so that the export is the decoded base
+    twin = tiny.read_out(dense_model(family), model)
+    twin.save_pretrained(tmp_path / "plain")
+    export_merged(model, None, tmp_path / "out", dtype="float32", shard_bytes=20_000)
+    plain, out = (tensors_of(tmp_path / name) for name in ("plain", "out"))
+    assert out.keys() == plain.keys()
+    assert all(torch.equal(out[name], tensor) for name, tensor in plain.items())
+    assert (plain.keys() <= twin.state_dict().keys()) == (family not in ("mixtral", "qwen3_moe", "gpt_neox"))
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == plain.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in plain.values())
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda name, rows: {name.replace("up_proj", "gate_up_proj").replace("gate_proj", "gate_up_proj"): rows},
+        lambda name, rows: {name: rows.t() if rows.ndim > 1 else rows},
+        lambda name, rows: {f"{name}.odd": rows[1::2], f"{name}.even": rows[::2]},
+    ],
+    ids=["joined of two", "turned", "interleaved"],
+)
+def test_where_published_tensors_are_more_than_rows_of_one_all_keep_the_names_that_transformers_reads(
+    saved, monkeypatch
+):
+    monkeypatch.setattr(
+        "qlora_kit.export.published.revert_weight_conversion",
+        lambda model, tensors: {key: part for name, rows in tensors.items() for key, part in saved(name, rows).items()},
+    )
+    model = tiny.llama()
+    tensors = list(merged_tensors(model, torch.bfloat16))
+    assert [tensor.parts for tensor in published(model, tensors)] == [((each.name, each.shape),) for each in tensors]
 
 
 def test_weights_that_no_rule_quantises_are_said():

@@ -264,10 +264,12 @@ def test_llama3s_factors_are_those_that_transformers_divides_by():
     torch.testing.assert_close(factors, plain / scaled, rtol=1e-5, atol=0)
 
 
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+
+
 def test_llama3s_factors_are_in_the_file(tmp_path):
-    rope = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
-    model = trained(small("llama", rope_parameters=rope))
+    model = trained(small("llama", rope_parameters=LLAMA3_ROPE))
     export_gguf(model, byte_level(), tmp_path / "out", dtype="q8_0")
     (found,) = (t for t in gguf.GGUFReader(tmp_path / "out/model.gguf").tensors if t.name == "rope_freqs.weight")
     (wanted,) = rope_tensors(model.config, 16).values()
@@ -295,6 +297,11 @@ def test_runtimes_without_a_window_are_told_of_no_more_tokens_than_it_holds():
         (lambda: small("gemma3_text", layer_types=["full_attention"] * 7), "other layers than every 6th"),
         (lambda: small("gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
         (lambda: small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "dynamic"),
+        (lambda: small("qwen3", rope_parameters=LLAMA3_ROPE), "llama3 .* of a qwen3; built: default, linear, yarn$"),
+        # Without the key runtimes of Gemma 2 cap at 50, and those of Gemma 3 never do.
+        (lambda: small("gemma2", attn_logit_softcapping=None), "has attn_logit_softcapping=null, which"),
+        (lambda: small("gemma3_text", final_logit_softcapping=20.0), "has final_logit_softcapping=20.0, which"),
+        (lambda: small("qwen3", attention_bias=True), r"layers\.0\.self_attn\.q_proj\.bias has no place in .* qwen3"),
     ],
 )
 def test_what_runtimes_would_compute_otherwise_is_refused_in_one_line(tmp_path, made, said):
@@ -389,6 +396,18 @@ def test_a_gguf_adapter_holds_scale_b_a_of_every_layer(tmp_path):
         wanted = adapter.scale * (adapter.b_OR.float() @ adapter.a_RI.float())
         assert tiny.relative(alpha / len(a) * (b @ a), wanted) < 1e-6
     assert len({len(tensors[f"blk.0.{leaf}.weight.lora_a"]) for leaf in ("attn_q", "ffn_up")}) == 2
+
+
+def test_an_adapter_on_a_tied_head_is_refused_since_no_gguf_of_the_base_has_that_head(tmp_path):
+    head = {"targets": ["q_proj", "lm_head"]}
+    with pytest.raises(RunError, match=r"tied to the embedding, .* export --to gguf, which merges it$"):
+        export_gguf_adapter(
+            trained(small("llama", tie_word_embeddings=True), **head, untie_head=True), tmp_path / "out"
+        )
+    assert list(tmp_path.iterdir()) == []
+    export_gguf_adapter(trained(small("llama"), **head), tmp_path / "out")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out/adapter.gguf").tensors}
+    assert {"output.weight.lora_a", "output.weight.lora_b"} < names
 
 
 def test_an_adapter_that_is_more_than_two_matrices_a_layer_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Claims about the tokenizer inside a GGUF: what it is, and that what runtimes do not do is refused."""
 
+import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN2
 
 from qlora_kit.errors import RunError
-from qlora_kit.export.gguf.vocabulary import vocabulary_keys
+from qlora_kit.export.gguf.vocabulary import name_for, vocabulary_keys
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -132,6 +134,22 @@ def test_a_space_before_a_text_alone_is_left_out_for_chats_which_begin_with_a_sp
         assert keys(tokenizer)["add_space_prefix"] == of_chats
 
 
+@pytest.mark.parametrize(
+    ("template", "adds"),
+    [
+        (None, True),
+        ("{{ bos_token }}{{ messages[0].content }}", True),
+        ("{{ messages[0].content }}", False),
+        ("{{ raise_exception('no questions') }}", True),
+    ],
+)
+def test_the_first_token_of_texts_is_left_out_for_chats_that_begin_without_it(template, adds):
+    tokenizer = sentencepiece()
+    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
+    tokenizer.chat_template = template
+    assert keys(tokenizer)["add_bos_token"] == adds
+
+
 def test_the_scores_join_tokens_in_the_order_of_the_merges():
     """An independent reading of how runtimes join: always the neighbours that make the token with the highest score."""
     tokenizer = sentencepiece()
@@ -202,6 +220,31 @@ def test_what_runtimes_do_not_do_is_refused_in_one_line(made, said):
 def test_more_tokens_than_rows_are_refused():
     with pytest.raises(RunError, match="tokens for the 200 rows"):
         keys(byte_level(), rows=200)
+    state = json.loads(byte_level().backend_tokenizer.to_str())
+    state["model"]["vocab"]["say"] += 400  # ids need not follow one another
+    gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    assert len(gapped) < 400
+    with pytest.raises(RunError, match="tokens for the 400 rows"):
+        keys(gapped, rows=400)
+
+
+def test_a_model_whose_tokens_take_the_space_behind_them_is_called_by_the_name_that_runtimes_know_for_it():
+    """llama.cpp strips white space behind the tokens of models called phi-3 or phi3, and of no others."""
+    tokenizer = sentencepiece()
+    assert name_for(tokenizer, "mine") == "mine"
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, normalized=False, rstrip=True)])
+    plain, spaced = (tokenizer(f"the<|end|>{gap}cat").input_ids for gap in ("", "\n "))
+    assert plain == spaced
+    assert name_for(tokenizer, "mine") == "phi-3 mine"
+    assert name_for(tokenizer, "Phi-3.5-mini-instruct") == "Phi-3.5-mini-instruct"
+
+
+@pytest.mark.parametrize(("text", "side"), [("<mask>", "lstrip"), ("<|endoftext|>", "rstrip")])
+def test_tokens_that_take_spaces_where_no_runtime_lets_them_are_refused(text, side):
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False, **{side: True})])
+    with pytest.raises(RunError, match=rf"the token {re.escape(text)} takes white space beside it"):
+        name_for(tokenizer, "Phi-3-mini")
 
 
 def test_nfc_is_let_through():

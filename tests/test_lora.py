@@ -607,6 +607,14 @@ def test_the_file_says_what_it_was_trained_on_and_what_else_it_was_told(tmp_path
     assert metadata["note"] == "of the tests"
 
 
+def test_the_file_says_the_very_alphas_that_were_asked_for(tmp_path):
+    assert 1 / 49 * 49 != 1, "a scale times its rank is another number"
+    save_adapter(tuned(rank=49, alpha=1, rank_pattern={"q_proj": 2}), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert (repr(config["lora_alpha"]), config["alpha_pattern"]) == ("1", {})
+    assert set(config["rank_pattern"].values()) == {2}
+
+
 # --- files that are wrong ---------------------------------------------------------------------------------------------
 
 

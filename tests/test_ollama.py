@@ -1,11 +1,14 @@
 """Claims about the Modelfile: its template writes chats as the tokenizer's own does, or none is given."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from chat_templates import FAMILIES, tokenizer_of
+from tokenizers import processors
 
 from qlora_kit.export.gguf.ollama import chat_shape, modelfile
+from qlora_kit.export.gguf.vocabulary import _special_keys
 
 CHATS = [
     [("user", "Where is the key?")],
@@ -46,10 +49,19 @@ def run_go(template, chat):
     return walk(0, None, True)[0]
 
 
-def rendered(tokenizer, chat):
+def prompt_ids(tokenizer, chat):
+    """What the model was trained to go on from."""
     messages = [{"role": role, "content": content} for role, content in chat]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text.removeprefix(tokenizer.bos_token or "")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def putting_bos(tokenizer):
+    """The tokenizer, which puts its first token before every text from now on, if it has one."""
+    if tokenizer.bos_token is not None:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+        )
+    return tokenizer
 
 
 def template_in(text):
@@ -62,9 +74,18 @@ def test_some_families_have_a_template_and_some_do_more_than_put_words_around_me
     assert found == set(FAMILIES) - {"mistral", "gemma"}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_template_writes_chats_as_the_tokenizer_does_or_is_left_to_ollama(name):
-    tokenizer = tokenizer_of(FAMILIES[name])
+BARE = replace(FAMILIES["phi3"], bos="<s>")
+"""A template that writes no first token, of a tokenizer that has one."""
+
+
+@pytest.mark.parametrize("puts", [False, True])
+@pytest.mark.parametrize("name", [*FAMILIES, "bare"])
+def test_a_chat_becomes_the_tokens_that_it_was_in_training_or_is_left_to_ollama(name, puts):
+    """Ollama writes a chat by the template and tokenises it, with a first token before it where the file says so."""
+    tokenizer = tokenizer_of(FAMILIES.get(name, BARE))
+    tokenizer = putting_bos(tokenizer) if puts else tokenizer
+    if puts and tokenizer.bos_token is not None:
+        assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id
     text = modelfile("model.gguf", tokenizer, [tokenizer.eos_token_id])
     assert text.startswith("FROM ./model.gguf\n")
     assert f'PARAMETER stop "{tokenizer.eos_token}"' in text
@@ -72,8 +93,10 @@ def test_the_template_writes_chats_as_the_tokenizer_does_or_is_left_to_ollama(na
     if found is None:
         assert "# The chat template is more than" in text
         return
+    first = [tokenizer.bos_token_id] if _special_keys(tokenizer, [])["tokenizer.ggml.add_bos_token"] else []
     for chat in CHATS:
-        assert run_go(found[1], chat) == rendered(tokenizer, chat)
+        written = tokenizer(run_go(found[1], chat), add_special_tokens=False).input_ids
+        assert first + written == prompt_ids(tokenizer, chat)
 
 
 def test_a_model_of_texts_is_given_the_prompt_alone():

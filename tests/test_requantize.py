@@ -485,6 +485,19 @@ def test_what_cannot_be_is_refused_in_one_line_with_nothing_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_head_that_transformers_renames_bears_its_published_name(tmp_path):
+    model = quantized(family_of("gpt_neox"))
+    add_lora(model, rank=2, alpha=4)
+    export_quantized(model, None, tmp_path / "out", audit_batches=held_out(12))
+    names = tensors_of(tmp_path / "out").keys()
+    assert "embed_out.weight" in names
+    assert "gpt_neox.layers.1.mlp.dense_4h_to_h.weight.absmax" in names
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert torch.equal(loaded.lm_head.weight.float(), model.lm_head.weight.to(torch.bfloat16).float())
+
+
 @pytest.mark.parametrize("family", ["gemma3", "opt", "phi3"])
 def test_families_are_calibrated_block_by_block_and_loaded_whole(tmp_path, family):
     """Two kinds of attention mask, positions that are learnt, layers that are one."""

@@ -165,6 +165,21 @@ def test_trained_rows_are_those_of_a_dense_model_whose_rows_were_changed(make, q
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_rows_are_looked_up_for_a_part_of_longer_rows_without_a_warning(make, recwarn):
+    model = base_of(make)
+    add_lora(model, **FP32, added_tokens=list(IDS))
+    part = ids_with_tokens()[:, :8]
+    assert not part.is_contiguous()
+    torch.set_warn_always(True)  # torch says it once a process
+    try:
+        found = tiny.logits(model, part)
+    finally:
+        torch.set_warn_always(False)
+    assert not [str(each.message) for each in recwarn if "contiguous" in str(each.message)]
+    assert torch.equal(found, tiny.logits(model, part.contiguous()))
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_rows_start_as_the_bases_train_and_come_off_bit_for_bit(make):
     model = base_of(make)
     plain = tiny.logits(model, ids_with_tokens())

@@ -73,8 +73,10 @@ def write_generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     config = copy.deepcopy(model.generation_config)
     ends = end_tokens(model, tokenizer)
     config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
-    # Written as it is: `save_pretrained` refuses the contradictory settings that some published models carry.
-    write_text(folder / "generation_config.json", config.to_json_string(keys_to_pop=["compile_config"]))
+    # Written as it is: `save_pretrained` refuses the contradictory settings that some published models carry. Only what
+    # marks a config made of config.json goes: releases of transformers make such a one again, without these end tokens.
+    idle = ["compile_config", "_from_model_config"]
+    write_text(folder / "generation_config.json", config.to_json_string(keys_to_pop=idle))
 
 
 def dense_config(model: PreTrainedModel, dtype: torch.dtype, tensor_names: Container[str]) -> PretrainedConfig:

@@ -24,7 +24,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedModel
 
 from qlora_kit.base.dense import (
     Linear,
@@ -39,7 +38,6 @@ from qlora_kit.base.experts import ExpertStack
 from qlora_kit.base.pages import let_go_of_clean_files
 from qlora_kit.base.vocabulary import QuantizedEmbedding, QuantizedTable, row_count, row_width
 from qlora_kit.errors import AdapterError, ModelError
-from qlora_kit.export.as_stored import as_stored
 from qlora_kit.export.stream import StreamedTensor, row_slices, streamed
 from qlora_kit.lora.layer import Adapter, Carrier, carriers
 from qlora_kit.lora.vocabulary import TokenRows
@@ -64,14 +62,7 @@ def merged_tensors(model: nn.Module, dtype: torch.dtype, original: nn.Module | N
         ModelError: while a tensor is read: the same, where the value is the base's own.
     """
     for tensor in _merged_tensors(model, dtype, original):
-        yield tensor if original is None else _giving_pages_back(tensor)
-
-
-def stored_tensors(
-    model: PreTrainedModel, dtype: torch.dtype, original: nn.Module | None = None
-) -> list[StreamedTensor]:
-    """The same as the files of the model's family hold them, under their names."""
-    return as_stored(model, list(merged_tensors(model, dtype, original)))
+        yield tensor if original is None else replace(tensor, slices=partial(_without_pages, tensor.slices))
 
 
 def _merged_tensors(model: nn.Module, dtype: torch.dtype, original: nn.Module | None) -> Iterator[StreamedTensor]:
@@ -96,17 +87,17 @@ def _merged_tensors(model: nn.Module, dtype: torch.dtype, original: nn.Module | 
         for leaf, tensor in own.items():
             if (tensor, None) not in seen:
                 seen.add((tensor, None))
-                yield _plain(_join(name, leaf), tensor, dtype)
+                yield _as_stored(_join(name, leaf), tensor, dtype)
 
 
-def rehearse_merge(model: PreTrainedModel) -> None:
+def rehearse_merge(model: nn.Module) -> None:
     """Form merged weights as an export does, and forget them: on fake tensors, what that allocates.
 
     Of each the first two slices, which are as large as any: one stands while the next is made. The audit that follows
     is planned as an evaluation: what it loads of the export are pages of its files, or on a card what has room beside.
     """
     with empty_workspaces(model):
-        for tensor in stored_tensors(model, torch.bfloat16):
+        for tensor in merged_tensors(model, torch.bfloat16):
             for _slice in islice(tensor.slices(), 2):
                 pass
 
@@ -147,11 +138,6 @@ def _owners(
             yield from _owners(child, None if twin is None else twin.get_submodule(leaf), _join(name, leaf))
 
 
-def _giving_pages_back(tensor: StreamedTensor) -> StreamedTensor:
-    parts = tuple(_giving_pages_back(part) for part in tensor.parts)
-    return replace(tensor, slices=partial(_without_pages, tensor.slices), parts=parts)
-
-
 def _without_pages(slices: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
     """The same slices, of a mapped file whose pages are given back after the last."""
     yield from slices()
@@ -189,18 +175,13 @@ def _with_rows(base: Any, trained: TokenRows, dtype: torch.dtype) -> Iterator[Te
 def _stack(name: str, stack: ExpertStack, adapter: Adapter | None, dtype: torch.dtype) -> StreamedTensor:
     """The weights of all experts of one projection, one expert at a time."""
     shape = (stack.in_features, stack.out_features) if stack.is_transposed else (stack.out_features, stack.in_features)
-    fault = ModelError if adapter is None else AdapterError
-
-    def one(expert: int) -> StreamedTensor:
-        slices = partial(_expert, stack, adapter, expert, dtype)
-        return StreamedTensor(f"{name}.{expert}", shape, dtype, partial(_finite, slices, name, fault))
 
     def slices() -> Iterator[Tensor]:
-        for part in parts:
-            yield from part.slices()
+        for expert in range(stack.experts):
+            yield from _expert(stack, adapter, expert, dtype)
 
-    parts = tuple(one(expert) for expert in range(stack.experts))
-    return StreamedTensor(name, (stack.experts, *shape), dtype, slices, parts)
+    fault = ModelError if adapter is None else AdapterError
+    return StreamedTensor(name, (stack.experts, *shape), dtype, partial(_finite, slices, name, fault))
 
 
 def _expert(stack: ExpertStack, adapter: Adapter | None, expert: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -260,7 +241,7 @@ def _spans(weight: Tensor, *, is_own: bool) -> Iterator[tuple[slice, Tensor]]:
         yield rows, weight[rows].to(torch.float32, copy=not is_own)
 
 
-def _plain(name: str, tensor: Tensor, dtype: torch.dtype) -> StreamedTensor:
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> StreamedTensor:
     """A parameter in the dtype of the export, or a buffer in its own."""
     if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
         return streamed(name, tensor)

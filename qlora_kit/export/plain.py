@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.base.architecture import auto_class, brings_code, head_of
+from qlora_kit.base.architecture import auto_class, brings_code, head_of, read_config
 from qlora_kit.base.experts import stack_experts
 from qlora_kit.base.formats import Kind
 from qlora_kit.base.hub import locate_model
@@ -25,7 +23,8 @@ from qlora_kit.data.collate import Batch
 from qlora_kit.errors import AdapterError, ModelError, RunError
 from qlora_kit.export.audit import check_audit, compare
 from qlora_kit.export.folder import write_model_files
-from qlora_kit.export.merge import empty_workspaces, parts_in_use, stored_tensors
+from qlora_kit.export.merge import empty_workspaces, merged_tensors, parts_in_use
+from qlora_kit.export.published import is_joined, mapped, published
 from qlora_kit.export.sealed import (
     Made,
     check_disk,
@@ -158,7 +157,8 @@ def export_merged(
     tensors = _checked_tensors(model, out, torch_dtype(dtype), original)
     with staged_folder(out, replaces=False) as staged:
         sums = _write_checkpoint(model, tokenizer, staged, tensors, torch_dtype(dtype), shard_bytes)
-        found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches)
+        own = mapped(tensors, sums) if is_joined(tensors) else None
+        found = None if audit_batches is None else audit_checkpoint(model, staged, audit_batches, own)
         check_audit("merged", found, onto, max_kl, scored_loss, force=force)
         return finish(model, staged, "merged", made, provenance or {}, found, sums)
 
@@ -235,7 +235,7 @@ def _checked_tensors(
 ) -> list[StreamedTensor]:
     """What a plain checkpoint of the model holds, if it can be one and the disk has room for it."""
     check_own_code(model)
-    tensors = stored_tensors(model, dtype, original)
+    tensors = published(model, merged_tensors(model, dtype, original))
     check_disk(out, sum(tensor.stored_bytes for tensor in tensors))
     return tensors
 
@@ -265,13 +265,28 @@ def _write_checkpoint(
     return sums
 
 
-def audit_checkpoint(model: PreTrainedModel, folder: Path, batches: Iterable[Batch]) -> dict[str, float]:
-    """Compare the model with the folder as another program loads it: in the dtype of its own weights."""
-    attention = model.config._attn_implementation
-    loaded: Any = auto_class(model.config, head_of(model)).from_pretrained(
-        folder, dtype="auto", attn_implementation=attention, local_files_only=True, output_loading_info=True
+def audit_checkpoint(
+    model: PreTrainedModel, folder: Path, batches: Iterable[Batch], own: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Compare the model with the folder as another program loads it: in the dtype of its own weights.
+
+    Args:
+        model: as trained.
+        folder: of the export.
+        batches: of held-out rows.
+        own: its tensors by the names of the model's state dict; None lets transformers find them in the folder.
+    """
+    kind: Any = auto_class(model.config, head_of(model)) if own is None else type(model)
+    source: dict[str, Any] = {} if own is None else {"config": read_config(folder, head=head_of(model))}
+    export, info = kind.from_pretrained(
+        folder if own is None else None,
+        **source,
+        state_dict=own,
+        dtype="auto",
+        attn_implementation=model.config._attn_implementation,
+        local_files_only=True,
+        output_loading_info=True,
     )
-    export, info = loaded
     odd = sorted([*info["missing_keys"], *info["unexpected_keys"]])
     assert not odd, f"the export and its own config disagree on {odd[:5]}"
     return compare(model, export.to(audit_device(model, export)), batches)

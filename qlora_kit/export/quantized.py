@@ -43,6 +43,7 @@ from qlora_kit.export.compensate import Stored, quantized_onto
 from qlora_kit.export.folder import write_model_files
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
 from qlora_kit.export.plain import check_own_code, made_of, original_of
+from qlora_kit.export.published import published
 from qlora_kit.export.sealed import Made, check_disk, check_request, finish, torch_dtype
 from qlora_kit.export.shelf import Shelf
 from qlora_kit.export.stream import StreamedTensor, streamed, write_weights
@@ -108,7 +109,7 @@ def export_quantized(
     made, how = made_of(model, dtype, onto, is_whole=is_whole), quantization or default_format(model)
     names, dense = _layers(model)
     original = original_of(model, is_whole=is_whole) if onto == "original" else None
-    tensors = list(merged_tensors(model, torch_dtype(dtype), original))
+    tensors = published(model, merged_tensors(model, torch_dtype(dtype), original))
     exact = {tensor.name.removesuffix(".weight"): tensor for tensor in merged_tensors(model, torch.float32, original)}
     pieces = calibration_pieces(calibration)
     packed_bytes = sum(_bytes(tensor, names, how) for tensor in tensors)
@@ -236,8 +237,9 @@ def _packed(
             yield tensor
             continue
         shape = tensor.shape[::-1] if names[name] else tensor.shape
+        called = tensor.parts[0][0].removesuffix(".weight") if len(tensor.parts) == 1 else name
         for leaf, part in packed(choose(name), (shape[0], shape[1]), how, tensor.dtype).items():
-            yield streamed(f"{name}.{leaf}", part)
+            yield streamed(f"{called}.{leaf}", part)
 
 
 def _width(tensor: StreamedTensor, names: Mapping[str, bool]) -> int | None:

@@ -49,6 +49,10 @@ _NAMES = {
 }
 
 
+Piece = tuple[str, tuple[int, ...]]
+"""Name and shape of some rows of a tensor that stand under a name of their own."""
+
+
 @dataclass(frozen=True, slots=True)
 class StreamedTensor:
     """A tensor of which the name, shape and dtype are known, and the values are made when they are asked for."""
@@ -59,8 +63,13 @@ class StreamedTensor:
     dtype: torch.dtype
     slices: Callable[[], Iterator[Tensor]]
     """Its values in order, in slices along the first axis, in `dtype`."""
-    parts: tuple["StreamedTensor", ...] = ()
-    """Of a stack the tensors along its first axis, which can be read one by one."""
+    pieces: tuple[Piece, ...] = ()
+    """What a file holds in its place, in the order of its bytes; itself where there is nothing."""
+
+    @property
+    def parts(self) -> tuple[Piece, ...]:
+        """What a file says that there is."""
+        return self.pieces or ((self.name, self.shape),)
 
     @property
     def stored_bytes(self) -> int:
@@ -124,7 +133,7 @@ def write_weights(
     held: list[dict[str, int]] = []
     for shard in _shards(tensors, shard_bytes):
         sums.append(write_safetensors(_part(folder, len(sums)), shard, {"format": "pt"}))
-        held.append({tensor.name: tensor.stored_bytes for tensor in shard})
+        held.append({name: math.prod(shape) * each.dtype.itemsize for each in shard for name, shape in each.parts})
     count = len(sums)  # which only now is known, and is part of the files' names
     names = [WEIGHTS] if count == 1 else [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     for number, name in enumerate(names):
@@ -178,13 +187,9 @@ def _shards(tensors: Iterable[StreamedTensor], shard_bytes: int) -> Iterator[lis
 def _header(tensors: Sequence[StreamedTensor], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
-    for tensor in tensors:
-        end = begin + tensor.stored_bytes
-        entries[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
+    for dtype, (name, shape) in ((tensor.dtype, part) for tensor in tensors for part in tensor.parts):
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

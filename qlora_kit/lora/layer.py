@@ -98,6 +98,8 @@ class Adapter(nn.Module):
     @property
     def stored_alpha(self) -> float:
         """With which a plain adapter of the stored rank has the same scale."""
+        if self.a0_RI is None:
+            return self.alpha
         return self.scale * (math.sqrt(self.stored_rank) if self.scaling == "rslora" else self.stored_rank)
 
     def stored(self) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ class RowsEmbedding(Carrier):
         if self.active is None:
             return frozen
         rows: Any = self.adapters[self.active]
-        place = torch.searchsorted(rows.ids_K, ids).clamp_(max=len(rows.ids_K) - 1)
+        place = torch.searchsorted(rows.ids_K, ids.contiguous()).clamp_(max=len(rows.ids_K) - 1)
         trained = scaled(F.embedding(place, rows.rows_KD), embedding_scale(self.base)).to(frozen.dtype)
         return torch.where((rows.ids_K[place] == ids)[..., None], trained, frozen)
 

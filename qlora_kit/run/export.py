@@ -21,7 +21,7 @@ from qlora_kit.report.folder import TEXT, document
 from qlora_kit.run.folder import DATA, RECIPE, SCORES, provenance_of
 from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
 from qlora_kit.run.tokenizer import pad_id
-from qlora_kit.run.use import load_run
+from qlora_kit.run.use import load_run, run_of
 from qlora_kit.storage import passing_folder
 
 KINDS = ("merged", "adapter", "quantized", "gguf", "gguf-adapter")
@@ -163,7 +163,7 @@ def export_run(folder: Path, out: Path, asked: Asked, *, trust_remote_code: bool
     """Write a run's weights for other programs.
 
     Args:
-        folder: of the run.
+        folder: of the run, or one of its checkpoints.
         out: the new folder.
         asked: as what.
         trust_remote_code: let the model's own code run.
@@ -171,8 +171,8 @@ def export_run(folder: Path, out: Path, asked: Asked, *, trust_remote_code: bool
     Returns:
         What export.json holds.
     """
-    if (folder / RECIPE).is_file():
-        asked.check(out, read_recipe(folder / RECIPE))
+    if (run := run_of(folder)) is not None:
+        asked.check(out, read_recipe(run / RECIPE))
         asked.check_options()
     loaded = _Loaded(folder, *load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
     return loaded.export(out, asked)
@@ -184,7 +184,7 @@ def compare_exports(
     """Write a run's weights as every kind of export there is, one after another, and audit each.
 
     Args:
-        folder: of the run.
+        folder: of the run, or one of its checkpoints.
         out: a new folder that keeps them, one folder a kind; None keeps none, and holds one at a time beside the run.
         asked: dtype, format, calibration rows and force for all of them; the kind is not read.
         trust_remote_code: let the model's own code run.
@@ -193,8 +193,8 @@ def compare_exports(
         a row a kind: `name`, `bytes` of all its files, the numbers of its audit, and `refused` where it cannot be.
     """
     asked = replace(asked, max_kl=float("inf"))
-    if (folder / RECIPE).is_file():
-        replace(asked, to="merged", onto="dequantized").check(out, read_recipe(folder / RECIPE))
+    if (run := run_of(folder)) is not None:
+        replace(asked, to="merged", onto="dequantized").check(out, read_recipe(run / RECIPE))
     loaded = _Loaded(folder, *load_run(folder, force=asked.force, trust_remote_code=trust_remote_code))
     rows: list[dict[str, Any]] = []
     for name, one in _each(asked).items():

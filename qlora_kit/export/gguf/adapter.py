@@ -24,6 +24,7 @@ from qlora_kit.export.sealed import check_disk, check_vacant, seal, settings_of,
 from qlora_kit.export.stream import StreamedTensor, streamed
 from qlora_kit.export.trained_against import trained_against
 from qlora_kit.lora.layer import Adapter
+from qlora_kit.lora.vocabulary import head_is_tied, head_name
 from qlora_kit.storage import staged_folder
 
 WEIGHTS = "adapter.gguf"
@@ -44,8 +45,8 @@ def export_gguf_adapter(
 
     Raises:
         AdapterError: none is in use, or it is not finite.
-        RunError: the family has no place in GGUF, the adapter is more than pairs of matrices on layers of a block,
-            `out` is not empty, or the disk has no room.
+        RunError: the family has no place in GGUF, the adapter is more than pairs of matrices or on a tied head, `out`
+            is not empty, or the disk has no room.
     """
     check_vacant(out)
     family, adapters = family_of(model), parts_in_use(model)
@@ -56,6 +57,11 @@ def export_gguf_adapter(
         raise RunError(
             f"the adapter trains {odd[0]} otherwise than by a plain pair of matrices, and a GGUF adapter holds nothing "
             "else; export --to gguf, which merges it"
+        )
+    if head_name(model) in adapters and head_is_tied(model):
+        raise RunError(
+            "the adapter is on a head that is tied to the embedding, and a GGUF of the base has no tensor of the head "
+            "alone; export --to gguf, which merges it"
         )
     alpha, tensors = _matrices(model, family, adapters)
     facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)

@@ -30,7 +30,7 @@ from qlora_kit.export.gguf.mixture import FILE_TYPES, Mixture, encode, stored_by
 from qlora_kit.export.gguf.ollama import modelfile
 from qlora_kit.export.gguf.rope import rope_tensors
 from qlora_kit.export.gguf.tensors import Place, is_of_text, place, placed, text_name
-from qlora_kit.export.gguf.vocabulary import vocabulary_keys
+from qlora_kit.export.gguf.vocabulary import name_for, vocabulary_keys
 from qlora_kit.export.gguf.writer import StoredTensor, write_gguf
 from qlora_kit.export.merge import empty_workspaces, merged_tensors
 from qlora_kit.export.plain import audit_checkpoint, made_of, original_of
@@ -133,13 +133,15 @@ def _keys(
     dtype: str,
 ) -> dict[str, Value]:
     rows = next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+    words = vocabulary_keys(tokenizer, rows, end_tokens(model, tokenizer))
+    assert tokenizer is not None
     return {
         "general.type": "model",
-        "general.name": name or "model",  # runtimes know Phi-3's tokens by it
+        "general.name": name_for(tokenizer, name or "model"),
         "general.file_type": int(FILE_TYPES[dtype]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **metadata(model.config.get_text_config(), family),
-        **vocabulary_keys(tokenizer, rows, end_tokens(model, tokenizer)),
+        **words,
     }
 
 

@@ -7,7 +7,7 @@ Sources: github.com/ggml-org/ggml, docs/gguf.md (keys); github.com/ggml-org/llam
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +22,8 @@ Value = str | bool | int | float | list[str] | list[int] | list[float]
 _SILU, _GELU = ("silu",), ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _GEMMA_27B_LAYERS = (46, 62)
 """Of Gemma 2 and 3: these alone scale attention by the width of the model over its heads."""
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_ATTENTION, _MLP = ("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,12 @@ class Family:
     """What a norm adds to its weight; GGUF holds the sum."""
     local_every: int = 0
     """Layers of which one sees everything and the others a window; 0: runtimes have no window."""
+    has_caps: bool = False
+    """Whether runtimes cap attention's logits and the last ones: at 50 and 30 if they are told nothing."""
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    """Kinds of rotary positions that runtimes compute as transformers does."""
+    biases: tuple[str, ...] = ()
+    """Tensors that may have a bias there."""
     odds: Callable[[PretrainedConfig], Iterator[str]] = lambda config: iter(())
     """What else of a config runtimes do not compute, in words."""
     whole: str = ""
@@ -58,19 +66,33 @@ def _gemma_odds(config: PretrainedConfig) -> Iterator[str]:
         yield f"query_pre_attn_scalar={config.query_pre_attn_scalar} (runtimes take {wanted})"
 
 
+_LLAMA = Family(
+    "llama",
+    turns_in_pairs=True,
+    ropes=("default", "linear", "llama3", "yarn"),
+    biases=(*_ATTENTION, "attn_output", *_MLP),
+)
+_QWEN2 = Family("qwen2", biases=_ATTENTION)
+_GEMMA = Family("gemma", _GELU, norm_shift=1.0, ropes=("default", "linear"))
+
 FAMILIES = {
-    "llama": Family("llama", turns_in_pairs=True),
-    "mistral": Family("llama", turns_in_pairs=True),
-    "qwen2": Family("qwen2"),
-    "qwen2_vl_text": Family("qwen2", whole="qwen2vl"),
-    "qwen2_5_vl_text": Family("qwen2", whole="qwen2vl"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _QWEN2,
+    "qwen2_vl_text": replace(_QWEN2, whole="qwen2vl"),
+    "qwen2_5_vl_text": replace(_QWEN2, whole="qwen2vl"),
     "qwen3": Family("qwen3"),
     "qwen3_vl_text": Family("qwen3", whole="qwen3vl"),
-    "gemma": Family("gemma", _GELU, norm_shift=1.0),
-    "gemma2": Family("gemma2", _GELU, norm_shift=1.0, local_every=2, odds=_gemma_odds),
-    "gemma3_text": Family("gemma3", _GELU, norm_shift=1.0, local_every=6, odds=_gemma_odds),
-    "phi3": Family("phi3"),
-    "gpt2": Family("gpt2", _GELU, odds=_gpt2_odds),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, architecture="gemma2", local_every=2, has_caps=True, odds=_gemma_odds),
+    "gemma3_text": replace(_GEMMA, architecture="gemma3", local_every=6, odds=_gemma_odds),
+    "phi3": Family("phi3", ropes=("default", "linear", "yarn", "longrope")),
+    "gpt2": Family(
+        "gpt2",
+        _GELU,
+        biases=("attn_qkv", "attn_output", "attn_norm", "ffn_up", "ffn_down", "ffn_norm", "output_norm"),
+        odds=_gpt2_odds,
+    ),
 }
 """By `model_type` of what reads text. That of Qwen's models that see counts a token's place three times, which for
 text is three times the same: it computes what the family without sight does."""
@@ -122,13 +144,12 @@ def metadata(config: PretrainedConfig, family: Family) -> dict[str, Value]:
             "attention.key_length": head_dim,
             "attention.value_length": head_dim,
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            **rope_keys(config, head_dim),
+            **rope_keys(config, head_dim, family.ropes),
         }
     if family.local_every:
         keys["attention.sliding_window"] = config.sliding_window
-    for key, cap in (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping",) * 2):
-        if getattr(config, cap, None):
-            keys[key] = float(getattr(config, cap))
+    if family.has_caps:
+        keys |= {cap: float(getattr(config, cap)) for cap in _CAPS}
     return {f"{family.architecture}.{key}": value for key, value in keys.items()}
 
 
@@ -155,6 +176,10 @@ def _odds(config: PretrainedConfig, family: Family) -> Iterator[str]:
     activation = activation or config.activation_function
     if activation not in family.activations:
         yield f"the activation {activation} (runtimes compute {family.activations[0]})"
+    for cap in _CAPS:
+        value = getattr(config, cap, None)
+        if (value is not None) != family.has_caps:
+            yield f"{cap}={'null' if value is None else value}"
     if family.local_every:
         every = range(1, config.num_hidden_layers + 1)
         wanted: list[Any] = ["sliding_attention" if layer % family.local_every else "full_attention" for layer in every]

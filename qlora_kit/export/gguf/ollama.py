@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from qlora_kit.export.gguf.vocabulary import puts_bos
+
 _U, _A, _S = "q1w2e3", "r4t5y6", "u7i8o9"
 """Contents that no template looks into or holds itself."""
 
@@ -67,11 +69,12 @@ def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase | None, ends: Seq
 def chat_shape(tokenizer: PreTrainedTokenizerBase) -> ChatShape | None:
     """What the tokenizer's template puts around messages, without the token that runtimes put before a text; None where
     that is not all that it does."""
+    put = tokenizer.bos_token if puts_bos(tokenizer) else ""
 
     def render(chat: Sequence[tuple[str, str]], cue: bool = True) -> str:
         messages = [{"role": role, "content": content} for role, content in chat]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue))
-        return text.removeprefix(tokenizer.bos_token or "")
+        return text.removeprefix(put)
 
     if not isinstance(tokenizer.chat_template, str):
         return None

@@ -8,6 +8,7 @@ Sources: Llama 3.1 (arXiv 2407.21783) and transformers' `modeling_rope_utils` fo
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from transformers import PretrainedConfig
 
 from qlora_kit.errors import RunError
 
-KEPT = ("default", "linear", "llama3", "yarn", "longrope")
-"""Kinds of rope that runtimes compute as transformers does."""
 
-
-def rope_keys(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
+def rope_keys(config: PretrainedConfig, head_dim: int, known: Sequence[str]) -> dict[str, Any]:
     """Keys, without the family's name.
+
+    Args:
+        config: of the model.
+        head_dim: width of an attention head.
+        known: kinds that runtimes compute for the family.
 
     Raises:
         RunError: the config asks for a kind that runtimes do not compute.
@@ -29,9 +32,12 @@ def rope_keys(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
     said = _parameters(config)
     kind = said["rope_type"]
     odd = {"mscale", "mscale_all_dim", "truncate"} & said.keys()
-    if kind not in KEPT or (kind == "yarn" and odd):
+    if kind not in known or (kind == "yarn" and odd):
         what = f"{kind} with {', '.join(sorted(odd))}" if odd else kind
-        raise RunError(f"rotary positions of the kind {what} are not built for GGUF; built: {', '.join(KEPT)}")
+        raise RunError(
+            f"rotary positions of the kind {what} are not built for GGUF of a {config.model_type}; built: "
+            f"{', '.join(known)}"
+        )
     keys: dict[str, Any] = {
         "rope.freq_base": float(said["rope_theta"]),
         "rope.dimension_count": int(head_dim * said.get("partial_rotary_factor", 1.0)),

@@ -86,7 +86,7 @@ def gguf_name(source: str, layers: int, family: Family) -> str:
         RunError: it has no name there.
     """
     found = _names(family.architecture, layers).get_name(source, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    if found is None or (found.endswith(".bias") and found.split(".")[-2] not in family.biases):
         raise RunError(f"{source} has no place in a GGUF of the family {family.architecture}; export --to merged")
     return found
 

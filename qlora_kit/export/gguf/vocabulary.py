@@ -17,7 +17,8 @@ from typing import Any
 from gguf import TokenType
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qlora_kit.errors import RunError
+from qlora_kit.data.chat_template import Renderer
+from qlora_kit.errors import DataError, RunError
 from qlora_kit.export.gguf.families import Value
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -44,6 +45,11 @@ merged up to it (`ignore_merges`)."""
 
 _SPACE = "▁"
 
+_TAKING = ("phi-3", "phi3")
+"""Names of models (`general.name`) whose added tokens take the white space behind them in runtimes, but for `_LEAVING`:
+nothing else in a file says so."""
+_LEAVING = ("<unk>", "<s>", "<|endoftext|>")
+
 
 def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: list[int]) -> dict[str, Value]:
     """What a GGUF file says of a tokenizer.
@@ -59,8 +65,9 @@ def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         kind = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise RunError(f"the model has {kind}, and a GGUF file holds its tokenizer; a fast one is wanted")
-    if len(tokenizer) > rows:
-        raise RunError(f"the tokenizer has {len(tokenizer)} tokens for the {rows} rows of the embedding")
+    count = 1 + max(tokenizer.get_vocab().values())
+    if count > rows:
+        raise RunError(f"the tokenizer has {count} tokens for the {rows} rows of the embedding")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**_keys_of(state, rows, tokenizer.chat_template is not None), **_special_keys(tokenizer, ends)}
 
@@ -81,6 +88,20 @@ def _keys_of(state: Mapping[str, Any], rows: int, has_chats: bool) -> dict[str, 
         own = {"model": "llama", "pre": "default", "scores": _scores(model, tokens)}
         own["add_space_prefix"] = _adds_space(state, has_chats)
     return {_key(name): value for name, value in {**own, "tokens": tokens, "token_type": kinds}.items()}
+
+
+def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """The name of a model by which runtimes treat white space beside its added tokens as its tokenizer does.
+
+    Raises:
+        RunError: they do so under no name.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    odd = [token.content for token in added if token.lstrip or (token.rstrip and token.content in _LEAVING)]
+    if odd:
+        raise RunError(f"the token {odd[0]} takes white space beside it, which it does not in GGUF's runtimes")
+    is_known = any(taking in name.lower() for taking in _TAKING)
+    return f"{_TAKING[0]} {name}" if not is_known and any(token.rstrip for token in added) else name
 
 
 def _key(name: str) -> str:
@@ -109,7 +130,7 @@ def _special_keys(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> dict[s
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     text = "a"
     plain, whole = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
-    adds_bos, adds_eos = whole[:1] == [bos], len(whole) > 1 and whole[-1:] == [eos]
+    adds_bos, adds_eos = puts_bos(tokenizer), len(whole) > 1 and whole[-1:] == [eos]
     if whole != [bos] * adds_bos + plain + [eos] * adds_eos:
         raise RunError(f"the tokenizer puts {whole} around {plain}; GGUF's runtimes put one bos and one eos token")
     found = {
@@ -120,9 +141,28 @@ def _special_keys(tokenizer: PreTrainedTokenizerFast, ends: list[int]) -> dict[s
         "padding_token_id": tokenizer.pad_token_id,
     }
     keys: dict[str, Value] = {_key(name): token for name, token in found.items() if token is not None}
-    keys |= {_key("add_bos_token"): adds_bos, _key("add_eos_token"): adds_eos}
+    keys |= {_key("add_bos_token"): adds_bos and not _chats_do_without(tokenizer), _key("add_eos_token"): adds_eos}
     template = tokenizer.chat_template
     return keys | ({"tokenizer.chat_template": template} if isinstance(template, str) else {})
+
+
+def _chats_do_without(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether chats begin without the token that is put before texts: runtimes would put it before them, too.
+
+    As with the space before a text, a file is either right for chats or for texts.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        return False
+    try:
+        text = Renderer(tokenizer, tokenizer.chat_template)([{"role": "user", "content": "a"}])
+    except DataError:
+        return False
+    return not text.startswith(tokenizer.bos_token or "")
+
+
+def puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts its first token before a text, as runtimes do then."""
+    return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _steps(step: Mapping[str, Any] | None, several: str) -> Iterator[Mapping[str, Any]]:
