@@ -12,11 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightTransform, revert_weight_conversion
 
 from qlora_kit.base.header import read_header
 from qlora_kit.export.stream import Piece, StreamedTensor
@@ -28,13 +30,30 @@ def published(model: PreTrainedModel, tensors: Iterable[StreamedTensor]) -> list
     Where a family's pieces are more than rows of one tensor in their order, all of its tensors keep the names by which
     transformers holds them, and reads them, too.
     """
-    tensors = list(tensors)
-    found = [replace(tensor, pieces=_pieces(model, tensor)) for tensor in tensors]
+    tensors, reading = list(tensors), _reading(model)
+    found = [replace(tensor, pieces=_pieces(reading, tensor)) for tensor in tensors]
     names = [name for tensor in found for name, _ in tensor.pieces]
     return found if all(tensor.pieces for tensor in found) and len(set(names)) == len(names) else tensors
 
 
-def _pieces(model: PreTrainedModel, tensor: StreamedTensor) -> tuple[Piece, ...]:
+def _reading(model: PreTrainedModel) -> Any:
+    """What transformers looks at of a model to undo how it was read; where it was not read, the family's own way."""
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is None:
+        return model
+    return SimpleNamespace(_weight_conversions=list(filter(_can_be_undone, conversions)), config=model.config)
+
+
+def _can_be_undone(conversion: WeightTransform) -> bool:
+    """Not what makes stored codes into quantised layers; these are other layers here."""
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _pieces(reading: Any, tensor: StreamedTensor) -> tuple[Piece, ...]:
     """What transformers cuts a tensor into as it saves it; nothing where it does more than cut rows.
 
     It is asked with the numbers of the rows in the place of the weights, in two columns, which a transpose would mix.
@@ -42,7 +61,7 @@ def _pieces(model: PreTrainedModel, tensor: StreamedTensor) -> tuple[Piece, ...]
     columns = (2,) if len(tensor.shape) > 1 else tensor.shape
     shape = (*tensor.shape[:-1], *columns)
     numbers = torch.arange(prod(shape), dtype=torch.int32)
-    parts = revert_weight_conversion(model, {tensor.name: numbers.view(shape)})
+    parts = revert_weight_conversion(reading, {tensor.name: numbers.view(shape)})
     ordered = sorted(parts.items(), key=lambda item: item[1].flatten()[:1].tolist())
     is_whole = torch.equal(torch.cat([part.flatten() for _, part in ordered]), numbers)
     if not is_whole or any(part.ndim > 1 and part.shape[-1:] != columns for _, part in ordered):
