@@ -22,7 +22,7 @@ from test_export import (
 )  # fmt: skip
 from test_families import dense_model as family_of
 from tiny import llama, mixtral, quantized, wake
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Grid, Quantization, quantize
@@ -31,7 +31,7 @@ from qlora_kit.base.load import load_base
 from qlora_kit.base.prequantized import packed
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError
-from qlora_kit.export import compare, compensate, export_quantized, merged_tensors
+from qlora_kit.export import compare, compensate, export_merged, export_quantized, merged_tensors
 from qlora_kit.export import quantized as room
 from qlora_kit.export.calibrate import PIECE_TOKENS, Compensation, calibration_pieces
 from qlora_kit.export.compensate import compensated
@@ -496,6 +496,24 @@ def test_a_head_that_transformers_renames_bears_its_published_name(tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(loaded.lm_head.weight.float(), model.lm_head.weight.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_base_that_bitsandbytes_stored_is_exported_under_the_names_of_the_dense_one(tmp_path, family, kind):
+    more = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    how = BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else BitsAndBytesConfig(load_in_4bit=True, **more)
+    family_of(family).save_pretrained(tmp_path / "dense")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=how)
+    stored.save_pretrained(tmp_path / "base")
+    model = load_base(tmp_path / "base", quantization=kind, compute_dtype="float32", device="cpu")
+    add_lora(model, rank=4, alpha=8)
+    wake(model)
+    export_merged(model, None, tmp_path / "out", dtype="float32")
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(tmp_path / "dense").keys()
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model)) < 1e-5
+    export_quantized(model, None, tmp_path / "again", dtype="float32", audit_batches=held_out())
+    assert tensors_of(tmp_path / "again").keys() == tensors_of(tmp_path / "base").keys()
 
 
 @pytest.mark.parametrize("family", ["gemma3", "opt", "phi3"])
