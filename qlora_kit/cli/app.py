@@ -156,9 +156,9 @@ def train(
     from qlora_kit.recipe import read_recipe
 
     if resume and overwrite:
-        raise RecipeError("--resume goes on with a run and --overwrite removes it; give one of them")
+        raise RecipeError("--resume continues a run and --overwrite removes it; give only one of them")
     if force and not resume:
-        raise RecipeError("--force is for a run that is resumed; give --resume with it, or leave it out")
+        raise RecipeError("--force is for resuming a run; add --resume, or leave --force out")
     checked = read_recipe(recipe, overrides or [])
     screen = Screen()
     with screen.catching_signals(), screen.showing():
