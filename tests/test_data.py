@@ -491,9 +491,7 @@ def test_a_pair_whose_answers_differ_only_where_they_are_cut_is_counted_and_left
         rows = encode_rows([long, short], tokenizer, max_tokens=max_tokens, over_length="truncate")
         assert (rows.counts.rows, rows.counts.no_trained) == counts
         assert rows.counts.truncated == 1
-    with pytest.raises(
-        DataError, match=r"1 have no trained token \(see data.loss_on\) or two answers that are the same"
-    ):
+    with pytest.raises(DataError, match=r"1 have no trained token \(see data.loss_on\) or have two identical answers"):
         encode_rows([long], tokenizer, max_tokens=kept - 1, over_length="truncate")
 
 

@@ -89,7 +89,7 @@ def plan(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Plan a run's memory, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
+    """Plan a run's memory, next to 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
     from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
@@ -223,7 +223,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's report.html again, or compare runs on one page. Reads the run folders alone."""
+    """Write a run's report.html again, or compare runs on one page. Reads only the run folders."""
     from qlora_kit.report import (
         compare_runs,
         comparison_facts,

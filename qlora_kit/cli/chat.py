@@ -109,7 +109,7 @@ class _Terminal:
             typer.echo("\n" if sys.stdin.isatty() else "")
 
     def _new(self, _: str) -> None:
-        """forget all turns but the system's"""
+        """forget all turns except the system prompt"""
         self._conversation.start_anew()
 
     def _undo(self, _: str) -> None:

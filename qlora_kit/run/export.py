@@ -89,7 +89,7 @@ class Asked:
             raise RunError(f"{recipe.output} trained every weight and has no adapter; export --to merged")
         if self.onto == "original" and recipe.lora.init == "loftq":
             raise RunError(
-                "lora.init=loftq put what quantising lost into the adapter, and the original weights have it already; "
+                "lora.init=loftq put what quantising lost into the adapter, and the original weights already have it; "
                 "export --onto dequantized"
             )
 

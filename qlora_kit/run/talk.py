@@ -200,7 +200,7 @@ class Conversation:
             del asked[start : start + 2]
             ids = self._speaker.given(asked)
         if len(asked) < before:
-            note(f"the model has {positions:,} positions: the first {before - len(asked)} turns are forgotten")
+            note(f"the model has {positions:,} positions: the first {before - len(asked)} turns were dropped")
         return ids
 
     def _check_base(self, folder: Path) -> None:
