@@ -54,8 +54,8 @@ def export_gguf_adapter(
     odd = [name for name, part in adapters.items() if not isinstance(part, Adapter) or part.is_dora]
     if odd:
         raise RunError(
-            f"the adapter trains {odd[0]} otherwise than by a plain pair of matrices, and a GGUF adapter holds nothing "
-            "else; export --to gguf, which merges it"
+            f"the adapter does not train {odd[0]} as a plain LoRA pair, and a GGUF adapter holds nothing else; export "
+            "--to gguf, which merges it"
         )
     alpha, tensors = _matrices(model, family, adapters)
     facts, against = {"base": model.config._name_or_path, **(provenance or {})}, trained_against(model)

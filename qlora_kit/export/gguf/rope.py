@@ -31,7 +31,7 @@ def rope_keys(config: PretrainedConfig, head_dim: int) -> dict[str, Any]:
     odd = {"mscale", "mscale_all_dim", "truncate"} & said.keys()
     if kind not in KEPT or (kind == "yarn" and odd):
         what = f"{kind} with {', '.join(sorted(odd))}" if odd else kind
-        raise RunError(f"rotary positions of the kind {what} are not built for GGUF; built: {', '.join(KEPT)}")
+        raise RunError(f"rotary positions of the kind {what} are not supported for GGUF; supported: {', '.join(KEPT)}")
     keys: dict[str, Any] = {
         "rope.freq_base": float(said["rope_theta"]),
         "rope.dimension_count": int(head_dim * said.get("partial_rotary_factor", 1.0)),
