@@ -998,7 +998,9 @@ def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_
     monkeypatch.setattr("qlora_kit.base.record.BaseRecord.differences", lambda self, told: [])
     for kind in ("merged", "quantized"):
         told = call("export", tmp_path / "run", "--to", kind, "--out", out)
-        assert_mistake(told, "held-out loss is", "when it was trained", "its base or its adapter has changed since", "--force")
+        assert_mistake(
+            told, "held-out loss is", "when it was trained", "its base or its adapter has changed since", "--force"
+        )
         assert not out.exists()
     scores = tmp_path / "run" / "scores.json"
     before = scores.read_text()
