@@ -189,7 +189,7 @@ def test_the_reason_has_both_numbers_and_a_warning_only_where_the_data_are_too_m
     fits, full, over = said(16, 500_000), said(16, 2_000_000), said(16, 2_000_001)
     assert fits.reason == "rank 16 holds about 2.00 Mbit, your data about 500 kbit"
     assert (fits.warning, full.warning) == (None, None)
-    assert over.warning.startswith("the data tell more than the adapter holds")
+    assert over.warning.startswith("the data hold more information than the adapter can")
     chosen = [capacity.capacity_of(asked(f"lora.rank={rank}"), "auto", 1_000_000, 9) for rank in (16, 64)]
     assert [each.reason.partition(": ")[2] for each in chosen] == ["the least that auto takes",
                                                                    "more than rank 32 would hold"]  # fmt: skip

@@ -73,7 +73,7 @@ def test_a_row_that_is_nested_without_end_is_a_fault_with_its_place():
     deep = []
     for _ in range(2000):
         deep = [deep]
-    with pytest.raises(DataError, match=r"^f:1: objects and lists stand in each other too deep"):
+    with pytest.raises(DataError, match=r"^f:1: objects and lists are nested too deep"):
         read_row({"messages": [ASKED, called("clock", {"zone": deep})]}, "f:1")
 
 
@@ -142,7 +142,7 @@ def test_tools_of_a_table_of_text_are_read_and_none_are_none():
         ({"messages": [ASKED, called("w", r'{"a": "\ud800"}')]}, "function.arguments in turn 2 holds half of a surrog"),
         (
             {"messages": [ASKED, called("w", '{"a": 1, "a": 2}')]},
-            r"in turn 2: the key 'a' is there twice \(1 and 2\): keep",
+            r"in turn 2: the key 'a' appears twice \(1 and 2\): keep",
         ),
         ({"messages": [ASKED, SAID | {"tool_calls": "w"}]}, r"tool_calls of turn 2 is text \('w'\), wanted a list of"),
         (
@@ -151,7 +151,7 @@ def test_tools_of_a_table_of_text_are_read_and_none_are_none():
         ),
         ({"messages": [ASKED, SAID], "tools": "clock"}, r"column 'tools' is text \('clock'\), which is not JSON: "),
         ({"messages": [ASKED, SAID], "tools": '"a"'}, r"column 'tools' is text .*, wanted a list of objects, or the J"),
-        ({"messages": [ASKED, SAID], "tools": "[" * 3000}, "objects and lists stand in each other too deep"),
+        ({"messages": [ASKED, SAID], "tools": "[" * 3000}, "objects and lists are nested too deep"),
     ],
 )
 def test_a_text_that_is_not_the_json_of_what_is_wanted_is_a_fault_of_the_row(row, fault):
@@ -255,9 +255,9 @@ def test_an_answer_of_weight_zero_is_given_and_not_learnt():
 
 def test_weights_that_cannot_be_kept_are_refused():
     silent = {**SAID, "weight": 0}
-    with pytest.raises(DataError, match=r"^f:1: turn 4 has weight 0 and stands behind an answer .*: cut the chat"):
+    with pytest.raises(DataError, match=r"^f:1: turn 4 has weight 0 and follows an answer .*: cut the chat"):
         read_row({"messages": [ASKED, SAID, ASKED, silent]}, "f:1")
-    with pytest.raises(DataError, match=r"^f:1: no assistant turn but of weight 0: nothing to learn"):
+    with pytest.raises(DataError, match=r"^f:1: every assistant turn has weight 0: nothing to learn"):
         read_row({"messages": [ASKED, silent]}, "f:1")
     with pytest.raises(DataError, match=r"^f:1: turn 2 has weight 0.5, wanted 0 .* or 1"):
         read_row({"messages": [ASKED, {**SAID, "weight": 0.5}]}, "f:1")
@@ -352,7 +352,7 @@ def test_half_a_character_anywhere_in_a_row_is_a_fault_with_its_line_that_can_be
     with pytest.raises(DataError) as refused:
         load_rows(path)
     assert str(refused.value) == (
-        f"{path}:2: column {column!r} holds half of a surrogate pair ('a\\ud800b'), which is no character"
+        f"{path}:2: column {column!r} holds half of a surrogate pair ('a\\ud800b'), which is not a character"
     )
     faults = Faults()
     assert len(load_rows(path, faults=faults)) == faults.count == 1

@@ -150,7 +150,7 @@ def test_a_row_with_other_than_one_label_is_a_fault_where_each_has_one(model_fol
 
 
 def test_a_held_out_label_that_was_never_trained_on_is_a_fault_of_its_row():
-    with pytest.raises(DataError, match=r"'cart' is none of the training rows' \(did you mean 'cat'\?\)"):
+    with pytest.raises(DataError, match=r"'cart' is not one of the training rows' labels \(did you mean 'cat'\?\)"):
         Classes(("cat", "dog"), False).target(["cart"])
 
 
@@ -245,7 +245,7 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert {key: found[key] for key in ("accuracy", "f1")} == {
         key: scores["adapter"][key] for key in ("accuracy", "f1")
     }
-    assert_mistake(call("generate", run, "--prompt", "a cat"), "tells texts apart", "qlora-kit classify")
+    assert_mistake(call("generate", run, "--prompt", "a cat"), "is a classifier", "qlora-kit classify")
     exported = call("export", run, "--to", "merged", "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
     assert "same label 100.00%" in exported.output
@@ -260,9 +260,7 @@ def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transfo
     assert {key: found[key] for key in ("accuracy", "f1")} == {
         key: scores["adapter"][key] for key in ("accuracy", "f1")
     }
-    assert_mistake(
-        call("generate", tmp_path / "merged", "--prompt", "a cat"), "tells texts apart", "qlora-kit classify"
-    )
+    assert_mistake(call("generate", tmp_path / "merged", "--prompt", "a cat"), "is a classifier", "qlora-kit classify")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert plain.config.id2label == {0: "cat", 1: "dog", 2: "owl"}

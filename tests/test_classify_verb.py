@@ -83,7 +83,7 @@ def test_a_label_that_a_file_has_is_the_reference_and_the_answers_agree_with_the
     right = sum(answer["label"] == answer["reference"] for answer in answers) / len(answers)
     accuracy = json.loads(call("eval", folder / "run", "--json").stdout)["accuracy"]
     assert 1 / len(TEXTS) < right == pytest.approx(accuracy)
-    assert_mistake(call("classify", folder / "run", "--text", "a cat", "--out", out), "answers.jsonl", "exists already")
+    assert_mistake(call("classify", folder / "run", "--text", "a cat", "--out", out), "answers.jsonl", "already exists")
 
 
 def test_texts_go_in_batches_whose_answers_are_told_and_kept_as_they_come(classifiers, changed, tmp_path, monkeypatch):
@@ -196,9 +196,9 @@ def test_what_cannot_be_classified_is_one_line(classifiers, model_folder, tmp_pa
     assert_mistake(call("classify", run, "--text", "a", "--texts", "b"), "--text TEXT", "--texts FILE")
     assert_mistake(call("classify", run, "--text", " "), "text")
     assert_mistake(call("classify", run, "--texts", tmp_path / "gone.jsonl"), "gone.jsonl", "no such file")
-    assert_mistake(call("classify", model_folder, "--text", "a"), "knows no classes", "qlora-kit generate")
+    assert_mistake(call("classify", model_folder, "--text", "a"), "is not a classifier", "qlora-kit generate")
     assert_mistake(call("classify", tmp_path / "gone", "--text", "a"), "gone")
-    assert_mistake(call("classify", tmp_path, "--text", "a"), "no run folder")
+    assert_mistake(call("classify", tmp_path, "--text", "a"), "not a run folder")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_what_cannot_be_classified_is_one_line(classifiers, model_folder, tmp_pa
     [
         ('"1": "dog"', '"1": "cat"', ["names a class 'cat'", "id2label"]),
         ('"1": "dog"', '"1": "\\ud800"', ["names a class '\\ud800'", "id2label"]),
-        ("single_label_classification", "regression", ["a value, and no class"]),
+        ("single_label_classification", "regression", ["is a regression model, not a classifier"]),
     ],
 )
 def test_a_model_whose_classes_are_none_is_one_line(old, new, words, changed):

@@ -199,7 +199,7 @@ def test_plan_without_the_rows_takes_every_row_to_be_full(recipe):
 @pytest.mark.slow
 def test_a_second_run_needs_a_word_and_overwrite_replaces(recipe):
     assert call("train", recipe).exit_code == 0
-    assert_mistake(call("train", recipe), "holds a run already", "--resume", "--overwrite")
+    assert_mistake(call("train", recipe), "already holds a run", "--resume", "--overwrite")
     assert call("train", recipe, "train.steps=2", "--overwrite").exit_code == 0
     assert len((recipe.parent / "run" / "checkpoints" / "step-000002").name) > 0
 
@@ -231,9 +231,7 @@ def test_a_run_that_overfits_leaves_its_best_and_says_so(recipe, monkeypatch):
     told(monkeypatch, 3.0, 1.0, 1.5, 2.0)
     result = call("train", recipe, "train.eval_every=1")
     assert result.exit_code == 0, result.output
-    assert "held-out loss was lowest at step 2 (1.000), and that is what the run leaves" in " ".join(
-        result.output.split()
-    )
+    assert "held-out loss was lowest at step 2 (1.000), and that is the run's result" in " ".join(result.output.split())
     run = recipe.parent / "run"
     assert sorted(path.name for path in (run / "checkpoints").iterdir())[0] == "step-000002"
     best, end = (load_file(run / "checkpoints" / f"step-00000{step}" / "parameters.safetensors") for step in (2, 4))
@@ -243,7 +241,7 @@ def test_a_run_that_overfits_leaves_its_best_and_says_so(recipe, monkeypatch):
     assert json.loads((run / "result.json").read_text())["step"] == 2
     facts = json.loads(call("report", run, "--json").stdout)
     assert facts["verdict"].startswith("Overfitting since step 2")
-    assert "the best evaluation, 1.000 at step 2, is what the run leaves, its end was step 4" in facts["verdict"]
+    assert "the best evaluation, 1.000 at step 2, is the run's result; training ended at step 4" in facts["verdict"]
 
 
 def test_early_stopping_is_a_finish(recipe, monkeypatch):
@@ -253,7 +251,7 @@ def test_early_stopping_is_a_finish(recipe, monkeypatch):
     rows = [json.loads(line) for line in (recipe.parent / "run" / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in rows) == 3
     assert (recipe.parent / "run" / "scores.json").is_file()
-    assert "ended early, at step 3 of 4: 2 evaluations no better" in " ".join(result.output.split())
+    assert "ended early, at step 3 of 4: no improvement in 2 evaluations" in " ".join(result.output.split())
     for line in ("ask      qlora-kit generate", "merge    qlora-kit export"):
         assert line in result.output, "it ends as every run does"
     told(monkeypatch, 0.5)
@@ -278,7 +276,8 @@ def test_a_resumed_run_that_is_stopped_leaves_no_scores_of_its_earlier_end(recip
     assert not (run / "scores.json").exists()
     result = json.loads((run / "result.json").read_text())
     assert (result["folder"], result["step"], result["finished"]) == ("adapter", 5, False)
-    assert "is kept as a checkpoint, the end is step 5" in json.loads(call("report", run, "--json").stdout)["verdict"]
+    verdict = json.loads(call("report", run, "--json").stdout)["verdict"]
+    assert "is kept as a checkpoint; training ended at step 5" in verdict
 
 
 @pytest.mark.slow
@@ -308,7 +307,7 @@ def test_nothing_of_the_optimizer_is_left_when_a_run_is_scored(recipe, monkeypat
 
 def test_on_a_cpu_a_plan_above_what_is_free_is_refused(recipe, monkeypatch):
     monkeypatch.setattr("qlora_kit.plan.table.available_bytes", lambda device: 10_000)
-    assert_mistake(call("train", recipe), "9.77 KiB are free here", "the least", code=3)
+    assert_mistake(call("train", recipe), "9.77 KiB is free here", "the least", code=3)
     planned = call("plan", recipe)
     assert planned.exit_code == 3
     assert "--gpu or --budget" in planned.stderr
@@ -389,7 +388,7 @@ def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_
     assert not (run / "adapter").exists()
     assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000002"
     assert json.loads((run / "memory.json").read_text())["device_counter"]["start_bytes"] > 0
-    assert "Not finished: step 2 of 4 is its last." in (run / "report.html").read_text()
+    assert "Not finished: the last is step 2 of 4." in (run / "report.html").read_text()
     gone_on = call("train", recipe, *settings, "--resume")
     assert gone_on.exit_code == 0, gone_on.output
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
@@ -408,7 +407,7 @@ def test_a_run_that_is_out_of_memory_in_the_middle_keeps_its_checkpoint_and_is_t
     monkeypatch.setattr(AdapterOptimizer, "step", fails)
     result = call("train", recipe, "train.micro_batch=auto", "train.save_every=1")
     assert_mistake(
-        result, "the host ran out of memory in step 3; step-000002 is kept: go on with --resume and "
+        result, "the host ran out of memory in step 3; step-000002 is kept: continue with --resume and "
         "memory.activations=recompute, or start again with --overwrite and memory.activations=recompute "
         "train.micro_batch=1, which is planned for ", " KiB, or a lower data.max_tokens", code=3,
     )  # fmt: skip
@@ -451,7 +450,7 @@ def test_a_run_whose_loss_is_not_finite_leaves_its_report_and_ends_in_its_own_er
     page = recipe.parent / "run" / "report.html"
     assert page.exists() != disk_is_full
     if not disk_is_full:
-        assert "Not finished: step 3 of 4 is its last." in page.read_text()
+        assert "Not finished: the last is step 3 of 4." in page.read_text()
         assert "the loss was not finite at 1 step, first at step 3" in page.read_text()
 
 
@@ -470,7 +469,7 @@ def test_a_resumed_run_keeps_its_micro_batches_and_its_loss_though_memory_has_be
     assert short["micro_batch"] < before["micro_batch"], "there is another choice now"
     assert short["eval_tokens"] < before["eval_tokens"]
     assert short["loss_chunk"] == 3 < before["loss_chunk"]
-    assert_mistake(call(*command, "--resume"), "64.0 KiB are free here", code=3)
+    assert_mistake(call(*command, "--resume"), "64.0 KiB is free here", code=3)
     monkeypatch.setattr("qlora_kit.run.build.check_budget", lambda plan: None)
     result = call(*command, "--resume")
     assert result.exit_code == 0, result.output
@@ -668,7 +667,7 @@ def test_skipped_rows_are_counted_told_and_kept_out_of_a_run(recipe):
     told = " ".join(result.output.split())
     assert "data 7 rows" in told
     assert ", 2 left out; 7 rows held out" in told
-    assert f"note: 2 rows left out that cannot be used (data.on_error=skip): {rows}:1: missing 'completion'" in told
+    assert f"note: 2 rows left out as unusable (data.on_error=skip): {rows}:1: missing 'completion'" in told
     assert f"{rows}:9: not JSON" in told
     data = json.loads((recipe.parent / "run" / "data.json").read_text())
     assert [data[part]["faults"] for part in ("train", "eval")] == [2, 2]
@@ -912,7 +911,7 @@ def test_an_option_that_would_change_nothing_of_an_export_is_refused(finished, t
     monkeypatch.setattr("qlora_kit.run.use.load_recipe_base", lambda *_, **__: pytest.fail("the base was loaded"))
     kind, value = IDLE[name]
     told = call("export", finished[0], "--to", kind, name, value, "--out", tmp_path / "new")
-    assert_mistake(told, f"{name} changes nothing of an export --to {kind}")
+    assert_mistake(told, f"{name} has no effect on an export --to {kind}")
 
 
 @pytest.mark.slow
@@ -999,7 +998,9 @@ def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_
     monkeypatch.setattr("qlora_kit.base.record.BaseRecord.differences", lambda self, told: [])
     for kind in ("merged", "quantized"):
         told = call("export", tmp_path / "run", "--to", kind, "--out", out)
-        assert_mistake(told, "lost", "when it was trained", "its base or its adapter has changed since", "--force")
+        assert_mistake(
+            told, "held-out loss is", "when it was trained", "its base or its adapter has changed since", "--force"
+        )
         assert not out.exists()
     scores = tmp_path / "run" / "scores.json"
     before = scores.read_text()
@@ -1140,7 +1141,7 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path):
     assert "quickstart" in call("recipes", "list").stdout
     assert call("recipes", "show", "default").stdout.startswith("#")
     assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 0
-    assert_mistake(call("recipes", "copy", "default", tmp_path / "mine.yaml"), "exists already")
+    assert_mistake(call("recipes", "copy", "default", tmp_path / "mine.yaml"), "already exists")
     assert_mistake(call("recipes", "copy", "default", tmp_path / "none" / "mine.yaml"), "cannot be written")
     assert_mistake(call("recipes", "show", "defalt"), "defalt", "default")
     assert "lora.rank" in call("recipes", "schema").stdout
@@ -1180,4 +1181,4 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(recipe, number, cod
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     newest = max(path.parent.name for path in (recipe.parent / "run" / "checkpoints").glob("step-*/manifest.json"))
     assert newest == f"step-{step:06d}", "not a step is lost"
-    assert f"Not finished: step {step:,} of 100,000 is its last." in (metrics.parent / "report.html").read_text()
+    assert f"Not finished: the last is step {step:,} of 100,000." in (metrics.parent / "report.html").read_text()

@@ -185,7 +185,7 @@ def test_without_room_for_a_copy_or_leave_to_write_one_the_base_is_loaded_and_sa
     kept.chmod(0o700)
     monkeypatch.setattr(copies, "SETTLED_NS", 10**12)
     _, told = loaded(checkpoint)
-    assert told == [f"{checkpoint} was written only now: a quantised copy is kept when it is loaded again"]
+    assert told == [f"{checkpoint} was written just now: a quantised copy is kept when it is loaded again"]
     monkeypatch.setenv("QLORA_KIT_CACHE", "0")
     assert loaded(checkpoint)[1] == []
     assert list(kept.iterdir()) == []

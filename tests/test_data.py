@@ -491,9 +491,7 @@ def test_a_pair_whose_answers_differ_only_where_they_are_cut_is_counted_and_left
         rows = encode_rows([long, short], tokenizer, max_tokens=max_tokens, over_length="truncate")
         assert (rows.counts.rows, rows.counts.no_trained) == counts
         assert rows.counts.truncated == 1
-    with pytest.raises(
-        DataError, match=r"1 have no trained token \(see data.loss_on\) or two answers that are the same"
-    ):
+    with pytest.raises(DataError, match=r"1 have no trained token \(see data.loss_on\) or have two identical answers"):
         encode_rows([long], tokenizer, max_tokens=kept - 1, over_length="truncate")
 
 
@@ -587,7 +585,7 @@ def test_mapped_columns_name_the_format():
         ({"text": "\ud83d"}, {}, "half of a surrogate pair"),
         ([1], {}, r"found a list \(\[1\]\), wanted an object"),
         ({"prompt": "a", "completion": "b", "label": False}, {}, "column 'label' is false: .* or set train.task=kto"),
-        ({"messages": TURNS, "label": "False"}, {"task": "pretrain"}, "column 'label' is false: the answer is one"),
+        ({"messages": TURNS, "label": "False"}, {"task": "pretrain"}, "column 'label' is false: the answer is marked"),
         ({"messages": "hi"}, {}, "column 'messages' is text"),
         ({"messages": []}, {}, "holds no turns"),
         ({"messages": [{"role": "user", "content": "hi"}]}, {}, "no assistant turn"),
@@ -675,7 +673,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         assert load_rows(tmp_path / name) == expected, name
     assert load_rows(tmp_path / "d.parquet")[1].where.endswith("d.parquet row 2")
     (tmp_path / "bad.parquet").write_bytes(b"not a table")
-    with pytest.raises(DataError, match=r"bad.parquet: not Parquet that can be read, after row 0: "):
+    with pytest.raises(DataError, match=r"bad.parquet: not readable Parquet, after row 0: "):
         load_rows(tmp_path / "bad.parquet")
 
 
@@ -685,10 +683,10 @@ def test_a_key_or_a_column_that_is_there_twice_is_refused_by_its_place(tmp_path)
     columns = pyarrow.table([["a"], ["x"], ["y"]], names=["prompt", "completion", "completion"])
     parquet.write_table(columns, tmp_path / "c.parquet")
     for path, fault in (
-        (write(tmp_path / "a.jsonl", *lines), ":2: the key 'completion' is there twice ('x' and 'y'): keep one"),
-        (write(tmp_path / "b.json", nested), ": the key 'content' is there twice ('a' and 'b'): keep one"),
-        (tmp_path / "c.parquet", ": the column 'completion' is there twice"),
-        (write(tmp_path / "d.csv", "text,text\n"), ":1: the column 'text' is there twice"),
+        (write(tmp_path / "a.jsonl", *lines), ":2: the key 'completion' appears twice ('x' and 'y'): keep one"),
+        (write(tmp_path / "b.json", nested), ": the key 'content' appears twice ('a' and 'b'): keep one"),
+        (tmp_path / "c.parquet", ": the column 'completion' appears twice"),
+        (write(tmp_path / "d.csv", "text,text\n"), ":1: the column 'text' appears twice"),
     ):
         with pytest.raises(DataError) as refused:
             load_rows(path)

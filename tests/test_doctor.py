@@ -42,7 +42,7 @@ def test_the_processors_line_names_the_dtype_that_auto_takes(results):
 
 
 @pytest.mark.parametrize(
-    ("functions", "ok", "said"), [(object(), True, "there, for a CPU"), (None, None, "none, plain torch")]
+    ("functions", "ok", "said"), [(object(), True, "available, for a CPU"), (None, None, "none, plain torch")]
 )
 def test_it_is_told_whether_there_is_compiled_code(functions, ok, said, monkeypatch):
     monkeypatch.setattr(quantizer, "c_functions", lambda: functions)
@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written_fails_and_one_to_be_made_does_not(tmp_pa
 def test_a_token_is_found_but_never_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     check = attempt("hub token", doctor._hub_token, "")
-    assert check == Check("hub token", True, "there is one", "")
+    assert check == Check("hub token", True, "found", "")
 
 
 class Failing(Handler):

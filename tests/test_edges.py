@@ -126,9 +126,9 @@ def test_an_adapter_that_does_not_fit_beside_another_is_refused_and_leaves_it_al
     save_adapter(head, tmp_path)
     model, _ = trained(free_llama, **first)
     before = tiny.logits(model, ids_with_tokens())
-    with pytest.raises(AdapterError, match="lm_head carries a whole module or rows"):
+    with pytest.raises(AdapterError, match="lm_head is trained whole, or by rows"):
         load_adapter(model, tmp_path, name="second")
-    with pytest.raises(AdapterError, match="lm_head carries a whole module or rows"):
+    with pytest.raises(AdapterError, match="lm_head is trained whole, or by rows"):
         add_lora(model, **FP32, targets=["head"], name="second")
     assert torch.equal(tiny.logits(model, ids_with_tokens()), before)
 
@@ -360,5 +360,5 @@ def test_impossible_labels_are_one_line(tmp_path):
     classifier(tmp_path)
     with pytest.raises(ModelError, match="labels must be at least 1, found 0"):
         load_base(tmp_path, **LOAD, head="classification", labels=0)
-    with pytest.raises(ModelError, match=r"other shapes than its config.json says \(with 5 labels\)"):
+    with pytest.raises(ModelError, match=r"different shapes than its config.json says \(with 5 labels\)"):
         load_base(tmp_path, **LOAD, head="classification", labels=5)

@@ -184,7 +184,7 @@ def test_a_plan_says_how_far_from_its_floor_it_is():
     phases = plan["methods"]["qlora"]["peak_by_phase"]
     step = max(phases[phase] for phase in ("forward", "loss", "backward", "optimizer"))
     assert plan["floor"] == {"bytes": least, "ratio": round(step / least, 4)}
-    share = f"The step takes {step / least:.2f} times the least"
+    share = f"The step takes {step / least:.2f} times the minimum"
     assert f"{share} that the mathematics needs ({format_bytes(least)})" in plan_text({"schema": 1, **plan})
     assert other["floor"] is None
     assert "mathematics" not in plan_text({"schema": 1, **other})

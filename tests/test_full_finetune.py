@@ -398,7 +398,7 @@ def test_a_run_leaves_a_model_and_no_adapter_and_keeps_to_its_plan(finished):
     assert not (run_folder / "adapter").exists()
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja"} == {path.name for path in (run_folder / "model").iterdir()}  # fmt: skip
-    unread = [note.rpartition(": ")[2] for note in notes if "of no effect" in note]
+    unread = [note.rpartition(": ")[2] for note in notes if "have no effect" in note]
     assert unread == ["base.quantization=nf4, lora.rank=4"], "said once"
     plan, memory = read(run_folder, "plan.json"), read(run_folder, "memory.json")
     assert plan["method"] == "full_finetune"

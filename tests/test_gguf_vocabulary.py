@@ -208,7 +208,7 @@ def word_level():
         (lambda: edited(lambda t: setattr(t, "post_processor", processors.TemplateProcessing(
             single="$A <s> </s>", special_tokens=[("<s>", 290), ("</s>", 291)]))), "around"),
         (lambda: merged_otherwise("a+b", "b+c", "ab+c"), "no merge of 'a' and 'bc'"),
-        (lambda: merged_otherwise("b+c", "a+bc", "a+b", "ab+c"), "'abc' lie apart"),
+        (lambda: merged_otherwise("b+c", "a+bc", "a+b", "ab+c"), "'abc' are not adjacent"),
     ],
 )  # fmt: skip
 def test_what_runtimes_do_not_do_is_refused_in_one_line(made, said):
@@ -218,7 +218,7 @@ def test_what_runtimes_do_not_do_is_refused_in_one_line(made, said):
 
 
 def test_more_tokens_than_rows_are_refused():
-    with pytest.raises(RunError, match="tokens for the 200 rows"):
+    with pytest.raises(RunError, match="tokens but the embedding has 200 rows"):
         keys(byte_level(), rows=200)
     state = json.loads(byte_level().backend_tokenizer.to_str())
     state["model"]["vocab"]["say"] += 400  # ids need not follow one another

@@ -68,7 +68,7 @@ def test_what_is_malformed_ends_in_one_line_with_the_place_that_json_names(path,
     path.write_bytes(broken.encode())
     windows(size)
     found, wanted = rows_of(path), json_itself(broken)
-    hypothesis.assume("is there twice" not in found)  # which json takes for one
+    hypothesis.assume("appears twice" not in found)  # which json takes for one
     assert found == wanted if isinstance(wanted, list) else found.startswith(f"{path}:{wanted}: not JSON: ")
     assert isinstance(found, list) or len(found.splitlines()) == 1
 
@@ -97,11 +97,11 @@ def test_one_value_in_place_of_a_list_is_one_row(path, windows):
 @pytest.mark.parametrize(("text", "fault"), [
     ('[{"a": 1} {"a": 2}]', ":1: not JSON: wanted a comma or the end of the list at column 11"),
     ('[{"a": 1},\n {"a": 2}\n', ":3: not JSON: wanted a comma or the end of the list at column 1"),
-    ('[1] [2]', ":1: not JSON: more behind its end at column 5"),
+    ('[1] [2]', ":1: not JSON: extra text after its end at column 5"),
     ('[1,\n]', ":2: not JSON: Expecting value at column 1"),
-    ('[{"a": 1, "a": 2}]', ": the key 'a' is there twice (1 and 2): keep one"),
-    ('[' + "9" * 5000 + "]", ": not JSON that can be read: Exceeds the limit"),
-    ('[' * 100_000, ": not JSON that can be read: maximum recursion depth"),
+    ('[{"a": 1, "a": 2}]', ": the key 'a' appears twice (1 and 2): keep one"),
+    ('[' + "9" * 5000 + "]", ": not readable JSON: Exceeds the limit"),
+    ('[' * 100_000, ": not readable JSON: maximum recursion depth"),
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [1, 2**20])
 def test_a_fault_names_its_place_whatever_the_window(path, windows, text, fault, size):

@@ -38,9 +38,7 @@ def test_what_was_there_before_is_not_counted_and_what_comes_is():
         first = new_pages(32 * MIB + BESIDE_TENSORS_BYTES)
         limit.check(2)
         second = new_pages(32 * MIB)
-        with pytest.raises(
-            FitError, match=r"^memory.budget is 48.0 MiB, and 1\d\d MiB were taken by step 3 \(64.0 MiB"
-        ):
+        with pytest.raises(FitError, match=r"^memory.budget is 48.0 MiB, and 1\d\d MiB was taken by step 3 \(64.0 MiB"):
             limit.check(3)
     assert limit.counter.start_bytes > 64 * MIB
     assert 64 * MIB <= limit.needed_bytes < 72 * MIB

@@ -333,7 +333,7 @@ def test_attention_that_trains_on_cards_alone_is_refused_on_a_cpu_and_what_it_tr
     asked, model_folder
 ):
     device = torch.device("cpu")
-    with pytest.raises(DeviceError, match=f"base.attention={asked} has a backward pass on CUDA devices alone.*sdpa"):
+    with pytest.raises(DeviceError, match=f"base.attention={asked} has a backward pass on CUDA devices only.*sdpa"):
         check_attention(asked, device, torch.bfloat16)
     words = [f"base.model={model_folder}", "data.train=/missing", "data.max_tokens=64", f"base.attention={asked}"]
     recipe = read_recipe("default", words)
@@ -370,7 +370,7 @@ def test_a_run_whose_rows_are_packed_unasked_is_previewed_and_planned_so(model_f
 
 def test_attention_whose_package_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr("qlora_kit.base.attention.is_flash_attn_2_available", lambda: False)
-    with pytest.raises(DeviceError, match=r"wants the package flash-attn, .* not installed; set base.attention=sdpa"):
+    with pytest.raises(DeviceError, match=r"needs the package flash-attn, .* not installed; set base.attention=sdpa"):
         check_attention("flash", torch.device("cuda"), torch.bfloat16)
 
 

@@ -184,7 +184,7 @@ def test_a_search_that_finds_no_end_or_no_rate_says_so(recipe, pretended):
     assert "That is the end of the rates tried: lower ones may be better still." in text
     assert "about 1.5 times that of longer ones (LoRA Without Regret), and this run has 400" in text
     pretended(lambda rate, step: math.nan)
-    with pytest.raises(TrainingError, match="all of 7 learning rates came apart"):
+    with pytest.raises(TrainingError, match="all 7 learning rates diverged"):
         pick_rate(read_recipe(recipe))
 
 

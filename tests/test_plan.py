@@ -291,7 +291,9 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_named_and_may_be_left_as
 
 
 @pytest.mark.parametrize("decides", [lambda x: x.sum() > 9, lambda x: len(x[x > 9]) > 9])
-@pytest.mark.parametrize(("is_packed", "words"), [(False, "alone; take"), (True, "set data.packing=false, or take")])
+@pytest.mark.parametrize(
+    ("is_packed", "words"), [(False, "only shapes; use"), (True, "set data.packing=false, or use")]
+)
 def test_a_model_that_decides_by_values_is_told_that_a_plan_has_none(is_packed, words, decides, monkeypatch):
     forward = modeling_llama.LlamaMLP.forward
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda mlp, x: forward(mlp, x) if decides(x) else x)

@@ -497,9 +497,9 @@ def test_verdicts_of_a_csv_file_are_read_and_a_bad_one_is_named_by_its_line(tmp_
         (
             "dpo",
             {"chosen": [QUESTION, HERE], "rejected": [{**QUESTION, "content": "Who?"}, THERE]},
-            "no answers to one",
+            "do not answer the same",
         ),
-        ("dpo", {"chosen": [QUESTION], "rejected": [QUESTION, THERE]}, "chosen ends with a turn of the user"),
+        ("dpo", {"chosen": [QUESTION], "rejected": [QUESTION, THERE]}, "chosen ends with a turn by the user"),
         ("kto", {"prompt": "a", "completion": "b", "label": "good"}, "wanted true"),
         ("kto", {"prompt": "a", "completion": "b", "label": 2}, "wanted true"),
         ("kto", {"prompt": "a", "completion": "b", "label": ""}, "wanted true"),

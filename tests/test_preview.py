@@ -219,7 +219,7 @@ def test_answers_without_an_end_token_are_named_and_those_with_one_are_not():
             assert found.keys() == said, (template, loss_on)
     found = kinds([Chat(TURNS, where="f.jsonl:4")], make_tokenizer(template=NO_END))["no_end"]
     assert str(found) == (
-        "1 row with an answer that has no end token behind it: the model may not learn to stop (see data.template): "
+        "1 row with an answer that has no end token after it: the model may not learn to stop (see data.template): "
         "f.jsonl:4"
     )
 
@@ -253,10 +253,11 @@ def test_marks_of_a_template_that_are_not_believed_are_told_of_once_for_all_rows
     astray = make_tokenizer(template=ASTRAY["around the user's turns"])
     found = kinds(rows, astray)
     assert (found.keys(), found["marks"].is_for_runs) == ({"marks"}, True)
-    assert kinds(rows_named(1), astray, rows[:1])["marks"].text.startswith("1 held-out row of which")
+    assert kinds(rows_named(1), astray, rows[:1])["marks"].text.startswith("1 held-out row for which")
     assert str(found["marks"]) == (
-        "5 rows of which the chat template's generation marks hold other than the assistant's answers: they are not "
-        "used, and what follows each prompt is learnt (see data.template): f.jsonl:1; f.jsonl:2; f.jsonl:3; and 2 more"
+        "5 rows for which the chat template's generation marks cover more than the assistant's answers: the marks are "
+        "not used, and what follows each prompt is learnt (see data.template): f.jsonl:1; f.jsonl:2; f.jsonl:3; and 2 "
+        "more"
     )
 
 
@@ -303,7 +304,7 @@ def test_rows_that_are_left_out_for_their_length_are_named_above_one_in_a_hundre
     found = kinds([*rows_named(sound), long], make_tokenizer(), max_tokens=60)
     assert ("dropped" in found) == is_said
     if is_said:
-        assert "1 row left out as longer than data.max_tokens, 1.0% of all" in str(found["dropped"])
+        assert "1 row left out for being longer than data.max_tokens, 1.0% of all" in str(found["dropped"])
 
 
 def test_a_remark_names_three_rows_and_counts_the_rest():
@@ -545,7 +546,7 @@ def test_rows_that_a_template_refuses_are_told_or_skipped_like_those_that_cannot
     turns = [[{"role": "user", "content": asked}, TURNS[1]] for asked in ("the", "no", "cat", "no")]
     write(recipe.parent / "rows.jsonl", *({"messages": each} for each in turns))
     refused = call("preview", recipe, f"data.template={template}").stderr
-    assert re.search(r"^error: 2 rows cannot .*rows.jsonl:2: the chat template refuses.*\n  .*rows.jsonl:4: ", refused)
+    assert re.search(r"^error: 2 rows cannot .*rows.jsonl:2: the chat template rejects.*\n  .*rows.jsonl:4: ", refused)
     found = seen(recipe, f"data.template={template}", "data.on_error=skip")
     assert (found["train"]["rows"], found["train"]["faults"]) == (2, 2)
 
@@ -560,7 +561,7 @@ def test_skipped_rows_are_counted_and_named_and_the_run_goes_on_with_the_others(
     shown = call("preview", recipe, "data.on_error=skip").stdout
     assert "12 rows" in shown
     assert "; 3 left out as faulty" in shown
-    assert "note: 3 rows left out that cannot be used (data.on_error=skip): " in shown
+    assert "note: 3 rows left out as unusable (data.on_error=skip): " in shown
 
 
 def test_nothing_but_bad_rows_is_an_error_even_where_they_are_skipped(recipe):
@@ -570,7 +571,7 @@ def test_nothing_but_bad_rows_is_an_error_even_where_they_are_skipped(recipe):
         assert result.exit_code == 2
         first, *others = result.stderr.strip().splitlines()
         assert "no row is left" in first
-        assert "all of 3 cannot be used" in first
+        assert "none of the 3 can be used" in first
         assert len(others) == 2
 
 
@@ -604,7 +605,7 @@ def test_a_run_hears_of_what_matters_and_a_preview_of_all(recipe):
     prepare(read_recipe(str(recipe), overrides), notes, weights=False)
     told = [note for note in notes.told if "rows.jsonl" in note]
     assert [note.partition(":")[0] for note in told] == [
-        "3 rows like one before, 18.8% of all", "6 rows trained on and held out, too"
+        "3 rows identical to an earlier row, 18.8% of all", "6 rows both trained on and held out"
     ]  # fmt: skip
     assert told[1].endswith("; and 3 more")
 
@@ -656,15 +657,15 @@ def test_every_kind_of_source_gives_the_same_rows(recipe, name):
         ("a.jsonl", '{"a": {"b": 1}}\n', ":1: missing"),
         ("a.json", "[]", "is empty"),
         ("a.json", '"rows"', ":1: found text"),
-        ("a.json", "[1, 2]", r"all of 2 cannot .*a.json row 1: found a number"),
+        ("a.json", "[1, 2]", r"none of the 2 can .*a.json row 1: found a number"),
         ("a.json", '{\n "version": 1,\n "data": []\n}', r"a.json row 1: missing .*found columns: version, data"),
         ("a.json", '{\n "version": 1,\n}', r"a.json:3: not JSON"),
         ("a.csv", "prompt;completion\nthe;cat\n", ":2: missing 'prompt'.*found columns: prompt;completion"),
-        ("a.csv", "prompt,prompt\nthe,cat\n", ":1: the column 'prompt' is there twice"),
+        ("a.csv", "prompt,prompt\nthe,cat\n", ":1: the column 'prompt' appears twice"),
         ("a.csv", 'prompt,completion\n"the,cat\n', ":2: not CSV: unexpected end"),
         ("a.txt", " \n", "is empty"),
         ("a.pdf", "x", "files that can be read end in"),
-        ("a.parquet", "x", "not Parquet that can be read, after row 0"),
+        ("a.parquet", "x", "not readable Parquet, after row 0"),
     ],
 )
 def test_hostile_sources_are_told_in_a_line(recipe, name, text, fault):
@@ -713,7 +714,7 @@ def test_a_file_that_breaks_off_is_never_skipped(recipe):
         assert "on_error" not in error
     cut = recipe.parent / "cut.parquet"
     cut.write_bytes(files["late.parquet"].read_bytes()[:-40])
-    assert "cut.parquet: not Parquet that can be read, after row 0" in refusal(recipe, cut)
+    assert "cut.parquet: not readable Parquet, after row 0" in refusal(recipe, cut)
 
 
 def test_a_data_set_saved_to_disk_is_told_what_to_do(recipe):
@@ -721,7 +722,7 @@ def test_a_data_set_saved_to_disk_is_told_what_to_do(recipe):
     folder.mkdir()
     (folder / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
     (folder / "state.json").write_text("{}")
-    assert "holds .arrow files, which are not read" in refusal(recipe, folder)
+    assert "holds .arrow files, which are not supported" in refusal(recipe, folder)
 
 
 def test_a_table_of_long_cells_is_read_and_a_row_stands_where_it_begins(recipe):

@@ -519,7 +519,7 @@ def test_override_into_a_section_that_is_no_mapping_leaves_the_mistake_to_the_fi
         (b"a: 1\n---\nb: 2\n", "recipe.yaml:2: this is not YAML"),
         (b"base:\n  model: \xff\n", "recipe.yaml:2: this is not UTF-8 text"),
         ("base: ü".encode("utf-16"), "recipe.yaml:1: this is not UTF-8 text"),
-        (b"base:\n  model: a\x00b\n", "recipe.yaml:2: the character U+0000 cannot stand in a recipe"),
+        (b"base:\n  model: a\x00b\n", "recipe.yaml:2: the character U+0000 is not allowed in a recipe"),
         (b'base:\n  model: "\\UFFFFFFFF"\n', "recipe.yaml:2: this is not YAML"),
         (b"base: &a [*a]\n", "recipe.yaml:1: aliases (*name) are not used"),
         (b"base: {<<: {model: x}}\n", "base.<< is not a key"),

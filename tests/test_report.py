@@ -142,7 +142,7 @@ def full_documents():
     plan["methods"]["qlora"] |= {"host_peak_bytes": 2 * GIB, "paged_bytes": 256 * MIB}
     plan |= {"activations": "recompute 30, keep 2", "blocks": {"keep": 2, "recompute": 30, "offload": 0}}
     plan |= {"loss_chunk": 1024, "micro_batch": 2, "accumulation": 8, "floor": {"bytes": 6 * GIB, "ratio": 1.38}}
-    plan |= {"rank": 16, "capacity": {"held_bits": 9e7, "reason": "rank 16 holds", "warning": "the data tell more"}}
+    plan |= {"rank": 16, "capacity": {"held_bits": 9e7, "reason": "rank 16 holds", "warning": "the data hold more"}}
     plan["allocator"] = {"rounding_bytes": 64 * MIB, "library_bytes": 96 * MIB, "context_bytes": 480 * MIB}
     plan["cards"] = [
         {"name": name, "usable_bytes": int(usable * GIB), "qlora": usable > 9, "lora_16bit": usable > 20,
@@ -351,14 +351,15 @@ def test_a_folder_with_every_key_has_every_section(tmp_path):
         "Which card it fits on",
     ]
     for said in (
-        "Setting: activations kept in 2, recomputed in 30 blocks; 2 rows at a time, 8 times a step; the loss in chunks",
-        "The step takes 1.38 times the least that the mathematics needs (6.00 GiB)",
+        "Setting: activations kept in 2, recomputed in 30 blocks; 2 rows at a time, 8 times per step; the loss in "
+        "chunks",
+        "The step takes 1.38 times the minimum that the mathematics needs (6.00 GiB)",
         "Rank 16 holds.",
-        "The data tell more.",
+        "The data hold more.",
         "CUDA adds about 480 MiB for the driver's context, 96.0 MiB for libraries, 64.0 MiB for rounding (estimates",
-        "Of the optimizer's state 256 MiB are paged",
-        "The host's memory holds up to 2.00 GiB: offloaded activations",
-        "the peak, 7.85 GiB, is in the backward phase",
+        "256 MiB of the optimizer's state is paged",
+        "Host memory holds up to 2.00 GiB: offloaded activations",
+        "the peak, 7.85 GiB, was in the backward phase",
         "less the driver's context; a tenth is left to the allocator",
     ):
         assert said in text
@@ -408,7 +409,7 @@ def test_a_run_that_trains_every_weight_is_called_so(tmp_path):
     assert "full fine-tuning of Qwen/Qwen3-8B" in Page(render(run)).text
     assert "as trained" in render(run)
     assert report_facts(read_run(run))["method"] == "full_finetune"
-    assert cards_sentence(plan).startswith("Fits on: none of the table; ")
+    assert cards_sentence(plan).startswith("Fits on: no card in the table; ")
     assert plan_text(plan).endswith("This run is full fine-tuning; QLoRA would need 0.09 of it: 91 % less.")
 
 
@@ -486,13 +487,13 @@ def test_memory_table_rows_are_the_categories_and_sum_to_the_peak():
 def test_plan_text_fits_a_terminal_and_ends_with_the_saving():
     lines = plan_text(example_plan()).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[-1] == "QLoRA needs 0.09 of full fine-tuning: 91 % less."
+    assert lines[-1] == "QLoRA needs 0.09 times the memory of full fine-tuning: 91 % less."
     assert len({len(line) for line in lines if "  " in line}) == 1
 
 
 def test_a_plan_that_needs_more_says_so():
     plan = example_plan() | {"savings_vs_full": -0.1, "budget": GIB}
-    assert plan_text(plan).endswith("QLoRA needs 1.10 of full fine-tuning: 10 % more.")
+    assert plan_text(plan).endswith("QLoRA needs 1.10 times the memory of full fine-tuning: 10 % more.")
     assert "Budget 1.00 GiB (RTX 4090): the plan is 7.27 GiB above it." in plan_text(plan)
 
 
@@ -549,8 +550,8 @@ def test_cards_are_grouped_by_memory_and_none_is_lost():
 @pytest.mark.parametrize(
     ("fits", "said"),
     [
-        ("00000", "none of the table"),
-        ("11111", "every card of the table"),
+        ("00000", "no card in the table"),
+        ("11111", "every card in the table"),
         ("01111", "RTX 3060 and larger"),
         ("00001", "only H100 80GB"),
         ("01110", "3 cards, the smallest RTX 3060"),
@@ -781,16 +782,16 @@ def test_losses_that_are_not_finite_are_told():
 @pytest.mark.parametrize(
     ("losses", "kept", "said"),
     [
-        ((2.0, 1.4, 1.0), {30}, "the best evaluation, 1.000 at step 30, is the run's end and kept"),
+        ((2.0, 1.4, 1.0), {30}, "the best evaluation, 1.000 at step 30, is the run's last and is kept"),
         (
             (2.0, 1.4, 1.6),
             {20, 30},
-            "the best evaluation, 1.400 at step 20, is kept as a checkpoint, the end is step 30",
+            "the best evaluation, 1.400 at step 20, is kept as a checkpoint; training ended at step 30",
         ),
-        ((2.0, 1.4, 1.6), {30}, "the best evaluation, 1.400 at step 20, is not kept: there is only the end, step 30"),
-        ((2.0, 1.4, 1.405), {30}, "is not kept, but the end, step 30, is within 1 % of it"),
-        ((2.0, 1.4, 1.6), set(), "is not kept, nor is the end"),
-        ((2.0, 1.4, 1.4), {30}, "the best evaluation, 1.400 at step 30, is the run's end and kept"),
+        ((2.0, 1.4, 1.6), {30}, "the best evaluation, 1.400 at step 20, is not kept: only the last, step 30, is"),
+        ((2.0, 1.4, 1.405), {30}, "is not kept, but the last, step 30, is within 1 % of it"),
+        ((2.0, 1.4, 1.6), set(), "is not kept, nor is the last"),
+        ((2.0, 1.4, 1.4), {30}, "the best evaluation, 1.400 at step 30, is the run's last and is kept"),
     ],
 )
 def test_the_sentence_says_what_is_left_of_the_best_evaluation(losses, kept, said):
@@ -799,10 +800,10 @@ def test_the_sentence_says_what_is_left_of_the_best_evaluation(losses, kept, sai
 
 def test_the_sentence_says_that_a_run_leaves_its_best_and_not_its_end():
     said = judge_curve(evaluated(2.0, 1.4, 1.6), {20, 30}, left=20)
-    assert said.endswith("the best evaluation, 1.400 at step 20, is what the run leaves, its end was step 30.")
-    assert judge_curve(evaluated(2.0, 1.4, 1.0), {30}, left=30).endswith("is the run's end and kept.")
+    assert said.endswith("the best evaluation, 1.400 at step 20, is the run's result; training ended at step 30.")
+    assert judge_curve(evaluated(2.0, 1.4, 1.0), {30}, left=30).endswith("is the run's last and is kept.")
     said = judge_curve(evaluated(2.0, 1.4, 1.6), {10, 30}, left=10)
-    assert said.endswith("at step 20, is not what the run leaves: that is step 10, and its end was step 30.")
+    assert said.endswith("at step 20, is not the run's result: that is step 10, and training ended at step 30.")
 
 
 def test_a_run_that_ended_worse_than_its_base_or_early_says_so_first(run):
@@ -816,7 +817,7 @@ def test_a_run_that_ended_worse_than_its_base_or_early_says_so_first(run):
     (run / "plan.json").write_text(json.dumps(plan | {"steps": 90}))
     assert report_facts(read_run(run))["verdict"].startswith("Stopped early, at step 60 of 90.")
     (run / "scores.json").unlink()
-    assert report_facts(read_run(run))["verdict"].startswith("Not finished: step 60 of 90 is its last.")
+    assert report_facts(read_run(run))["verdict"].startswith("Not finished: the last is step 60 of 90.")
 
 
 def test_what_is_kept_is_read_from_the_folder(run):
@@ -987,7 +988,7 @@ def test_losses_are_compared_within_a_task_and_memory_among_all(three):
     assert curves["Evaluation loss of dpo over steps"] == ["line run-0", "line run-1"]
     assert curves["Evaluation loss of sft over steps"] == ["line run-2"]
     assert curves["Throughput over steps, smoothed"] == ["line run-0", "line run-1", "line run-2"]
-    said = "The losses of dpo and sft are different sums: compare each with its own."
+    said = "The losses of dpo and sft measure different things: compare each only with its own kind."
     assert said in page
     assert said in " ".join(text.split())
     assert [line.split()[1] for line in text.splitlines()[:5] if line.startswith("run")] == ["dpo", "dpo", "sft"]
@@ -1033,10 +1034,10 @@ def test_nothing_but_an_older_comparison_is_overwritten(three, tmp_path):
     report = write_report(three[0])
     before = report.read_text(encoding="utf-8")
     for path in (report, three[0] / "plan.json", three[0]):
-        with pytest.raises(RunError, match="is no comparison of qlora-kit; give another name with --out"):
+        with pytest.raises(RunError, match="is not a comparison by qlora-kit; give another name with --out"):
             write_comparison(runs, path)
     assert report.read_text(encoding="utf-8") == before
-    with pytest.raises(RunError, match="is no report of qlora-kit"):
+    with pytest.raises(RunError, match="is not a report by qlora-kit"):
         write_report(three[0], mine)
 
 
@@ -1056,7 +1057,7 @@ def test_the_verb_writes_one_report_or_a_comparison_and_prints_json(three, tmp_p
     (tmp_path / "report.html").write_text("my own")
     refused = call(app, ["report", "run-0", "run-1"])
     assert refused.exit_code == 2
-    assert refused.stderr.startswith("error: report.html is there and is no comparison")
+    assert refused.stderr.startswith("error: report.html already exists and is not a comparison")
     assert (tmp_path / "report.html").read_text() == "my own"
 
 

@@ -546,7 +546,7 @@ def test_a_family_whose_layers_transformers_does_not_quantise_is_refused(tmp_pat
 def test_blocks_that_hand_on_something_else_are_refused_with_a_way_on(tmp_path):
     model = trained_model()
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 1.0, *args[1:]))
-    with pytest.raises(RunError, match=r"do not hand on what they make.* --calibration-rows 0"):
+    with pytest.raises(RunError, match=r"do not pass their output to the next block.* --calibration-rows 0"):
         export_quantized(model, None, tmp_path / "out", calibration=calibration())
     assert list(tmp_path.iterdir()) == []
     export_quantized(model, None, tmp_path / "out")

@@ -255,8 +255,9 @@ def test_a_card_is_known_by_any_of_its_names(name, card):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("A100", "A100 40GB, A100 80GB; write which"), ("RTX 9990", "nearest: RTX"), ("", "nearest"), ("gpu", "nearest"),
-    ("3080 laptop", "RTX 3080 Laptop 8GB, RTX 3080 Laptop 16GB; write which"), ("24GB", "nearest"),
+    ("A100", "A100 40GB, A100 80GB; specify which one"), ("RTX 9990", "nearest: RTX"), ("", "nearest"),
+    ("gpu", "nearest"),
+    ("3080 laptop", "RTX 3080 Laptop 8GB, RTX 3080 Laptop 16GB; specify which one"), ("24GB", "nearest"),
     ("RTX 6000", "nearest: Quadro RTX 6000, RTX 6000 Ada;"), ("4050", "nearest: RTX 4050 Laptop;"),
     ("RTX 4090 16GB", "nearest: RTX 4090, RTX 4090 Laptop;"), ("RTX 4090 Mobile", "nearest: .*RTX 4090"),
     ("H100 NVL", "nearest: H100"),

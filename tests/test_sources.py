@@ -146,7 +146,7 @@ def test_a_preview_says_what_each_source_gave_and_what_became_of_the_rest(recipe
     shown = call("preview", recipe, "data.on_error=skip").stdout
     (line,) = [line for line in shown.splitlines() if "small.jsonl: " in line and "weight" in line]
     assert line.strip().startswith(f"{recipe.parent}/small.jsonl: 6 rows, ")
-    assert line.endswith("; 1 left out as faulty; 1 left out as too long; weight 2, 12 rows an epoch")
+    assert line.endswith("; 1 left out as faulty; 1 left out as too long; weight 2, 12 rows per epoch")
     alone = call("preview", recipe, f"data.train={recipe.parent}/large.jsonl").stdout
     assert f"{recipe.parent}/large.jsonl: " not in alone, "one source is the whole"
 
@@ -180,7 +180,7 @@ def test_files_of_a_folder_that_are_not_read_are_named(recipe):
         assert "not read" not in call(verb, recipe, f"data.train={folder}").output
     for name in ("b.jsonl.gz", "more/rows", ".hidden"):
         (folder / name).write_text("rows")
-    note = f"note: {folder}: 2 files not read, of another ending than .jsonl, .json, .csv, .parquet, .txt, .md: "
+    note = f"note: {folder}: 2 files not read, with an ending other than .jsonl, .json, .csv, .parquet, .txt, .md: "
     for verb in ("preview", "plan"):
         assert call(verb, recipe, f"data.train={folder}").output.count(f"{note}b.jsonl.gz, more/rows\n") == 1
 
@@ -237,8 +237,16 @@ def test_why_a_hub_data_set_cannot_be_had_is_one_line_with_a_way_out(recipe, mon
     broken = DatasetGenerationError("An error occurred while generating the dataset")
     broken.__cause__ = ValueError("row 3:\n broken")
     failures = [
-        (ConnectionError("Couldn't reach 'a/b' on the Hub (X)"), "Couldn't reach 'a/b' on the Hub", "is a network"),
-        (DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub."), "doesn't exist on the Hub;", "mend the name"),
+        (
+            ConnectionError("Couldn't reach 'a/b' on the Hub (X)"),
+            "Couldn't reach 'a/b' on the Hub",
+            "check the network",
+        ),
+        (
+            DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub."),
+            "doesn't exist on the Hub;",
+            "correct the name",
+        ),
         (DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub."), "is a gated", "hf auth login"),
         (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "no longer supported", "b.py"),
         (ValueError("Config name is missing.\nPick one of: ['x', 'y']"), "missing. Pick one of", "['x', 'y']"),

@@ -142,7 +142,7 @@ def test_names_of_runs_differ_though_their_values_look_alike(recipe):
         (["lora.rank=4,8", "lora.rank=16,32"], "lora.rank is given twice"),
         (["lora.rank=4,8,4"], "lora.rank=4,8,4 has 4 twice"),
         (["lora.rank=4,,8"], "has nothing between two commas"),
-        (["output=a,b"], "output is no axis"),
+        (["output=a,b"], "output cannot be an axis"),
         (["train.seed=" + ",".join(map(str, range(501))), ], "the grid has 501 runs"),
         (["lora.rnak=4,8"], "lora.rnak"),
         (["lora.rank=4,many"], "lora.rank"),
@@ -207,7 +207,7 @@ def test_a_sweep_that_stands_is_lost_only_when_that_is_asked_for(recipe, pretend
     grid = read_grid(recipe, ["train.seed=0,1"])
     sweep(grid)
     before = (grid.folder / "sweep.json").read_text()
-    with pytest.raises(RunError, match="holds a sweep already; go on with --resume"):
+    with pytest.raises(RunError, match="already holds a sweep; continue it with --resume"):
         sweep(grid)
     with pytest.raises(RunError, match=r"another sweep: train.seed was \['0', '1'\], is \['0', '2'\]\. Resume"):
         sweep(read_grid(recipe, ["train.seed=0,2"]), resume=True)
@@ -254,7 +254,7 @@ def test_a_best_at_the_end_of_the_grid_is_told(recipe, pretended):
     sweep(grid)
     swept = read_sweep(grid.folder)
     assert swept.best.settings == {"train.lr": "1e-2"}
-    assert "That is the end of the grid over lr: look further, too." in sweep_sentences(swept)
+    assert "That is the end of the grid over lr: try values beyond it, too." in sweep_sentences(swept)
 
 
 def test_losses_of_several_tasks_have_no_best_and_ipo_s_have_no_unit(recipe, pretended):
@@ -264,7 +264,7 @@ def test_losses_of_several_tasks_have_no_best_and_ipo_s_have_no_unit(recipe, pre
     swept = read_sweep(grid.folder)
     assert [point.loss for point in swept.points] == [1.0, 1.0]
     assert swept.best is None
-    assert "of several tasks, different sums" in sweep_text(swept)
+    assert "of different tasks measure different things" in sweep_text(swept)
     dpo, ipo = sorted(swept.runs, key=lambda run: run.task)
     assert [(run.task, run.loss_words) for run in (dpo, ipo)] == [("dpo", "loss, nats"), ("ipo", "loss")]
     assert "nats" not in str(sweep_chart(swept))
@@ -275,7 +275,7 @@ def test_a_sweep_file_reaches_nothing_outside_of_its_folder(tmp_path, name):
     run = {"name": name, "settings": {"train.lr": "1"}, "failed": None, "seconds": 1}
     content = {"schema": 1, "recipe": "x", "axes": {"train.lr": ["1", "2"]}, "fixed": {}, "runs": [run]}
     (tmp_path / "sweep.json").write_text(json.dumps(content))
-    with pytest.raises(RunError, match="is none of this sweep's"):
+    with pytest.raises(RunError, match="is not part of this sweep"):
         read_sweep(tmp_path)
 
 

@@ -378,7 +378,9 @@ def test_a_thought_that_is_not_closed_is_refused_where_it_is_to_go():
 
 def test_a_prompt_that_no_turn_begins_with_is_refused():
     odd = replace(FAMILIES["phi4"], source=FAMILIES["phi4"].source + "{% if add_generation_prompt %}Well:{% endif %}")
-    with pytest.raises(DataError, match=r"gives a prompt for turn 2 that the turn does not begin with: .*Well:"):
+    with pytest.raises(
+        DataError, match=r"turn 2, as rendered by the chat template, does not start with its own prompt: .*Well:"
+    ):
         thinking(odd, "keep", SAID)
 
 

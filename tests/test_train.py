@@ -1010,7 +1010,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_taken(trained_run, t
     (folder / "step-000002").rename(folder / "step-000007")
     newest, faults = newest_checkpoint(folder)
     assert newest == folder / "step-000003"
-    assert faults == [f"{folder / 'step-000007'} holds step 2, and its name says another one: rename it"]
+    assert faults == [f"{folder / 'step-000007'} holds step 2, but its name says another one: rename it"]
 
 
 @pytest.mark.parametrize("left_out", ["parameters.safetensors", "state.json"])
@@ -1172,7 +1172,7 @@ def test_rows_after_a_resume_replace_those_of_the_same_step(tmp_path):
 def test_a_log_with_a_line_that_is_no_row_is_refused_at_a_resume_with_its_place(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is no row of a step"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2 is not the row of a step"):
         MetricsLog(path, resume_from=3)
 
 
@@ -1242,7 +1242,7 @@ def test_a_step_that_spoils_what_it_trains_replaces_no_checkpoint(where, tmp_pat
     monkeypatch.setattr(job.optimizer, "step", stepped)
     with pytest.raises(
         TrainingError,
-        match=r"NaN or infinity in \S+ after step 2; that step left no checkpoint; step-000001 is kept: go on with",
+        match=r"NaN or infinity in \S+ after step 2; that step left no checkpoint; step-000001 is kept: continue with",
     ):
         run(job)
     assert all(math.isfinite(row["grad_norm"]) for row in map(json.loads, (tmp_path / "metrics.jsonl").open()))

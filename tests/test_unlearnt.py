@@ -84,7 +84,7 @@ def test_tokens_are_learnt_unasked_where_nothing_else_trains_their_rows():
     given = ["base.model=org/name", "data.train=org/rows"]
     names, told = tokens_to_learn(model, tokenizer, read_recipe("default", given))
     assert names == MARKS
-    assert "learnt nothing" in told
+    assert "has not learnt" in told
     assert "those rows are trained" in told
     mending = "lora.added_tokens=[<|im_end|>, <|im_start|>]"
     for setting in (mending, "train.full_finetune=true", "lora.also_train=[embed_tokens]"):

@@ -535,7 +535,7 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_pa
     ("options", "words"),
     [
         ([], ["--prompt", "--prompts"]),
-        (["--prompt", "a", "--prompts", "b"], ["one of"]),
+        (["--prompt", "a", "--prompts", "b"], ["either"]),
         (["--prompt", "a", "--top-p", 0.5], ["--top-p", "--temperature"]),
         (["--prompt", "a", "--stop", ""], ["--stop"]),
         (["--prompt", "a", "--system", "b"], ["--system"]),
@@ -658,7 +658,7 @@ def test_runs_on_different_bases_do_not_share_one(chat_run, tmp_path):
     recipe["base"]["quantization"] = "int8"
     (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert_mistake(call("chat", chat_run, other), "base.quantization is int8, not nf4")
-    assert_mistake(call("chat", chat_run, chat_run), "called run already")
+    assert_mistake(call("chat", chat_run, chat_run), "already an adapter called run")
     assert_mistake(call("chat", tmp_path), str(tmp_path))
 
 
@@ -673,7 +673,7 @@ def test_chat_works_through_a_pipe(chat_run, tmp_path):
     assert rows[0]["messages"][0] == {"role": "user", "content": "hi"}
     assert said.startswith(visible(rows[0]["messages"][1]["content"], keep="\n\t") + "\n")
     assert len(rows[0]["messages"]) == 2, "the second question was taken back"
-    for words in ("there is no /nothing", "taken back", "exists already", "the bare base speaks", "run (speaks)",
+    for words in ("there is no /nothing", "undone", "already exists", "the base is active", "run (active)",
                   "/undo", "as training data"):  # fmt: skip
         assert words in told
     assert "never read" not in said + told
@@ -683,9 +683,9 @@ def test_chat_with_a_run_on_texts_says_that_lines_stand_by_themselves_and_saves_
     saved = tmp_path / "saved.jsonl"
     lines = [f"/save {saved}", "say", "say", "say cat ", "/system be brief", f"/save {saved}"]
     said, told = talk(text_run, lines=[*lines, "/save ~no-such-person/x.jsonl"])
-    assert "by itself" in told
+    assert "on its own" in told
     assert "no system turn" in told
-    assert "nothing is said yet" in told
+    assert "nothing has been said yet" in told
     assert "error: ~no-such-person/x.jsonl cannot be written" in told
     first, second = jsonl(saved)
     assert first == second
@@ -727,7 +727,7 @@ def test_an_interrupt_ends_an_answer_and_not_the_chat(chat_run, monkeypatch, int
     said, told = talk(chat_run, lines=["/base", "hi", "/undo", "/quit"])
     assert 1 < len(said) < len(whole)
     assert whole.startswith(said.rstrip("\n\ufffd"))
-    assert "taken back" in told
+    assert "undone" in told
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -773,7 +773,7 @@ def test_samples_of_a_step_that_is_taken_again_are_replaced(sampled, tmp_path):
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     resumed = call("train", run / "recipe.yaml", "--resume")
     assert resumed.exit_code == 0, resumed.output
-    assert "going on from step-000011" in resumed.output
+    assert "continuing from step-000011" in resumed.output
     assert jsonl(run / "samples.jsonl") == before
 
 

@@ -263,7 +263,7 @@ def test_the_template_of_an_older_processor_is_the_tokenizer_s(tmp_path):
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     assert read_tokenizer(tmp_path).chat_template == "{{ messages }}"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": 3}))
-    with pytest.raises(ModelError, match="whose chat_template is no text"):
+    with pytest.raises(ModelError, match="whose chat_template is not text"):
         read_tokenizer(tmp_path)
 
 
@@ -286,7 +286,7 @@ def test_a_model_is_made_as_transformers_makes_it_and_one_that_reads_only_is_ref
         is_causal = type(config) in AutoModelForCausalLM._model_mapping
         assert auto is (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
-    with pytest.raises(ModelError, match=r"holds a siglip, which is no causal language model$"):
+    with pytest.raises(ModelError, match=r"holds a siglip, which is not a causal language model$"):
         read_config(tmp_path)
 
 

@@ -86,7 +86,7 @@ def _check_sizes(path: Path, said: dict[str, Any]) -> None:
     for key, value in _numbers(said):
         most = next((most for pattern, most in _MOST if pattern.search(key)), value)
         if value > most:
-            raise ModelError(f"{path} says {key}={value!r:.20}; no model has more than {most:,}: get it again")
+            raise ModelError(f"{path} says {key}={value!r:.20}; no model has more than {most:,}: download it again")
 
 
 def _numbers(said: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -118,7 +118,7 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     auto, own = auto_class(config, head), getattr(config, "auto_map", {})
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
         kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
-        raise ModelError(f"{folder} holds a {config.model_type}, which is no {kind}")
+        raise ModelError(f"{folder} holds a {config.model_type}, which is not a {kind}")
     if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 

@@ -59,11 +59,11 @@ def _missing(asked: str, device: torch.device, dtype: torch.dtype) -> str | None
     if asked in ("sdpa", "eager"):
         return None
     if device.type != "cuda":
-        return f"has a backward pass on CUDA devices alone, and this run is on a {device.type}"
+        return f"has a backward pass on CUDA devices only, and this run is on a {device.type}"
     if asked == "flash" and not is_flash_attn_2_available():
-        return "wants the package flash-attn, 2.3.3 or newer, which is not installed"
+        return "needs the package flash-attn, 2.3.3 or newer, which is not installed"
     if asked == "flash" and dtype == torch.float32:
-        return "computes in 16 bits alone, and base.compute_dtype is float32 here"
+        return "computes in 16 bits only, and base.compute_dtype is float32 here"
     return None
 
 

@@ -74,7 +74,7 @@ def copy_place(folder: Path, decides: object, notify: Callable[[str], None]) -> 
     try:
         stamps = [_stamp(file) for file in _deciding_files(folder)]
         if max(changed_ns for *_, changed_ns in stamps) > time.time_ns() - SETTLED_NS:
-            notify(f"{folder} was written only now: a quantised copy is kept when it is loaded again")
+            notify(f"{folder} was written just now: a quantised copy is kept when it is loaded again")
             return None
         sources = (*sorted(Path(__file__).parent.glob("*.py")), *native.SOURCES)
         code = [sha256_file(file) for file in sources] + [version(name) for name in _LIBRARIES]

@@ -89,8 +89,8 @@ def check_weights_are_dense(folder: Path) -> None:
         for name, entry in read_header(path).items():
             if entry.dtype in NARROW or (name.endswith(".weight") and entry.dtype not in _DENSE):
                 raise ModelError(
-                    f"{path}: tensor {name!r} is in {entry.dtype}, which is no dtype of dense weights, and config.json "
-                    "says nothing of a quantization: give the 16-bit model"
+                    f"{path}: tensor {name!r} is in {entry.dtype}, which is not a dtype of dense weights, and "
+                    "config.json says nothing about quantization: give the 16-bit model"
                 )
 
 
@@ -137,9 +137,9 @@ def text_faults(folder: Path) -> Iterator[str]:
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
     if not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path} has no model_type, so nobody can tell which architecture it describes")
+        raise ModelError(f"{path} has no model_type, so the architecture it describes is unknown")
     if config.get("transformers_weights") is not None:  # transformers would read those, which nobody has looked at
-        raise ModelError(f"{path} names weights of its own (transformers_weights), wanted {WEIGHTS}: take it out")
+        raise ModelError(f"{path} names weights of its own (transformers_weights), wanted {WEIGHTS}: remove it")
 
 
 def _weight_faults(folder: Path) -> Iterator[str]:
@@ -163,7 +163,7 @@ def _weight_faults(folder: Path) -> Iterator[str]:
             continue
         absent = [tensor for tensor in promised if tensor not in header]
         if absent:
-            yield f"{path} lacks {len(absent)} tensors that {_INDEX} promises, first {absent[0]!r}: get it again"
+            yield f"{path} lacks {len(absent)} tensors that {_INDEX} lists, first {absent[0]!r}: download it again"
 
 
 def _shards(folder: Path) -> dict[str, list[str]]:
@@ -175,7 +175,7 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     index = file_inside(folder, _INDEX)
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(f"{index} is malformed: it needs a weight_map from the names of tensors to names of files")
+        raise ModelError(f"{index} is malformed: it needs a weight_map from tensor names to file names")
     shards: dict[str, list[str]] = {}
     for tensor, file in weight_map.items():
         shards.setdefault(file, []).append(tensor)
@@ -197,14 +197,14 @@ def file_inside(folder: Path, name: str) -> Path:
     path = folder / name
     is_relative = bool(name) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
     if not is_relative or "\\" in name or not name.isprintable():
-        raise ModelError(f"{name!r} leads out of the model folder {folder}, or is no name that can be shown: refused")
+        raise ModelError(f"{name!r} leads out of the model folder {folder}, or is not a printable name: refused")
     if not is_inside(folder, path):
         target = os.path.realpath(path)
-        raise ModelError(f"{path} links to {target}, out of its folder: refused; put the file itself there")
+        raise ModelError(f"{path} links to {target}, outside its folder: refused; put the file itself there")
     if not os.path.lexists(path):
-        raise ModelError(f"{path} is missing: get it again")
+        raise ModelError(f"{path} is missing: download it again")
     if not os.path.isfile(path):
-        raise ModelError(f"{path} is not a file, or links to one that is missing: get it again")
+        raise ModelError(f"{path} is not a file, or links to one that is missing: download it again")
     return path
 
 

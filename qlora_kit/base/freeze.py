@@ -76,7 +76,7 @@ def _resolve_skip(model: PreTrainedModel, skip: Sequence[str]) -> set[str]:
         matches = {name for name in names if name == entry or name.rpartition(".")[2] == entry}
         if not matches:
             leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise ModelError(f"base.skip names {entry!r}, which is no linear layer of this model; there are: {leaves}")
+            raise ModelError(f"base.skip names {entry!r}, which is not a linear layer of this model; it has: {leaves}")
         found |= matches
     return found
 

@@ -59,7 +59,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if start == _LFS_POINTER:
                 raise ModelError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
             if len(start) < 8:
-                raise ModelError(f"{path} has {file_bytes} bytes, a safetensors file has at least 8: get it again")
+                raise ModelError(f"{path} has {file_bytes} bytes, a safetensors file has at least 8: download it again")
             if header_bytes > MAX_HEADER_BYTES:
                 raise ModelError(
                     f"{path} announces a header of {header_bytes} bytes, the format allows {MAX_HEADER_BYTES}: "
@@ -91,7 +91,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     if len(raw) > MAX_HEADER_BYTES:
-        raise ModelError(f"{path} is above {MAX_HEADER_BYTES} bytes: refused")
+        raise ModelError(f"{path} is larger than {MAX_HEADER_BYTES} bytes: refused")
     return _parse_json(raw, path)
 
 
@@ -111,7 +111,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} appears twice")
     return found
 
 
@@ -129,15 +129,15 @@ def _entry(path: Path, name: str, spec: object, data_begin: int) -> TensorEntry:
                         f"the header gives it {end - begin}"
                     )
                 return TensorEntry(dtype, tuple(shape), data_begin + begin, data_begin + end)
-    raise ModelError(f"{path}: the header describes tensor {name!r} in a way that the format does not know")
+    raise ModelError(f"{path}: the header describes tensor {name!r} in a way that the format does not allow")
 
 
 def _check_cover(path: Path, entries: list[tuple[str, TensorEntry]], data_begin: int, file_bytes: int) -> None:
     """Refuse a file unless its tensors, sorted, fill it from the header to the last byte."""
     expected_bytes = max((entry.end for _, entry in entries), default=data_begin)
     if file_bytes != expected_bytes:
-        what = "is cut short" if file_bytes < expected_bytes else "goes on after its last tensor"
-        raise ModelError(f"{path} {what}: expected {expected_bytes} bytes, found {file_bytes}; get it again")
+        what = "is cut short" if file_bytes < expected_bytes else "continues after its last tensor"
+        raise ModelError(f"{path} {what}: expected {expected_bytes} bytes, found {file_bytes}; download it again")
     position = data_begin
     for name, entry in entries:
         if entry.begin != position:

@@ -86,8 +86,8 @@ def _from_hub(model: str, revision: str | None, weights: bool, code: bool, notif
         found, advice = _diagnose(model, revision, error)
         snapshot = _cached_snapshot(model, revision, weights)
         if snapshot is None:
-            raise ModelError(f"{model} is not wholly cached and cannot be fetched: {found}. {advice}") from error
-        notify(f"{model}: {found}; going on with the copy in the cache, {snapshot}")
+            raise ModelError(f"{model} is not completely cached and cannot be fetched: {found}. {advice}") from error
+        notify(f"{model}: {found}; continuing with the copy in the cache, {snapshot}")
         return snapshot
 
 
@@ -179,9 +179,12 @@ def _diagnose(model: str, revision: str | None, error: Exception) -> tuple[str, 
         case HfHubHTTPError():
             return _diagnose_status(error.response.status_code)
         case json.JSONDecodeError():
-            return f"{constants.ENDPOINT} does not answer as a hub", "Check HF_ENDPOINT, your proxy and its login page"
+            return (
+                f"{constants.ENDPOINT} does not answer like a hub",
+                "Check HF_ENDPOINT, your proxy and its login page",
+            )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT | errno.EACCES | errno.EROFS | errno.EPERM):
-            room = "Make room there, or set HF_HOME to a folder that you can write"
+            room = "Make room there, or set HF_HOME to a folder that you can write to"
             return f"the cache {constants.HF_HUB_CACHE} cannot be written ({error.strerror})", room
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return f"{constants.ENDPOINT} cannot be reached ({reason})", f"Check the network and the proxy, or {elsewhere}"
@@ -190,10 +193,13 @@ def _diagnose(model: str, revision: str | None, error: Exception) -> tuple[str, 
 def _diagnose_status(status: int) -> tuple[str, str]:
     """The same for an answer of the hub that says no more than its status."""
     if status == 429:
-        return "the hub asks to slow down (HTTP 429)", "Wait some minutes, or `hf auth login` for a higher limit"
+        return (
+            "the hub limits the rate of requests (HTTP 429)",
+            "Wait a few minutes, or `hf auth login` for a higher limit",
+        )
     if status >= 500:
-        return f"the hub has a fault of its own (HTTP {status})", "Try again later; see https://status.huggingface.co"
-    return f"the hub refuses (HTTP {status})", "Log in with a token that is valid and may read it: `hf auth login`"
+        return f"the hub has an error of its own (HTTP {status})", "Try again later; see https://status.huggingface.co"
+    return f"the hub refuses (HTTP {status})", "Log in with a valid token that may read it: `hf auth login`"
 
 
 def _spelling(model: str) -> str:

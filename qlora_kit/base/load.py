@@ -158,10 +158,10 @@ def original_weights(model: PreTrainedModel) -> PreTrainedModel:
     """
     folder, head = base_record(model).folder, head_of(model)
     if folder is None:
-        raise ModelError("the weights that this base was made from are not at hand: load it from their folder")
+        raise ModelError("the weights that this base was made from are not available: load it from their folder")
     config = read_config(folder, head=head, trust_remote_code=brings_code(model.config))
     if stored_quantization(config) is not None:
-        raise ModelError(f"{folder} holds quantised weights, and what they were made from is not at hand")
+        raise ModelError(f"{folder} holds quantised weights, and what they were made from is not available")
     original = _load(folder, config, None, head)[0]
     extend_vocabulary(original, base_record(model).vocabulary)
     return original
@@ -196,7 +196,7 @@ def _load(
             raise  # the folder is not to blame
         why = first_line(error)
         if "mismatched" in why:
-            why = "its tensors have other shapes than its config.json says"
+            why = "its tensors have different shapes than its config.json says"
             why += f" (with {config.num_labels} labels)" if head == "classification" else ""
         raise ModelError(f"{folder} cannot be loaded as a {head} model: {why}") from error
     model, info = loaded

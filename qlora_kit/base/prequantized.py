@@ -42,8 +42,8 @@ def stored_quantization(config: PretrainedConfig) -> Quantization | None:
     if said.get("load_in_8bit"):
         return Quantization("int8")
     raise ModelError(
-        f"the model is quantised already, by {said.get('quant_method', 'an unknown method')}; of those only "
-        "bitsandbytes' can be taken over: give the 16-bit model that it was made from"
+        f"the model is already quantised, by {said.get('quant_method', 'an unknown method')}; only quantisation by "
+        "bitsandbytes is supported: give the 16-bit model that it was made from"
     )
 
 
@@ -57,7 +57,7 @@ def check_agreement(stored: Quantization, asked: Quantization) -> None:
         settings = f"base.quantization={stored.kind}"
         if stored.is_4bit:
             settings += f" base.double_quant={str(stored.double_quant).lower()} base.block_size={stored.block_size}"
-        raise ModelError(f"the model is stored in {stored.kind} already, and cannot be requantised: set {settings}")
+        raise ModelError(f"the model is already stored in {stored.kind}, and cannot be requantised: set {settings}")
 
 
 def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:

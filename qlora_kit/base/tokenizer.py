@@ -43,7 +43,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     for fault in text_faults(folder):
         raise ModelError(fault)
     _check_names(folder)
-    unread = f"{folder} has no tokenizer that can be read"
+    unread = f"{folder} has no readable tokenizer"
     with tokenizing(ModelError, unread):
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -61,7 +61,7 @@ def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     held = tokenizer.chat_template
     sources = held.values() if isinstance(held, dict) else () if held is None else (held,)
     if not all(isinstance(source, str) for source in sources):
-        raise ModelError(f"{folder} has a tokenizer whose chat_template is no text; mend it, or take it out")
+        raise ModelError(f"{folder} has a tokenizer whose chat_template is not text; correct it, or remove it")
     return tokenizer
 
 
@@ -76,10 +76,10 @@ def _check_names(folder: Path) -> None:
         said = read_object(path) if path.exists() else {}
         for key in _OTHER_TABLES:
             if said.get(key) is not None:
-                raise ModelError(f"{path} says {key}={said[key]!r}, wanted {_TABLES} alone: take it out")
+                raise ModelError(f"{path} says {key}={said[key]!r}, wanted only {_TABLES}: remove it")
         for text in _texts(_arguments(name, said)):
             if _is_foreign_file(folder, text):
-                raise ModelError(f"{path} names {text!r}, which is no file of its folder: refused; take it out")
+                raise ModelError(f"{path} names {text!r}, which is not a file in its folder: refused; remove it")
 
 
 def _arguments(name: str, said: dict[str, Any]) -> object:

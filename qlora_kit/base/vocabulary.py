@@ -210,11 +210,11 @@ def quantize_vocabulary(
     scale, width = embedding_scale(embedding), embedding.weight.shape[1]
     if quantization.is_4bit and width % quantization.block_size:
         raise ModelError(
-            f"base.quantize_head wants base.block_size to divide the embedding's width of {width}; "
+            f"base.quantize_head needs base.block_size to divide the embedding's width of {width}; "
             f"{quantization.block_size} does not"
         )
     if head is not None and type(head) is not nn.Linear:
-        raise ModelError(f"the output head is a {type(head).__name__}; base.quantize_head is possible on a Linear only")
+        raise ModelError(f"the output head is a {type(head).__name__}; base.quantize_head is possible only on a Linear")
     names = {id(module): name for name, module in model.named_modules()}
     ties = are_tied(embedding, head)
     if head is not None:

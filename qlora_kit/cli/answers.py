@@ -31,7 +31,7 @@ def check_new(out: Path | None) -> None:
         RunError: it exists.
     """
     if out is not None and out.exists():
-        raise RunError(f"{out} exists already; name a new file with --out")
+        raise RunError(f"{out} already exists; name a new file with --out")
 
 
 def gather(out: Path | None, ask: Callable[[Tell], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def _kept(out: Path | None) -> Iterator[Callable[[Sequence[Answer]], None]]:
         return
     part, made = out.with_name(f"{out.name}.part"), 0
     if part.exists():
-        raise RunError(f"{part} holds answers of a run that was stopped; move it away, or name a new file with --out")
+        raise RunError(f"{part} holds answers from a stopped run; move it away, or name a new file with --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(part, "x", encoding="utf-8")  # noqa: SIM115 - the block below closes it

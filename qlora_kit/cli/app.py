@@ -89,7 +89,7 @@ def plan(
     as_json: AsJson = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Plan a run's memory, beside 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
+    """Plan a run's memory, next to 16-bit LoRA and full fine-tuning. Exit code 3 if it does not fit."""
     from qlora_kit.cli.show import Screen, import_libraries
     from qlora_kit.recipe import read_recipe
 
@@ -156,9 +156,9 @@ def train(
     from qlora_kit.recipe import read_recipe
 
     if resume and overwrite:
-        raise RecipeError("--resume goes on with a run and --overwrite removes it; give one of them")
+        raise RecipeError("--resume continues a run and --overwrite removes it; give only one of them")
     if force and not resume:
-        raise RecipeError("--force is for a run that is resumed; give --resume with it, or leave it out")
+        raise RecipeError("--force is for resuming a run; add --resume, or leave --force out")
     checked = read_recipe(recipe, overrides or [])
     screen = Screen()
     with screen.catching_signals(), screen.showing():
@@ -223,7 +223,7 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's report.html again, or compare runs on one page. Reads the run folders alone."""
+    """Write a run's report.html again, or compare runs on one page. Reads only the run folders."""
     from qlora_kit.report import (
         compare_runs,
         comparison_facts,

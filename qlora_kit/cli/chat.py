@@ -87,7 +87,7 @@ class _Terminal:
         """Until /quit or the end of the input."""
         with suppress(ImportError):  # where there is one, lines can be edited and called back
             import readline  # noqa: F401
-        _say("talk; /help lists commands, Ctrl-C stops an answer, /quit or Ctrl-D ends")
+        _say("type a message; /help lists commands, Ctrl-C stops an answer, /quit or Ctrl-D exits")
         self._say_who()
         while (line := _read()) is not None:
             if line.strip() == "/quit":
@@ -109,19 +109,19 @@ class _Terminal:
             typer.echo("\n" if sys.stdin.isatty() else "")
 
     def _new(self, _: str) -> None:
-        """forget all turns but the system's"""
+        """forget all turns except the system prompt"""
         self._conversation.start_anew()
 
     def _undo(self, _: str) -> None:
-        """take back the last question and its answer"""
-        _say("taken back" if self._conversation.undo() else "there is nothing to take back")
+        """undo the last question and its answer"""
+        _say("undone" if self._conversation.undo() else "there is nothing to undo")
 
     def _system(self, text: str) -> None:
-        """TEXT: what the conversation opens with"""
+        """TEXT: the system prompt that the conversation opens with"""
         self._conversation.set_system(text)
 
     def _base(self, _: str) -> None:
-        """let the bare base answer"""
+        """let the base answer, without an adapter"""
         self._conversation.use(None)
         self._say_who()
 
@@ -137,9 +137,9 @@ class _Terminal:
             raise RunError("/save needs the name of a new file")
         path, rows = Path(os.path.expanduser(name)), self._conversation.rows
         if not rows:
-            raise RunError("nothing is said yet, so there is nothing to save")
+            raise RunError("nothing has been said yet, so there is nothing to save")
         if path.exists():
-            raise RunError(f"{path} exists already; name a new file")
+            raise RunError(f"{path} already exists; name a new file")
         try:
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         except OSError as error:
@@ -150,14 +150,16 @@ class _Terminal:
         """this list"""
         for name, command in self._commands.items():
             _say(f"  /{name:8} {command.__doc__}")
-        _say("  /quit     end")
+        _say("  /quit     leave the chat")
 
     def _say_who(self) -> None:
         names, speaks = self._conversation.names, self._conversation.speaks
-        said = ", ".join(f"{name} (speaks)" if name == speaks else name for name in names)
-        _say(f"adapters: {said}{'; the bare base speaks' if speaks is None else ''}")
+        said = ", ".join(f"{name} (active)" if name == speaks else name for name in names)
+        _say(f"adapters: {said}{'; the base is active' if speaks is None else ''}")
         if not self._conversation.is_chat:
-            _note("it was trained on prompts and completions: it answers each line by itself, without the lines before")
+            _note(
+                "it was trained on prompts and completions: it answers each line on its own, without the earlier ones"
+            )
 
 
 def _read() -> str | None:
@@ -168,7 +170,7 @@ def _read() -> str | None:
         try:
             return input("> " if sys.stdin.isatty() else "")
         except KeyboardInterrupt:
-            _say("\n/quit or Ctrl-D ends")
+            _say("\n/quit or Ctrl-D exits")
         except EOFError:
             return None
 

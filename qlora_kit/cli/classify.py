@@ -34,7 +34,7 @@ def classify(
     from qlora_kit.cli.show import import_libraries
 
     if (text is None) == (texts is None):
-        raise RecipeError("give one of --text TEXT and --texts FILE")
+        raise RecipeError("give either --text TEXT or --texts FILE")
     check_new(out)
     import_libraries()
     from qlora_kit.run import classify as run_classify

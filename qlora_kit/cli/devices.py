@@ -131,7 +131,7 @@ def _nf4_decode(device: str) -> str:
     worst = (decoded.cpu() - expected).abs().max().item()
     if not worst <= 1e-6:  # so that NaN fails, too
         raise DeviceError(f"a decoded weight is off by {worst:.2g}")
-    return f"{expected.numel()} weights, each as the codebook says"
+    return f"{expected.numel()} weights, each equal to its codebook value"
 
 
 def _optimizer_step(device: str) -> str:
@@ -169,5 +169,5 @@ def _pinned_memory() -> str:
 
     buffer = torch.empty(16 * 2**20, dtype=torch.uint8, pin_memory=True)
     if not buffer.is_pinned():
-        raise DeviceError("the memory was given, but not pinned")
+        raise DeviceError("the memory was allocated, but not pinned")
     return f"{format_bytes(buffer.numel())} pinned"

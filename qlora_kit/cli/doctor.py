@@ -46,25 +46,26 @@ def run_doctor(as_json: bool) -> int:
 
 def checks() -> list[Check]:
     """Try what training needs on this machine, and tell what was found. Takes some seconds, mostly for imports."""
-    results = [attempt("Python", _python, "install a Python of that range")]
+    results = [attempt("Python", _python, "install a Python in that range")]
     for package in _PACKAGES:
         advice = f"pip install --upgrade {package}, or reinstall qlora-kit"
         results.append(attempt(package, partial(_package, package), advice))
     results += [
         attempt("memory", _memory, ""),
-        attempt("disk", _disk, "work in a folder that you can write"),
+        attempt("disk", _disk, "work in a folder that you can write to"),
         attempt("processor", _processor, "reinstall torch"),
         attempt("compiled code", _compiled_code, ""),
         attempt(
             "CUDA",
             cuda,
-            "install a torch whose CUDA the driver serves, or update the driver: https://pytorch.org/get-started/locally",
+            "install a torch whose CUDA the driver serves, or update the driver: "
+            "https://pytorch.org/get-started/locally",
         ),
     ]
     for device in devices():
         results += device_checks(device)
     results += [
-        attempt("hub cache", _hub_cache, "set HF_HOME to a folder that you can write"),
+        attempt("hub cache", _hub_cache, "set HF_HOME to a folder that you can write to"),
         attempt("hub access", _hub_access, "reinstall huggingface_hub"),
         attempt("hub token", _hub_token, "`hf auth login` writes a new one"),
     ]
@@ -114,7 +115,7 @@ def _memory() -> str:
     try:
         text = Path("/proc/meminfo").read_text()
     except OSError as error:
-        raise AbsentError("not known on this system") from error
+        raise AbsentError("unknown on this system") from error
     sizes = {key: int(count) * KIB for key, count in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
     available, total = sizes.get("MemAvailable", 0), sizes.get("MemTotal", 0)
     return f"{format_bytes(available)} of {format_bytes(total)} available"
@@ -157,7 +158,7 @@ def _compiled_code() -> str:
         raise AbsentError(
             "none, plain torch instead: no C compiler (cc, gcc, clang) whose code can be stored and gives right results"
         )
-    return "there, for a CPU" + (
+    return "available, for a CPU" + (
         ", which multiplies quantised matrices as they are stored (AMX)" if has_tiles() else ""
     )
 
@@ -196,7 +197,7 @@ def _hub_token() -> str:
 
     if get_token() is None:
         raise AbsentError("none: only public models can be fetched (`hf auth login` adds one)")
-    return "there is one"
+    return "found"
 
 
 # --- printing ---------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def export(
     from qlora_kit.cli.show import audit_lines, import_libraries
 
     if out is None and not compare:
-        raise RunError("--out is missing: say which folder the export is to be, or ask for --compare")
+        raise RunError("--out is missing: name the folder for the export, or use --compare")
     import_libraries()
     from qlora_kit.run import Asked, compare_exports, export_run
 

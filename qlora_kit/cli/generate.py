@@ -59,7 +59,7 @@ def generate(
     from qlora_kit.cli.show import import_libraries
 
     if (prompt is None) == (prompts is None):
-        raise RecipeError("give one of --prompt TEXT and --prompts FILE")
+        raise RecipeError("give either --prompt TEXT or --prompts FILE")
     check_new(out)
     import_libraries()
     from qlora_kit.run import answer, load_speaker

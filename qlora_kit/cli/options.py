@@ -55,7 +55,7 @@ def sampling_of(
 
     idle = [name for name, is_set in (("--top-p", top_p < 1), ("--top-k", top_k > 0), ("--min-p", min_p > 0)) if is_set]
     if idle and temperature == 0:
-        raise RecipeError(f"{idle[0]} changes nothing at --temperature 0, which takes the likeliest token; raise it")
+        raise RecipeError(f"{idle[0]} has no effect at --temperature 0, which takes the likeliest token; raise it")
     if "" in stop:
-        raise RecipeError("--stop is empty, which every answer begins with; give the text that ends an answer")
+        raise RecipeError("--stop is empty, which would end every answer at once; give the text that ends an answer")
     return Sampling(temperature, top_p, top_k, min_p, repetition_penalty, stop, seed)

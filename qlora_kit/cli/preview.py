@@ -38,8 +38,8 @@ def draw(preview: Preview, console: Console) -> None:
             console.print(text, end="" if text.plain.endswith("\n") else "\n")
     if preview.rows:
         trained = "bold and green" if has_colours else f"{OPEN}in brackets{CLOSE}"
-        told = "its class stands behind the place of each text" if preview.classes else f"trained on: {trained}"
-        console.print(Text(f"\n{told}; --rows N shows other numbers of rows", "dim"))
+        told = "the class follows the location of each text" if preview.classes else f"trained on: {trained}"
+        console.print(Text(f"\n{told}; --rows N shows a different number of rows", "dim"))
 
 
 def _summary(preview: Preview) -> Iterator[str]:
@@ -47,7 +47,7 @@ def _summary(preview: Preview) -> Iterator[str]:
     used, scored = ("", "") if preview.classes else (" trained on", " scored")
     yield f"train     {_kept(train, used)}"
     for part in preview.sources if len(preview.sources) > 1 else ():
-        drawn = "" if part.weight == 1 else f"; weight {part.weight:g}, {counted(part.deck.drawn, 'row')} an epoch"
+        drawn = "" if part.weight == 1 else f"; weight {part.weight:g}, {counted(part.deck.drawn, 'row')} per epoch"
         yield f"          {visible(part.name)}: {_kept(part.counts, used)}{drawn}"
     yield f"held out  {_kept(preview.eval, scored)}"
     if preview.classes:

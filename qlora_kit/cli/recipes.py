@@ -44,7 +44,7 @@ def copy(
     target = to or Path(f"{name}.yaml")
     source = recipe.find(name)
     if target.exists():
-        raise RecipeError(f"{target} exists already; name another file")
+        raise RecipeError(f"{target} already exists; name another file")
     try:
         shutil.copyfile(source, target)
     except OSError as error:

@@ -117,7 +117,8 @@ class Screen(Watch):
         )
         if 0 < held_out < FEW_ROWS:
             self.note(
-                f"only {counted(held_out, 'row')} held out: a loss on so few says little; give more with data.eval"
+                f"only {counted(held_out, 'row')} held out: a loss on so few rows means little; give more with "
+                "data.eval"
             )
         self.console.print(
             f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} at a time), "
@@ -211,11 +212,11 @@ class Screen(Watch):
         shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         if not result.finished:
             self.console.print(
-                f"\nstopped after step {result.step}; the state is saved. Go on with:\n"
+                f"\nstopped after step {result.step}; the state is saved. Continue with:\n"
                 f"  qlora-kit train {_shown(shlex.quote(str(shown / 'recipe.yaml')))} --resume"
             )
             return
-        self.console.print(f"\n[bold]memory[/] planned beside measured\n{escape(_memory_text(folder))}")
+        self.console.print(f"\n[bold]memory[/] planned and measured\n{escape(_memory_text(folder))}")
         self.console.print(f"\n[green]done[/] in {format_seconds(result.seconds)}")
         if self._trains_all:
             self.console.print(f"  model    {_shown(shown / 'model')}  (plain transformers weights)")
@@ -260,9 +261,9 @@ class Screen(Watch):
             os._exit(128 + number)
         self.signal = number
         if not self._is_training:
-            self.console.print("\nstopped before training began; nothing is changed")
+            self.console.print("\nstopped before training began; nothing was changed")
             raise SystemExit(128 + number)  # not an Exception, which a library might take for its own
-        self.console.print("\nstopping after this step; once more quits at once")
+        self.console.print("\nstopping after this step; press again to quit immediately")
 
     def _end_bar(self) -> None:
         if self._progress is not None:

@@ -34,14 +34,14 @@ def sweep(
     from qlora_kit.recipe import has_axes
 
     if resume and overwrite:
-        raise RecipeError("--resume goes on with a sweep and --overwrite removes it; give one of them")
+        raise RecipeError("--resume continues a sweep and --overwrite removes it; give only one of them")
     if has_axes(overrides or []):
         _train_grid(recipe, overrides or [], resume, overwrite, as_json, trust_remote_code)
         return
     if resume or overwrite:
         raise RecipeError(
             f"{'--resume' if resume else '--overwrite'} is for a sweep over an axis, such as train.lr=1e-4,2e-4; "
-            "without one the learning rate is picked, which leaves nothing on disk: leave it out, or give an axis"
+            "without one the learning rate is picked and nothing is left on disk: leave it out, or give an axis"
         )
     _pick_rate(recipe, overrides or [], as_json, trust_remote_code)
 
@@ -68,7 +68,7 @@ def _train_grid(
     else:
         typer.echo(f"\n{visible(sweep_text(swept), keep=chr(10))}\n\n{visible(str(grid.folder / 'report.html'))}")
     if screen.signal is not None and swept.missing:
-        typer.echo("stopped; the state is saved. Go on with the same command and --resume", err=True)
+        typer.echo("stopped; the state is saved. Continue with the same command and --resume", err=True)
         raise typer.Exit(128 + screen.signal)
 
 

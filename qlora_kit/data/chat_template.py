@@ -63,7 +63,7 @@ class Renderer:
             )
             return str(text)
         except _TEMPLATE_FAULTS as error:
-            raise DataError(f"the chat template refuses the chat: {' '.join(str(error).split())}") from error
+            raise DataError(f"the chat template rejects the chat: {' '.join(str(error).split())}") from error
 
 
 # ---- which template ------------------------------------------------------------------------------------------------
@@ -92,8 +92,8 @@ def find_template(name: str) -> str | None:
     except OSError as error:
         near = "".join(f" (did you mean {close}?)" for close in get_close_matches(name, shipped, n=1))
         raise DataError(
-            f"data.template={name} is neither a shipped template ({', '.join(shipped)}) nor a file that "
-            f"can be read: {error.strerror}{near}"
+            f"data.template={name} is neither a shipped template ({', '.join(shipped)}) nor a readable file: "
+            f"{error.strerror}{near}"
         ) from None
 
 

@@ -43,11 +43,11 @@ def _given(messages: list[dict[str, Any]], given: int) -> int:
     end = max((at + 1 for at, weight in weights.items() if weight == 0), default=0)
     if any(weight == 1 and given <= at < end for at, weight in weights.items()):
         raise DataError(
-            f"turn {end} has weight 0 and stands behind an answer that is learnt: cut the chat before it, or leave the "
+            f"turn {end} has weight 0 and follows an answer that is learnt: cut the chat before it, or leave the "
             "row out"
         )
     if end > max(given, *weights, 0):
-        raise DataError("no assistant turn but of weight 0: nothing to learn from")
+        raise DataError("every assistant turn has weight 0: nothing to learn from")
     return max(given, end)
 
 

@@ -34,7 +34,9 @@ class Classes:
         strange = [label for label in labels if label not in self.names]
         if strange:
             near = "".join(f" (did you mean {close!r}?)" for close in get_close_matches(strange[0], self.names, n=1))
-            raise DataError(f"label {strange[0]!r} is none of the training rows'{near}: {', '.join(self.names[:20])}")
+            raise DataError(
+                f"label {strange[0]!r} is not one of the training rows' labels{near}: {', '.join(self.names[:20])}"
+            )
         if self.is_multi:
             return tuple(float(name in labels) for name in self.names)
         return self.names.index(labels[0])
@@ -70,7 +72,7 @@ def classes_of(found: Collection[str], is_multi: bool, known: Sequence[str] = ()
         names = sorted(found)
     if len(names) < (1 if is_multi else 2):
         found_names = f"1 class ({names[0]})" if names else "no class"
-        raise DataError(f"the rows have {found_names}, and two are the fewest to tell apart")
+        raise DataError(f"the rows have {found_names}, and a classifier needs at least two")
     return Classes(tuple(names), is_multi)
 
 

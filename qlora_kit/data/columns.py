@@ -43,7 +43,7 @@ def read_row(
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except RecursionError:
-        raise DataError(f"{where}: objects and lists stand in each other too deep to be read") from None
+        raise DataError(f"{where}: objects and lists are nested too deeply to be read") from None
 
 
 def formats_of(task: str) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ class EncodedSet:
             raise DataError(self.faults.told(
                 f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than "
                 f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}; see data.over_length), "
-                f"{counts.no_trained:,} have no trained token (see data.loss_on) or two answers that are the same, "
+                f"{counts.no_trained:,} have no trained token (see data.loss_on) or have two identical answers, "
                 f"{counts.faults:,} cannot be used"
             ))  # fmt: skip
 

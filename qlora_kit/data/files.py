@@ -29,14 +29,16 @@ def files_in(folder: Path) -> list[Path]:
     files = [file for file in _visible(folder) if file.suffix.lower() in READERS]
     documents = [file for file in files if READERS[file.suffix.lower()] is _document]
     if any(folder.rglob("*.arrow")):
-        raise DataError(f"{folder} holds .arrow files, which are not read: write them again with Dataset.to_parquet")
+        raise DataError(
+            f"{folder} holds .arrow files, which are not supported: save them again with Dataset.to_parquet"
+        )
     if not files:
         raise DataError(f"{folder} is empty: no file in it ends in {', '.join(READERS)}")
     if documents and len(documents) < len(files):
         rows = next(file for file in files if file not in documents)
         raise DataError(
             f"{folder} holds rows ({rows.name}) and documents ({documents[0].name}): "
-            "list the files that are meant under data.train"
+            "list the files to use under data.train"
         )
     return files
 
@@ -107,7 +109,7 @@ def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
                 elif len(values) == len(columns):
                     yield where, dict(zip(columns, values, strict=True))
                 elif values:
-                    faults.add(f"{where}: {len(values)} values, and there are {len(columns)} columns")
+                    faults.add(f"{where}: {len(values)} values for {len(columns)} columns")
     except DataError as error:
         faults.add(error, hides_rows=True)
     except csv.Error as error:
@@ -146,12 +148,12 @@ def _parquet(path: Path, faults: Faults) -> Iterator[RawRow]:
     except DataError as error:
         faults.add(error, hides_rows=True)
     except (ArrowException, ValueError, OverflowError) as error:  # of Python's own: a date that it has not
-        faults.add(f"{path}: not Parquet that can be read, after row {number}: {error}", hides_rows=True)
+        faults.add(f"{path}: not readable Parquet, after row {number}: {error}", hides_rows=True)
 
 
 def _check_columns(names: Sequence[str], where: str) -> None:
     if name := twice(names):
-        raise DataError(f"{where}: the column {name!r} is there twice")
+        raise DataError(f"{where}: the column {name!r} appears twice")
 
 
 READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
@@ -183,4 +185,4 @@ def _parse(text: str, where: str) -> Any:
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of open brackets
-        raise DataError(f"{where}: not JSON that can be read: {error}") from None
+        raise DataError(f"{where}: not readable JSON: {error}") from None

@@ -60,7 +60,9 @@ def _history(row: Columns) -> list[dict[str, Any]]:
     """The turns before, as LLaMA-Factory's rows have them: questions with their answers, which are learnt, too."""
     pairs = row.get("history") or []
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
-        raise DataError(f"history is {kind(pairs)}, wanted a list of [question, answer]; rename it if it is none")
+        raise DataError(
+            f"history is {kind(pairs)}, wanted a list of [question, answer]; rename it if it is something else"
+        )
     return [
         {"role": role, "content": string(text, f"history {number}")}
         for number, pair in enumerate(pairs, 1)
@@ -81,7 +83,7 @@ def _check_wanted(row: Columns) -> None:
     """Refuse to teach an answer that its row calls bad. The word alone says so: a 0 may be the number of a class."""
     if str(row.get("label")).strip().lower() == "false":
         raise DataError(
-            "column 'label' is false: the answer is one that is not wanted, and would be learnt: leave the row out, or "
+            "column 'label' is false: the answer is marked as bad, and would be learnt: leave the row out, or "
             "set train.task=kto"
         )
 
@@ -113,7 +115,7 @@ def _preference(row: Columns) -> Preference:
     if chosen == rejected:
         raise DataError("chosen and rejected are the same: nothing to learn from")
     if prompt_of(chosen) != prompt_of(rejected):
-        raise DataError("chosen and rejected differ before their last turn, so they are no answers to one prompt")
+        raise DataError("chosen and rejected differ before their last turn, so they do not answer the same prompt")
     return Preference(chosen, rejected)
 
 
@@ -152,7 +154,7 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
     if turns[0]["role"] == "assistant":
         turns = [*spoken(prompt, "prompt", "user"), *turns]
     if turns[-1]["role"] != "assistant":
-        raise DataError(f"{name} ends with a turn of the {turns[-1]['role']}, wanted the assistant's")
+        raise DataError(f"{name} ends with a turn by the {turns[-1]['role']}, wanted one by the assistant")
     return chat_of(opened(turns, row), row)
 
 

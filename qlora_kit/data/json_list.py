@@ -33,7 +33,7 @@ def json_values(path: Path) -> Iterator[Any]:
         elif window.next():
             yield window.value()
         if window.next():
-            raise window.fault("more behind its end")
+            raise window.fault("extra text after its end")
 
 
 def _elements(window: "_Window") -> Iterator[Any]:
@@ -83,7 +83,7 @@ class _Window:
             except DataError as error:
                 raise DataError(f"{self.path}: {error}") from None
             except (ValueError, RecursionError) as error:  # thousands of digits; thousands of open brackets
-                raise DataError(f"{self.path}: not JSON that can be read: {error}") from None
+                raise DataError(f"{self.path}: not readable JSON: {error}") from None
             else:
                 if self.is_last or end < len(self.text) - CUT_SHORT:  # behind the 1 of 1.5 it may be cut
                     self.at = end

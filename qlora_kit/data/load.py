@@ -90,7 +90,7 @@ def scan(readers: Sequence[Reader]) -> Scan:
 
 def _check_any(rows: int, faults: Faults) -> None:
     if not rows:
-        raise DataError(faults.told(f"no row is left to train on, all of {faults.count:,} cannot be used"))
+        raise DataError(faults.told(f"no row is left to train on: none of the {faults.count:,} can be used"))
 
 
 def split_eval(rows: Sequence[Example], share: float = 0.02, most: int = 200) -> tuple[list[Example], list[Example]]:

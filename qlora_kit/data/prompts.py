@@ -176,7 +176,7 @@ def _prompt(
         example = _with_system(example, system)
     row = encode(with_thinking(example, thinking), tokenizer, loss_on="last")
     if not row.prompt:
-        raise DataError("there is no prompt, or none that a plain answer ends; wanted a prompt, or turns of a chat")
+        raise DataError("there is no prompt, or its answer is not plain text; wanted a prompt, or turns of a chat")
     shown = example.messages[:-1] if isinstance(example, Chat) else example.prompt  # type: ignore[union-attr]
     is_open = (row.answer or "").endswith(UNSAID)  # an empty thought may stand before it
     return Prompt(row.prompt, shown, None if is_open else row.answer)

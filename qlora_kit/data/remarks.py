@@ -91,18 +91,18 @@ def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:
     """What did not come through whole."""
     counts, places = rows.counts, rows.places
     if counts.faults:
-        why = "left out that cannot be used (data.on_error=skip)"
+        why = "left out as unusable (data.on_error=skip)"
         yield _remark("faults", why, rows.faults.shown, counts.faults, thing=thing)
     kept_in_part = {where for where, _ in seen.said}  # a row that was split may well have pieces that are all prompt
     if untrained := [where for where in dict.fromkeys(places["no_trained"]) if where not in kept_in_part]:
-        why = "left out without a trained token (see data.loss_on), or as pairs of the same answers"
+        why = "left out for lack of a trained token (see data.loss_on), or because both answers are the same"
         yield _remark("no_trained", why, untrained, thing=thing)
     if counts.dropped > WORTH_A_WORD * counts.given:
         share = f"{counts.dropped / counts.given:.1%} of all"
-        why = f"left out as longer than data.max_tokens, {share} (see data.over_length)"
+        why = f"left out for being longer than data.max_tokens, {share} (see data.over_length)"
         yield _remark("dropped", why, places["dropped"], thing=thing)
     if counts.truncated:
-        why = "cut at data.max_tokens: what follows there is not learnt, nor how it ends"
+        why = "cut at data.max_tokens: the rest is not learnt, nor how the answer ends"
         yield _remark("truncated", why, places["truncated"], thing=thing, is_for_runs=False)
 
 
@@ -112,8 +112,8 @@ _ODD: dict[Odd, str] = {
     "(see data.template)",
     "system": "with a system text that the chat template does not write: answers are learnt without it "
     "(see data.template)",
-    "marks": "of which the chat template's generation marks hold other than the assistant's answers: they are not "
-    "used, and what follows each prompt is learnt (see data.template)",
+    "marks": "for which the chat template's generation marks cover more than the assistant's answers: the marks are "
+    "not used, and what follows each prompt is learnt (see data.template)",
 }
 
 
@@ -125,10 +125,10 @@ def _odd(rows: EncodedSet, thing: str) -> Iterator[Remark]:
 def _kept(train: _Seen, held_out: _Seen) -> Iterator[Remark]:
     """What is odd about rows that are trained on."""
     if endless := [*dict.fromkeys(train.endless)]:  # a chat of which every answer is a row stands in one place
-        why = "with an answer that has no end token behind it: the model may not learn to stop (see data.template)"
+        why = "with an answer that has no end token after it: the model may not learn to stop (see data.template)"
         yield _remark("no_end", why, endless)
     if train.doubled:
-        why = "with two BOS tokens at the start: the text or the template brings another"
+        why = "with two BOS tokens at the start: the text or the template adds another"
         yield _remark("two_bos", why, train.doubled)
     # The pieces of a row, and rows of a source that is named twice, stand in one place and repeat nothing.
     first: dict[int, str] = {}
@@ -136,11 +136,11 @@ def _kept(train: _Seen, held_out: _Seen) -> Iterator[Remark]:
         f"{here} (as {there})" for here, key in train.said if here != (there := first.setdefault(key, here))
     ]:
         share = len(repeated) / len(train.said)
-        why = f"like one before, {share:.1%} of all"
+        why = f"identical to an earlier row, {share:.1%} of all"
         yield _remark("repeated", why, repeated, is_for_runs=share > WORTH_A_WORD)
     held = {key: where for where, key in held_out.said}
     if leaked := [f"{here} (as {held[key]})" for here, key in train.said if key in held]:
-        yield _remark("leaked", "trained on and held out, too: held-out scores look too good", leaked)
+        yield _remark("leaked", "both trained on and held out: held-out scores look too good", leaked)
 
 
 def sides(row: Encoded) -> dict[str, Encoded]:

@@ -71,7 +71,7 @@ class Reader:
         names = [str(file.relative_to(path)) for file in unread_in(path)] if path.is_dir() else []
         if not names:
             return None
-        why = f"not read, of another ending than {', '.join(READERS)}"
+        why = f"not read, with an ending other than {', '.join(READERS)}"
         return f"{path}: {counted(len(names), 'file')} {why}: {listed(names)}"
 
     def _open(self, faults: Faults) -> Iterator[tuple[str, Iterator[RawRow]]]:
@@ -184,9 +184,9 @@ def _way_out(error: Exception) -> str:
 
     if isinstance(error, DatasetNotFoundError):
         return (
-            "; there is no file or folder of that name here either: mend the name, or, where the data set is gated or "
-            "private, ask for access on its page and give your token with `hf auth login`"
+            "; there is no file or folder of that name here either: correct the name, or, where the data set is gated "
+            "or private, ask for access on its page and give your token with `hf auth login`"
         )
     if isinstance(error, ConnectionError):
-        return "; there is no file or folder of that name here either: mend the name, or see that there is a network"
+        return "; there is no file or folder of that name here either: correct the name, or check the network"
     return ""

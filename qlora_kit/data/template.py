@@ -38,7 +38,7 @@ def encode(
     rows = encode_turns(example, tokenizer, loss_on=loss_on, template=template)
     if len(rows) > 1:
         raise DataError(
-            f"the chat template writes earlier turns differently from what inference saw, so that this chat makes "
+            "the chat template writes earlier turns differently from what inference saw, so this chat makes "
             f"{len(rows)} rows where one is wanted: set data.loss_on=last"
         )
     return rows[0]
@@ -92,7 +92,7 @@ def encode_text(example: Classified, tokenizer: "PreTrainedTokenizerBase", class
     """
     ids = tokenised(example.text, tokenizer)["input_ids"]
     if not ids:
-        raise DataError("the tokenizer makes no token of the text")
+        raise DataError("the tokenizer makes no tokens from the text")
     target, ending = classes.target(example.labels), _tokens_behind(tokenizer)
     return Encoded(ids, [False] * len(ids), where=example.where, target=target, ending=ending)
 

@@ -115,9 +115,9 @@ class _Form:
         if said is None:
             at = next(n for n, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
             raise DataError(
-                f"the chat template gives a prompt for turn {i + 1} that the turn does not begin with: "
+                f"turn {i + 1}, as rendered by the chat template, does not start with its own prompt: "
                 f"{_excerpt(prompt, at)} where the turn has {_excerpt(whole, at)}; what inference would see cannot be "
-                "trained: mend the template and name it with data.template=FILE"
+                "trained: correct the template and name it with data.template=FILE"
             )
         if thought_of(message) not in said:
             raise DataError(
@@ -126,7 +126,7 @@ class _Form:
             )
         if loses_calls(messages[: i + 1], whole, self.render):
             raise DataError(
-                f"the chat template leaves out the tool calls of turn {i + 1}, so that an answer without them would be "
+                f"the chat template leaves out the tool calls of turn {i + 1}, so an answer without them would be "
                 "learnt: name a template that writes them with data.template=FILE, or leave the row out"
             )
         return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))

@@ -40,7 +40,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         name = twice([name for name, _ in pairs])
         values = " and ".join(short(value) for each, value in pairs if each == name)
-        raise DataError(f"the key {name!r} is there twice ({values}): keep one")
+        raise DataError(f"the key {name!r} appears twice ({values}): keep one")
     return found
 
 
@@ -71,7 +71,7 @@ def check_characters(value: object, name: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:
             around = value[max(0, error.start - 10) : error.start + 10]
-            raise DataError(f"{name} holds half of a surrogate pair ({around!a}), which is no character") from None
+            raise DataError(f"{name} holds half of a surrogate pair ({around!a}), which is not a character") from None
     elif isinstance(value, Mapping):
         for key, each in value.items():
             check_characters(key, name)
@@ -93,7 +93,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-_KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value"}
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "a boolean"}
 
 
 def kind(value: object) -> str:

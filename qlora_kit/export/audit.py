@@ -64,7 +64,7 @@ def compare(as_trained: PreTrainedModel, export: PreTrainedModel, batches: Itera
         parts = list((_texts if is_classifier else _tokens)((as_trained, export), batches))
     kl_N, loss_p_N, loss_q_N, same_N = torch.cat(parts, dim=1) if parts else torch.empty(4, 0)
     if len(kl_N) == 0:
-        raise DataError("the rows to audit the export on hold no labelled token; give rows with answers")
+        raise DataError("the rows to audit the export on have no labelled token; give rows with answers")
     if not torch.isfinite(kl_N).all():
         culprit = "export" if torch.isfinite(loss_p_N).all() else "model as trained"
         raise RunError(f"the {culprit} gives NaN or infinite logits on the audit's rows; try dtype=bfloat16")
@@ -107,9 +107,9 @@ def check_audit(
     loss, count = found["loss_as_trained"], found[f"{unit}s"]
     if scored_loss is not None and abs(loss - scored_loss) > SCORE_SHARE * (1 + scored_loss + 10 / count**0.5):
         raise RunError(
-            f"the model loses {loss:.4g} nats a {unit} on its held-out rows and lost {scored_loss:.4g} when it was "
-            "trained: its base or its adapter has changed since, or it computes in another dtype; put back what was "
-            "there, or export with --force"
+            f"the model's held-out loss is {loss:.4g} nats a {unit}, and was {scored_loss:.4g} when it was trained: "
+            "its base or its adapter has changed since, or it computes in another dtype; restore what was there, or "
+            "export with --force"
         )
     limit = max_kl if max_kl is not None or onto != "dequantized" else LIMITS.get(kind)
     if limit is not None and found["mean_kl"] > limit:

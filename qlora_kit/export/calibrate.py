@@ -169,8 +169,8 @@ def _record(
             text_body(model)(input_ids=piece.input_ids.to(model.device), **told, use_cache=False)
         if not noted.is_chain or noted.first is None:
             raise RunError(
-                f"the blocks of a {model.config.model_type} do not hand on what they make, so codes cannot be chosen "
-                "block by block; export with --calibration-rows 0, which rounds each weight for itself"
+                f"the blocks of a {model.config.model_type} do not pass their output to the next block, so codes "
+                "cannot be chosen block by block; export with --calibration-rows 0, which rounds each weight on its own"
             )
         inputs.append(noted.first)
         for name, each in noted.more.items():

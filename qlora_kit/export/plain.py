@@ -192,7 +192,7 @@ def original_of(model: PreTrainedModel, *, is_whole: bool) -> PreTrainedModel:
         ModelError: they are not at hand.
     """
     if is_whole:
-        raise RunError("every weight was trained, so there is no adapter to put onto the original; leave --onto out")
+        raise RunError("every weight was trained, so there is no adapter to merge into the original; leave out --onto")
     try:
         original = original_weights(model)
     except ModelError as error:
@@ -244,8 +244,8 @@ def check_own_code(model: PreTrainedModel) -> None:
     """Refuse a model whose weights alone would not run (RunError)."""
     if brings_code(model):
         raise RunError(
-            f"{model.config._name_or_path} runs code of its own, which plain weights would have to bring along: "
-            "not built yet; export --to adapter"
+            f"{model.config._name_or_path} runs code of its own, which plain weights would have to include: not "
+            "supported yet; export --to adapter"
         )
 
 

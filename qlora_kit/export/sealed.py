@@ -61,7 +61,7 @@ def check_request(out: Path | None, dtype: str, onto: str = "dequantized") -> No
 def check_place(out: Path | None, onto: str) -> None:
     """Refuse, before a model is loaded, what no kind of export can be merged into or written to (RunError)."""
     if onto not in ONTO:
-        raise RunError(f"onto={onto!r} is nothing that an adapter can be merged into; use one of {', '.join(ONTO)}")
+        raise RunError(f"onto={onto!r} is not a merge target; use one of {', '.join(ONTO)}")
     if out is not None:
         check_vacant(out)
 
@@ -73,7 +73,7 @@ def check_vacant(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty, and an export overwrites nothing; choose another folder, or empty it")
     if os.path.ismount(out):
-        raise RunError(f"{out} is where a disk is mounted, and an export is one folder; choose a folder below it")
+        raise RunError(f"{out} is where a disk is mounted, and an export must be one folder; choose a folder below it")
     check_writable(out, "choose another folder")
 
 
@@ -87,7 +87,7 @@ def check_disk(out: Path, needed_bytes: int) -> None:
 def torch_dtype(dtype: str) -> torch.dtype:
     """The dtype of that name, or a RunError."""
     if dtype not in DTYPES:
-        raise RunError(f"dtype={dtype!r} is not one that weights are exported in; use one of {', '.join(DTYPES)}")
+        raise RunError(f"dtype={dtype!r} is not supported for exported weights; use one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 

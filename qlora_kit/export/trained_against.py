@@ -132,7 +132,7 @@ def _words(adapter: Path, key: str) -> list[str]:
 
 def _metadata(path: Path) -> dict[str, str]:
     if not path.is_file():
-        raise AdapterError(f"{path} is missing: {path.parent} is no adapter")
+        raise AdapterError(f"{path} is missing: {path.parent} is not an adapter")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

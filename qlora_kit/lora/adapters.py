@@ -89,7 +89,7 @@ def load_adapter(
     name: str = "default",
     force: bool = False,
     dtype: torch.dtype | None = None,
-    way_on: str = "force loads it all the same",
+    way_on: str = "force loads it anyway",
 ) -> LoraReport:
     """Read an adapter that the kit or PEFT saved, attach it under `name`, and switch to it.
 
@@ -127,7 +127,7 @@ def load_adapter(
         _attach(model, contents, config, name, dtype)
         use_adapter(model, name)
     ignored = ignored_fields(config)
-    notes = (f"{CONFIG} says {', '.join(ignored)}, which changes nothing here",) if ignored else ()
+    notes = (f"{CONFIG} says {', '.join(ignored)}, which has no effect here",) if ignored else ()
     return replace(lora_report(model, name), notes=notes)
 
 

@@ -105,7 +105,7 @@ class _Announced:
                 "adapted), and this base has another"
             )
         elif leaf is None or not key.startswith(PREFIX):
-            yield f"{key} is no LoRA matrix"
+            yield f"{key} is not a LoRA matrix"
         else:
             stem = short.removesuffix(f".{self.leaves[leaf]}")
             contents.layers.setdefault(self.layers.get(stem, stem), {})[leaf] = value
@@ -130,7 +130,7 @@ class _Announced:
 
 def _unsound(key: str, value: Tensor) -> Iterator[str]:
     if value.dtype not in _DTYPES:
-        yield f"{key} is in {value.dtype}, which is no dtype of weights"
+        yield f"{key} is in {value.dtype}, which is not a dtype of weights"
     elif not torch.isfinite(value).all():
         yield f"{key} holds NaN or infinity"
 
@@ -186,7 +186,7 @@ def _fit_faults(
         faults.append(f"the model has no linear layer {listed(absent)}")
     taken = sorted({key for key, carrier in carriers(model) if not isinstance(carrier, LoraLayer)} & layers.keys())
     if taken:
-        faults.append(f"{listed(taken)} carries a whole module or rows of another adapter")
+        faults.append(f"{listed(taken)} is trained whole, or by rows, in another adapter")
     for key, parts in layers.items():
         if key in weights:
             experts, out, width = (1, *weight_shape(weights[key]))[-3:]

@@ -229,8 +229,8 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
     ]
     if full:
         yield (
-            f"rank {full[0][1]} is above the smaller width of {full[0][0]} (and of {len(full) - 1} more layers): as "
-            "much can be done there with a rank of that width"
+            f"rank {full[0][1]} is above the smaller width of {full[0][0]} (and of {len(full) - 1} more layers): a "
+            "rank of that width can do as much there"
         )
     if unused := base_record(model).unused:
         yield f"the base's checkpoint holds tensors that the model has no place for, left out: {listed(unused)}"

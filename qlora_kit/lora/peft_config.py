@@ -156,9 +156,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except RunError as error:
-        raise AdapterError(f"{error}: {path.parent} is no LoRA adapter") from error
+        raise AdapterError(f"{error}: {path.parent} is not a LoRA adapter") from error
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path} describes no LoRA adapter (wanted peft_type LORA)")
+        raise AdapterError(f"{path} does not describe a LoRA adapter (wanted peft_type LORA)")
     unknown = [
         f"{key}={value!r}"
         for key, value in config.items()
@@ -166,12 +166,12 @@ def read_config(path: Path) -> dict[str, Any]:
         or (key not in _NEUTRAL and key not in _READ and key not in _INERT and value not in (None, False, [], {}))
     ]
     if unknown:
-        raise AdapterError(f"{path} asks for what this version cannot do: {', '.join(sorted(unknown))}")
+        raise AdapterError(f"{path} asks for things that this version cannot do: {', '.join(sorted(unknown))}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
         raise AdapterError(
-            f"{path} says init_lora_weights={start!r}, a start that changes the base, so the file is not all that was "
-            "trained: let PEFT convert it first (path_initial_model_for_weight_conversion)"
+            f"{path} says init_lora_weights={start!r}, a start that changes the base, so the file does not hold all "
+            "that was trained: let PEFT convert it first (path_initial_model_for_weight_conversion)"
         )
     wrong = [key for key, is_fit in _FIELDS.items() if not is_fit(config.get(key))]
     if wrong:

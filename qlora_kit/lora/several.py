@@ -27,7 +27,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
         AdapterError: the name is taken, or torch cannot store a module under it.
     """
     if name in adapter_names(model):
-        raise AdapterError(f"there is an adapter {name!r} on this model already; choose another name")
+        raise AdapterError(f"there is already an adapter {name!r} on this model; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise AdapterError(
             f"an adapter cannot have the name {name!r} (empty, with a dot, or torch's own): choose another"
@@ -120,8 +120,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     odd = [other for other in weights for _, carrier in carriers(model) if _is_no_sum(carrier, other)]
     if odd:
         raise AdapterError(
-            f"adapter {odd[0]!r} is a DoRA, or trains whole modules or rows, so a weighted sum with it is no adapter: "
-            "export it merged"
+            f"adapter {odd[0]!r} is a DoRA, or trains whole modules or rows, so a weighted sum with it is not an "
+            "adapter: export it merged"
         )
     for _, layer in lora_layers(model):
         parts = {other: layer.adapter(other) for other in weights if other in layer.adapters}

@@ -64,7 +64,7 @@ def shaped(lora: Lora, added_tokens: Sequence[str] = ()) -> Lora:
     if other:
         key = other[0]
         raise RecipeError(
-            f"lora.from={lora.from_} brings lora.{key}={brought[key]}, and the recipe says {getattr(lora, key)}: leave "
+            f"lora.from={lora.from_} brings lora.{key}={brought[key]}, and the recipe sets {getattr(lora, key)}: leave "
             f"out {', '.join(f'lora.{each}' for each in other)}"
         )
     return lora.model_copy(update=brought)
@@ -112,7 +112,9 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT's fields in the words of a recipe."""
     for field in ("exclude_modules", "layers_to_transform"):
         if config.get(field):
-            raise AdapterError(f"lora.from cannot go on from an adapter with {field}={config[field]!r} in its config")
+            raise AdapterError(
+                f"lora.from cannot continue from an adapter with {field}={config[field]!r} in its config"
+            )
     modules, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     is_leaves = isinstance(modules, list) and not parameters and all("." not in entry for entry in modules)
     pattern = modules if isinstance(modules, str) else _any_end([re.escape(entry) for entry in (*modules, *parameters)])

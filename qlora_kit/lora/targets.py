@@ -74,7 +74,9 @@ def match_targets(
     _check_tie(model, chosen, "lora.targets", untie_head)
     taken = chosen & {name for name, carrier in carriers(model) if not isinstance(carrier, LoraLayer)}
     if taken:
-        raise AdapterError(f"{min(taken)} carries a whole module or rows of another adapter, and no update beside them")
+        raise AdapterError(
+            f"{min(taken)} is trained whole, or by rows, in another adapter; a LoRA update cannot be added"
+        )
     return chosen
 
 
@@ -99,7 +101,7 @@ def match_modules(
             names = module_names(model)
             nearest = difflib.get_close_matches(entry, [*names, *(name.rpartition(".")[2] for name in names)], n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise AdapterError(f"lora.also_train names {entry!r}, which is no module of this model{hint}")
+            raise AdapterError(f"lora.also_train names {entry!r}, which is not a module of this model{hint}")
         chosen |= dict.fromkeys(found)
     for name in chosen:
         check_module(model, name)
@@ -188,4 +190,4 @@ def _no_match(linears: Mapping[str, nn.Module], entry: str, key: str) -> str:
     leaves = sorted({name.rpartition(".")[2] for name in linears})
     nearest = difflib.get_close_matches(entry, [*leaves, *GROUPS], n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"lora.{key} names {entry!r}, which is no linear layer of this model; {hint}there are: {', '.join(leaves)}"
+    return f"lora.{key} names {entry!r}, which is not a linear layer of this model; {hint}it has: {', '.join(leaves)}"

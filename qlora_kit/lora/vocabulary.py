@@ -157,7 +157,8 @@ def check_rows(model: PreTrainedModel, ids: Sequence[int], taken: Collection[str
     is_taken = any(end == name or end.startswith(f"{name}.") for end in end_names(model) for name in taken)
     if is_taken or any(not isinstance(module, RowsEmbedding | RowsHead) for module in others):
         raise AdapterError(
-            "embedding or head carry other parts of an adapter; their rows cannot be trained as well: leave out "
+            "embedding or head is already trained by another part of an adapter; their rows cannot be trained as "
+            "well: leave out "
             "lora.added_tokens, or the head in lora.targets and lora.also_train"
         )
 

@@ -72,7 +72,9 @@ def check_module(model: PreTrainedModel, module_name: str) -> None:
     module = model.get_submodule(module_name)
     parts = list(module.modules())
     if any(isinstance(part, Carrier) for part in parts) and not isinstance(module, WholeModule):
-        raise AdapterError(f"{module_name} carries other parts of an adapter; it cannot be trained whole as well")
+        raise AdapterError(
+            f"{module_name} is already trained by another part of an adapter; it cannot be trained whole as well"
+        )
     if any(isinstance(part, QuantizedWeight | QuantizedEmbedding) for part in parts):
         raise AdapterError(f"{module_name} is quantised, so it cannot be trained whole; keep it dense (base.skip)")
     if next(module.parameters(), None) is None:

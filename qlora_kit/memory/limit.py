@@ -107,7 +107,7 @@ class Limit:
         self.counter.sample()
         if self.is_passed:
             raise FitError(
-                f"memory.budget is {format_bytes(budget)}, and {format_bytes(self.counter.taken_bytes)} were taken by "
+                f"memory.budget is {format_bytes(budget)}, and {format_bytes(self.counter.taken_bytes)} was taken by "
                 f"step {step} ({format_bytes(BESIDE_TENSORS_BYTES)} of it may lie outside the budget)"
             )
 

@@ -76,8 +76,8 @@ def capacity_of(recipe: Recipe, asked: int | str, trained: int, data_bits: float
     more = "the least that auto takes" if rank <= LEAST_RANK else f"more than rank {rank // 2} would hold"
     reason = f"rank {rank} holds about {format_bits(held)}, {data}"
     warning = (
-        "the data tell more than the adapter holds, and there LoRA falls behind full fine-tuning; a larger lora.rank "
-        "or more layers in lora.targets would hold more"
+        "the data hold more information than the adapter can, and there LoRA falls behind full fine-tuning; a larger "
+        "lora.rank or more layers in lora.targets would hold more"
     )
     return Capacity(
         held_bits=held,

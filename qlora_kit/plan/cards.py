@@ -131,7 +131,7 @@ def find_card(name: str) -> Card:
             f"the card {name!r} is not in the table; nearest: {', '.join(nearest)}; or give its memory with --budget"
         )
     if len({TOTAL_MIB[card] for card in chosen}) > 1:
-        raise RecipeError(f"the card {name!r} may be one of {', '.join(chosen)}; write which")
+        raise RecipeError(f"the card {name!r} may be one of {', '.join(chosen)}; specify which one")
     card = chosen[0]
     dtype = "float16" if card in WITHOUT_BF16 else "bfloat16"
     return Card(card, TOTAL_MIB[card] * MIB - CUDA_RESERVE_BYTES, dtype)

@@ -34,7 +34,7 @@ def busy_note(device: torch.device) -> str | None:
         return None
     return (
         f"this machine is busy (load {load:.1f} on {counted(cores, 'core')}): {threads} threads, which wait for each "
-        "other, may take many times as long as one; OMP_NUM_THREADS=1 takes one"
+        "other, may take many times as long as one; OMP_NUM_THREADS=1 uses one"
     )
 
 

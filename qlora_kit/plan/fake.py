@@ -286,8 +286,8 @@ def _told_if_it_decides(model: PreTrainedModel, work: Workload) -> Iterator[None
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         instead = "set data.packing=false, or " if work.packing else ""
         raise ModelError(
-            f"a {model.config.model_type} reads values of its tensors to decide what to do ({error.func}), but a "
-            f"plan has shapes alone; {instead}take another release of transformers, or another model"
+            f"a {model.config.model_type} reads values of its tensors to decide what to do ({error.func}), but a plan "
+            f"has only shapes; {instead}use another release of transformers, or another model"
         ) from error
 
 

@@ -84,7 +84,7 @@ def read_grid(recipe: str | os.PathLike[str], overrides: Sequence[str]) -> Grid:
     for values in axes.values():
         runs *= len(values)
     if runs > MOST_RUNS:
-        raise RecipeError(f"the grid has {runs:,} runs, and at most {MOST_RUNS} are made; leave values out")
+        raise RecipeError(f"the grid has {runs:,} runs, and at most {MOST_RUNS} are allowed; leave values out")
     base = read_recipe(recipe, [*fixed, *(f"{key}={values[0]}" for key, values in axes.items())])
     is_named = any(override.partition("=")[0].strip() == "output" for override in fixed)
     folder = Path(base.output if is_named else f"{base.output}-sweep")
@@ -111,9 +111,9 @@ def _axes(overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
             continue
         wrong = [value for value in values if not value or values.count(value) > 1]
         if key in axes:
-            raise RecipeError(f"{key} is given twice; write all of its values behind one {key}=")
+            raise RecipeError(f"{key} is given twice; write all of its values after one {key}=")
         if key == "output":
-            raise RecipeError("output is no axis: each run gets a folder of its own in it; give one")
+            raise RecipeError("output cannot be an axis: each run gets a folder of its own in it; give one")
         if wrong:
             fault = f"has {brief(wrong[0])} twice" if wrong[0] else "has nothing between two commas"
             raise RecipeError(f"{key}={brief(text)} {fault}; give each value once")

@@ -33,7 +33,7 @@ def compile_pattern(text: str) -> re.Pattern[str]:
     if tree.state.flags != parser.SRE_FLAG_UNICODE:
         raise ValueError("sets a flag for all of it, such as (?i): spell the names out")
     if repeats > _MOST_REPEATS:
-        raise ValueError(f"has {repeats} repeats and could take years: at most {_MOST_REPEATS} are matched")
+        raise ValueError(f"has {repeats} repeats and could take years: at most {_MOST_REPEATS} are allowed")
     return compiled
 
 

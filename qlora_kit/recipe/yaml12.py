@@ -92,7 +92,7 @@ def parse(text: str) -> yaml.Node | None:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise Unreadable(line, f"the character U+{error.character:04X} cannot stand in a recipe") from None
+        raise Unreadable(line, f"the character U+{error.character:04X} is not allowed in a recipe") from None
     try:
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:

@@ -40,7 +40,7 @@ def cards_sentence(plan: dict[str, Any]) -> str:
 
     >>> card = {"name": "RTX 4060", "usable_bytes": 7 * GIB, "qlora": True, "lora_16bit": False}
     >>> cards_sentence({"cards": [card], "methods": {}})
-    'Fits on: every card of the table; LoRA 16-bit: none of the table.'
+    'Fits on: every card in the table; LoRA 16-bit: no card in the table.'
     """
     groups, said = card_groups(plan), []
     own = own_method(plan)
@@ -54,9 +54,9 @@ def cards_sentence(plan: dict[str, Any]) -> str:
 def _from_which_on(groups: Sequence[CardGroup], method: str) -> str:
     fits = [group.fits.get(method, False) for group in groups]
     if not any(fits):
-        return "none of the table"
+        return "no card in the table"
     if all(fits):
-        return "every card of the table"
+        return "every card in the table"
     first = fits.index(True)
     name = groups[first].names[0]
     if first == len(groups) - 1:

@@ -56,11 +56,11 @@ def memory_check_sentences(memory: dict[str, Any]) -> list[str]:
         said.append(f"The device's own counter ({counter['name']}) peaked at {peak}{over}.")
     host, paged = (memory["measured"].get(key) or memory.get(key) for key in ("host_peak_bytes", "paged_bytes"))
     beside = [f"the host held up to {format_bytes(host)}"] if host else []
-    beside += [f"{format_bytes(paged)} of the optimizer's state are paged"] if paged else []
+    beside += [f"{format_bytes(paged)} of the optimizer's state is paged"] if paged else []
     if beside:
-        said.append(f"Beside it {', and '.join(beside)}.")
+        said.append(f"In addition, {', and '.join(beside)}.")
     if backed := memory.get("file_backed_bytes"):
-        said.append(f"Another {format_bytes(backed)} are backed by files, and can be dropped when memory is short.")
+        said.append(f"Another {format_bytes(backed)} is backed by files, and can be dropped when memory is short.")
     return said
 
 

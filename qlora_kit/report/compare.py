@@ -43,7 +43,7 @@ def compare_runs(folders: Sequence[str | Path]) -> list[RunFolder]:
     """
     twice = [folder for folder, count in Counter(Path(folder).resolve() for folder in folders).items() if count > 1]
     if twice:
-        raise RunError(f"{twice[0]} is given twice; a comparison wants different runs")
+        raise RunError(f"{twice[0]} is given twice; a comparison needs different runs")
     return [read_run(folder) for folder in folders]
 
 
@@ -108,9 +108,12 @@ def on_recipes(runs: Sequence[RunFolder]) -> str:
         return "The recipes are the same."
     said = "Only what differs is shown; the rest of the recipes is the same."
     if len(tasks) > 1:
-        said += f" The losses of {', '.join(tasks[:-1])} and {tasks[-1]} are different sums: compare each with its own."
+        said += (
+            f" The losses of {', '.join(tasks[:-1])} and {tasks[-1]} measure different things: compare each only "
+            "with its own kind."
+        )
     if any(key.startswith(_OF_THE_ROWS) for key in differences):
-        said += " The held-out tokens may not be the same: compare losses with care."
+        said += " The held-out tokens may differ: compare losses with care."
     return said
 
 

@@ -263,7 +263,7 @@ def _parsed(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise RunError(f"{where} is not JSON: {error.msg} (character {error.pos})") from error
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of nested lists
-        raise RunError(f"{where} is not JSON that can be read: {error}") from error
+        raise RunError(f"{where} is not readable JSON: {error}") from error
 
 
 def _finite(digits: str) -> float | None:

@@ -96,7 +96,7 @@ def _savings(run: RunFolder) -> Iterator[Markup]:
     if own_method(run.plan) == "full_finetune":  # it saves nothing, and what the other would save is said as such
         saved = saving(run.plan, "qlora", "full_finetune")
         if saved is not None and saved > 0:
-            yield figure(f"{saved:.0%}".replace("%", " %"), "less memory is what QLoRA is planned to take")
+            yield figure(f"{saved:.0%}".replace("%", " %"), "less memory planned for QLoRA")
         return
     for method in ("full_finetune", "lora_16bit"):
         saved = saving(run.plan, "qlora", method)

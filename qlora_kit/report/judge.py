@@ -128,7 +128,7 @@ def judge_run(run: RunFolder) -> str:
     early = ""
     if planned and steps and steps[-1] < planned:
         where = f"step {steps[-1]:,.0f} of {planned:,.0f}"
-        early = f"Not finished: {where} is its last." if run.scores is None else f"Stopped early, at {where}."
+        early = f"Not finished: the last is {where}." if run.scores is None else f"Stopped early, at {where}."
     curve_sentence = judge_curve(run.rows, run.kept_steps, run.left_step)
     sentences = judge_scores(run.scores), early, judge_explosion(run.rows), curve_sentence
     return " ".join(sentence for sentence in sentences if sentence)
@@ -158,17 +158,21 @@ def _what_is_left(best: Best, kept: Collection[float], left: float | None) -> st
     """Where the best evaluation's parameters are: in the run's result, in a checkpoint, or nowhere."""
     name, end = f"the best evaluation, {_said(best.loss)} at step {best.step:,.0f},", f"step {best.last_step:,.0f}"
     if best.step == left != best.last_step:
-        return f"{name} is what the run leaves, its end was {end}"
+        return f"{name} is the run's result; training ended at {end}"
     if left not in (None, best.last_step, best.step):
-        return f"{name} is not what the run leaves: that is step {left:,.0f}, and its end was {end}"
+        return f"{name} is not the run's result: that is step {left:,.0f}, and training ended at {end}"
     if best.step in kept:
         is_end = best.step == best.last_step
-        return f"{name} is the run's end and kept" if is_end else f"{name} is kept as a checkpoint, the end is {end}"
+        return (
+            f"{name} is the run's last and is kept"
+            if is_end
+            else f"{name} is kept as a checkpoint; training ended at {end}"
+        )
     if best.last_step not in kept:
-        return f"{name} is not kept, nor is the end"
+        return f"{name} is not kept, nor is the last"
     if best.last_loss - best.loss <= TOLERANCE * abs(best.loss):
-        return f"{name} is not kept, but the end, {end}, is within 1 % of it"
-    return f"{name} is not kept: there is only the end, {end}"
+        return f"{name} is not kept, but the last, {end}, is within 1 % of it"
+    return f"{name} is not kept: only the last, {end}, is"
 
 
 def _trend(rows: Sequence[dict[str, Any]]) -> _Trend:

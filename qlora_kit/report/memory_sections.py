@@ -115,7 +115,7 @@ def _timeline(run: RunFolder) -> Markup:
     ]
     peak = max(moments, key=lambda moment: sum(moment["bytes"].values()))
     full = format_bytes(sum(peak["bytes"].values()))
-    where = f", is in the {in_words(str(peak['phase']))} phase" if peak.get("phase") else " is the highest point"
+    where = f", was in the {in_words(str(peak['phase']))} phase" if peak.get("phase") else " is the highest point"
     return section(
         "Timeline",
         lead(f"What was alive, moment by moment; the peak, {full}{where}."),
@@ -134,7 +134,7 @@ def _largest(run: RunFolder) -> Markup:
     rows = [["made by", "bytes"], *(_allocation(each) for each in largest[:10])]
     return section(
         "Largest allocations",
-        lead("What took most at the peak, beside the weights that lay there before, and which module made it."),
+        lead("The largest allocations at the peak, besides the weights loaded before, and the module that made each."),
         table(rows, "the largest allocations alive at the peak", kind="listing"),
     )
 

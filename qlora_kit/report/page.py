@@ -57,7 +57,7 @@ def check_place(path: Path, kind: Kind) -> None:
         with path.open(encoding="utf-8", errors="replace") as file:
             if _generator(kind) in file.read(_HEAD_CHARACTERS):
                 return
-    raise RunError(f"{path} is there and is no {kind} of qlora-kit; give another name with --out")
+    raise RunError(f"{path} already exists and is not a {kind} by qlora-kit; give another name with --out")
 
 
 def write_page(path: Path, text: str) -> None:

@@ -96,7 +96,7 @@ def setting_sentences(plan: dict[str, Any]) -> Iterator[str]:
         said.append(f"activations {done.get(policy, policy)}")
     if rows := plan.get("micro_batch"):
         times = plan.get("accumulation") or 1
-        said.append(f"{counted(rows, 'row')} at a time, {counted(times, 'time')} a step")
+        said.append(f"{counted(rows, 'row')} at a time, {counted(times, 'time')} per step")
     if chunk := plan.get("loss_chunk"):
         said.append(f"the loss in chunks of {chunk:,.0f} tokens")
     if tokens := plan.get("eval_tokens"):
@@ -129,7 +129,7 @@ def _room(plan: dict[str, Any]) -> Iterator[str]:
         name = plan.get("device_profile") or ""
         yield f"Budget {format_bytes(budget)}{'' if name.startswith('CPU') or not name else f' ({name})'}: {verdict}."
     if floor := plan.get("floor"):
-        least = f"the least that the mathematics needs ({format_bytes(floor['bytes'])})"
+        least = f"the minimum that the mathematics needs ({format_bytes(floor['bytes'])})"
         yield f"The step takes {floor['ratio']:.2f} times {least} with nothing offloaded."
     if more := plan.get("next"):
         wanted = format_bytes(more["peak_bytes"])
@@ -142,10 +142,10 @@ def _beside_the_peak(method: dict[str, Any], allocator: dict[str, Any]) -> Itera
     if added:
         yield f"On the card CUDA adds about {', '.join(added)} (estimates, not in the peak)."
     if paged := method.get("paged_bytes"):
-        yield f"Of the optimizer's state {format_bytes(paged)} are paged: they may move to the host's memory."
+        yield f"{format_bytes(paged)} of the optimizer's state is paged: it may move to host memory."
     if host := method.get("host_peak_bytes"):
         what = "offloaded activations, copies for checkpoints, what loading holds"
-        yield f"The host's memory holds up to {format_bytes(host)}: {what}."
+        yield f"Host memory holds up to {format_bytes(host)}: {what}."
 
 
 def _duration(plan: dict[str, Any]) -> Iterator[str]:
@@ -168,5 +168,5 @@ def _compared(plan: dict[str, Any]) -> Iterator[str]:
 def _needs(share: float, own: str) -> str:
     difference = f"{abs(1 - share):.0%}".replace("%", " %") + (" less" if share <= 1 else " more")
     if own == "full_finetune":
-        return f"This run is full fine-tuning; QLoRA would need {share:.2f} of it: {difference}."
-    return f"QLoRA needs {share:.2f} of full fine-tuning: {difference}."
+        return f"This run is full fine-tuning; QLoRA would need {share:.2f} times its memory: {difference}."
+    return f"QLoRA needs {share:.2f} times the memory of full fine-tuning: {difference}."

@@ -115,7 +115,7 @@ def read_outcomes(folder: Path) -> dict[str, Any]:
             or not is_of_axes
             or any(value not in found["axes"][key] for key, value in each["settings"].items())
         ):
-            raise RunError(f"{folder / SWEEP}: the run {clipped(each['name'], 40)} is none of this sweep's")
+            raise RunError(f"{folder / SWEEP}: the run {clipped(each['name'], 40)} is not part of this sweep")
     return found
 
 
@@ -188,14 +188,14 @@ def sweep_sentences(swept: Swept) -> list[str]:
         said.append(f"The held-out loss is lowest at {best.name}: {_spread_words(best)}.")
         edges = [key for key in swept.shown if _is_at_edge(key, swept.axes[key], best.settings[key])]
         if edges:
-            said.append(f"That is the end of the grid over {', '.join(map(_leaf, edges))}: look further, too.")
+            said.append(f"That is the end of the grid over {', '.join(map(_leaf, edges))}: try values beyond it, too.")
     if not swept.is_of_one_task:
-        said.append("The losses are of several tasks, different sums: none of them is the best.")
+        said.append("The losses of different tasks measure different things: none of them is the best.")
     failed = [line for point in swept.points for line in point.failed]
     if failed:
         said.append(f"{len(failed)} of the runs failed, first {clipped(failed[0], 160)}.")
     if swept.missing:
-        said.append(f"{swept.missing} of the runs are still to be made.")
+        said.append(f"{swept.missing} of the runs are still missing.")
     return said
 
 

@@ -52,8 +52,8 @@ class Speaker:
         positions = positions_of(self.model.config)
         if positions is not None and len(prompt) >= positions:
             raise DataError(
-                f"a prompt has {len(prompt):,} tokens, and the model {positions:,} positions for it and its answer; "
-                "shorten it"
+                f"a prompt has {len(prompt):,} tokens, and the model has {positions:,} positions for it and its "
+                "answer; shorten it"
             )
         return None if positions is None else positions - len(prompt)
 
@@ -79,9 +79,7 @@ def load_speaker(
         QloraKitError: as `load_run`.
     """
     if tells_apart(folder):
-        raise RunError(
-            f"{folder} tells texts apart and says nothing; ask it with qlora-kit classify {folder} --text TEXT"
-        )
+        raise RunError(f"{folder} is a classifier and generates no text; use qlora-kit classify {folder} --text TEXT")
     run = run_of(folder)
     model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if run is None or recipe is None:

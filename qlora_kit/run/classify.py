@@ -48,12 +48,12 @@ def classify(
     check_folder(folder)
     if tells_apart(folder) is False:
         raise RunError(
-            f"{folder} answers prompts and knows no classes; ask it with qlora-kit generate {folder} --prompt TEXT"
+            f"{folder} answers prompts and is not a classifier; use qlora-kit generate {folder} --prompt TEXT"
         )
     model, tokenizer, recipe = load_any(folder, force=force, trust_remote_code=trust_remote_code)
     classes, columns = classes_in(model.config), [] if recipe is None else column_maps(recipe.data)
     if model.config.problem_type == "regression" or (len(classes.names) == 1 and not classes.is_multi):
-        raise RunError(f"{folder} gives a text a value, and no class; give a model that tells classes apart")
+        raise RunError(f"{folder} is a regression model, not a classifier; give a classifier")
     if isinstance(texts, Path):
         asked = read_texts(texts, classes, columns=columns)
     else:
@@ -93,7 +93,7 @@ def _encoded(
     if long := [row for row in rows if row.longest > positions]:
         raise DataError(
             f"{listed([row.where for row in long])}: longer than the {positions:,} positions of the model (the longest "
-            f"has {max(row.longest for row in long):,} tokens); shorten what is so long"
+            f"has {max(row.longest for row in long):,} tokens); shorten them"
         )
     return rows
 

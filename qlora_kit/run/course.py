@@ -134,8 +134,8 @@ def names_what_is_kept(folder: Path) -> Iterator[None]:
         else:
             raise
         kept = checkpoints(folder / CHECKPOINTS)
-        way_on = f"{kept[-1].name} is kept: go on with --resume" if kept else "there is no checkpoint: start again"
-        raise RunError(f"{found}; {way_on} once that is mended (output={folder})") from error
+        way_on = f"{kept[-1].name} is kept: continue with --resume" if kept else "there is no checkpoint: start again"
+        raise RunError(f"{found}; {way_on} once that is fixed (output={folder})") from error
 
 
 def _check_disk(job: Job) -> None:
@@ -190,7 +190,7 @@ def _go_on(job: Job, watch: Watch) -> None:
     for fault in faults:
         watch.note(f"left out a damaged checkpoint: {fault}")
     job.progress = load_checkpoint(newest, job.kept, job.optimizer)
-    watch.note(f"going on from {newest.name}")
+    watch.note(f"continuing from {newest.name}")
     best = job.progress.best_step
     if best and verify_checkpoint(checkpoint_of(folder, best)):
         watch.note(
@@ -204,14 +204,14 @@ def _left_at(job: Job, watch: Watch) -> int:
     progress, steps = job.progress, job.pace.steps
     if progress.step < steps:
         stale = counted(progress.stale, "evaluation")
-        watch.note(f"ended early, at step {progress.step} of {steps}: {stale} no better (train.early_stopping)")
+        watch.note(f"ended early, at step {progress.step} of {steps}: no improvement in {stale} (train.early_stopping)")
     if progress.best_step in (0, progress.step):
         return progress.step
     checkpoint = checkpoint_of(job.folder / CHECKPOINTS, progress.best_step)
     lowest = f"the held-out loss was lowest at step {progress.best_step} ({progress.best_loss:.3f})"
     if faults := verify_checkpoint(checkpoint):
-        watch.note(f"{lowest}, but {faults[0]}: the run leaves its end, step {progress.step}")
+        watch.note(f"{lowest}, but {faults[0]}: the run's result is its last step, {progress.step}")
         return progress.step
     load_parameters(checkpoint, job.kept)
-    watch.note(f"{lowest}, and that is what the run leaves; the end, step {progress.step}, is kept as a checkpoint")
+    watch.note(f"{lowest}, and that is the run's result; the last step, {progress.step}, is kept as a checkpoint")
     return progress.best_step

@@ -76,20 +76,20 @@ class Asked:
         }
         name = next((name for name, is_idle in idle.items() if is_idle), None)
         if name is not None:
-            raise RunError(f"{name} changes nothing of an export --to {self.to}; leave it out")
+            raise RunError(f"{name} has no effect on an export --to {self.to}; leave it out")
 
     def check(self, out: Path | None, recipe: Recipe) -> None:
         """Refuse before a model is loaded what cannot be (RunError); `out` is None where the folder is chosen later."""
         if self.to not in KINDS:
-            raise RunError(f"--to {self.to} is none of the kinds of export: {', '.join(KINDS)}")
+            raise RunError(f"--to {self.to} is not one of the kinds of export: {', '.join(KINDS)}")
         if self.quantization not in (None, *FORMATS):
-            raise RunError(f"--quantization {self.quantization} is none of the formats: {', '.join(FORMATS)}")
+            raise RunError(f"--quantization {self.quantization} is not one of the formats: {', '.join(FORMATS)}")
         (_gguf().check_gguf_request if self.is_gguf else check_request)(out, self.written_in, self.onto)
         if self.to.endswith("adapter") and recipe.train.full_finetune:
             raise RunError(f"{recipe.output} trained every weight and has no adapter; export --to merged")
         if self.onto == "original" and recipe.lora.init == "loftq":
             raise RunError(
-                "lora.init=loftq put what quantising lost into the adapter, and the original weights have it already; "
+                "lora.init=loftq put what quantising lost into the adapter, and the original weights already have it; "
                 "export --onto dequantized"
             )
 

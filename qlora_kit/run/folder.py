@@ -75,7 +75,9 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
     if resume and not _has_run(folder):
         raise RunError(f"{folder} holds no run to resume; start it without --resume")
     if _has_run(folder) and not (resume or overwrite):
-        raise RunError(f"{folder} holds a run already; go on with --resume, replace it with --overwrite, or set output")
+        raise RunError(
+            f"{folder} already holds a run; continue it with --resume, replace it with --overwrite, or set output"
+        )
     if _things_in(folder) and not (_is_described(folder) or _ended_at_its_start(folder)):
         raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
     check_writable(folder, "set output to another folder")
@@ -83,7 +85,7 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
     if changes:
         raise RunError(
             f"{folder} was made with another recipe: {'; '.join(changes)}. Resume it as it was "
-            f"(qlora-kit train {folder / RECIPE} --resume), go on all the same with --force, or start again with "
+            f"(qlora-kit train {folder / RECIPE} --resume), continue anyway with --force, or start again with "
             "--overwrite"
         )
 

@@ -37,12 +37,12 @@ def check_full_finetune(recipe: Recipe, config: PretrainedConfig, watch: Watch) 
         )
     if brings_code(config):
         raise ModelError(
-            f"{base.model} runs code of its own, which the trained model would have to bring along: not built yet; "
+            f"{base.model} runs code of its own, which the trained model would have to include: not supported yet; "
             "leave out train.full_finetune"
         )
     settings = ", ".join(not_read(recipe))
     if settings:
         watch.note(
-            "train.full_finetune holds the base dense and trains every weight of it; of no effect but in the plan's "
+            "train.full_finetune trains every weight, unquantised; these settings have no effect except in the plan's "
             f"comparison with QLoRA: {settings}"
         )

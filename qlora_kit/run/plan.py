@@ -162,7 +162,7 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     room = available if budget is None else budget
     if peak <= room:
         return
-    found = f"{format_bytes(room)} are free here" if budget is None else f"memory.budget is {format_bytes(budget)}"
+    found = f"{format_bytes(room)} is free here" if budget is None else f"memory.budget is {format_bytes(budget)}"
     way_on = "raise the budget" if budget is not None else "plan for another machine with --gpu or --budget"
     setting = f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}"
     raise FitError(
@@ -195,7 +195,7 @@ def _without_evaluation(plan: Mapping[str, Any]) -> str:
         return ""
     least = others + plan["needs_bytes"] - method["peak_bytes"]
     mend = "hold out shorter rows, leave memory.eval_tokens at auto, or set data.eval=null"
-    return f"; evaluation takes that, training {format_bytes(least)}: {mend}"
+    return f"; evaluation needs that, training {format_bytes(least)}: {mend}"
 
 
 def _rows_are_missing(recipe: Recipe) -> bool:
@@ -238,4 +238,4 @@ def _way_on(limit: Limit, plan: Mapping[str, Any], folder: Path | None) -> str:
     if not kept:
         return f"start again with {', '.join([*(change for change in changes if change not in smaller), smaller])}"
     how = f"and {' or '.join(changes)}" if changes else "where more is free"
-    return f"{kept[-1].name} is kept: go on with --resume {how}, or start again with --overwrite and {smaller}"
+    return f"{kept[-1].name} is kept: continue with --resume {how}, or start again with --overwrite and {smaller}"

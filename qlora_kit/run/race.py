@@ -125,7 +125,7 @@ class Race:
         losses = {each.rate: each.loss for each in self.tried if each.loss is not None and each.steps == self._steps}
         if not losses:
             raise TrainingError(
-                f"all of {len(self.tried)} learning rates came apart; at {self.tried[0].rate:g} "
+                f"all {len(self.tried)} learning rates diverged; at {self.tried[0].rate:g} "
                 f"{self.tried[0].failed}; look at the rows (qlora-kit preview), or use base.compute_dtype=float32"
             )
         return min(losses, key=lambda rate: (losses[rate], rate))

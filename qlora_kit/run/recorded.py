@@ -54,8 +54,8 @@ def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
     changed = [_MADE_FROM[key] for key, mark in found.items() if recorded.get(key, mark) != mark]
     if changed:
         raise RunError(
-            f"{folder} was begun with other {' and '.join(changed)} than are there now; put the files back as they "
-            "were, go on all the same with --force, or start again with --overwrite"
+            f"{folder} was started with different {' and '.join(changed)} than are there now; put the files back as "
+            "they were, continue anyway with --force, or start again with --overwrite"
         )
 
 

@@ -102,7 +102,7 @@ def _known(grid: Grid, resume: bool, overwrite: bool) -> dict[str, Outcome]:
             check_run_folder(Path(cell.recipe.output), cell.recipe, resume and _is_begun(cell), overwrite)
         return {}
     if not resume:
-        raise RunError(f"{grid.folder} holds a sweep already; go on with --resume, replace it with --overwrite, "
+        raise RunError(f"{grid.folder} already holds a sweep; continue it with --resume, replace it with --overwrite, "
                        "or set output")  # fmt: skip
     standing, now = read_outcomes(grid.folder), _told(grid)
     changes = [f"{key} was {standing[part].get(key)}, is {now[part].get(key)}" for part in ("axes", "fixed")

@@ -122,7 +122,7 @@ class Conversation:
             raise AdapterError("this model has no adapters to switch between; start with a run that trained one")
         run, name = run_of(folder), folder.absolute().name
         if name in self._voices:
-            raise AdapterError(f"there is an adapter called {name} already; rename the folder {folder}")
+            raise AdapterError(f"there is already an adapter called {name}; rename the folder {folder}")
         adapter, speaker = f"adapter_{len(self._voices)}", self._speaker
         load_adapter(self.model, folder if run is None else _adapter_of(run), name=adapter, force=self._force)
         if run is not None:  # an adapter's own files do not say how it was asked: then as who speaks now is
@@ -200,7 +200,7 @@ class Conversation:
             del asked[start : start + 2]
             ids = self._speaker.given(asked)
         if len(asked) < before:
-            note(f"the model has {positions:,} positions: the first {before - len(asked)} turns are forgotten")
+            note(f"the model has {positions:,} positions: the first {before - len(asked)} turns were dropped")
         return ids
 
     def _check_base(self, folder: Path) -> None:
@@ -209,7 +209,7 @@ class Conversation:
         if run is None or self._run is None:
             return
         if run != folder:
-            raise AdapterError(f"{folder} is a checkpoint; only the first one that is loaded may be one")
+            raise AdapterError(f"{folder} is a checkpoint; only the first run given may be one")
         mine, other = _base_of(read_recipe(self._run / RECIPE)), _base_of(read_recipe(run / RECIPE))
         odd = [f"{key} is {other[key]}, not {mine[key]}" for key in mine if mine[key] != other[key]]
         if odd:

@@ -15,11 +15,11 @@ def check_task(recipe: Recipe) -> None:
         return
     if recipe.data.packing is True:
         raise RecipeError(
-            f"data.packing=true is for tasks that learn every row by itself; leave it out for train.task={task}"
+            f"data.packing=true is for tasks that learn each row on its own; leave it out for train.task={task}"
         )
     if recipe.data.loss_on == "all":
         raise RecipeError(
-            f"data.loss_on=all does not work with train.task={task}, which learns no prompts; leave it out"
+            f"data.loss_on=all does not work with train.task={task}, which does not train on prompts; leave it out"
         )
     if recipe.data.over_length == "split":
         raise RecipeError(
@@ -27,7 +27,7 @@ def check_task(recipe: Recipe) -> None:
             "drop, truncate or error"
         )
     if recipe.train.sample_every is not None and task == "classify":
-        raise RecipeError("train.sample_every writes answers, and train.task=classify learns none; leave it out")
+        raise RecipeError("train.sample_every writes answers, which train.task=classify does not train; leave it out")
     if recipe.train.full_finetune and kind.holds_to_start:
         raise RecipeError(
             f"train.task={task} compares with the model that training starts from, which train.full_finetune changes; "

@@ -76,8 +76,8 @@ def settle_template(
     """
     if tokenizer.chat_template is None:
         watch.note(
-            f"the tokenizer has no chat template: chats are written by the shipped template {FALLBACK}, in words and "
-            "the end of text, which every base has learnt (data.template)"
+            f"the tokenizer has no chat template: chats are written by the shipped template {FALLBACK}, using only "
+            "plain words and the end-of-text token, which every base has learnt (data.template)"
         )
     date = set_template(tokenizer, recipe, today)
     if date is not None:

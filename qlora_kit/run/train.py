@@ -121,7 +121,7 @@ def train(
     recipe = settle(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
-        watch.note("this system does not say how much memory a process holds: memory.budget is not enforced")
+        watch.note("this system does not report how much memory a process holds: memory.budget is not enforced")
     busy = busy_note(device)
     if busy is not None:
         watch.note(busy)
@@ -153,7 +153,7 @@ def train(
                 write_json(folder / SCORES, scores)
                 watch.scored(scores)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
-        raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) goes on from there")
+        raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) continues from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)
 
 

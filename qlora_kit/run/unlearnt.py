@@ -58,7 +58,7 @@ def tokens_to_learn(
     if not names:
         return [], None
     found = (
-        f"the chat template writes {', '.join(names)}, of which the base has learnt nothing (their rows of the "
+        f"the chat template writes {', '.join(names)}, which the base has not learnt (their rows of the "
         "embedding or the head are zero or alike)"
     )
     if _can_learn(model, tokenizer, recipe, names):

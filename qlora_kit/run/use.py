@@ -64,7 +64,7 @@ def load_run(
     check_folder(folder)
     run = run_of(folder)
     if run is None:
-        raise RunError(f"{folder} is no run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
+        raise RunError(f"{folder} is not a run folder (it has no recipe.yaml); give the output of a `qlora-kit train`")
     recipe, is_end = read_recipe(run / RECIPE), run == folder
     trained = trained_folder(run, recipe)
     if not bare_base and is_end and not trained.is_dir():
@@ -116,8 +116,8 @@ def load_any(
         if held is not None:
             raise RunError(f"{folder} holds {held}; give the run that it belongs to, or the run's export --to merged")
         raise RunError(
-            f"{folder} is no run folder (it has no recipe.yaml) and holds no model (config.json); give the output of a "
-            "`qlora-kit train` or of an export"
+            f"{folder} is not a run folder (it has no recipe.yaml) and holds no model (config.json); give the output "
+            "of a `qlora-kit train` or of an export"
         )
     head = stored_head(folder)
     stored = stored_as(folder, head=head, trust_remote_code=trust_remote_code)
@@ -174,7 +174,7 @@ def evaluate(
     check_folder(folder)
     watch, run = watch or Watch(), run_of(folder)
     if data is None and run is None:
-        raise RunError(f"{folder} is no run folder; to evaluate a model folder give the rows with --data FILE")
+        raise RunError(f"{folder} is not a run folder; to evaluate a model folder give the rows with --data FILE")
     if run is not None:
         check_reference(read_recipe(run / RECIPE), recorded_reference(run))
     model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)

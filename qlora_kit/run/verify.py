@@ -58,7 +58,7 @@ def verify(folder: Path) -> Verified:
     for place, manifest in _manifests(folder):
         verified.look_at(place, manifest)
     if not verified.files:
-        raise RunError(f"{folder} is no run, checkpoint or export with checksums; give the folder of one")
+        raise RunError(f"{folder} is not a run, checkpoint or export with checksums; give the folder of one")
     return verified
 
 
@@ -127,7 +127,7 @@ def _differences(whole: Path, parts: Path) -> list[str]:
     if len(rows[0]) != len(rows[1]):
         found.append(f"{len(rows[0])} rows of metrics, resumed {len(rows[1])}")
     sums, resumed = (checksums(checkpoint_of(folder / CHECKPOINTS, STEPS)) for folder in (whole, parts))
-    return found + [f"{name} of step {STEPS} has other bytes" for name in sums if sums[name] != resumed.get(name)]
+    return found + [f"{name} of step {STEPS} has different bytes" for name in sums if sums[name] != resumed.get(name)]
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:

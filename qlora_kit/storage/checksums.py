@@ -33,7 +33,7 @@ def read_checksums(manifest: Path) -> dict[str, str]:
     """
     expected = read_json(manifest).get("files")
     if not isinstance(expected, dict) or not all(isinstance(checksum, str) for checksum in expected.values()):
-        raise RunError(f"{manifest} is malformed: it needs `files`, from names of files to checksums")
+        raise RunError(f"{manifest} is malformed: it needs `files`, from file names to checksums")
     for name in expected:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not name.isprintable():

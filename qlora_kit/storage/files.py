@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
         if metadata is not None:
             _sort_metadata(path)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be written: {error}; see that the disk has room") from error
+        raise RunError(f"{path} cannot be written: {error}; check that the disk has room") from error
 
 
 def _sort_metadata(path: Path) -> None:
@@ -82,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.exists() and not path.is_file():
-            raise OSError("it is no plain file")  # a pipe would be waited for
+            raise OSError("it is not a regular file")  # a pipe would be waited for
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing") from error

@@ -108,7 +108,7 @@ def _take_free_place(staged: Path, final: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise RunError(f"{final} was written by another program meanwhile; give another folder") from error
+        raise RunError(f"{final} was written by another program in the meantime; give another folder") from error
     sync_folder(final.parent)
 
 

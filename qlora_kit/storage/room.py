@@ -21,7 +21,7 @@ def check_writable(place: Path, advice: str) -> None:
     """
     there = _nearest(place)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "does not let you" if there.is_dir() else "is a file"
+        reason = "is not writable for you" if there.is_dir() else "is a file"
         raise RunError(f"{place} cannot be written: {there} {reason}; {advice}")
 
 

@@ -181,7 +181,7 @@ def verify_checkpoint(folder: Path) -> list[str]:
     if manifest.read_bytes() != as_written.encode():
         return [f"{manifest} is not as it was written for step {step} and the files {', '.join(_FILES)}"]
     if _named_step(folder) not in (step, None):
-        return [f"{folder} holds step {step}, and its name says another one: rename it"]
+        return [f"{folder} holds step {step}, but its name says another one: rename it"]
     return []
 
 
@@ -229,7 +229,7 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, Tensor], optimizer: A
         set_random_states(states, _device(parameters))
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise RunError(
-            f"{folder} holds random states that are none ({first_line(error)}); take it away to go on from one before"
+            f"{folder} holds invalid random states ({first_line(error)}); remove it to continue from an earlier one"
         ) from error
     return progress
 
@@ -252,8 +252,8 @@ def _read_progress(path: Path) -> Progress:
     )
     if not is_sound:
         raise RunError(
-            f"{path} does not say where a run stands as this version writes it; go on with the version that wrote it, "
-            "or take its folder away to go on from the one before"
+            f"{path} does not record the run's position in the form of this version; continue with the version that "
+            "wrote it, or remove its folder to continue from the one before"
         )
     return Progress(**content)
 

@@ -46,8 +46,8 @@ def known_classes(config: PretrainedConfig) -> list[str]:
     odd = odd or [name for name, count in Counter(names).items() if count > 1]
     if odd:
         raise ModelError(
-            f"config.json names a class {odd[0]!a:.60} (id2label), wanted a text of whole characters, another for each "
-            "class; correct it there"
+            f"config.json names a class {odd[0]!a:.60} (id2label), wanted valid text, different for each class; "
+            "correct it there"
         )
     return [] if names == [f"LABEL_{number}" for number in range(len(names))] else names
 

@@ -326,7 +326,7 @@ def _save(job: Job) -> None:
 def _broken_off(job: Job, why: str) -> TrainingError:
     """The end of a run whose numbers are none, and the way on."""
     kept = checkpoints(job.folder / "checkpoints")
-    way_on = f"; {kept[-1].name} is kept: go on with --resume, and --force for another rate" if kept else ""
+    way_on = f"; {kept[-1].name} is kept: continue with --resume, and --force for another rate" if kept else ""
     return TrainingError(
         f"{why}; that step left no checkpoint{way_on}; lower train.lr, or use base.compute_dtype=bfloat16 or float32 "
         "where it was float16"

@@ -71,5 +71,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and is_number(row.get("step")):
             rows.append(row)
         elif number < len(lines):
-            raise RunError(f"{path}:{number} is no row of a step; take that line out, or start again with --overwrite")
+            raise RunError(
+                f"{path}:{number} is not the row of a step; remove that line, or start again with --overwrite"
+            )
     return rows

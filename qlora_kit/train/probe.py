@@ -31,15 +31,15 @@ def settled_chunk(model: PreTrainedModel, ids: Sequence[int], chunk: int | None)
     if chunk is None:
         return None, None
     if not has_own_head(model):
-        return None, f"{type(model).__name__} has no head that can be called by itself: {_WHOLE}"
+        return None, f"{type(model).__name__} has no head that can be called on its own: {_WHOLE}"
     with evaluation_mode(model):
         error = _logit_error(model, torch.tensor([ids[:TOKENS]], device=model.device))
     if not error <= (TOLERANCE_16_BITS if model.dtype.itemsize == 2 else TOLERANCE):  # NaN is no agreement
-        return None, f"{type(model).__name__} does more than is known between its body and its logits: {_WHOLE}"
+        return None, f"{type(model).__name__} does something unknown between its body and its logits: {_WHOLE}"
     return chunk, None
 
 
-_WHOLE = "memory.loss_chunk is left out and whole logits are used, which take more memory"
+_WHOLE = "memory.loss_chunk is ignored and whole logits are used, which take more memory"
 
 
 def _logit_error(model: PreTrainedModel, ids_1T: Tensor) -> float:

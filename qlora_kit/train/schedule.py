@@ -79,4 +79,4 @@ def automatic_rate(family: str, hidden: int, steps: int, full_finetune: bool, ta
     said = f"{whose} for {kind} at a hidden size of {hidden:,}"
     if not TASKS[task].is_preference:
         return float(f"{rate:.1e}"), said
-    return float(f"{PREFERENCE_SHARE * rate:.1e}"), f"a tenth of {said}, as preferences want"
+    return float(f"{PREFERENCE_SHARE * rate:.1e}"), f"a tenth of {said}, as preferences need"

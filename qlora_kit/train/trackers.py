@@ -90,7 +90,7 @@ def start_trackers(
     except (OSError, RuntimeError, ValueError, ImportError, *faults) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise RunError(
-            f"train.trackers: {', '.join(trackers)} cannot be started: {reason[0]}; mend that, or set train.trackers=[]"
+            f"train.trackers: {', '.join(trackers)} cannot be started: {reason[0]}; fix that, or set train.trackers=[]"
         ) from error
 
 

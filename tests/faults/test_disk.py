@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line_and_the_last_checkpoint_goe
     assert told.exit_code == 2
     said = told.stderr.strip().splitlines()[-1]
     assert said.startswith("error: the checkpoint of step 2 needs ")
-    assert f"step-000001 is kept: go on with --resume once that is mended (output={small_disk}/run)" in said
+    assert f"step-000001 is kept: continue with --resume once that is fixed (output={small_disk}/run)" in said
     assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == ["step-000001"]
     assert verify(small_disk / "run").faults == []
     monkeypatch.setattr(loop, "save_checkpoint", saved)
@@ -108,7 +108,7 @@ def test_wherever_it_fills_up_to_the_last_byte_the_line_names_the_folder_the_che
     assert told.exit_code == 2, told.output
     said = told.stderr.strip().splitlines()[-1]
     kept = "step-000002" if name == "save_adapter" else "step-000001"
-    assert f"{kept} is kept: go on with --resume once that is mended (output={small_disk}/run)" in said
+    assert f"{kept} is kept: continue with --resume once that is fixed (output={small_disk}/run)" in said
     monkeypatch.undo()
     (small_disk / "filler").unlink()
     assert call("train", *words, "train.steps=2", "data.eval=null", "--resume").exit_code == 0

@@ -14,7 +14,7 @@ from qlora_kit.recipe import dump_recipe, read_recipe
 from qlora_kit.run import train, verify
 from qlora_kit.run.folder import FILES, LOCK, check_run_folder, clear_run_folder, files_of_run
 
-TAKES = "holds a run already"
+TAKES = "already holds a run"
 REFUSES = "is not empty and holds no run"
 
 

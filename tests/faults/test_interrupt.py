@@ -49,7 +49,7 @@ class Interrupted(Watch):
 @pytest.mark.usefixtures("python_s_own")
 def test_an_interrupt_finishes_the_step_saves_and_says_how_to_go_on(settings, tmp_path):
     recipe = read_recipe("default", [*settings, "train.steps=5"])
-    with pytest.raises(KeyboardInterrupt, match=r"^step 2 is done and saved; train\(recipe, resume=True\) goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"^step 2 is done and saved; train\(recipe, resume=True\) continues"):
         train(recipe, watch=Interrupted(2))
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"]
     assert (tmp_path / "run" / "adapter").is_dir()

@@ -130,7 +130,7 @@ def test_a_lock_that_leads_elsewhere_empties_nothing(tmp_path):
 def test_a_folder_that_a_killed_run_had_locked_is_free(tmp_path, model_folder):
     run = recipe(tmp_path, model_folder, "run")
     assert killed(run, resume=False, after=0)
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="already holds a run"):
         train(run)
     (tmp_path / "run" / "checkpoints" / f".step-000001.{tiny.dead_process()}.old").mkdir()
     assert killed(run, resume=True, after=0), "the dead one's lock held"

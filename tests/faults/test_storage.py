@@ -355,7 +355,7 @@ def test_of_two_exports_into_one_new_folder_the_later_is_refused_and_the_first_s
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "of").write_text("the first")
 
-    with pytest.raises(RunError, match="out was written by another program meanwhile"):
+    with pytest.raises(RunError, match="out was written by another program in the meantime"):
         write()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "of").read_text() == "the first"

@@ -106,7 +106,9 @@ def test_an_adapter_whose_checksums_are_gone_is_told(run, tmp_path):
 def test_a_folder_without_checksums_is_one_line(tmp_path):
     told = call("verify", tmp_path)
     assert told.exit_code == 2
-    assert told.stderr == f"error: {tmp_path} is no run, checkpoint or export with checksums; give the folder of one\n"
+    assert told.stderr == (
+        f"error: {tmp_path} is not a run, checkpoint or export with checksums; give the folder of one\n"
+    )
 
 
 def test_resuming_is_proved_on_the_runs_own_recipe_and_leaves_nothing(run):
@@ -125,4 +127,4 @@ def test_a_resume_that_forgets_something_is_told(run, monkeypatch):
     told = call("verify", run, "--resume")
     assert told.exit_code == 2
     assert "resumed: step 4: " in told.stdout
-    assert "resumed: parameters.safetensors of step 6 has other bytes" in told.stdout
+    assert "resumed: parameters.safetensors of step 6 has different bytes" in told.stdout

@@ -88,9 +88,9 @@ def with_entry(name, **changes):
         (with_entry(A, shape=[2, 49]), r"lora_A.weight', BF16 of shape \[2, 49\], takes 196 bytes.*gives it 192"),
         (with_entry(A, shape=[10**9, 10**9]), r"lora_A.weight'.*takes 2000000000000000000 bytes"),
         (with_entry(A, dtype="F32"), r"lora_A.weight', F32.*takes 384 bytes"),
-        (with_entry(A, dtype="I16"), r"lora_A.weight is in torch.int16, which is no dtype of weights"),
-        (with_entry(A, dtype="PICKLE"), r"tensor .*lora_A.weight' in a way that the format does not know"),
-        (lambda text: text[:-1] + f', "{A}": {json.dumps(json.loads(text)[A])}}}', r"lora_A.weight' is there twice"),
+        (with_entry(A, dtype="I16"), r"lora_A.weight is in torch.int16, which is not a dtype of weights"),
+        (with_entry(A, dtype="PICKLE"), r"tensor .*lora_A.weight' in a way that the format does not allow"),
+        (lambda text: text[:-1] + f', "{A}": {json.dumps(json.loads(text)[A])}}}', r"lora_A.weight' appears twice"),
     ],
 )  # fmt: skip
 def test_a_false_header_is_told_by_file_and_tensor(adapter, base, change, said):
@@ -111,7 +111,7 @@ def test_neither_file_of_an_adapter_is_taken_from_elsewhere(adapter, base, tmp_p
     """What it leads to would be published with what is made of the adapter."""
     (adapter / name).rename(tmp_path / "secret")
     (adapter / name).symlink_to("../secret")
-    assert f"{adapter / name} links to {tmp_path / 'secret'}, out of its folder: refused" in refusal(base, adapter)
+    assert f"{adapter / name} links to {tmp_path / 'secret'}, outside its folder: refused" in refusal(base, adapter)
     (adapter / name).unlink()
     os.mkfifo(adapter / name)
     assert f"{adapter / name} is not a file" in refusal(base, adapter)
@@ -265,7 +265,7 @@ def test_no_template_is_taken_from_elsewhere_into_an_export(model_folder, adapte
     shutil.copytree(model_folder, adapter, dirs_exist_ok=True, ignore=lambda *_: ["config.json", "model.safetensors"])
     (adapter / name).parent.mkdir(exist_ok=True)
     (adapter / name).symlink_to(tmp_path / "secret")
-    with pytest.raises(ModelError, match=f"{name} links to .*secret, out of its folder: refused"):
+    with pytest.raises(ModelError, match=f"{name} links to .*secret, outside its folder: refused"):
         read_tokenizer(adapter)
     shutil.copytree(adapter, tmp_path / "base", symlinks=True, ignore=lambda *_: [CONFIG, FILE])
     (tmp_path / "base" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
@@ -293,7 +293,7 @@ def test_no_file_of_the_reader_becomes_the_vocabulary_of_a_tokenizer(model_folde
     change(folder / file, **({"version": "1.0", "model": said} if tables else {"vocab": name}))
     if where != "from the folder":  # transformers reads none so; a key of a later version might
         assert "password" in AutoTokenizer.from_pretrained(folder).get_vocab()
-    with pytest.raises(ModelError, match=f"{file} names '.*secret', which is no file of its folder") as told:
+    with pytest.raises(ModelError, match=f"{file} names '.*secret', which is not a file in its folder") as told:
         read_tokenizer(folder)
     assert "\n" not in str(told.value)
 
@@ -302,7 +302,7 @@ def test_a_pipe_that_a_tokenizer_names_is_not_waited_for(model_folder, tmp_path)
     folder = shutil.copytree(model_folder, tmp_path / "model")
     os.mkfifo(folder / "pipe")
     change(folder / "tokenizer_config.json", vocab="pipe")
-    with pytest.raises(ModelError, match="names 'pipe', which is no"):
+    with pytest.raises(ModelError, match="names 'pipe', which is not a"):
         read_tokenizer(folder)
 
 
@@ -379,7 +379,7 @@ def test_weights_in_8_bits_whose_scales_nothing_names_are_refused(tmp_path, dtyp
     file = tmp_path / "model.safetensors"
     narrow = {name: torch.ones(176, 48, dtype=dtype), f"{name}_scale_inv": torch.ones(1, 1)}
     save_file(load_file(file) | narrow, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{name}' is in F8_E.*says nothing of a quant") as told:
+    with pytest.raises(ModelError, match=rf"{name}' is in F8_E.*says nothing about quant") as told:
         load_base(tmp_path, device="cpu")
     assert "\n" not in str(told.value)
 
@@ -423,4 +423,4 @@ def test_a_pipe_in_place_of_a_manifest_is_a_fault_and_not_waited_for(tmp_path):
     manifest = tmp_path / "checkpoints" / "step-000001" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     os.mkfifo(manifest)
-    assert verify(tmp_path).faults == [f"{manifest} cannot be read as JSON: it is no plain file"]
+    assert verify(tmp_path).faults == [f"{manifest} cannot be read as JSON: it is not a regular file"]

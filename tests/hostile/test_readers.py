@@ -354,9 +354,11 @@ STATES = (
 def test_a_checkpoint_that_says_something_else_under_a_checksum_of_its_own_is_a_line(checkpoint, state):
     """Of another version, or changed by hand."""
     said = json.loads(checkpoint.files["state.json"])
-    with pytest.raises(RunError, match=r"state.json does not say where a run stands as this version writes it; go on"):
+    with pytest.raises(
+        RunError, match=r"state.json does not record the run's position in the form of this version; continue"
+    ):
         resealed(checkpoint, "state.json", json.dumps(said | state).encode())
-    with pytest.raises(RunError, match="holds random states that are none"):
+    with pytest.raises(RunError, match="holds invalid random states"):
         resealed(checkpoint, "random.safetensors", save({"torch": torch.zeros(3, dtype=torch.uint8)}))
 
 

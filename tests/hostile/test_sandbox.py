@@ -38,7 +38,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_template_may_not_or_cannot_do_is_a_line(what, tokenizer):
-    with pytest.raises(DataError, match="the chat template refuses the chat") as caught:
+    with pytest.raises(DataError, match="the chat template rejects the chat") as caught:
         Renderer(tokenizer, REFUSED[what])(CHAT)
     assert "\n" not in str(caught.value)
 
@@ -47,5 +47,5 @@ def test_such_a_template_is_a_fault_of_the_row_and_names_no_token(tokenizer):
     for source in REFUSED.values():
         tokenizer.chat_template = source
         assert (end_token_id(tokenizer), template_tokens(tokenizer)) == (None, [])
-        with pytest.raises(DataError, match=r"^a.jsonl:7: the chat template refuses the chat"):
+        with pytest.raises(DataError, match=r"^a.jsonl:7: the chat template rejects the chat"):
             encode_rows([Chat(CHAT, where="a.jsonl:7")], tokenizer)

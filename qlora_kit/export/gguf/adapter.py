@@ -55,8 +55,8 @@ def export_gguf_adapter(
     odd = [name for name, part in adapters.items() if not isinstance(part, Adapter) or part.is_dora]
     if odd:
         raise RunError(
-            f"the adapter trains {odd[0]} otherwise than by a plain pair of matrices, and a GGUF adapter holds nothing "
-            "else; export --to gguf, which merges it"
+            f"the adapter does not train {odd[0]} as a plain LoRA pair, and a GGUF adapter holds nothing else; export "
+            "--to gguf, which merges it"
         )
     if head_name(model) in adapters and head_is_tied(model):
         raise RunError(

@@ -49,7 +49,7 @@ def check_gguf_request(out: Path | None, dtype: str, onto: str = "dequantized") 
         RunError: `dtype` or `onto` is not known, or `out` is a file or a folder that is not empty.
     """
     if dtype not in FILE_TYPES:
-        raise RunError(f"--dtype {dtype} is none of GGUF's that are built; use one of {', '.join(FILE_TYPES)}")
+        raise RunError(f"--dtype {dtype} is not a GGUF type that is supported; use one of {', '.join(FILE_TYPES)}")
     check_place(out, onto)
 
 

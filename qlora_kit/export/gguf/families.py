@@ -111,7 +111,9 @@ def family_of(model: PreTrainedModel) -> Family:
     family = FAMILIES.get(config.model_type)
     if family is None:
         built = ", ".join(kind for kind, each in FAMILIES.items() if not each.whole)
-        raise RunError(f"{name} is of the family {config.model_type}, for which no GGUF is built; built: {built}")
+        raise RunError(
+            f"{name} is of the family {config.model_type}, for which GGUF is not supported; supported: {built}"
+        )
     odds = [*_odds(config, family), *family.odds(config)]
     if odds:
         raise RunError(

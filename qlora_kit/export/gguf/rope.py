@@ -35,7 +35,7 @@ def rope_keys(config: PretrainedConfig, head_dim: int, known: Sequence[str]) -> 
     if kind not in known or (kind == "yarn" and odd):
         what = f"{kind} with {', '.join(sorted(odd))}" if odd else kind
         raise RunError(
-            f"rotary positions of the kind {what} are not built for GGUF of a {config.model_type}; built: "
+            f"rotary positions of the kind {what} are not supported for GGUF of a {config.model_type}; supported: "
             f"{', '.join(known)}"
         )
     keys: dict[str, Any] = {

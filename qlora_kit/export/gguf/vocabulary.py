@@ -64,10 +64,10 @@ def vocabulary_keys(tokenizer: PreTrainedTokenizerBase | None, rows: int, ends: 
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         kind = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
-        raise RunError(f"the model has {kind}, and a GGUF file holds its tokenizer; a fast one is wanted")
+        raise RunError(f"the model has {kind}, and a GGUF file holds its tokenizer; a fast one is needed")
     count = 1 + max(tokenizer.get_vocab().values())
     if count > rows:
-        raise RunError(f"the tokenizer has {count} tokens for the {rows} rows of the embedding")
+        raise RunError(f"the tokenizer has {count} tokens but the embedding has {rows} rows")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {**_keys_of(state, rows, tokenizer.chat_template is not None), **_special_keys(tokenizer, ends)}
 
@@ -191,7 +191,7 @@ def _pattern(state: Mapping[str, Any]) -> str:
         known = ", ".join(PATTERNS.values())
         raise RunError(
             f"the tokenizer cuts text by {' then '.join(found) or 'nothing'}, which GGUF's runtimes have no name for; "
-            f"known are those of {known}"
+            f"known: {known}"
         )
     return PATTERNS[tuple(found)]
 
@@ -218,7 +218,7 @@ def _adds_space(state: Mapping[str, Any], has_chats: bool) -> bool:
                 odd.append(step["type"])
     if odd:
         raise RunError(
-            f"the tokenizer prepares text by {', '.join(odd)}, which GGUF's runtimes do not for SentencePiece"
+            f"the tokenizer prepares text by {', '.join(odd)}, which GGUF's runtimes do not do for SentencePiece"
         )
     return adds
 
@@ -238,7 +238,7 @@ def _scores(model: Mapping[str, Any], tokens: list[str]) -> list[float]:
         made = left + right
         if made != previous and made in ranks:
             raise RunError(
-                f"the merges of the token {made!r} lie apart, which SentencePiece's do not: no GGUF is built"
+                f"the merges of the token {made!r} are not adjacent, as SentencePiece's are: no GGUF is made"
             )
         ranks.setdefault(made, len(ranks))
         pairs.add((left, right))
@@ -249,7 +249,7 @@ def _scores(model: Mapping[str, Any], tokens: list[str]) -> list[float]:
             if left in vocab and right in vocab and (left, right) not in pairs:
                 raise RunError(
                     f"the tokenizer has no merge of {left!r} and {right!r} though it has {token!r}, and GGUF's "
-                    "runtimes would join them: these are no merges of SentencePiece"
+                    "runtimes would join them: these are not SentencePiece merges"
                 )
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 

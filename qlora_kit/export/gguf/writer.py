@@ -74,7 +74,7 @@ def _write_header(path: Path, architecture: str, keys: Mapping[str, Value], tens
         writer.write_kv_data_to_file()
     except (struct.error, UnicodeEncodeError) as error:
         raise RunError(
-            f"no GGUF file can hold what the tokenizer or the config says: {error}; mend it there"
+            f"no GGUF file can hold what the tokenizer or the config says: {error}; correct it there"
         ) from error
     writer.write_ti_data_to_file()
     writer.close()
