@@ -16,8 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
+    Gemma3TextConfig,
     LlavaConfig,
     Mistral3Config,
+    PaliGemmaConfig,
     Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3VLConfig,
@@ -287,6 +289,25 @@ def test_a_model_is_made_as_transformers_makes_it_and_one_that_reads_only_is_ref
         assert auto is (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     with pytest.raises(ModelError, match=r"holds a siglip, which is no causal language model$"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PaliGemmaConfig(text_config=TEXT | {"model_type": "gemma"}, vision_config=SEEING, projection_dim=48),
+        Gemma3TextConfig(**TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 12}, use_bidirectional_attention=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_in_which_tokens_see_those_behind_them_is_refused(config, tmp_path):
+    # Each place would be shown the token that it is asked for.
+    made = auto_class(config, "causal").from_config(config, dtype=torch.float32).eval()
+    ids = tiny.tokens(rows=1)
+    changed = torch.cat((ids[:, :-1], ids[:, -1:] + 1), dim=1)
+    assert (tiny.logits(made, changed) - tiny.logits(made, ids))[:, :-1].abs().max() > 1e-4
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"holds a {config.model_type} that reads in both directions; give a causal"):
         read_config(tmp_path)
 
 
