@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     Gemma3Config,
     Gemma3TextConfig,
     LlavaConfig,
@@ -28,7 +29,9 @@ from transformers import (
 
 import qlora_kit as qk
 from qlora_kit.base.architecture import auto_class, read_config
-from qlora_kit.base.text import text_body, text_parameters, unread_parameters
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.prequantized import adopt_layers
+from qlora_kit.base.text import text_body, text_modules, text_parameters, unread_parameters
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data import Batch
 from qlora_kit.errors import ModelError
@@ -70,14 +73,23 @@ CONFIGS = {
 }
 
 
-def checkpoint(family, place):
+def checkpoint_of(config, folder):
     """As transformers writes it."""
-    config = copy.deepcopy(CONFIGS[family])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
-    model.save_pretrained(place / family / "base")
+    model.save_pretrained(folder)
+    return model
+
+
+def checkpoint(family, place):
+    checkpoint_of(copy.deepcopy(CONFIGS[family]), place / family / "base")
     return place / family / "base"
+
+
+def experts_config():
+    text = TEXT | {"rope_parameters": ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=QWEN | {"deepstack_visual_indexes": [0]})
 
 
 @pytest.fixture(params=CONFIGS)
@@ -139,6 +151,19 @@ def test_loss_and_gradients_are_those_of_peft_on_the_whole_model(folder, chunk, 
             assert tiny.relative(ours.grad, found) < 1e-4, name
 
 
+def test_an_adapter_on_experts_alone_names_no_layers(tmp_path):
+    checkpoint_of(experts_config(), tmp_path / "base")
+    model = loaded(tmp_path / "base")
+    qk.add_lora(model, rank=2, targets="mlp")
+    tiny.wake(model)
+    qk.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == []
+    assert len(config["target_parameters"]) == 2 * 2
+    theirs = PeftModel.from_pretrained(tiny.read_out(dense(tmp_path / "base"), model), tmp_path / "adapter")
+    assert tiny.relative(tiny.logits(theirs), tiny.logits(model)) < 1e-5
+
+
 def test_peft_puts_an_adapter_on_the_layers_that_read_and_on_no_others(folder, tmp_path):
     model = loaded(folder)
     qk.add_lora(model, rank=2)
@@ -174,12 +199,7 @@ def test_a_merged_export_still_sees_and_has_the_names_of_its_base(folder, tmp_pa
 
 def test_a_merged_export_of_one_with_experts_has_the_tensors_of_its_base(tmp_path):
     # Whose rules compare a tensor with the parameter of the model, and the kit has other ones there.
-    text = TEXT | {"rope_parameters": ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config=QWEN | {"deepstack_visual_indexes": [0]})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
-    made.save_pretrained(tmp_path / "base")
+    made = checkpoint_of(experts_config(), tmp_path / "base")
     model = loaded(tmp_path / "base")
     qk.add_lora(model, rank=2)
     tiny.wake(model)
@@ -218,6 +238,18 @@ def test_a_quantised_export_leaves_what_sees_as_it_was(folder, tmp_path):
     unread = set(unread_parameters(model))
     sight = [name for name, each in model.named_parameters() if each in unread]
     assert all(torch.equal(export.get_parameter(name), base[name]) for name in sight)
+
+
+def test_what_sees_is_moved_to_no_device_where_bitsandbytes_stored_it(folder, tmp_path):
+    stored = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    stored.save_pretrained(tmp_path / "stored")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stored")
+    adopt_layers(model, torch.float32, torch.device("meta"))
+    read = set(text_modules(model))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {(module in read, module.codes.device.type) for module in layers} == {(True, "meta"), (False, "cpu")}
 
 
 def test_weights_that_see_keep_the_dtype_of_the_file_and_do_not_decide_the_model_s(folder):
