@@ -15,9 +15,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     Gemma3Config,
+    Gemma3TextConfig,
     LlavaConfig,
     Mistral3Config,
+    PaliGemmaConfig,
     Qwen2_5_VLConfig,
     Qwen3_5Config,
     Qwen3VLConfig,
@@ -26,7 +29,9 @@ from transformers import (
 
 import qlora_kit as qk
 from qlora_kit.base.architecture import auto_class, read_config
-from qlora_kit.base.text import text_body, text_parameters, unread_parameters
+from qlora_kit.base.dense import QuantizedLinear
+from qlora_kit.base.prequantized import adopt_layers
+from qlora_kit.base.text import text_body, text_modules, text_parameters, unread_parameters
 from qlora_kit.base.tokenizer import read_tokenizer
 from qlora_kit.data import Batch
 from qlora_kit.errors import ModelError
@@ -68,14 +73,23 @@ CONFIGS = {
 }
 
 
-def checkpoint(family, place):
+def checkpoint_of(config, folder):
     """As transformers writes it."""
-    config = copy.deepcopy(CONFIGS[family])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
-    model.save_pretrained(place / family / "base")
+    model.save_pretrained(folder)
+    return model
+
+
+def checkpoint(family, place):
+    checkpoint_of(copy.deepcopy(CONFIGS[family]), place / family / "base")
     return place / family / "base"
+
+
+def experts_config():
+    text = TEXT | {"rope_parameters": ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=QWEN | {"deepstack_visual_indexes": [0]})
 
 
 @pytest.fixture(params=CONFIGS)
@@ -137,6 +151,19 @@ def test_loss_and_gradients_are_those_of_peft_on_the_whole_model(folder, chunk, 
             assert tiny.relative(ours.grad, found) < 1e-4, name
 
 
+def test_an_adapter_on_experts_alone_names_no_layers(tmp_path):
+    checkpoint_of(experts_config(), tmp_path / "base")
+    model = loaded(tmp_path / "base")
+    qk.add_lora(model, rank=2, targets="mlp")
+    tiny.wake(model)
+    qk.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == []
+    assert len(config["target_parameters"]) == 2 * 2
+    theirs = PeftModel.from_pretrained(tiny.read_out(dense(tmp_path / "base"), model), tmp_path / "adapter")
+    assert tiny.relative(tiny.logits(theirs), tiny.logits(model)) < 1e-5
+
+
 def test_peft_puts_an_adapter_on_the_layers_that_read_and_on_no_others(folder, tmp_path):
     model = loaded(folder)
     qk.add_lora(model, rank=2)
@@ -172,12 +199,7 @@ def test_a_merged_export_still_sees_and_has_the_names_of_its_base(folder, tmp_pa
 
 def test_a_merged_export_of_one_with_experts_has_the_tensors_of_its_base(tmp_path):
     # Whose rules compare a tensor with the parameter of the model, and the kit has other ones there.
-    text = TEXT | {"rope_parameters": ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-    config = Qwen3VLMoeConfig(text_config=text, vision_config=QWEN | {"deepstack_visual_indexes": [0]})
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = tiny.spread(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
-    made.save_pretrained(tmp_path / "base")
+    made = checkpoint_of(experts_config(), tmp_path / "base")
     model = loaded(tmp_path / "base")
     qk.add_lora(model, rank=2)
     tiny.wake(model)
@@ -216,6 +238,18 @@ def test_a_quantised_export_leaves_what_sees_as_it_was(folder, tmp_path):
     unread = set(unread_parameters(model))
     sight = [name for name, each in model.named_parameters() if each in unread]
     assert all(torch.equal(export.get_parameter(name), base[name]) for name in sight)
+
+
+def test_what_sees_is_moved_to_no_device_where_bitsandbytes_stored_it(folder, tmp_path):
+    stored = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    )
+    stored.save_pretrained(tmp_path / "stored")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stored")
+    adopt_layers(model, torch.float32, torch.device("meta"))
+    read = set(text_modules(model))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert {(module in read, module.codes.device.type) for module in layers} == {(True, "meta"), (False, "cpu")}
 
 
 def test_weights_that_see_keep_the_dtype_of_the_file_and_do_not_decide_the_model_s(folder):
@@ -287,6 +321,25 @@ def test_a_model_is_made_as_transformers_makes_it_and_one_that_reads_only_is_ref
         assert auto is (AutoModelForCausalLM if is_causal else AutoModelForImageTextToText)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip"}))
     with pytest.raises(ModelError, match=r"holds a siglip, which is not a causal language model$"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PaliGemmaConfig(text_config=TEXT | {"model_type": "gemma"}, vision_config=SEEING, projection_dim=48),
+        Gemma3TextConfig(**TEXT | {"sliding_window": 8, "query_pre_attn_scalar": 12}, use_bidirectional_attention=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_model_in_which_tokens_see_those_behind_them_is_refused(config, tmp_path):
+    # Each place would be shown the token that it is asked for.
+    made = auto_class(config, "causal").from_config(config, dtype=torch.float32).eval()
+    ids = tiny.tokens(rows=1)
+    changed = torch.cat((ids[:, :-1], ids[:, -1:] + 1), dim=1)
+    assert (tiny.logits(made, changed) - tiny.logits(made, ids))[:, :-1].abs().max() > 1e-4
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"holds a {config.model_type} that reads in both directions; give a causal"):
         read_config(tmp_path)
 
 

@@ -119,7 +119,8 @@ def _check_config(folder: Path, config: PretrainedConfig, head: Head) -> None:
     if type(config) not in auto._model_mapping and auto.__name__ not in own:
         kind = "causal language model" if head == "causal" else "model that transformers can put a classifier on"
         raise ModelError(f"{folder} holds a {config.model_type}, which is not a {kind}")
-    if config.is_encoder_decoder or (head == "causal" and reads_both_ways(config)):
+    sees_all = getattr(text, "use_bidirectional_attention", None) in (True, "all")  # PaliGemma, and Gemmas that embed
+    if config.is_encoder_decoder or (head == "causal" and (sees_all or reads_both_ways(config))):
         raise ModelError(f"{folder} holds a {config.model_type} that reads in both directions; give a causal model")
 
 

@@ -21,6 +21,7 @@ from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.kernels import ABSMAX_BLOCK, table_4bit, table_8bit
 from qlora_kit.base.pages import copy_off
+from qlora_kit.base.text import text_modules
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.errors import ModelError
 
@@ -66,13 +67,14 @@ def adopt_layers(model: Any, dtype: torch.dtype, device: torch.device) -> None:
     Args:
         model: a transformers model, changed in place.
         dtype: of the biases.
-        device: where the layers end.
+        device: where those that text goes through end; others stay in the memory of the host.
     """
-    head = model.get_output_embeddings()
+    head, read = model.get_output_embeddings(), set(text_modules(model))
     for name, module in list(model.named_modules()):
         if isinstance(module, bnb.Linear4bit | bnb.Linear8bitLt):
             kind = QuantizedTable if module is head else QuantizedLinear
-            model.set_submodule(name, _adopted(module, kind, dtype, device))
+            place = device if module in read else torch.device("cpu")
+            model.set_submodule(name, _adopted(module, kind, dtype, place))
     # Left on, these would bar `.to`, make an export call itself quantised, and be asked to pack what it writes.
     model._weight_conversions = [rule for rule in model._weight_conversions if not _unpacks(rule)]
     model.hf_quantizer.remove_quantization_config(model)

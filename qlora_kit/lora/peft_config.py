@@ -134,7 +134,7 @@ def _target_modules(model: PreTrainedModel, matched: Sequence[str]) -> list[str]
     leaves = sorted({layer_name.rpartition(".")[2] for layer_name in matched})
     reached = {key for key in adaptable_linears(model) if key.rpartition(".")[2] in leaves}
     body = f"{text_body_name(model)}."
-    if reached == set(matched) and not unread_parameters(model):
+    if reached == set(matched) and not (leaves and unread_parameters(model)):
         return leaves
     if reached == set(matched) and all(key.startswith(body) for key in matched):
         return rf"{_exactly(body)}.*\.({'|'.join(leaves)})"
