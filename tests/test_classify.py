@@ -432,7 +432,7 @@ def test_classes_are_those_of_all_rows_that_are_split_and_of_a_held_out_file_non
         "".join(json.dumps(row) + "\n" for row in (given[0], {"text": "x", "label": "clas 3"}))
     )
     result = call("train", recipe, f"data.eval={tmp_path / 'held.jsonl'}")
-    assert_mistake(result, f"{tmp_path / 'held.jsonl'}:2: label 'clas 3' is none", "did you mean 'class 3'")
+    assert_mistake(result, f"{tmp_path / 'held.jsonl'}:2: label 'clas 3' is not one", "did you mean 'class 3'")
 
 
 def test_a_batch_of_texts_of_several_lengths_gives_each_what_transformers_says_of_it_alone(tmp_path):

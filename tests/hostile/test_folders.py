@@ -310,7 +310,7 @@ def test_a_pipe_that_a_tokenizer_names_is_not_waited_for(model_folder, tmp_path)
 def test_no_other_file_takes_the_place_of_the_one_that_was_looked_at(model_folder, tmp_path, key):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     change(folder / "tokenizer_config.json", **{key: ["../tokenizer.4.0.0.json"]})
-    with pytest.raises(ModelError, match=f"says {key}=.*, wanted tokenizer.json alone"):
+    with pytest.raises(ModelError, match=f"says {key}=.*, wanted only tokenizer.json"):
         read_tokenizer(folder)
 
 
