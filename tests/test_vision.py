@@ -38,6 +38,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.export import export_merged, export_quantized
 from qlora_kit.export.gguf import export_gguf, export_gguf_adapter
 from qlora_kit.lora import lora_layers
+from qlora_kit.lora.start import _shape
 from qlora_kit.ops import IGNORED
 from qlora_kit.recipe import Recipe
 from qlora_kit.train.activations import activation_blocks
@@ -149,6 +150,17 @@ def test_loss_and_gradients_are_those_of_peft_on_the_whole_model(folder, chunk, 
         for theirs_name, ours in (("lora_A", adapter.a_RI), ("lora_B", adapter.b_OR)):
             found = gradients[f"base_model.model.{name}.{theirs_name}.default.weight"]
             assert tiny.relative(ours.grad, found) < 1e-4, name
+
+
+def test_a_start_from_an_adapter_on_experts_too_is_of_all_its_layers(tmp_path):
+    checkpoint_of(experts_config(), tmp_path / "base")
+    model = loaded(tmp_path / "base")
+    matched = qk.add_lora(model, rank=2).matched
+    qk.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert isinstance(config["target_modules"], str)
+    again = loaded(tmp_path / "base")
+    assert sorted(qk.add_lora(again, rank=2, targets=_shape(config)["targets"]).matched) == sorted(matched)
 
 
 def test_an_adapter_on_experts_alone_names_no_layers(tmp_path):

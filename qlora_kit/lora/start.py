@@ -117,7 +117,9 @@ def _shape(config: Mapping[str, Any]) -> dict[str, Any]:
             )
     modules, parameters = config.get("target_modules") or [], config.get("target_parameters") or []
     is_leaves = isinstance(modules, list) and not parameters and all("." not in entry for entry in modules)
-    pattern = modules if isinstance(modules, str) else _any_end([re.escape(entry) for entry in (*modules, *parameters)])
+    named = parameters if isinstance(modules, str) else [*modules, *parameters]
+    ends = [_any_end([re.escape(entry) for entry in named])] if named else []
+    pattern = "|".join([f"({modules})", *ends] if isinstance(modules, str) else ends)
     ranks = {f"re:{_any_end([re.escape(entry)])}": config["r"] for entry in parameters}
     return {
         "rank": config["r"],
