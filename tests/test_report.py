@@ -410,7 +410,7 @@ def test_a_run_that_trains_every_weight_is_called_so(tmp_path):
     assert "as trained" in render(run)
     assert report_facts(read_run(run))["method"] == "full_finetune"
     assert cards_sentence(plan).startswith("Fits on: no card in the table; ")
-    assert plan_text(plan).endswith("This run is full fine-tuning; QLoRA would need 0.09 of it: 91 % less.")
+    assert plan_text(plan).endswith("This run is full fine-tuning; QLoRA would need 0.09 times its memory: 91 % less.")
 
 
 # What is wrong with a folder

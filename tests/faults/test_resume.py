@@ -66,17 +66,17 @@ def change_a_setting(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (change_a_row("rows.jsonl"), "other training rows"),
-        (change_a_row("held.jsonl"), "other held-out rows"),
-        (change_a_weight("model.layers.0.mlp.up_proj.weight"), "other weights of the base"),
-        (change_a_weight("lm_head.weight"), "other weights of the base"),
-        (change_a_setting, "other weights of the base"),
+        (change_a_row("rows.jsonl"), "training rows"),
+        (change_a_row("held.jsonl"), "held-out rows"),
+        (change_a_weight("model.layers.0.mlp.up_proj.weight"), "weights of the base"),
+        (change_a_weight("lm_head.weight"), "weights of the base"),
+        (change_a_setting, "weights of the base"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_rows_or_weights_unless_it_is_forced(change, said, begun, tmp_path):
     change(tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()}
-    with pytest.raises(RunError, match=f"{said} than are there now; put the files back .*--force"):
+    with pytest.raises(RunError, match=f"with different {said} than are there now; put the files back .*--force"):
         train(begun(4), resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.*") if path.is_file()} == before
     assert train(begun(4), resume=True, force=True).step == 4
