@@ -656,7 +656,7 @@ def test_empty_file_is_refused_by_name(tmp_path, name):
 
 def test_hostile_json_is_a_fault_and_no_crash(tmp_path):
     path = write(tmp_path / "a.jsonl", "[" * 100_000 + "\n", '{"text": ' + "9" * 5000 + "}\n", "\ufeff\n")
-    with pytest.raises(DataError, match=r"a.jsonl:1: not JSON.*\n  .*a.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: not readable JSON.*\n  .*a.jsonl:2: not readable JSON"):
         load_rows(path)
 
 
