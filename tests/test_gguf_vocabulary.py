@@ -224,7 +224,7 @@ def test_more_tokens_than_rows_are_refused():
     state["model"]["vocab"]["say"] += 400  # ids need not follow one another
     gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
     assert len(gapped) < 400
-    with pytest.raises(RunError, match="tokens for the 400 rows"):
+    with pytest.raises(RunError, match="has 661 tokens but the embedding has 400 rows"):
         keys(gapped, rows=400)
 
 
