@@ -78,13 +78,7 @@ class StreamedTensor:
 
     def read(self) -> Tensor:
         """All of it at once."""
-        whole, filled = None, 0
-        for part in self.slices():  # never all of them beside the whole
-            whole = part.new_empty(self.shape) if whole is None else whole
-            whole.view(-1)[filled : filled + part.numel()] = part.reshape(-1)
-            filled += part.numel()
-        assert whole is not None
-        return whole
+        return torch.cat([part.reshape(-1) for part in self.slices()]).view(self.shape)
 
 
 def row_slices(shape: Sequence[int], elements: int = SLICE_ELEMENTS) -> Iterator[slice]:
