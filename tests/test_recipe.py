@@ -561,6 +561,8 @@ def test_paths_that_hold_no_recipe_are_told_apart(tmp_path, monkeypatch):
         "/dev/null": "/dev/null is not a regular file",
         "no-such-name": "there is no file and no shipped recipe 'no-such-name'",
         "a\0b.yaml": "does not exist",
+        "lora.rank=8": "lora.rank=8 is a setting, and a recipe comes first: default, another shipped one, or a file",
+        "base.model=models/small": "base.model=models/small is a setting, and a recipe comes first",
         "": "there is no file and no shipped recipe ''",
     }.items():
         with pytest.raises(RecipeError) as caught:

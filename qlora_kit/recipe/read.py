@@ -4,6 +4,7 @@ Nothing is read here but the recipe itself: whether a model or a data file exist
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,10 @@ class _Source:
 
 def _locate(recipe: str) -> _Source:
     path = Path(recipe)
+    if re.match(r"[a-z_.]+=", recipe) and not os.path.exists(recipe):
+        raise RecipeError(
+            f"{brief(recipe, 200)} is a setting, and a recipe comes first: default, another shipped one, or a file"
+        )
     if path.suffix in (".yaml", ".yml") or os.sep in recipe or os.path.exists(recipe):
         return _Source(path, brief(recipe, 200), Path(os.path.abspath(path)).parent, path.stem)
     path = shipped.find(recipe)
