@@ -222,7 +222,7 @@ def step_of(make, kind, monkeypatch, *, with_tiles):
     """Gradients of a tiny model's adapters in bf16, its peak by the ledger, and the number of products of this kind."""
     taken = []
     with monkeypatch.context() as patch:
-        patch.setattr(dense, "can_multiply", lambda *of: with_tiles and can_multiply(*of))
+        patch.setattr(dense, "can_multiply", lambda *of, **how: with_tiles and can_multiply(*of, **how))
         patch.setattr(
             dense, "multiply_stored", lambda *of, **how: taken.append(1) or native.multiply_stored(*of, **how)
         )

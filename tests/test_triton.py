@@ -14,8 +14,9 @@ import pytest
 import tiny
 import torch
 
-from qlora_kit.base.formats import Quantization
+from qlora_kit.base.formats import Quantization, dequantize, quantize
 from qlora_kit.base.freeze import freeze_and_quantize
+from qlora_kit.base.multiply import can_multiply, multiply_stored
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.ops import (
     IGNORED,
@@ -196,6 +197,81 @@ def step_of(model):
     return torch.cat([loss[None].cpu(), *(p.grad.float().flatten().cpu() for _, p in adapter_parameters(model))])
 
 
+FORMATS = [
+    Quantization("nf4", double_quant=True, block_size=64),
+    Quantization("nf4", double_quant=False, block_size=128),
+    Quantization("fp4", double_quant=True, block_size=1024),
+    Quantization("int8"),
+]
+
+
+def stored_matrix(shape, quantization, dtype, device="cpu"):
+    """Codes and constants, and what they are decoded to."""
+    stored = quantize(draw(*shape) / 50, quantization)
+    decoded = dequantize(stored, quantization, torch.empty(shape, dtype=dtype))
+    return {name: each.to(device) for name, each in stored.items()}, decoded.to(device)
+
+
+def row_times(x, stored, shape, quantization, bias=None):
+    space = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return multiply_stored(x, stored, quantization, space, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", FORMATS, ids=str)
+def test_a_row_multiplies_each_stored_weight_as_the_decoders_give_it_bit_for_bit(quantization, dtype, by_triton):
+    shape = 37, 3072  # a last program of one output, and six steps along a row
+    stored, w_OI = stored_matrix(shape, quantization, dtype)
+    assert w_OI.unique().numel() > 100
+    for column in (0, 1, 510, 513, 3071):
+        x = torch.zeros(1, shape[1], dtype=dtype)
+        x[0, column] = 1
+        assert torch.equal(row_times(x, stored, shape, quantization)[0], w_OI[:, column])
+    assert set(by_triton) == {"row_times_int8" if quantization.kind == "int8" else "row_times_4bit"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", FORMATS, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_row_times_a_stored_matrix_errs_by_one_rounding(has_bias, quantization, dtype, by_triton):
+    shape = 70, 1024
+    stored, w_OI = stored_matrix(shape, quantization, dtype)
+    x, bias = draw(1, shape[1], seed=1, dtype=dtype), draw(shape[0], seed=2, dtype=dtype) if has_bias else None
+    exact = torch.nn.functional.linear(x.double(), w_OI.double(), None if bias is None else bias.double())
+    y = row_times(x, stored, shape, quantization, bias)
+    assert y.dtype == dtype
+    assert tiny.relative(y.double(), exact) < torch.finfo(dtype).eps / (2 if dtype != torch.float32 else 0.5)
+    assert set(by_triton) == {"row_times_int8" if quantization.kind == "int8" else "row_times_4bit"}
+
+
+def test_only_one_row_forward_with_whole_blocks_is_multiplied_as_stored(by_triton):
+    x, nf4 = draw(2, 640, dtype=torch.float16), Quantization("nf4", block_size=128)
+    assert can_multiply(x[:1], (96, 640), nf4)
+    assert not can_multiply(x, (96, 640), nf4)
+    assert not can_multiply(x[:1], (640, 96), nf4, is_back=True)
+    assert not can_multiply(x[:1, :576], (96, 576), nf4)  # a row ends within a block
+    assert can_multiply(x[:1, :577], (96, 577), Quantization("int8"))
+    assert not can_multiply(x[:1].double(), (96, 640), nf4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_next_token_by_triton_is_the_one_without(kind, request):
+    dense = tiny.llama(hidden_size=128, intermediate_size=256)
+    model = freeze_and_quantize(dense, Quantization(kind), torch.float32, torch.device("cpu"))
+    add_lora(model, rank=4)
+    tiny.wake(model)
+    ids = tiny.tokens(1, 6)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, -1]
+        asked = request.getfixturevalue("by_triton")
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        asked.clear()
+        found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+    name = "row_times_int8" if kind == "int8" else "row_times_4bit"
+    assert asked.count(name) == 2 * 14  # of all layers but the head: whether it is there, and to launch it
+    assert tiny.relative(found, wanted) < 1e-6  # fp32; only sums are taken in another order
+
+
 def test_kernels_are_for_cuda_devices_and_for_dtypes_they_know(monkeypatch):
     assert not triton.serves(torch.device("cpu"))
     monkeypatch.setattr(triton, "serves", lambda device: True)
@@ -260,7 +336,7 @@ import json, sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
-from qlora_kit.ops.triton import gate, loss, norm, turn
+from qlora_kit.ops.triton import gate, loss, norm, stored, turn
 
 class Card:
     def __init__(self, capability): self.target = GPUTarget("cuda", capability, 32)
@@ -288,8 +364,17 @@ for is_back in (False, True):
     turn.rotary(x.view(3, 8, 8, 64), x[:, :512].view(3, 8, 64), x[:, :512].view(3, 8, 64), is_back, x)
 for cap in (None, 30.0):
     loss.softmax_gradient(x, labels, inverse, 0.5, 1.0, cap, -100)
+codes, absmax, row = torch.ones(8 * 2048, dtype=torch.uint8), torch.ones(512), x[:1]
+for block_size in (64, 4096):
+    plain, double = (absmax, None, None), (absmax.to(torch.uint8), absmax, absmax)
+    for constants, bias in ((plain, None), (double, row)):
+        stored.row_times_4bit(row, codes, *constants, (absmax, absmax), block_size, bias, x[1:2])
+stored.row_times_int8(row, codes.view(torch.int8).view(4, 4096), absmax, None, x[1:2])
 print(json.dumps(made))
 """
+
+
+ROW_KERNELS = ["_times_4bit"] * 4 + ["_times_int8"]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +389,7 @@ def test_every_kernel_compiles_for_a_card_and_rounds_to_nearest_there(capability
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     made = json.loads(done.stdout)
-    assert [name for name, *_ in made] == ["_forward", "_backward"] * 3 + ["_turn"] * 2 + ["_row"] * 2
+    assert [name for name, *_ in made] == ["_forward", "_backward"] * 3 + ["_turn"] * 2 + ["_row"] * 2 + ROW_KERNELS
     assert {target for _, target, *_ in made} == {capability}
     assert all(rounded > 0 for _, _, rounded, _ in made)
     assert all(shared < 48 * 1024 for *_, shared in made)  # what any card gives a program
@@ -380,6 +465,19 @@ def test_the_loss_on_the_gpu_is_within_rounding_of_float64(rule, dtype):
     wanted, exact = truth_of(logits, labels, rule)
     assert tiny.relative(loss, wanted) < 1e-5
     assert tiny.relative(gradient, exact) < max(torch.finfo(dtype).eps, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", FORMATS, ids=str)
+def test_a_row_times_a_stored_matrix_on_the_gpu_errs_by_one_rounding(quantization, dtype):
+    shape = 1027, 4096
+    stored, w_OI = stored_matrix(shape, quantization, dtype, CUDA)
+    x, bias = (draw(*size, seed=1, dtype=dtype, device=CUDA) for size in ((1, 4096), (1027,)))
+    assert can_multiply(x, shape, quantization)
+    exact = torch.nn.functional.linear(x.double(), w_OI.double(), bias.double())
+    found = row_times(x, stored, shape, quantization, bias)
+    assert tiny.relative(found.double(), exact) < torch.finfo(dtype).eps / (2 if dtype != torch.float32 else 0.5)
 
 
 @pytest.mark.gpu

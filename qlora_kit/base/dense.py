@@ -90,7 +90,9 @@ class QuantizedWeight(nn.Module):
             x: as `Stored.multiply` is given it, like the rest.
         """
         shape, codes = (self.out_features, self.in_features), stored["codes"]
-        if codes is None or stored.get("absmax") is None or not can_multiply(x, shape, self.quantization):
+        if codes is None or stored.get("absmax") is None:
+            return None
+        if not can_multiply(x, shape, self.quantization, is_back=is_back):
             return None
         space = self._memory(shape, x.dtype, codes)  # as if to decode into: so a plan is the same for all processors
         return multiply_stored(x, stored, self.quantization, space, bias=bias, is_back=is_back)

@@ -2,14 +2,15 @@
 
 On a CPU that multiplies tiles (Intel AMX) C code decodes some columns at a time into the first cache and multiplies
 them there (ops/native/tiles.c): faster than to write the decoded matrix and multiply that, as long as the rows are not
-many beside it. `can_multiply` says where; elsewhere weights are decoded.
+many beside it. On a CUDA device a Triton kernel multiplies one row, the next token of an answer (ops/triton/stored.py).
+`can_multiply` says where; elsewhere weights are decoded.
 
 The operator has a fake form, FLOPs as any product has, and a twin in plain torch. Axes: T tokens, O out, I in.
 """
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from qlora_kit.base.formats import Quantization, dequantize
 from qlora_kit.base.kernels import check_4bit, check_int8, table_4bit, table_8bit
 from qlora_kit.ops.native import address, library, size, threads
+from qlora_kit.ops.triton import device_kernel
 
 _BLOCK = 64
 """Inputs that are decoded together; a block of constants must be some of these, or one constant would be two's."""
@@ -51,7 +53,7 @@ class _Matrix(NamedTuple):
     kind: str
 
 
-def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization) -> bool:
+def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization, *, is_back: bool = False) -> bool:
     """Whether a product with such a matrix is taken without decoding it first.
 
     Not of more rows than half its shorter side: the matrix, decoded again for every 512, is then slower than torch's
@@ -61,10 +63,14 @@ def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization) 
         x: what it is multiplied with, (rows, in) or (rows, out).
         shape: (out, in) of the matrix.
         quantization: its format.
+        is_back: as for `multiply_stored`.
     """
     if torch.compiler.is_compiling():
         return False
-    return 2 * len(x) <= min(shape) and _fits(x, *shape, quantization.kind, quantization.block_size)
+    kind, block_size = quantization.kind, quantization.block_size
+    if _row_kernel(x, shape[1], kind, block_size, is_back) is not None:
+        return True
+    return 2 * len(x) <= min(shape) and _fits(x, *shape, kind, block_size)
 
 
 def multiply_stored(
@@ -117,6 +123,15 @@ def _fits(x: Tensor, out: int, width: int, kind: str, block_size: int) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and fits and is_there and has_tiles()
 
 
+def _row_kernel(x: Tensor, width: int, kind: str, block_size: int, is_back: bool) -> Callable[..., None] | None:
+    """What a device has for one row, whose width must be whole blocks of constants: none may be two rows'."""
+    if len(x) != 1 or is_back or kind == "none" or width == 0:
+        return None
+    if kind == "int8":
+        return device_kernel("row_times_int8", x)
+    return device_kernel("row_times_4bit", x) if width % block_size == 0 else None
+
+
 @functools.cache
 def has_tiles() -> bool:
     """Whether the processor multiplies tiles, the system lets it, and what was compiled gives the right bits."""
@@ -142,7 +157,7 @@ def _is_right(kernels: ctypes.CDLL, kind: Literal["nf4", "int8"], is_back: bool)
     return torch.equal(made, multiply_stored_plain(one, stored, Quantization(kind), space, is_back=is_back))
 
 
-@torch.library.impl("qlora_kit::multiply_stored", "cpu")
+@torch.library.impl("qlora_kit::multiply_stored", ("cpu", "cuda"))
 def _multiply_stored(
     x: Tensor,
     bias: Tensor | None,
@@ -155,8 +170,9 @@ def _multiply_stored(
     is_back: bool,
     space: Tensor,
 ) -> Tensor:
-    kernels, (out, width) = library(), space.shape
-    if kernels is None or not _fits(x, out, width, kind, block_size):
+    out, width = space.shape
+    run = _runner(x, out, width, kind, block_size, is_back)
+    if run is None:
         raise RuntimeError(f"{tuple(x.shape)} with {(out, width)} in {kind}: decode it, can_multiply says no")
     if kind == "int8":
         check_int8(codes, absmax, (out, width))
@@ -168,7 +184,34 @@ def _multiply_stored(
         raise RuntimeError(
             f"a bias of {tuple(bias.shape)} in {bias.dtype}, ({out},) in {x.dtype} wanted, forward alone"
         )
-    return _run(kernels, x, bias, _Matrix(codes, absmax, scale, offset, block_size, kind), is_back, space)
+    return run(x, bias, _Matrix(codes, absmax, scale, offset, block_size, kind), is_back, space)
+
+
+def _runner(
+    x: Tensor, out: int, width: int, kind: str, block_size: int, is_back: bool
+) -> Callable[[Tensor, Tensor | None, _Matrix, bool, Tensor], Tensor] | None:
+    """What takes the product; None where nothing does."""
+    by_row = _row_kernel(x, width, kind, block_size, is_back)
+    if by_row is not None:
+        return functools.partial(_run_row, by_row)
+    kernels = library()
+    if kernels is None or not _fits(x, out, width, kind, block_size):
+        return None
+    return functools.partial(_run, kernels)
+
+
+def _run_row(
+    kernel: Callable[..., None], x: Tensor, bias: Tensor | None, matrix: _Matrix, is_back: bool, space: Tensor
+) -> Tensor:
+    y = _shaped(x, space, is_back)
+    x, codes, absmax = x.contiguous(), matrix.codes.contiguous(), matrix.absmax.contiguous()
+    bias, scale = (None if each is None else each.contiguous() for each in (bias, matrix.scale))
+    if matrix.kind == "int8":
+        kernel(x, codes, absmax, bias, y)
+    else:
+        tables = table_4bit(matrix.kind, x.device), table_8bit(x.device)
+        kernel(x, codes, absmax, scale, matrix.offset, tables, matrix.block_size, bias, y)
+    return y
 
 
 def _run(kernels: ctypes.CDLL, x: Tensor, bias: Tensor | None, matrix: _Matrix, is_back: bool, space: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ _LAUNCHERS = {
     "gated_backward": "gate",
     "rotary": "turn",
     "softmax_gradient": "loss",
+    "row_times_4bit": "stored",
+    "row_times_int8": "stored",
 }
 """The file of each."""
 
