@@ -58,6 +58,7 @@ from transformers.utils.logging import disable_progress_bar
 from qlora_kit.base import load_base
 from qlora_kit.base.architecture import read_config
 from qlora_kit.base.attention import implementation
+from qlora_kit.base.dense import QuantizedLinear, reader
 from qlora_kit.base.formats import Quantization
 from qlora_kit.base.freeze import freeze_and_quantize
 from qlora_kit.data import Encoded, Room, arrange, collate_rows, side_by_side
@@ -65,6 +66,7 @@ from qlora_kit.errors import QloraKitError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
 from qlora_kit.ops import softmax_gradient, triton
+from qlora_kit.ops.frozen import times
 from qlora_kit.plan import plan_methods
 from qlora_kit.plan.devices import matmul_rate
 from qlora_kit.recipe import read_recipe
@@ -314,18 +316,23 @@ def kernels(bench: Bench) -> Iterator[Row]:
     logits = draw(max(8, bench.size.elements // vocabulary), vocabulary)
     labels = torch.randint(0, vocabulary, (len(logits),), device=bench.device)
     ops = torch.ops.qlora_kit
+    layers = {
+        "row_times_4bit": QuantizedLinear(draw(width, width), None, Quantization("nf4")),
+        "row_times_int8": QuantizedLinear(draw(width, width), None, Quantization("int8")),
+    }
     calls = {
         "rms_norm": lambda: ops.rms_norm(x, weight, 1e-6, "twice"),
         "rms_norm_backward": lambda: ops.rms_norm_backward(grad, x, weight, inverse, "twice"),
         "gated": lambda: ops.gated(x, grad, "silu"),
         "gated_backward": lambda: ops.gated_backward(grad, x, grad, "silu"),
+        **{name: partial(times, x[:1], reader(layer), None, x.dtype) for name, layer in layers.items()},
         "softmax_gradient": lambda: softmax_gradient.loss_and_gradient(logits, labels, softmax_gradient.PLAIN, 1.0),
     }
     for name, call in calls.items():
         with WITHOUT_KERNELS:
             twin = milliseconds(bench, call)
         own = milliseconds(bench, call) if triton.serves(x.device) else None
-        shape = list(logits.shape if name == "softmax_gradient" else x.shape)
+        shape = list(logits.shape if name == "softmax_gradient" else (width, width) if name in layers else x.shape)
         row = {"kernel": name, "shape": shape, "twin_ms": told(twin), "kernel_ms": own and told(own)}
         yield row | {"times_as_fast": own and round(statistics.median(twin) / statistics.median(own), 2)}
 
