@@ -561,6 +561,16 @@ def test_a_run_that_is_resumed_with_more_steps_keeps_the_rate_that_was_chosen_fo
     assert {row["lr"] for row in rows if "lr" in row} == {begun["lr"]}
 
 
+@pytest.mark.parametrize("other", ["lora.rank=2", "train.optimizer=sgd"])
+def test_a_run_that_cannot_be_forced_to_go_on_stays_as_it_was_begun(recipe, other):
+    run = recipe.parent / "run"
+    assert call("train", recipe, "train.steps=2").exit_code == 0
+    begun = {name: (run / name).read_bytes() for name in ("recipe.yaml", "plan.json", "data.json")}
+    assert_mistake(call("train", recipe, other, "train.steps=3", "--resume", "--force"), "resume with the recipe")
+    assert begun == {name: (run / name).read_bytes() for name in begun}
+    assert call("train", recipe, "train.steps=3", "--resume").exit_code == 0
+
+
 @pytest.mark.slow
 def test_a_run_that_is_forced_to_go_on_at_another_rate_does(recipe):
     """Which is what a run that broke off tells people to do."""

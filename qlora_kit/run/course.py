@@ -1,7 +1,7 @@
 """The course of a run: from the first step, or the checkpoint that it goes on from, to what it leaves."""
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,7 @@ def run_course(
     limit: Limit,
     watch: Watch,
     track: Track,
+    describe: Callable[[], None],
     *,
     resume: bool,
 ) -> End:
@@ -77,10 +78,13 @@ def run_course(
         limit: what the run keeps within.
         watch: is told what happens.
         track: gets a row of metrics at a time.
+        describe: writes down what the run is made from; where it goes on, once its checkpoint has turned out to fit.
         resume: go on from the newest checkpoint that verifies.
     """
     torch.manual_seed(recipe.train.seed)
     model = job.model
+    if not resume:
+        describe()
     slow = emulation_note(resolve_dtype(recipe.base.compute_dtype, model.device), model.device)
     if slow is not None:
         watch.note(slow)
@@ -91,6 +95,7 @@ def run_course(
         check_isolation(model, prepared.pace.micro_batch)
     if resume:
         _go_on(job, watch)
+        describe()
     since = job.progress.step if resume else None
     metrics = MetricsLog(job.folder / "metrics.jsonl", resume_from=since)
     job.watch = _watched(metrics.rows, watch, track)

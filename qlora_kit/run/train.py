@@ -136,14 +136,17 @@ def train(
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
         earlier = [] if resume else files_of_run(folder)
+
+        def describe() -> None:
+            with names_what_is_kept(folder):
+                clear_run_folder(folder, earlier)
+                describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
+
         with reported(folder):
             with _tracking(recipe, prepared, folder, device) as track:
-                with names_what_is_kept(folder):
-                    clear_run_folder(folder, earlier)
-                    describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
                 job = make_job(recipe, prepared, model, task, loss_chunk, limit)
                 planned = plan["methods"][plan["method"]]
-                end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, resume=resume)
+                end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, describe, resume=resume)
             del job  # with the optimizer's state, in whose place a base may be read again
             with names_what_is_kept(folder):
                 _save(model, recipe, prepared, folder, end)
