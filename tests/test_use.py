@@ -510,7 +510,7 @@ def test_answers_that_were_made_before_a_stop_are_kept(text_run, tmp_path, monke
     assert_mistake(not_there, "p.txt", "--out")
 
 
-def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_path):
+def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does_and_the_latter_has_no_base(chat_run, tmp_path):
     exported = call("export", chat_run, "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
 
@@ -523,6 +523,10 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_pa
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
     assert said(tmp_path / "merged", "--raw") != said(tmp_path / "merged")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "say", "completion": " cat"}))
+    for verb, *asked in (("generate", "--prompt", "x"), ("eval", "--data", rows)):
+        assert_mistake(call(verb, tmp_path / "merged", *asked, "--base"), "--base", "same weights")
     (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
     for name in ("recipe.yaml", "data.json"):
         shutil.copy(chat_run / name, tmp_path / "damaged")
