@@ -445,7 +445,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_lines(model, tmp_path):
     with pytest.raises(DataError) as caught:
         read_prompts(path, tokenizer, is_chat=False)
     message = str(caught.value)
-    assert message.startswith("3 rows cannot be used")
+    assert message.startswith("3 rows cannot be used: "), "by a recipe rows can be left out, and here there is none"
     assert len(message.splitlines()) == 3, "of which the first line tells one"
     assert [f"{path}:{line}" in message for line in (1, 2, 3, 4)] == [False, True, True, True]
     with pytest.raises(DataError, match="is a folder; give one file"):
@@ -533,6 +533,14 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does_and_the_latter_h
     shutil.copytree(end, tmp_path / "damaged" / "checkpoints" / "step-000012")
     (tmp_path / "damaged" / "checkpoints" / "step-000012" / "parameters.safetensors").write_bytes(b"")
     assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
+
+
+def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_out(chat_run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": 5, "completion": " cat"}\n{"prompt": "say", "completion": ""}\n')
+    result = call("eval", chat_run, "--data", path)
+    assert result.exit_code == 2
+    assert f"2 rows cannot be used: {path}:1: " in result.stderr
 
 
 @pytest.mark.parametrize(
