@@ -30,6 +30,7 @@ from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
 from qlora_kit.run.rows import column_maps, eval_batches
 from qlora_kit.run.score import score_rows
+from qlora_kit.run.use import load_any
 from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
@@ -533,6 +534,16 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does_and_the_latter_h
     shutil.copytree(end, tmp_path / "damaged" / "checkpoints" / "step-000012")
     (tmp_path / "damaged" / "checkpoints" / "step-000012" / "parameters.safetensors").write_bytes(b"")
     assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
+
+
+def test_an_export_in_fp32_is_loaded_in_fp32_and_says_what_the_run_says(chat_run, tmp_path):
+    for to in ("merged", "quantized"):
+        exported = call("export", chat_run, "--to", to, "--dtype", "float32", "--out", tmp_path / to)
+        assert exported.exit_code == 0, exported.output
+        assert load_any(tmp_path / to)[0].dtype == torch.float32
+    wanted = tiny.logits(load_run(chat_run)[0], torch.tensor([[5, 6, 7]]))
+    found = tiny.logits(load_any(tmp_path / "merged")[0], torch.tensor([[5, 6, 7]]))
+    assert tiny.relative(found, wanted) < 1e-5
 
 
 def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_out(chat_run, tmp_path):
