@@ -30,6 +30,7 @@ from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
 from qlora_kit.run.rows import column_maps, eval_batches
 from qlora_kit.run.score import score_rows
+from qlora_kit.run.use import load_any
 from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
@@ -445,7 +446,7 @@ def test_prompts_that_cannot_be_used_are_told_with_their_lines(model, tmp_path):
     with pytest.raises(DataError) as caught:
         read_prompts(path, tokenizer, is_chat=False)
     message = str(caught.value)
-    assert message.startswith("3 rows cannot be used")
+    assert message.startswith("3 rows cannot be used: "), "by a recipe rows can be left out, and here there is none"
     assert len(message.splitlines()) == 3, "of which the first line tells one"
     assert [f"{path}:{line}" in message for line in (1, 2, 3, 4)] == [False, True, True, True]
     with pytest.raises(DataError, match="is a folder; give one file"):
@@ -510,7 +511,7 @@ def test_answers_that_were_made_before_a_stop_are_kept(text_run, tmp_path, monke
     assert_mistake(not_there, "p.txt", "--out")
 
 
-def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_path):
+def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does_and_the_latter_has_no_base(chat_run, tmp_path):
     exported = call("export", chat_run, "--dtype", "float32", "--out", tmp_path / "merged")
     assert exported.exit_code == 0, exported.output
 
@@ -523,12 +524,34 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does(chat_run, tmp_pa
     assert torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
     assert said(tmp_path / "merged", "--raw") != said(tmp_path / "merged")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "say", "completion": " cat"}))
+    for verb, *asked in (("generate", "--prompt", "x"), ("eval", "--data", rows)):
+        assert_mistake(call(verb, tmp_path / "merged", *asked, "--base"), "--base", "same weights")
     (tmp_path / "damaged" / "checkpoints").mkdir(parents=True)
     for name in ("recipe.yaml", "data.json"):
         shutil.copy(chat_run / name, tmp_path / "damaged")
     shutil.copytree(end, tmp_path / "damaged" / "checkpoints" / "step-000012")
     (tmp_path / "damaged" / "checkpoints" / "step-000012" / "parameters.safetensors").write_bytes(b"")
     assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
+
+
+def test_an_export_in_fp32_is_loaded_in_fp32_and_says_what_the_run_says(chat_run, tmp_path):
+    for to in ("merged", "quantized"):
+        exported = call("export", chat_run, "--to", to, "--dtype", "float32", "--out", tmp_path / to)
+        assert exported.exit_code == 0, exported.output
+        assert load_any(tmp_path / to)[0].dtype == torch.float32
+    wanted = tiny.logits(load_run(chat_run)[0], torch.tensor([[5, 6, 7]]))
+    found = tiny.logits(load_any(tmp_path / "merged")[0], torch.tensor([[5, 6, 7]]))
+    assert tiny.relative(found, wanted) < 1e-5
+
+
+def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_out(chat_run, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": 5, "completion": " cat"}\n{"prompt": "say", "completion": ""}\n')
+    result = call("eval", chat_run, "--data", path)
+    assert result.exit_code == 2
+    assert f"2 rows cannot be used: {path}:1: " in result.stderr
 
 
 @pytest.mark.parametrize(

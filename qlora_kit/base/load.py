@@ -141,10 +141,11 @@ def stored_as(folder: Path, *, head: Head = "causal", trust_remote_code: bool = 
     Raises:
         ModelError: the folder's configuration cannot be read, or it is quantised by something else than bitsandbytes.
     """
-    stored = stored_quantization(read_config(folder, head=head, trust_remote_code=trust_remote_code)) or Quantization(
-        "none"
-    )
-    return {"quantization": stored.kind, "double_quant": stored.double_quant}
+    config = read_config(folder, head=head, trust_remote_code=trust_remote_code)
+    stored = stored_quantization(config) or Quantization("none")
+    # Of 16 bits the device decides which: not all have bf16. In them an fp32 file would not be what was exported.
+    compute_dtype = "float32" if config.dtype == torch.float32 else "auto"
+    return {"quantization": stored.kind, "double_quant": stored.double_quant, "compute_dtype": compute_dtype}
 
 
 def original_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -36,8 +36,12 @@ class Faults:
         both.shown = [*self.shown, *other.shown][: self.most_shown]
         return both
 
-    def stop(self) -> None:
+    def stop(self, *, may_skip: bool = True) -> None:
         """Raise what was gathered.
+
+        Args:
+            may_skip: whether the setting that leaves bad rows out has a say here; it has none in rows that a finished
+                run is asked or scored on.
 
         Raises:
             DataError: if there is any fault; a single one is the whole message, of several see `told`.
@@ -45,7 +49,7 @@ class Faults:
         if self.count == 1:
             raise DataError(self.shown[0])
         if self.count > 1:
-            way_out = "" if self.hides_rows else " (data.on_error=skip leaves them out)"
+            way_out = "" if self.hides_rows or not may_skip else " (data.on_error=skip leaves them out)"
             raise DataError(self.told(f"{self.count:,} rows cannot be used{way_out}"))
 
     def told(self, what: str) -> str:

@@ -96,7 +96,7 @@ def read_prompts(
         except DataError as error:
             told = str(error)
             faults.add(told if told.startswith(where) else f"{where}: {told}")
-    faults.stop()
+    faults.stop(may_skip=False)
     if not prompts:
         raise DataError(f"{path} holds no prompts")
     return prompts

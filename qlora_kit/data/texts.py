@@ -56,7 +56,7 @@ def read_texts(path: Path, classes: Classes, *, columns: Sequence[Mapping[str, s
             texts.append(_asked(renamed(raw, columns), where, classes))
         except DataError as error:
             faults.add(str(error))
-    faults.stop()
+    faults.stop(may_skip=False)
     if not texts:
         raise DataError(f"{path} holds no texts")
     return texts

@@ -50,7 +50,7 @@ def held_out_rows(
     if data is not None:
         none = EncodedSet(classes=classes_in(config) if recipe.train.task == "classify" else None)
         rows = _encode_sets([], _open_sources(recipe, str(data)), [], none, recipe, tokenizer, config)
-        rows.faults.stop()
+        rows.faults.stop(may_skip=False)
         rows.check_left(recipe.data.max_tokens)
         return rows
     return read_rows(recipe, tokenizer, config)[1]

@@ -106,7 +106,7 @@ def load_any(
     """A run as `load_run` gives it, or a folder with weights, such as an export, which has no recipe.
 
     Raises:
-        RunError: the folder is neither.
+        RunError: the folder is neither, or it has weights and no bare base.
     """
     check_folder(folder)
     if run_of(folder) is not None:
@@ -118,6 +118,11 @@ def load_any(
         raise RunError(
             f"{folder} is not a run folder (it has no recipe.yaml) and holds no model (config.json); give the output "
             "of a `qlora-kit train` or of an export"
+        )
+    if bare_base:
+        raise RunError(
+            f"--base leaves away what a run trained, and in {folder} base and training are the same weights; give the "
+            "run, or leave --base out"
         )
     head = stored_head(folder)
     stored = stored_as(folder, head=head, trust_remote_code=trust_remote_code)
