@@ -394,6 +394,26 @@ def test_a_run_is_asked_with_its_thinking_and_its_columns_in_files_and_in_a_chat
     assert asked == [encode(row, speaker.tokenizer, loss_on="last").prompt] * 2
 
 
+@pytest.mark.parametrize("to", ["merged", "quantized"])
+def test_an_export_is_asked_as_its_run_is(to, text_run, chat_run, tmp_path):
+    """Though the tokenizer of both has a chat template."""
+    asked = {}
+    for name, run in (("text", text_run), ("chat", shutil.copytree(chat_run, tmp_path / "chat"))):
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        if name == "chat":
+            recipe["data"]["thinking"] = "strip"
+            (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        out = tmp_path / f"out-{name}"
+        assert call("export", run, "--to", to, "--out", out, "--force").exit_code == 0
+        speaker, exported = load_speaker(run), load_speaker(out)
+        assert exported.tokenizer.chat_template == TEMPLATE
+        assert (exported.is_chat, exported.thinking) == (speaker.is_chat, speaker.thinking)
+        asked[name] = exported.given("say cat ")
+        assert asked[name] == speaker.given("say cat ")
+    assert asked["text"] != asked["chat"]
+    assert exported.thinking == "strip"
+
+
 @pytest.mark.parametrize(
     "row",
     [

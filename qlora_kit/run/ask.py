@@ -11,7 +11,7 @@ from qlora_kit.data import Prompt, ask, read_prompts
 from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.recipe import Recipe
-from qlora_kit.run.recorded import recorded_data
+from qlora_kit.run.recorded import exported_way_to_ask, recorded_data
 from qlora_kit.run.rows import column_maps, positions_of
 from qlora_kit.run.use import load_any, run_of, tells_apart
 from qlora_kit.train.generate import GREEDY, Sampling, generate_texts
@@ -83,7 +83,8 @@ def load_speaker(
     run = run_of(folder)
     model, tokenizer, recipe = load_any(folder, bare_base=bare_base, force=force, trust_remote_code=trust_remote_code)
     if run is None or recipe is None:
-        return Speaker(model, tokenizer, tokenizer.chat_template is not None and not raw)
+        is_chat, thinking = exported_way_to_ask(folder)
+        return Speaker(model, tokenizer, is_chat and tokenizer.chat_template is not None and not raw, thinking)
     return speaker_of(run, recipe, model, tokenizer, raw=raw)
 
 

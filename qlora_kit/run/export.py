@@ -19,6 +19,7 @@ from qlora_kit.recipe.tasks import TASKS
 from qlora_kit.report.folder import SCORES as SCORED
 from qlora_kit.report.folder import TEXT, document
 from qlora_kit.run.folder import DATA, RECIPE, SCORES, provenance_of
+from qlora_kit.run.recorded import way_to_ask
 from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_run, run_of
@@ -141,11 +142,12 @@ class _Loaded:
             return export_adapter(self.model, out, tokenizer=self.tokenizer, provenance=provenance)
         if asked.to == "gguf-adapter":
             return _gguf().export_gguf_adapter(self.model, out, provenance=provenance)
+        is_classifier = self.recipe.train.task == "classify"
         common: dict[str, Any] = {
             "onto": asked.onto,
             "dtype": asked.written_in,
             "audit_batches": self.held_out,
-            "provenance": provenance,
+            "provenance": provenance | ({} if is_classifier else way_to_ask(self.folder, self.recipe)),
             "is_whole": self.recipe.train.full_finetune,
             "max_kl": asked.max_kl,
             "scored_loss": None if asked.force else self.scored_loss,

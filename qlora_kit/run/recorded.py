@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from datetime import date as Date
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from qlora_kit.data import Classes
+from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import RunError
+from qlora_kit.export.sealed import MANIFEST
+from qlora_kit.recipe import Recipe
 from qlora_kit.report.folder import FLAG, NUMBER, TEXT, Leaf, document
 from qlora_kit.run.folder import DATA, PLAN
 from qlora_kit.train.pace import Rate
@@ -36,6 +39,16 @@ _PLANNED = {
     "pace": {"lr": NUMBER, "lr_reason": TEXT},
 }
 """What of plan.json a run is gone on with."""
+
+_EXPORTED = {
+    "provenance?": {
+        "prompts?": TEXT,
+        "thinking?": Leaf("keep, strip or empty", lambda value: value in get_args(Thinking)),
+    }
+}
+"""What of export.json an export is asked by."""
+
+_PLAIN, _CHATS = "plain text", "chats"
 
 _MADE_FROM = {"train": "training rows", "eval": "held-out rows", "base": "weights of the base"}
 
@@ -99,6 +112,24 @@ def recorded_classes(folder: Path) -> Classes | None:
     """The classes that a run tells apart; None where it learns to say something."""
     recorded = recorded_data(folder)
     return Classes(tuple(recorded["classes"]), bool(recorded.get("is_multi"))) if "classes" in recorded else None
+
+
+def way_to_ask(folder: Path, recipe: Recipe) -> dict[str, str]:
+    """How a run was asked in training, for the export.json of its weights."""
+    prompts = _CHATS if recorded_data(folder).get("chats") else _PLAIN
+    return {"prompts": prompts, "thinking": recipe.data.thinking}
+
+
+def exported_way_to_ask(folder: Path) -> tuple[bool, Thinking]:
+    """Whether a folder with weights is asked by its chat template, and what is made of thoughts.
+
+    Raises:
+        RunError: export.json says something else than an export does.
+    """
+    if not (folder / MANIFEST).is_file():
+        return True, "keep"
+    said = document(folder / MANIFEST, _EXPORTED).get("provenance", {})
+    return said.get("prompts") != _PLAIN, said.get("thinking", "keep")
 
 
 def _is_date(value: Any) -> bool:
