@@ -100,8 +100,16 @@ def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) ->
     near = "".join(nearest(name, set(renamed) - set(wanted.required)) for name in missing)
     raise DataError(
         f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(renamed)}; expected: "
-        f"{', '.join(wanted.required)} (data.columns maps other names)"
+        f"{', '.join(wanted.required)} (data.columns maps other names{_tasks_that_learn_from(renamed)})"
     )
+
+
+def _tasks_that_learn_from(row: Columns) -> str:
+    """Of what a row may have been meant for, where the task at hand can make nothing of it."""
+    names = [
+        name for name, task in TASKS.items() if any(row.keys() >= {*FORMATS[each].required} for each in task.formats)
+    ]
+    return f"; such rows are for train.task={', '.join(names)}" if names else ""
 
 
 def _candidates(format: str, task: str) -> list[Format]:
