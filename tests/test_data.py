@@ -579,6 +579,7 @@ def test_mapped_columns_name_the_format():
         ({"text": "a"}, {"format": "completion"}, "missing 'prompt', 'completion'; found columns: text"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "such rows are for train.task=dpo, ipo, orpo, kto"),
         ({"prompt": "a", "completion": "b"}, {"task": "dpo"}, r"are for train.task=sft, pretrain\)"),
+        ({"prompt": "a", "completion": "b"}, {"format": "text"}, r"expected: text \(data.columns maps other names\)"),
         ({"quest": "a"}, {"columns": {"text": "question"}}, "column 'question' .*is missing .*mean 'quest'"),
         ({"text": 5}, {}, r"text is a number \(5\), wanted text"),
         ({"text": None}, {}, "text is null"),

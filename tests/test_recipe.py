@@ -556,6 +556,7 @@ def test_paths_that_hold_no_recipe_are_told_apart(tmp_path, monkeypatch):
     (tmp_path / "run/recipe.yaml").write_text(MINIMAL)
     for path, reason in {
         "absent.yaml": "absent.yaml does not exist",
+        "run=1/absent.yaml": "run=1/absent.yaml does not exist",
         "absent/recipe": "absent/recipe does not exist",
         "run": "run is a folder, and a recipe is a file; did you mean the recipe.yaml in it?",
         "/dev/null": "/dev/null is not a regular file",

@@ -481,6 +481,19 @@ def test_a_row_times_a_stored_matrix_on_the_gpu_errs_by_one_rounding(quantizatio
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", FORMATS, ids=str)
+def test_a_row_on_the_gpu_multiplies_each_weight_as_it_is_decoded_there_bit_for_bit(quantization, dtype):
+    shape = 37, 3072
+    stored, _ = stored_matrix(shape, quantization, dtype, CUDA)
+    w_OI = dequantize(stored, quantization, torch.empty(shape, dtype=dtype, device=CUDA))
+    for column in range(0, 3072, 61):
+        x = torch.zeros(1, shape[1], dtype=dtype, device=CUDA)
+        x[0, column] = 1
+        assert torch.equal(row_times(x, stored, shape, quantization)[0], w_OI[:, column])
+
+
+@pytest.mark.gpu
 def test_a_step_on_the_gpu_with_kernels_is_the_step_without(monkeypatch):
     """In bf16 both are as far from fp32 as their roundings take them."""
     steps = {}

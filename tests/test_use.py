@@ -30,7 +30,7 @@ from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
 from qlora_kit.run.rows import column_maps, eval_batches
 from qlora_kit.run.score import score_rows
-from qlora_kit.run.use import load_any
+from qlora_kit.run.use import _recipe_for, load_any
 from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
@@ -412,6 +412,7 @@ def test_an_export_is_asked_as_its_run_is(to, text_run, chat_run, tmp_path):
         assert asked[name] == speaker.given("say cat ")
     assert asked["text"] != asked["chat"]
     assert exported.thinking == "strip"
+    assert _recipe_for(exported.model, exported.tokenizer, out, "rows.jsonl").data.thinking == "strip"
 
 
 @pytest.mark.parametrize(

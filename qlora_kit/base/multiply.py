@@ -82,18 +82,18 @@ def multiply_stored(
     bias: Tensor | None = None,
     is_back: bool = False,
 ) -> Tensor:
-    """x W^T + bias, or with `is_back` x W; each weight is rounded once to bf16, sums are fp32 and rounded once.
+    """x W^T + bias, or with `is_back` x W; each weight is rounded to the dtype of x, sums are fp32, rounded once.
 
     Args:
-        x: (T, in), or (T, out) with `is_back`; bf16.
+        x: (T, in), or (T, out) with `is_back`; bf16 on a CPU.
         stored: codes and constants as `quantize` names them.
         quantization: nf4, fp4 or int8.
-        space_OI: memory of the decoded matrix, (out, in), bf16, contiguous; x is put there in another order.
-        bias: (out,), bf16, or None.
+        space_OI: memory of the decoded matrix, (out, in), as x, contiguous; a CPU puts x there in another order.
+        bias: (out,), as x, or None.
         is_back: whether W is meant and not its transpose.
 
     Returns:
-        (T, out), or (T, in) with `is_back`; bf16.
+        (T, out), or (T, in) with `is_back`, as x.
     """
     codes, absmax, scale, offset = (stored.get(name) for name in ("codes", "absmax", "absmax_scale", "absmax_offset"))
     how = quantization.block_size, quantization.kind

@@ -100,14 +100,17 @@ def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) ->
     near = "".join(nearest(name, set(renamed) - set(wanted.required)) for name in missing)
     raise DataError(
         f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(renamed)}; expected: "
-        f"{', '.join(wanted.required)} (data.columns maps other names{_tasks_that_learn_from(renamed)})"
+        f"{', '.join(wanted.required)} (data.columns maps other names{_other_tasks(renamed, known)})"
     )
 
 
-def _tasks_that_learn_from(row: Columns) -> str:
-    """Of what a row may have been meant for, where the task at hand can make nothing of it."""
+def _other_tasks(row: Columns, known: Sequence[Format]) -> str:
+    """What a row may have been meant for: tasks that take none of the known formats, and learn from it."""
+    formats = {name: [FORMATS[each] for each in task.formats] for name, task in TASKS.items()}
     names = [
-        name for name, task in TASKS.items() if any(row.keys() >= {*FORMATS[each].required} for each in task.formats)
+        name
+        for name, taken in formats.items()
+        if not any(each in known for each in taken) and any(row.keys() >= {*each.required} for each in taken)
     ]
     return f"; such rows are for train.task={', '.join(names)}" if names else ""
 

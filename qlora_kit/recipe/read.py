@@ -62,11 +62,12 @@ class _Source:
 
 def _locate(recipe: str) -> _Source:
     path = Path(recipe)
-    if re.match(r"[a-z_.]+=", recipe) and not os.path.exists(recipe):
+    is_yaml = path.suffix in (".yaml", ".yml")
+    if re.match(r"[a-z_.]+=", recipe) and not is_yaml and not os.path.exists(recipe):
         raise RecipeError(
             f"{brief(recipe, 200)} is a setting, and a recipe comes first: default, another shipped one, or a file"
         )
-    if path.suffix in (".yaml", ".yml") or os.sep in recipe or os.path.exists(recipe):
+    if is_yaml or os.sep in recipe or os.path.exists(recipe):
         return _Source(path, brief(recipe, 200), Path(os.path.abspath(path)).parent, path.stem)
     path = shipped.find(recipe)
     return _Source(path, recipe, path.parent if shipped.brings_files(path) else Path.cwd(), recipe)

@@ -40,15 +40,15 @@ _PLANNED = {
 }
 """What of plan.json a run is gone on with."""
 
+_PLAIN, _CHATS = "plain text", "chats"
+
 _EXPORTED = {
     "provenance?": {
-        "prompts?": TEXT,
+        "prompts?": Leaf("chats or plain text", lambda value: value in (_CHATS, _PLAIN)),
         "thinking?": Leaf("keep, strip or empty", lambda value: value in get_args(Thinking)),
     }
 }
 """What of export.json an export is asked by."""
-
-_PLAIN, _CHATS = "plain text", "chats"
 
 _MADE_FROM = {"train": "training rows", "eval": "held-out rows", "base": "weights of the base"}
 

@@ -15,7 +15,13 @@ from qlora_kit.errors import RunError
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
 from qlora_kit.run.folder import CHECKPOINTS, RECIPE, trained_folder
-from qlora_kit.run.recorded import recorded_classes, recorded_data, recorded_date, recorded_reference
+from qlora_kit.run.recorded import (
+    exported_way_to_ask,
+    recorded_classes,
+    recorded_data,
+    recorded_date,
+    recorded_reference,
+)
 from qlora_kit.run.rows import eval_batches, held_out_rows, positions_for
 from qlora_kit.run.score import of_base, score_rows
 from qlora_kit.run.start import check_reference
@@ -206,7 +212,9 @@ def _recipe_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """What a folder with weights, which has no recipe, is evaluated by."""
     task: Literal["classify", "sft"] = "classify" if head_of(model) == "classification" else "sft"
     most = min(MAX_TOKENS, positions_for(task, tokenizer, model.config) or MAX_TOKENS)
-    recipe = Recipe(base=Base(model=str(folder)), data=Data(train=data, max_tokens=most), train=Train(task=task))
+    _, thinking = exported_way_to_ask(folder)
+    rows = Data(train=data, max_tokens=most, thinking=thinking)
+    recipe = Recipe(base=Base(model=str(folder)), data=rows, train=Train(task=task))
     if task == "sft":
         set_template(tokenizer, recipe, None)
     return recipe

@@ -30,7 +30,7 @@ def row_times_4bit(
     bias: Tensor | None,
     y: Tensor,
 ) -> None:
-    """Fill y, (1, out), from x, (1, in): whole blocks of constants, and as many as a power of two has weights.
+    """Fill y, (1, out), from x, (1, in): the width is whole blocks of constants, block_size a power of two.
 
     Args:
         x: and codes, absmax, scale, offset and block_size as `decode_4bit_into` is given them.
@@ -39,11 +39,12 @@ def row_times_4bit(
     """
     out, width = y.shape[1], x.shape[1]
     is_double, of_block = scale is not None, max(1, _WEIGHTS // block_size)
+    # Not fused: or the compiler joins a constant's product and sum, and rounds once where its decoder rounds twice.
     with torch.cuda.device_of(x):
         _times_4bit[(triton.cdiv(out, _OUTPUTS),)](
             x, codes, absmax, absmax if scale is None else scale, absmax if offset is None else offset, *tables,
             x if bias is None else bias, y, out, width // block_size, is_double, bias is not None,
-            block_size // 2, of_block, _OUTPUTS, num_warps=_WARPS,
+            block_size // 2, of_block, _OUTPUTS, num_warps=_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
