@@ -42,7 +42,7 @@ def test_a_dry_call_goes_through_phases_and_writes_no_number(gpu, monkeypatch, c
     rows = run(gpu, monkeypatch, capsys, "--dry", "memory", "kernels", "gradients", "packing", "lengths", "paged")
     assert not any("error" in row for each in rows.values() for row in each)
     assert {phase: len(each) for phase, each in rows.items() if each} == {
-        "memory": 1, "kernels": 5, "gradients": 1, "packing": 4, "lengths": 2, "paged": 1,
+        "memory": 1, "kernels": 7, "gradients": 1, "packing": 4, "lengths": 2, "paged": 1,
     }  # fmt: skip
     assert rows["paged"][0]["same_losses"]
     assert [row["packed"] for row in rows["packing"]] == [False, True] * 2
