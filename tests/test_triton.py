@@ -212,6 +212,15 @@ def stored_matrix(shape, quantization, dtype, device="cpu"):
     return {name: each.to(device) for name, each in stored.items()}, decoded.to(device)
 
 
+def kernel_of(quantization):
+    return "row_times_int8" if quantization.kind == "int8" else "row_times_4bit"
+
+
+def one_rounding(dtype):
+    """Half a unit in the last place, to the nearest; in fp32 two units, of which sums of a thousand terms take most."""
+    return torch.finfo(dtype).eps * (2 if dtype == torch.float32 else 0.5)
+
+
 def row_times(x, stored, shape, quantization, bias=None):
     space = torch.empty(shape, dtype=x.dtype, device=x.device)
     return multiply_stored(x, stored, quantization, space, bias=bias)
@@ -227,7 +236,7 @@ def test_a_row_multiplies_each_stored_weight_as_the_decoders_give_it_bit_for_bit
         x = torch.zeros(1, shape[1], dtype=dtype)
         x[0, column] = 1
         assert torch.equal(row_times(x, stored, shape, quantization)[0], w_OI[:, column])
-    assert set(by_triton) == {"row_times_int8" if quantization.kind == "int8" else "row_times_4bit"}
+    assert set(by_triton) == {kernel_of(quantization)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,8 +249,8 @@ def test_a_row_times_a_stored_matrix_errs_by_one_rounding(has_bias, quantization
     exact = torch.nn.functional.linear(x.double(), w_OI.double(), None if bias is None else bias.double())
     y = row_times(x, stored, shape, quantization, bias)
     assert y.dtype == dtype
-    assert tiny.relative(y.double(), exact) < torch.finfo(dtype).eps / (2 if dtype != torch.float32 else 0.5)
-    assert set(by_triton) == {"row_times_int8" if quantization.kind == "int8" else "row_times_4bit"}
+    assert tiny.relative(y.double(), exact) < one_rounding(dtype)
+    assert set(by_triton) == {kernel_of(quantization)}
 
 
 def test_only_one_row_forward_with_whole_blocks_is_multiplied_as_stored(by_triton):
@@ -267,8 +276,9 @@ def test_the_next_token_by_triton_is_the_one_without(kind, request):
         cache = model(ids[:, :-1], use_cache=True).past_key_values
         asked.clear()
         found = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
-    name = "row_times_int8" if kind == "int8" else "row_times_4bit"
-    assert asked.count(name) == 2 * 14  # of all layers but the head: whether it is there, and to launch it
+    assert (
+        asked.count(kernel_of(Quantization(kind))) == 2 * 14
+    )  # of all layers but the head: whether it is there, and to launch it
     assert tiny.relative(found, wanted) < 1e-6  # fp32; only sums are taken in another order
 
 
@@ -477,7 +487,7 @@ def test_a_row_times_a_stored_matrix_on_the_gpu_errs_by_one_rounding(quantizatio
     assert can_multiply(x, shape, quantization)
     exact = torch.nn.functional.linear(x.double(), w_OI.double(), bias.double())
     found = row_times(x, stored, shape, quantization, bias)
-    assert tiny.relative(found.double(), exact) < torch.finfo(dtype).eps / (2 if dtype != torch.float32 else 0.5)
+    assert tiny.relative(found.double(), exact) < one_rounding(dtype)
 
 
 @pytest.mark.gpu

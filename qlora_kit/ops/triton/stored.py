@@ -86,6 +86,7 @@ def _times_4bit(
         places = rows[:, None] * row_blocks + blocks[None, :]
         constants = tl.load(absmax + places, mask=there, other=0)
         if IS_DOUBLE:
+            # 256: ABSMAX_BLOCK of base/kernels.py.
             scales = tl.load(scale + places // 256, mask=there, other=0.0)
             constants = tl.load(table8 + constants.to(tl.int32)) * scales + tl.load(offset)
         pairs = tl.load(codes + places[:, :, None] * BYTES + inner[None, None, :], mask=there[:, :, None], other=0)
