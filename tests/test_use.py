@@ -33,6 +33,7 @@ from qlora_kit.run.score import score_rows
 from qlora_kit.run.use import _recipe_for, load_any
 from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
+from qlora_kit.storage import read_json
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
 from qlora_kit.watch import Watch
@@ -555,6 +556,29 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does_and_the_latter_h
     shutil.copytree(end, tmp_path / "damaged" / "checkpoints" / "step-000012")
     (tmp_path / "damaged" / "checkpoints" / "step-000012" / "parameters.safetensors").write_bytes(b"")
     assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
+
+
+def test_a_checkpoint_is_exported_as_its_run_is_with_how_it_was_asked(chat_run, tmp_path):
+    for to in ("merged", "quantized", "gguf", "adapter", "gguf-adapter"):
+        for name, folder in {"end": chat_run, "checkpoint": chat_run / "checkpoints" / "step-000012"}.items():
+            exported = call("export", folder, "--to", to, "--out", tmp_path / f"{to}-{name}")
+            assert exported.exit_code == 0, exported.output
+        sums = [read_json(tmp_path / f"{to}-{name}" / "export.json") for name in ("end", "checkpoint")]
+        assert sums[0]["files"] == sums[1]["files"]
+        assert sums[0]["provenance"] == sums[1]["provenance"]
+        assert ("prompts" in sums[1]["provenance"]) == ("adapter" not in to)
+
+
+def test_ollama_gives_a_run_on_plain_prompts_the_prompt_alone_and_one_on_chats_its_template(
+    chat_run, text_run, tmp_path
+):
+    templates = []
+    for run in (chat_run, text_run):
+        assert call("export", run, "--to", "gguf", "--out", tmp_path / run.parent.name).exit_code == 0
+        lines = (tmp_path / run.parent.name / "Modelfile").read_text().splitlines()
+        templates.append(next(line for line in lines if line.startswith("TEMPLATE")))
+    assert "range .Messages" in templates[0]
+    assert templates[1] == 'TEMPLATE """{{ .Prompt }}"""'
 
 
 def test_an_export_in_fp32_is_loaded_in_fp32_and_says_what_the_run_says(chat_run, tmp_path):

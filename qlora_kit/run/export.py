@@ -19,7 +19,7 @@ from qlora_kit.recipe.tasks import TASKS
 from qlora_kit.report.folder import SCORES as SCORED
 from qlora_kit.report.folder import TEXT, document
 from qlora_kit.run.folder import DATA, RECIPE, SCORES, provenance_of
-from qlora_kit.run.recorded import way_to_ask
+from qlora_kit.run.recorded import PLAIN, way_to_ask
 from qlora_kit.run.rows import eval_batches, held_out_rows, training_rows
 from qlora_kit.run.tokenizer import pad_id
 from qlora_kit.run.use import load_run, run_of
@@ -126,6 +126,15 @@ class _Loaded:
         loss: float | None = document(self.folder / SCORES, SCORED)["adapter"].get("loss")
         return loss
 
+    @property
+    def asked_by(self) -> dict[str, str]:
+        """How the run was asked in training; nothing where it tells texts apart."""
+        if self.recipe.train.task == "classify":
+            return {}
+        run = run_of(self.folder)
+        assert run is not None  # its model is loaded
+        return way_to_ask(run, self.recipe)
+
     def calibration(self, count: int) -> list[Batch]:
         """Some training rows."""
         if count == 0:
@@ -142,20 +151,21 @@ class _Loaded:
             return export_adapter(self.model, out, tokenizer=self.tokenizer, provenance=provenance)
         if asked.to == "gguf-adapter":
             return _gguf().export_gguf_adapter(self.model, out, provenance=provenance)
-        is_classifier = self.recipe.train.task == "classify"
         common: dict[str, Any] = {
             "onto": asked.onto,
             "dtype": asked.written_in,
             "audit_batches": self.held_out,
-            "provenance": provenance | ({} if is_classifier else way_to_ask(self.folder, self.recipe)),
+            "provenance": provenance | self.asked_by,
             "is_whole": self.recipe.train.full_finetune,
             "max_kl": asked.max_kl,
             "scored_loss": None if asked.force else self.scored_loss,
             "force": asked.force,
         }
-        if asked.to in ("merged", "gguf"):
-            write = _gguf().export_gguf if asked.is_gguf else export_merged
-            return write(self.model, self.tokenizer, out, **common)
+        if asked.to == "merged":
+            return export_merged(self.model, self.tokenizer, out, **common)
+        if asked.is_gguf:
+            is_chat = self.asked_by.get("prompts") != PLAIN
+            return _gguf().export_gguf(self.model, self.tokenizer, out, is_chat=is_chat, **common)
         how = None if asked.quantization is None else Quantization(cast(Kind, asked.quantization))
         rows = self.calibration(asked.calibration_rows)
         return export_quantized(self.model, self.tokenizer, out, quantization=how, calibration=rows, **common)

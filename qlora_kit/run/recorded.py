@@ -40,11 +40,12 @@ _PLANNED = {
 }
 """What of plan.json a run is gone on with."""
 
-_PLAIN, _CHATS = "plain text", "chats"
+PLAIN, _CHATS = "plain text", "chats"
+"""What training asked by: texts as they are, or the chat template."""
 
 _EXPORTED = {
     "provenance?": {
-        "prompts?": Leaf("chats or plain text", lambda value: value in (_CHATS, _PLAIN)),
+        "prompts?": Leaf("chats or plain text", lambda value: value in (_CHATS, PLAIN)),
         "thinking?": Leaf("keep, strip or empty", lambda value: value in get_args(Thinking)),
     }
 }
@@ -116,7 +117,7 @@ def recorded_classes(folder: Path) -> Classes | None:
 
 def way_to_ask(folder: Path, recipe: Recipe) -> dict[str, str]:
     """How a run was asked in training, for the export.json of its weights."""
-    prompts = _CHATS if recorded_data(folder).get("chats") else _PLAIN
+    prompts = _CHATS if recorded_data(folder).get("chats") else PLAIN
     return {"prompts": prompts, "thinking": recipe.data.thinking}
 
 
@@ -129,7 +130,7 @@ def exported_way_to_ask(folder: Path) -> tuple[bool, Thinking]:
     if not (folder / MANIFEST).is_file():
         return True, "keep"
     said = document(folder / MANIFEST, _EXPORTED).get("provenance", {})
-    return said.get("prompts") != _PLAIN, said.get("thinking", "keep")
+    return said.get("prompts") != PLAIN, said.get("thinking", "keep")
 
 
 def _is_date(value: Any) -> bool:

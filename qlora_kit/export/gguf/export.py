@@ -62,6 +62,7 @@ def export_gguf(
     dtype: str = "q4_k_m",
     audit_batches: Iterable[Batch] | None = None,
     provenance: Mapping[str, str] | None = None,
+    is_chat: bool = True,
     is_whole: bool = False,
     max_kl: float | None = None,
     scored_loss: float | None = None,
@@ -77,6 +78,7 @@ def export_gguf(
         dtype: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m or q6_k.
         audit_batches: held-out rows; None leaves the export unaudited, and its card says so.
         provenance: facts for the card and export.json, such as `base` (a hub id) and `revision`.
+        is_chat: whether it is asked by its chat template, as the Modelfile then does.
         is_whole: whether every weight was trained, so that there is no adapter to merge.
         max_kl: as for `export_merged`, but None lets any pass.
         scored_loss: as there.
@@ -103,10 +105,11 @@ def export_gguf(
     audited_in = torch.float32 if dtype == "f32" else base_record(model).dtype
     copy_bytes = 0 if audit_batches is None else sum(t.stored_bytes for t in merged) // 4 * audited_in.itemsize
     check_disk(out, sum(tensor.stored_bytes for tensor in tensors) + copy_bytes)
+    ends = end_tokens(model, tokenizer)
     with staged_folder(out, replaces=False) as staged:
         with empty_workspaces(model):
             sums = {staged / WEIGHTS: write_gguf(staged / WEIGHTS, family.architecture, keys, tensors)}
-        write_text(staged / MODELFILE, modelfile(WEIGHTS, tokenizer, end_tokens(model, tokenizer)))
+        write_text(staged / MODELFILE, modelfile(WEIGHTS, tokenizer, ends, is_chat=is_chat))
         unread = [tensor for tensor in merged if tensor.name not in places]
         found = None if audit_batches is None else _audit(model, staged, places, unread, audited_in, audit_batches)
         check_audit("gguf", found, onto, max_kl, scored_loss, force=force)

@@ -44,17 +44,20 @@ class ChatShape:
         return opening + body + self.cue
 
 
-def modelfile(weights: str, tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int]) -> str:
+def modelfile(
+    weights: str, tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int], *, is_chat: bool = True
+) -> str:
     """The text of a Modelfile.
 
     Args:
         weights: name of the GGUF file beside it.
         tokenizer: with its chat template, if it has one.
         ends: tokens that end an answer.
+        is_chat: whether the model is asked by its chat template; otherwise a prompt is all that it is given.
     """
     lines = [f"FROM ./{weights}"]
     shape = None if tokenizer is None else chat_shape(tokenizer)
-    if tokenizer is None or not isinstance(tokenizer.chat_template, str):
+    if tokenizer is None or not is_chat or not isinstance(tokenizer.chat_template, str):
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif shape is not None and not any('"""' in text or "{{" in text for text in _texts(shape)):
         lines.append(f'TEMPLATE """{go_template(shape)}"""')
