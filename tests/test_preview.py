@@ -198,7 +198,7 @@ NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor
 
 def kinds(examples, tokenizer, held_out=(), **how):
     train = encode_rows(examples, tokenizer, **how)
-    held = encode_rows(held_out, tokenizer, may_be_empty=True)
+    held = encode_rows(held_out, tokenizer, may_be_empty=True, **how)
     return {each.kind: each for each in remarks_on(train, held, tokenizer)}
 
 
@@ -305,6 +305,16 @@ def test_rows_that_are_left_out_for_their_length_are_named_above_one_in_a_hundre
     assert ("dropped" in found) == is_said
     if is_said:
         assert "1 row left out for being longer than data.max_tokens, 1.0% of all" in str(found["dropped"])
+
+
+@pytest.mark.parametrize(("long", "is_refused"), [(2, False), (3, True)])
+def test_a_preview_says_that_train_would_refuse_a_set_of_which_most_rows_are_too_long(long, is_refused):
+    rows = [Completion("the", " cat" * 99, where=f"f.jsonl:{500 + number}") for number in range(long)]
+    found = kinds([*rows_named(2), *rows], make_tokenizer(), max_tokens=60)
+    assert ("refused" in found) == is_refused
+    held_out = kinds(rows_named(2), make_tokenizer(), held_out=rows, max_tokens=60)
+    assert "dropped" in held_out
+    assert "refused" not in held_out
 
 
 def test_a_remark_names_three_rows_and_counts_the_rest():

@@ -31,9 +31,9 @@ from qlora_kit.run import Conversation, answer, load_run, load_speaker
 from qlora_kit.run.rows import column_maps, eval_batches
 from qlora_kit.run.score import score_rows
 from qlora_kit.run.use import _recipe_for, load_any
+from qlora_kit.storage import read_json
 from qlora_kit.train import generate
 from qlora_kit.train.evaluate import rehearse_evaluation
-from qlora_kit.storage import read_json
 from qlora_kit.train.generate import Sampling, _Streamer, generate_texts, stream_text
 from qlora_kit.train.samples import Question, Samples
 from qlora_kit.watch import Watch
@@ -597,6 +597,10 @@ def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_
     result = call("eval", chat_run, "--data", path)
     assert result.exit_code == 2
     assert f"2 rows cannot be used: {path}:1: " in result.stderr
+    path.write_text(json.dumps({"prompt": "say", "completion": " cat" * 999}) + "\n")
+    result = call("eval", chat_run, "--data", path)
+    assert_mistake(result, "no row is left to score: of 1, 1 have more than data.max_tokens=64 tokens (the longest ")
+    assert "data.over_length" not in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -159,20 +159,31 @@ class EncodedSet:
         setattr(counts, fate, getattr(counts, fate) + 1)
         self.places[fate].append(where)
 
-    def check_left(self, max_tokens: int) -> None:
+    def check_left(self, max_tokens: int, purpose: str = "train on", *, may_set: bool = True) -> None:
         """See that there is a row.
+
+        Args:
+            max_tokens: above which rows were too long.
+            purpose: what the rows are for.
+            may_set: whether settings have a say here; a finished run has its own.
 
         Raises:
             DataError: there is none; it says what became of them.
         """
         counts, given = self.counts, len(self.lengths_given) + self.faults.count
+        see_length, see_loss = ("; see data.over_length", " (see data.loss_on)") if may_set else ("", "")
         if not self.rows:
             raise DataError(self.faults.told(
-                f"no row is left to train on: of {given:,}, {counts.dropped:,} have more than "
-                f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}; see data.over_length), "
-                f"{counts.no_trained:,} have no trained token (see data.loss_on) or have two identical answers, "
+                f"no row is left to {purpose}: of {given:,}, {counts.dropped:,} have more than "
+                f"data.max_tokens={max_tokens} tokens (the longest {counts.longest:,}{see_length}), "
+                f"{counts.no_trained:,} have no trained token{see_loss} or have two identical answers, "
                 f"{counts.faults:,} cannot be used"
             ))  # fmt: skip
+
+    @property
+    def is_mostly_dropped(self) -> bool:
+        """Whether more than `MOST_DROPPED` of the rows were left out for their length."""
+        return self.counts.dropped > MOST_DROPPED * (len(self.lengths_given) + self.faults.count)
 
     def check_most_fit(self, max_tokens: int) -> None:
         """See that most rows were not left out for their length. A preview does without, which shows what would fit.
@@ -181,7 +192,7 @@ class EncodedSet:
             DataError: more than `MOST_DROPPED` were.
         """
         counts, given = self.counts, len(self.lengths_given) + self.faults.count
-        if counts.dropped > MOST_DROPPED * given:
+        if self.is_mostly_dropped:
             raise DataError(
                 f"{counts.dropped:,} of {given:,} rows have more than data.max_tokens={max_tokens} tokens and would be "
                 f"left out; raise it (the longest has {counts.longest:,}), or set data.over_length=truncate or split"

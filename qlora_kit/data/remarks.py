@@ -27,8 +27,8 @@ class Remark:
     """Something about several rows.
 
     Attributes:
-        kind: a word for programs: faults, no_trained, dropped, truncated, tools, tool_calls, system, marks, no_end,
-            two_bos, repeated, leaked.
+        kind: a word for programs: refused, faults, no_trained, dropped, truncated, tools, tool_calls, system, marks,
+            no_end, two_bos, repeated, leaked.
         text: what is the matter with how many rows.
         count: how many.
         rows: where the first 20 stand, each as `file:line` or `source row N`; of faults what is wrong with them, too.
@@ -55,7 +55,7 @@ def remarks_on(train: EncodedSet, held_out: EncodedSet, tokenizer: "PreTrainedTo
         tokenizer: that encoded them.
     """
     seen, seen_held = _look(train, tokenizer), _look(held_out, tokenizer)
-    left_out = [*_left_out(train, seen, "row"), *_left_out(held_out, seen_held, "held-out row")]
+    left_out = [*_refused(train), *_left_out(train, seen, "row"), *_left_out(held_out, seen_held, "held-out row")]
     return [*left_out, *_odd(train, "row"), *_odd(held_out, "held-out row"), *_kept(seen, seen_held)]
 
 
@@ -85,6 +85,13 @@ def _look(rows: EncodedSet, tokenizer: "PreTrainedTokenizerBase") -> _Seen:
         if _begins_with(row, [bos, bos]):
             seen.doubled.append(row.where)
     return seen
+
+
+def _refused(train: EncodedSet) -> Iterator[Remark]:
+    """What `check_most_fit` stops a run with."""
+    if train.is_mostly_dropped:
+        why = "longer than data.max_tokens: `train` refuses a set of which it would leave out most"
+        yield _remark("refused", why, train.places["dropped"])
 
 
 def _left_out(rows: EncodedSet, seen: _Seen, thing: str) -> Iterator[Remark]:

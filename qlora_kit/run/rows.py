@@ -51,7 +51,7 @@ def held_out_rows(
         none = EncodedSet(classes=classes_in(config) if recipe.train.task == "classify" else None)
         rows = _encode_sets([], _open_sources(recipe, str(data)), [], none, recipe, tokenizer, config)
         rows.faults.stop(may_skip=False)
-        rows.check_left(recipe.data.max_tokens)
+        rows.check_left(recipe.data.max_tokens, "score", may_set=False)
         return rows
     return read_rows(recipe, tokenizer, config)[1]
 
@@ -112,7 +112,7 @@ def read_rows(
         eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config)
         train_rows.check_left(data.max_tokens)
         if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
-            eval_rows.check_left(data.max_tokens)
+            eval_rows.check_left(data.max_tokens, "hold out")
         if data.on_error == "stop":
             (train_rows.faults + eval_rows.faults).stop()
         return eval_rows
