@@ -59,13 +59,15 @@ def loaded(folder, **settings):
 
 
 def loaded_by(folder, monkeypatch, **settings):
-    """The base, and whether it was taken from a copy: then nothing is quantised."""
+    """The base, and whether it was taken from a copy, which is said: then nothing is quantised."""
     made = []
     with monkeypatch.context() as patch:
         for room in (dense, experts):
             quantize = room.quantize
             patch.setattr(room, "quantize", lambda *given, quantize=quantize: made.append(1) or quantize(*given))
-        model, _ = loaded(folder, **settings)
+        model, told = loaded(folder, **settings)
+    (line,) = told
+    assert ("are read from the quantised copy" in line) == (not made)
     return model, "checkpoint" if made else "copy"
 
 

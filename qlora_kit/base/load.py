@@ -132,6 +132,8 @@ def _read_beside_copy(
     loaded = read(copy is not None)
     if copy is not None and copy.mark != base_record(loaded).mark:
         return read(False), None  # other weights than the files' times tell
+    if copy is not None:
+        notify(f"codes and constants are read from the quantised copy {place}")
     return loaded, copy
 
 
