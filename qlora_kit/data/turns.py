@@ -22,8 +22,10 @@ trim offsets; tests/test_data.py shows it).
 """
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.calls import with_arguments
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 Span: TypeAlias = tuple[int, int]
 """Characters of a rendering, [start, end)."""
+_First: TypeAlias = Callable[[int, bool], str]
+"""Renders so many turns of a chat, as a prompt or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,10 @@ class _Turn:
 
     def stands_in(self, whole: "_Whole") -> bool:
         """Whether a rendering of the whole chat has the turn, and all before it, in the same characters and tokens."""
-        return whole.text.startswith(self.prompt + self.said) and whole.begins_with(self.prompt)
+        if not whole.text.startswith(self.prompt + self.said):
+            return False
+        ids = whole.ids_of(self.prompt)
+        return whole.ids[: len(ids)] == ids
 
     @property
     def span(self) -> Span:
@@ -75,22 +82,22 @@ class _Whole:
     offsets: list[Span]
     tokenizer: "PreTrainedTokenizerBase"
 
-    def begins_with(self, prompt: str) -> bool:
-        """Whether the ids begin with those of a prompt with which the text begins.
+    def ids_of(self, prompt: str) -> list[int]:
+        """The token ids of a prompt, which are those that the whole begins with in nearly every chat.
 
         Added tokens are cut out of a text before anything else, so that what is behind the last one is enough to look
         at: to tokenise every prompt of a long chat would take time by the square of its turns. Where a text that stands
         alone begins otherwise (SentencePiece puts a space there), all of the prompt is tokenised.
         """
-        count = bisect_left(self.offsets, (len(prompt),))
-        added = self.tokenizer.added_tokens_decoder
-        last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
-        if last is not None and self.offsets[last][1] <= len(prompt):
-            behind = token_ids(prompt[self.offsets[last][1] :], self.tokenizer)
-            if behind == self.ids[last + 1 : count]:
-                return True
-        ids = token_ids(prompt, self.tokenizer)
-        return self.ids[: len(ids)] == ids
+        if self.text.startswith(prompt):
+            count = bisect_left(self.offsets, (len(prompt),))
+            added = self.tokenizer.added_tokens_decoder
+            last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
+            if last is not None and self.offsets[last][1] <= len(prompt):
+                behind = token_ids(prompt[self.offsets[last][1] :], self.tokenizer)
+                if behind == self.ids[last + 1 : count]:
+                    return self.ids[:count]
+        return token_ids(prompt, self.tokenizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +108,21 @@ class _Form:
     specials: tuple[str, ...]
     end: str | None
 
-    def turn(self, messages: Messages, i: int) -> _Turn:
+    def turn(self, messages: Messages, i: int, first: _First) -> _Turn:
         """The answer number `i`. One that opens the chat answers no prompt, and all that is written is said.
+
+        Args:
+            messages: of the chat.
+            i: number of the turn.
+            first: renders the turns up to one.
 
         Raises:
             DataError: what the template writes for the turn does not go on from the prompt that it gives for it, or
                 leaves out its thought or its calls of tools.
         """
         message = messages[i]
-        prompt = self.render(messages[:i], prompt=True) if i > 0 else ""
-        whole = self.render(messages[: i + 1])
+        prompt = first(i, True) if i > 0 else ""
+        whole = first(i + 1, False)
         said = after_prompt(prompt, whole, thought_of(message))
         if said is None:
             at = next(n for n, (a, b) in enumerate(zip(prompt + "\0", whole + "\1", strict=False)) if a != b)
@@ -147,21 +159,27 @@ def encode_chat(
         )
     render = Renderer(tokenizer, tokenizer.get_chat_template(template, chat.tools), chat.tools)
     messages = with_arguments([written_out(message, render.template) for message in chat.messages], render)
-    text = render(messages)
+
+    @cache
+    def first(count: int, is_prompt: bool) -> str:
+        """The first turns as text; a prompt opens the assistant's next."""
+        return render(messages[:count], prompt=is_prompt)
+
+    text = first(len(messages), False)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenised(text, tokenizer, add_special_tokens=False, return_offsets_mapping=True)
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
-    asked = _asked(messages, render) if answers[-1] == len(messages) - 1 else (None, None)
+    asked = _asked(messages, first, whole) if answers[-1] == len(messages) - 1 else (None, None)
     odd = tuple(unwritten(messages, text, render, said=() if loss_on == "all" else answers))
     if loss_on == "all":
         return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]
 
     specials = special_tokens(tokenizer)
     form = _Form(render, specials, end_token(render, specials))
-    turns = [form.turn(messages, i) for i in answers]
+    turns = [form.turn(messages, i, first) for i in answers]
     is_one_row = all(turn.stands_in(whole) for turn in turns)
     spans = [turn.span for turn in turns]
     marked = _spans_by_marks(messages, text, form) if is_one_row else []
@@ -172,18 +190,16 @@ def encode_chat(
         )
     if not is_one_row:
         return [turn.row(tokenizer, chat.where, odd) for turn in turns]
-    learnt = believed or spans
-    trained = [_stands_in(token, learnt[bisect_right(learnt, token[0], key=_start) - 1]) for token in whole.offsets]
+    trained = _begin_in(believed or spans, whole.offsets)
     return [Encoded(whole.ids, trained, *asked, chat.where, odd=(*odd, "marks") if marked and not believed else odd)]
 
 
-def _asked(messages: Messages, render: Renderer) -> tuple[list[int] | None, str | None]:
+def _asked(messages: Messages, first: _First, whole: _Whole) -> tuple[list[int] | None, str | None]:
     """What inference would be given for the last turn, and that turn; None for one that is no plain answer."""
-    *before, last = messages
-    answer = _plain(last)
-    if not before or answer is None:
+    answer = _plain(messages[-1])
+    if len(messages) == 1 or answer is None:
         return None, None
-    return token_ids(render(before, prompt=True), render.tokenizer), answer
+    return whole.ids_of(first(len(messages) - 1, True)), answer
 
 
 def _plain(message: dict[str, Any]) -> str | None:
@@ -236,10 +252,10 @@ def _excerpt(text: str, at: int) -> str:
     return repr(text[max(0, at - 20) : at + 20])
 
 
-def _start(span: Span) -> int:
-    return span[0]
-
-
-def _stands_in(token: Span, span: Span) -> bool:
-    """Whether a token begins in a span. One without width at its start is trimmed spaces of what precedes it."""
-    return span[0] <= token[0] < span[1] and token[1] > span[0]
+def _begin_in(spans: list[Span], tokens: list[Span]) -> list[bool]:
+    """Which tokens begin in a span. One without width at its start is trimmed spaces of what precedes it."""
+    trained = [False] * len(tokens)
+    for start, end in spans:
+        for place in range(bisect_left(tokens, (start,)), bisect_left(tokens, (end,))):
+            trained[place] = tokens[place][1] > start
+    return trained
