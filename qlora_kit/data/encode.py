@@ -9,9 +9,13 @@ import hashlib
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from qlora_kit.crew import each_done
 from qlora_kit.data.chat_template import check_template
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Deck
@@ -139,6 +143,15 @@ class EncodedSet:
         """Tokens of each row that is kept."""
         return lengths_of(self.rows)
 
+    def see(self, rows: Sequence[Encoded], where: str) -> None:
+        """Count what an example makes, before anything is cut or left out."""
+        counts = self.parts[-1].counts
+        for odd in {odd for row in rows for sequence in row.sequences for odd in sequence.odd}:
+            self.places[odd].append(where)
+        counts.turns += len(rows) - 1
+        counts.longest = max(counts.longest, *(row.longest for row in rows))
+        self.lengths_given.extend(row.longest for row in rows)
+
     def add(self, row: Encoded) -> None:
         """Keep a row, or count it among those that teach nothing."""
         # Answers may differ in nothing but what was cut off, or in white space that the template leaves out.
@@ -242,36 +255,57 @@ def encode_rows(
     encoded = EncodedSet() if onto is None else onto
     faults, before = encoded.faults, encoded.faults.count
     encoded.parts.append(Part() if part is None else part)
-    counts = encoded.parts[-1].counts
-    for example in examples:
-        if not encoded.has_chats and is_chat(example):
-            check_template(tokenizer, template)
-            encoded.has_chats = True
-        try:
-            if isinstance(example, Classified) and classes is not None:
-                rows = [encode_text(example, tokenizer, classes)]
-            else:
-                thought = with_thinking(example, thinking)
-                rows = encode_turns(thought, tokenizer, loss_on=loss_on, template=template)
-            for row in rows:
-                _check_row(row, vocab_size, max_tokens if over_length == "error" else None)
-        except DataError as error:
-            faults.add(f"{example.where}: {error}")
-            continue
-        for odd in {odd for row in rows for sequence in row.sequences for odd in sequence.odd}:
-            encoded.places[odd].append(example.where)
-        counts.turns += len(rows) - 1
-        for row in rows:
-            counts.longest = max(counts.longest, row.longest)
-            encoded.lengths_given.append(row.longest)
-            for piece in _fit(row, max_tokens, over_length, encoded):
+    encode = partial(
+        _encode_one,
+        tokenizer=tokenizer,
+        loss_on=loss_on,
+        template=template,
+        thinking=thinking,
+        vocab_size=vocab_size,
+        most_tokens=max_tokens if over_length == "error" else None,
+        classes=classes,
+    )
+    with closing(each_done(encode, examples)) as done:
+        for example, rows in done:
+            if not encoded.has_chats and is_chat(example):
+                check_template(tokenizer, template)
+                encoded.has_chats = True
+            if isinstance(rows, DataError):
+                faults.add(f"{example.where}: {rows}")
+                continue
+            encoded.see(rows, example.where)
+            for piece in chain.from_iterable(_fit(row, max_tokens, over_length, encoded) for row in rows):
                 encoded.add(piece)
-    counts.faults = faults.count - before
+    encoded.parts[-1].counts.faults = faults.count - before
     if onto is None:
         faults.stop()
         if not may_be_empty:
             encoded.check_left(max_tokens)
     return encoded
+
+
+def _encode_one(
+    example: Example,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    loss_on: LossOn,
+    template: str | None,
+    thinking: Thinking,
+    vocab_size: int | None,
+    most_tokens: int | None,
+    classes: Classes | None,
+) -> list[Encoded] | DataError:
+    """The rows of an example, or what is wrong with it; takes what `encode_rows` takes, and the length of an error."""
+    try:
+        if isinstance(example, Classified) and classes is not None:
+            rows = [encode_text(example, tokenizer, classes)]
+        else:
+            rows = encode_turns(with_thinking(example, thinking), tokenizer, loss_on=loss_on, template=template)
+        for row in rows:
+            _check_row(row, vocab_size, most_tokens)
+    except DataError as error:
+        return error
+    return rows
 
 
 def _next_fingerprint(before: str, row: Encoded) -> str:
