@@ -23,9 +23,9 @@ trim offsets; tests/test_data.py shows it).
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.calls import with_arguments
@@ -80,7 +80,10 @@ class _Whole:
     text: str
     ids: list[int]
     offsets: list[Span]
-    tokenizer: "PreTrainedTokenizerBase"
+    added: Collection[int]
+    """Ids of all added tokens."""
+    tokens: Callable[[str], list[int]]
+    """Token ids of another text; each is asked for once."""
 
     def ids_of(self, prompt: str) -> list[int]:
         """The token ids of a prompt, which are those that the whole begins with in nearly every chat.
@@ -91,13 +94,12 @@ class _Whole:
         """
         if self.text.startswith(prompt):
             count = bisect_left(self.offsets, (len(prompt),))
-            added = self.tokenizer.added_tokens_decoder
-            last = next((place for place in reversed(range(count)) if self.ids[place] in added), None)
+            last = next((place for place in reversed(range(count)) if self.ids[place] in self.added), None)
             if last is not None and self.offsets[last][1] <= len(prompt):
-                behind = token_ids(prompt[self.offsets[last][1] :], self.tokenizer)
+                behind = self.tokens(prompt[self.offsets[last][1] :])
                 if behind == self.ids[last + 1 : count]:
                     return self.ids[:count]
-        return token_ids(prompt, self.tokenizer)
+        return self.tokens(prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,8 @@ def encode_chat(
     text = first(len(messages), False)
     # The template's word on BOS stands: adding special tokens here is how peers get two.
     tokens = tokenised(text, tokenizer, add_special_tokens=False, return_offsets_mapping=True)
-    whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], tokenizer)
+    added, again = tokenizer.added_tokens_decoder.keys(), cache(partial(token_ids, tokenizer=tokenizer))
+    whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], added, again)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
