@@ -10,6 +10,9 @@ class Watch:
     def note(self, text: str) -> None:
         """Something that a person should know: one line."""
 
+    def encoded(self, done: int, total: int) -> None:
+        """So many of all rows are token ids: told of sets that take longer, after 5, 10, 20, ... seconds."""
+
     def prepared(self, prepared: Any) -> None:
         """Rows are read and counted: a `run.Prepared`."""
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from functools import cache
+from itertools import count
 from types import SimpleNamespace
 
 import pyarrow
@@ -43,6 +44,7 @@ from qlora_kit.data import (
 )
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import preview
+from qlora_kit.run import rows as run_rows
 from qlora_kit.run.prepare import prepare
 from qlora_kit.train.loop import _micro_batches
 from qlora_kit.train.pace import room_of
@@ -618,6 +620,15 @@ def test_a_run_hears_of_what_matters_and_a_preview_of_all(recipe):
         "3 rows identical to an earlier row, 18.8% of all", "6 rows both trained on and held out"
     ]  # fmt: skip
     assert told[1].endswith("; and 3 more")
+
+
+def test_whoever_waits_for_a_large_set_is_told_how_far_it_is_less_and_less_often(recipe, monkeypatch):
+    hours = count(0, 3.0)  # a row takes three seconds
+    monkeypatch.setattr(run_rows, "time", SimpleNamespace(monotonic=lambda: next(hours)))
+    shown = call("preview", recipe, "data.eval=null")
+    assert shown.exit_code == 0, shown.stderr
+    told = [line for line in shown.stdout.splitlines() if "encoded ..." in line]
+    assert told == [f"data   {done} of 12 rows encoded ..." for done in (2, 4, 7)]
 
 
 # ---- sources -------------------------------------------------------------------------------------------------------

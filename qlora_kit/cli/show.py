@@ -100,6 +100,10 @@ class Screen(Watch):
         """One line that a person should know."""
         self.console.print(f"[yellow]note:[/] {escape(visible(text))}")
 
+    def encoded(self, done: int, total: int) -> None:
+        """How far the rows of a large set are."""
+        self.console.print(f"[bold]data[/]   {done:,} of {counted(total, 'row')} encoded ...")
+
     def prepared(self, prepared: "Prepared") -> None:
         """Rows and steps."""
         train, pace = prepared.train.counts, prepared.pace

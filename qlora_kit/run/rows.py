@@ -1,6 +1,7 @@
 """The rows of a run: sources opened, read, encoded and split; and the batches that are evaluated."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date
 from functools import cache, partial
@@ -109,7 +110,8 @@ def read_rows(
             settle()
         least = 2 if recipe.train.task == "kto" else 1  # a verdict is held against another row's answer
         is_held = held_out(found.digests, least=least) if data.eval == "auto" else [False] * len(found.digests)
-        eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config)
+        told = _Told(watch, len(found.digests) + len(eval_found.digests))
+        eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config, told)
         train_rows.check_left(data.max_tokens)
         if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
             eval_rows.check_left(data.max_tokens, "hold out")
@@ -243,6 +245,7 @@ def _encode_sets(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
+    passed_on: Callable[[Iterable[Example]], Iterator[Example]] = iter,
 ) -> EncodedSet:
     """Read all sources and encode each row as it comes: those to train on into their set, and those held out."""
     encode = partial(
@@ -258,12 +261,28 @@ def _encode_sets(
     )
     eval_rows, held, sides = EncodedSet(), list[Example](), iter(is_held)
     for reader in readers:
-        rows = _kept(reader.read(train_rows.faults), sides, held)
+        rows = _kept(passed_on(reader.read(train_rows.faults)), sides, held)
         encode(rows, onto=train_rows, part=Part(reader.source.path))
     encode(held, onto=eval_rows)
     for reader in eval_readers:
-        encode(reader.read(eval_rows.faults), onto=eval_rows, part=Part(reader.source.path))
+        encode(passed_on(reader.read(eval_rows.faults)), onto=eval_rows, part=Part(reader.source.path))
     return eval_rows
+
+
+class _Told:
+    """Passes rows on, and tells how far it is with all of them."""
+
+    def __init__(self, watch: Watch, total: int) -> None:
+        self.watch, self.total, self.done = watch, total, 0
+        self.begun, self.due_s = time.monotonic(), 5.0
+
+    def __call__(self, rows: Iterable[Example]) -> Iterator[Example]:
+        for row in rows:
+            yield row
+            self.done += 1
+            if time.monotonic() - self.begun > self.due_s:
+                self.due_s *= 2
+                self.watch.encoded(self.done, self.total)
 
 
 def _kept(rows: Iterable[Example], is_held: Iterator[bool], held: list[Example]) -> Iterator[Example]:
