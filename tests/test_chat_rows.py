@@ -177,7 +177,7 @@ def test_parts_of_text_are_joined_as_they_stand():
         ([*parts("where?"), {"type": "image_url", "image_url": {"url": "a.png"}}],
          "content of turn 1 has a part of type 'image_url', and only text can be trained: leave the row out"),
         ([{"type": "text"}], "text in the content of turn 1 is null, wanted text"),
-        ([{"text": "where?"}], r"content of turn 1 is a list .*, wanted text, or a list of parts with type and text"),
+        ([{"image": {"format": "png"}}], r"content of turn 1 is a list .*, wanted text, or a list of parts with type and text"),
     ],
 )  # fmt: skip
 def test_a_part_that_is_no_text_is_a_fault_by_its_name(content, fault):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qlora_kit.data.chats import chat_of, is_in_turns, opened, spoken, turns_of
+from qlora_kit.data.chats import CHAT_COLUMNS, chat_of, dialogue_of, is_in_turns, opened, spoken
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
@@ -41,11 +41,11 @@ class Format:
 
 def _messages(row: Columns) -> Chat:
     _check_wanted(row)
-    return chat_of(opened(turns_of(row["messages"], "messages"), row), row)
+    return chat_of(opened(dialogue_of(row["messages"], "messages"), row), row)
 
 
 def _sharegpt(row: Columns) -> Chat:
-    return chat_of(opened(turns_of(row["conversations"], "conversations"), row), row)
+    return chat_of(opened(dialogue_of(row["conversations"], "conversations"), row), row)
 
 
 def _alpaca(row: Columns) -> Chat:
@@ -164,12 +164,12 @@ def prompt_of(answer: Chat | Completion) -> object:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system", "tools"), _messages),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": Format(("instruction", "output"), ("input", "history", "system", "tools"), _alpaca),
-    "completion": Format(("prompt", "completion"), ("system", "tools"), _completion),
+    "messages": Format(("messages",), CHAT_COLUMNS, _messages),
+    "sharegpt": Format(("conversations",), CHAT_COLUMNS, _sharegpt),
+    "alpaca": Format(("instruction", "output"), ("input", "history", *CHAT_COLUMNS), _alpaca),
+    "completion": Format(("prompt", "completion"), CHAT_COLUMNS, _completion),
     "text": Format(("text",), (), _text),
-    "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
-    "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),
+    "preference": Format(("chosen", "rejected"), ("prompt", *CHAT_COLUMNS), _preference),
+    "labelled": Format(("label",), ("prompt", "completion", "messages", *CHAT_COLUMNS), _labelled),
     "classification": Format(("text", "label"), (), _classified),
 }

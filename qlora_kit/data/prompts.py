@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.data.chats import in_turns, speaker
 from qlora_kit.data.columns import read_row
 from qlora_kit.data.examples import Chat, Completion, Example, Preference
 from qlora_kit.data.faults import Faults
@@ -159,9 +160,9 @@ def _answered(raw: Any) -> Any:
         answer: UNSAID for asks, answer in _ANSWERS.items() if asks in raw and raw.get(answer) is None
     }
     for column in ("messages", "conversations"):
-        turns: Any = raw.get(column)
+        turns: Any = in_turns(raw.get(column))
         last = turns[-1] if isinstance(turns, list) and turns else None
-        if isinstance(last, Mapping) and last.get("role", last.get("from")) not in ("assistant", "gpt"):
+        if isinstance(last, Mapping) and speaker(last) != "assistant":
             given[column] = [*turns, {"role": "assistant", "content": UNSAID}]
     return {name: value for name, value in {**raw, **given}.items() if name != "label"}
 
