@@ -34,34 +34,22 @@ def chat_of(messages: list[dict[str, Any]], row: Mapping[str, Any], given: int =
     Raises:
         DataError: no turn of it teaches anything, or the tools are none.
     """
-    given = _given(messages, given)
-    answers = [message for message in messages[given:] if message["role"] == "assistant"]
+    chat = Chat(messages, tools_of(row), given)
+    answers = [messages[i] for i in answers_of(chat)]
     if not answers:
-        raise DataError("no assistant turn: nothing to learn from")
+        is_silenced = any(message["role"] == "assistant" for message in messages[given:])
+        raise DataError(
+            f"{'every assistant turn has weight 0' if is_silenced else 'no assistant turn'}: nothing to learn from"
+        )
     if not any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
         raise DataError("every assistant turn is empty: nothing to learn from")
-    return Chat(messages, tools_of(row), given)
+    return chat
 
 
-def _given(messages: list[dict[str, Any]], given: int) -> int:
-    """How many turns are a prompt: at least `given`, and all up to the last answer that its `weight` of 0 leaves out.
-
-    Raises:
-        DataError: an answer that is to be learnt stands before one that is not, there is no other, or a weight is none.
-    """
-    weights = {at: turn.get("weight", 1) for at, turn in enumerate(messages) if turn["role"] == "assistant"}
-    odd = next((at for at, weight in weights.items() if weight not in (0, 1)), None)
-    if odd is not None:
-        raise DataError(f"turn {odd + 1} has weight {short(weights[odd])}, wanted 0 (it is not learnt) or 1")
-    end = max((at + 1 for at, weight in weights.items() if weight == 0), default=0)
-    if any(weight == 1 and given <= at < end for at, weight in weights.items()):
-        raise DataError(
-            f"turn {end} has weight 0 and follows an answer that is learnt: cut the chat before it, or leave the "
-            "row out"
-        )
-    if end > max(given, *weights, 0):
-        raise DataError("every assistant turn has weight 0: nothing to learn from")
-    return max(given, end)
+def answers_of(chat: Chat) -> list[int]:
+    """The places of the turns that are learnt: the assistant's behind what is given, but those of a `weight` of 0."""
+    turns = enumerate(chat.messages)
+    return [i for i, turn in turns if turn["role"] == "assistant" and i >= chat.given and turn.get("weight", 1) != 0]
 
 
 def turns_of(value: object, column: str) -> list[dict[str, Any]]:
@@ -161,6 +149,8 @@ def _turn(raw: object, name: str) -> dict[str, Any]:
         near = nearest(said, ROLES) if isinstance(said, str) else ""
         raise DataError(f"{name} has the unknown role {short(said)}{near}; known: {', '.join(ROLES)}")
     turn = spelt_calls(turn, name) | {"role": role}
+    if role == "assistant" and turn.get("weight", 1) not in (0, 1):
+        raise DataError(f"{name} has weight {short(turn['weight'])}, wanted 0 (it is not learnt) or 1")
     if turn.get("tool_calls"):
         turn["tool_calls"] = calls_of(turn["tool_calls"], name)
     if turn.get("content") is not None or not turn.get("tool_calls"):
