@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from chat_templates import FAMILIES, tokenizer_of
 from pyarrow import parquet
-from test_data import write
+from test_data import SKIP, write
 from test_templates import stretches
 
 from qlora_kit.data import Chat, Completion, Faults, encode_turns, load_rows, read_row, split_eval
@@ -355,7 +355,7 @@ def test_half_a_character_anywhere_in_a_row_is_a_fault_with_its_line_that_can_be
     with pytest.raises(DataError) as refused:
         load_rows(path)
     assert str(refused.value) == (
-        f"{path}:2: column {column!r} holds half of a surrogate pair ('a\\ud800b'), which is not a character"
+        f"{path}:2: column {column!r} holds half of a surrogate pair ('a\\ud800b'), which is not a character{SKIP}"
     )
     faults = Faults()
     assert len(load_rows(path, faults=faults)) == faults.count == 1

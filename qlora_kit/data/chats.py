@@ -83,7 +83,7 @@ def in_turns(value: object) -> object:
             {"role": role, "content": text} for role, text in zip(cycle(("user", "assistant")), value, strict=False)
         ]
     pairs = (
-        pair for pair in _PAIRS if all(isinstance(each, Mapping) and {*pair.values()} <= {*each} for each in value)
+        pair for pair in _PAIRS if all(isinstance(each, Mapping) and {*each} == {*pair.values()} for each in value)
     )
     if (pair := next(pairs, None)) is None:
         return value

@@ -16,6 +16,7 @@ from qlora_kit.data.faults import Faults
 from qlora_kit.data.sources import raw_rows
 from qlora_kit.data.template import encode
 from qlora_kit.data.thinking import Thinking, with_thinking
+from qlora_kit.data.values import has, under
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,8 +130,10 @@ def renamed(raw: Any, columns: Sequence[Mapping[str, str]]) -> Any:
     """
     if not isinstance(raw, Mapping):
         return raw
-    likely: Mapping[str, str] = max(columns, key=lambda names: sum(name in raw for name in names.values()), default={})
-    return {**raw, **{expected: raw[name] for expected, name in likely.items() if name in raw}}
+    likely: Mapping[str, str] = max(
+        columns, key=lambda names: sum(has(raw, name) for name in names.values()), default={}
+    )
+    return under(raw, {expected: name for expected, name in likely.items() if has(raw, name)})
 
 
 def _lines(path: Path, column: str) -> list[tuple[str, Any]]:
