@@ -127,6 +127,8 @@ def test_a_map_reads_what_stands_in_an_object_or_a_list():
     columns = {"prompt": "question", "completion": "answers.text.0"}
     assert read_row(row, "f:1", columns=columns) == Completion("where?", "on the mat")
     assert read_row({"a.b": "dotted", "a": {"b": "nested"}}, "f:1", columns={"text": "a.b"}) == Text("dotted")
+    system = {"instruction": "question", "output": "answers.text.0", "system": "meta.system"}
+    assert spoken(row | {"meta": None}, columns=system) == [("user", "where?"), ("assistant", "on the mat")]
     for path in ("answers.text.1", "answers.text.first", "question.0", "translation.fr"):
         with pytest.raises(DataError, match=rf"^f:1: column '{path}' \(data.columns maps it to text\) is missing"):
             read_row(row, "f:1", columns={"text": path})
@@ -200,7 +202,8 @@ def test_a_row_of_other_names_is_refused_with_a_map_under_which_it_is_read(name)
     ("row", "task", "words"),
     [
         ({"question": "where?", "choices": ["here", "there"], "answer": 1}, "sft",
-         "no format has the columns question, choices, answer; expected: messages, or conversations, or instruction "
+         "missing the columns of any format; found columns: question, choices, answer; expected: "
+         "messages, or conversations, or instruction "
          r"and output, or prompt and completion, or text \(data.columns maps other names\)$"),
         ({"id": "1", "translation": {"en": "cat", "de": "Katze"}}, "sft",
          "; data.columns reads what is in an object, too, as translation.en$"),
@@ -208,6 +211,7 @@ def test_a_row_of_other_names_is_refused_with_a_map_under_which_it_is_read(name)
          "; column 'data' holds the rows: save that list alone as the file$"),
         ({"premise": "a cat", "hypothesis": "a pet", "label": 0}, "classify",
          "; a class is told from one text: join premise, hypothesis in a column text$"),
+        ({"where\twho": "here\tme"}, "sft", r"; columns are separated by '\\t': save the file with commas$"),
         ({"sentence": "a cat", "label": 1}, "dpo", r"expected: chosen, rejected \(data.columns maps other names\)$"),
     ],
 )  # fmt: skip
@@ -301,3 +305,27 @@ def test_a_single_bad_row_is_told_with_what_leaves_it_out(tmp_path):
 def test_a_class_that_is_not_known_is_refused_as_such():
     with pytest.raises(DataError, match=r"'label' is a number \(-1\), .*; -1 often says that the class is not known: "):
         read_row({"text": "a cat", "label": -1}, "f:1", task="classify")
+
+
+# ---- texts that are joined as they stand ---------------------------------------------------------------------------
+
+
+def test_a_question_that_runs_into_its_answer_is_told_of_and_one_that_does_not_is_not():
+    tokenizer = tokenizer_of(FAMILIES["qwen2.5"])
+
+    def is_told(row, task="sft", **options):
+        (encoded,) = encode_turns(read_row(row, "f:1", task=task, **options), tokenizer)
+        return any(sequence.odd == ("joined",) for sequence in encoded.sequences)
+
+    asked = {"prompt": "Where is the key?", "completion": "Under the mat."}
+    assert is_told(asked)
+    assert is_told({"prompt": "钥匙在哪", "completion": "垫子下"})
+    assert is_told({"prompt": "Where?", "chosen": "Here", "rejected": " Hm"}, task="dpo")
+    assert not is_told(asked, columns={"instruction": "prompt", "output": "completion"})
+    assert not is_told(
+        {"prompt": "Where?", "chosen": "Here", "rejected": "Hm"}, "dpo", columns={"instruction": "prompt"}
+    )
+    for prompt, completion in (
+        ("Where?", " Here"), ("Where?\n", "Here"), ("f(", "x)"), ("[/INST]", "Here"), ("A:", "B")
+    ):  # fmt: skip
+        assert not is_told({"prompt": prompt, "completion": completion})

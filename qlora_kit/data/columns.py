@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 from qlora_kit.data.examples import Example
 from qlora_kit.data.formats import FORMATS, Columns, Format
 from qlora_kit.data.hints import check_whole, hint, reads
-from qlora_kit.data.values import check_characters, has, kind, named, nearest, under
+from qlora_kit.data.values import check_characters, kind, named, nearest, under
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS
 
@@ -84,13 +84,13 @@ def check_format(format: str, columns: Mapping[str, str] | None = None, task: st
 
 def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) -> tuple[Format, Columns]:
     """The format of the row, and the row under the names that the format expects."""
-    for expected, name in columns.items():
-        if not has(row, name) and name not in row:
-            raise DataError(
-                f"column {name!r} (data.columns maps it to {expected}) is missing{nearest(name, row)}; "
-                f"found: {named(row)}"
-            )
-    renamed = under(row, columns)
+    try:
+        renamed = under(row, columns)
+    except LookupError as error:
+        expected, name = next((expected, name) for expected, name in columns.items() if name == error.args[0])
+        raise DataError(
+            f"column {name!r} (data.columns maps it to {expected}) is missing{nearest(name, row)}; found: {named(row)}"
+        ) from None
     # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
     candidates = [each for each in known if columns.keys() <= _columns_of(each)]
     # A table of several formats holds null in the columns of the others; where no format is left, null is what is told.
@@ -112,8 +112,9 @@ def _built(chosen: Format, row: Columns, known: Sequence[Format]) -> Example:
 
 def _unmatched(row: Columns, candidates: Sequence[Format], known: Sequence[Format], *, is_mapped: bool) -> str:
     """What is wrong with a row that no candidate can be made of."""
+    none_fits = f"missing the columns of any format; found columns: {named(row)}"
     if found := "" if is_mapped else hint(row, known):
-        return f"no format has the columns {named(row)}{found}"
+        return f"{none_fits}{found}"
     wanted = max(candidates, key=lambda each: _likeness(each, row))
     missing = [name for name in wanted.required if name not in row]
     near = "".join(nearest(name, set(row) - set(wanted.required), likeness=0.75) for name in missing)
@@ -124,7 +125,7 @@ def _unmatched(row: Columns, candidates: Sequence[Format], known: Sequence[Forma
             f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(row)}; expected: {expected} {others}"
         )
     formats = ", or ".join(" and ".join(each.required) for each in candidates)
-    return f"no format has the columns {named(row)}; expected: {formats} {others}"
+    return f"{none_fits}; expected: {formats} {others}"
 
 
 def _other_tasks(row: Columns, known: Sequence[Format]) -> str:

@@ -35,6 +35,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 _DIALOGUES = ("conversation", "dialog", "dialogue", "data", "turns")
 """Columns whose texts are turns; texts in others may be anything."""
 _TEXTS = ("instruction", "input", "output", "text")
+_SEPARATOR = re.compile(r"[;\t|]")
 _PLAIN = re.compile(r"[\w.-]+(?: [\w.-]+)*")
 
 
@@ -46,6 +47,9 @@ def hint(row: Columns, formats: Sequence[Format]) -> str:
         formats: those that may be meant, the likeliest first.
     """
     said = {name: value for name, value in row.items() if value is not None}
+    (separator,) = _SEPARATOR.findall("".join(map(str, row)))[:1] or [""]
+    if separator and len(row) == 1:
+        return f"; columns are separated by {separator!r}: save the file with commas"
     maps = ((known, names) for known in formats for names in _maps(said, known) if names)
     if found := next(((known, names) for known, names in maps if reads(said, known, names)), None):
         known, names = found

@@ -25,13 +25,15 @@ def filled(value: object, name: str) -> str:
 
 
 def at(row: Mapping[str, Any], path: str) -> Any:
-    """The value of a column, or what stands in it: `a.b.0` is the first of the list b in the object a.
+    """The value of a column, or what stands in it: `a.b.0` is the first of the list b in the object a; in null is null.
 
     Raises:
         LookupError: there is none.
     """
     value: Any = row
     for key in [path] if path in row else path.split("."):
+        if value is None:
+            return None
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
         elif isinstance(value, Mapping) and key in value:
