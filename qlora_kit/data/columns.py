@@ -1,12 +1,12 @@
 """Columns: which format a row has, so that its function in `formats.py` makes an example of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from qlora_kit.data.examples import Example
 from qlora_kit.data.formats import FORMATS, Columns, Format
-from qlora_kit.data.hints import check_whole, hint, reads
+from qlora_kit.data.hints import check_whole, hint, reads, unread
 from qlora_kit.data.values import check_characters, kind, named, nearest, under
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS
@@ -48,6 +48,30 @@ def read_row(
         raise DataError(f"{where}: {error}") from None
     except RecursionError:
         raise DataError(f"{where}: objects and lists are nested too deeply to be read") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAs:
+    """How a row is read.
+
+    Attributes:
+        format: a name in `FORMATS`.
+        columns: that hold something and are read.
+        unread: that hold something and are not.
+    """
+
+    format: str
+    columns: list[str]
+    unread: list[str]
+
+
+def read_as(row: Columns, format: str = "auto", columns: Mapping[str, str] | None = None, task: str = "sft") -> ReadAs:
+    """How a row is read that `read_row` can read; takes what that takes."""
+    names = columns or {}
+    chosen, _ = _match(row, _candidates(format, task), names)
+    others = unread(row, chosen, names)
+    read = [name for name, value in row.items() if value is not None and name not in others]
+    return ReadAs(next(name for name, known in FORMATS.items() if known is chosen), read, others)
 
 
 def formats_of(task: str) -> tuple[str, ...]:

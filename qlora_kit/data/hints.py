@@ -5,11 +5,11 @@ that what a person is told to write works. It is never used unasked: the names a
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from qlora_kit.data.chats import speaker
 from qlora_kit.data.formats import FORMATS, Columns, Format
-from qlora_kit.data.values import at, has, named, under
+from qlora_kit.data.values import at, has, under
 from qlora_kit.errors import DataError, listed
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
@@ -47,13 +47,13 @@ def hint(row: Columns, formats: Sequence[Format]) -> str:
         formats: those that may be meant, the likeliest first.
     """
     said = {name: value for name, value in row.items() if value is not None}
-    (separator,) = _SEPARATOR.findall("".join(map(str, row)))[:1] or [""]
-    if separator and len(row) == 1:
-        return f"; columns are separated by {separator!r}: save the file with commas"
+    if len(row) == 1 and (separator := _SEPARATOR.search(next(iter(row)))):
+        return f"; columns are separated by {separator[0]!r}: save the file with commas"
     maps = ((known, names) for known in formats for names in _maps(said, known) if names)
     if found := next(((known, names) for known, names in maps if reads(said, known, names)), None):
         known, names = found
-        return f"; set {_setting(names)}{_left_out(said, known, names)}"
+        others = unread(said, known, names)
+        return f"; set {_setting(names)}" + (f" (not read: {listed(others)})" if others else "")
     if any("label" in known.required and "text" in known.required for known in formats):
         label = _name_of("label", said, {}, FORMATS["classification"])
         texts = [name for name, value in said.items() if isinstance(value, str) and name != label]
@@ -137,8 +137,8 @@ def _setting(names: dict[str, str]) -> str:
     return f"'data.columns={{{', '.join(pairs)}}}'"
 
 
-def _left_out(row: Columns, known: Format, names: dict[str, str]) -> str:
-    """Columns that are not read under a map: what is in them may matter."""
-    read = {*known.required, *known.optional} - names.keys() | {name.split(".")[0] for name in names.values()}
-    others = {name: row[name] for name in row if name not in read}
-    return f" (not read: {named(others)})" if others else ""
+def unread(row: Columns, known: Format, names: Mapping[str, str]) -> list[str]:
+    """The columns of a row that hold something and that a format does not read under a map."""
+    read = {*known.required, *known.optional} - names.keys()
+    read |= {name if name in row else name.split(".")[0] for name in names.values()}
+    return [name for name, value in row.items() if value is not None and name not in read]
