@@ -329,3 +329,25 @@ def test_a_question_that_runs_into_its_answer_is_told_of_and_one_that_does_not_i
         ("Where?", " Here"), ("Where?\n", "Here"), ("f(", "x)"), ("[/INST]", "Here"), ("A:", "B")
     ):  # fmt: skip
         assert not is_told({"prompt": prompt, "completion": completion})
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held_out", "is_refused"),
+    [
+        ("data/test-00000-of-00001.jsonl", True), ("validation.jsonl", True), ("dev/rows.jsonl", True),
+        ("Val.jsonl", True), ("testimonials.jsonl", False), ("more.jsonl", False),
+    ],
+)  # fmt: skip
+def test_rows_to_hold_out_are_not_trained_on_because_they_lie_in_the_same_folder(held_out, is_refused, tmp_path):
+    for name in ("data/train-00000-of-00001.jsonl", held_out):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, {"text": name})
+    if not is_refused:
+        assert len(load_rows(tmp_path)) == 2
+        return
+    with pytest.raises(DataError, match=r"holds rows to train on \(data/train-.*\) and to hold out .*: list the files"):
+        load_rows(tmp_path)
+    assert load_rows(tmp_path / held_out) == [Text(held_out)]
