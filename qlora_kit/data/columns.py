@@ -143,7 +143,7 @@ def _unmatched(row: Columns, candidates: Sequence[Format], known: Sequence[Forma
     missing = [name for name in wanted.required if name not in row]
     near = "".join(nearest(name, set(row) - set(wanted.required), likeness=0.75) for name in missing)
     others = f"(data.columns maps other names{_other_tasks(row, known)})"
-    if near or len(candidates) == 1 or len(missing) < len(wanted.required):
+    if near or len(candidates) == 1 or _columns_of(wanted) & row.keys():
         expected = ", ".join(wanted.required)
         return (
             f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(row)}; expected: {expected} {others}"
