@@ -681,7 +681,11 @@ def test_every_kind_of_source_gives_the_same_rows(recipe, name):
         ("a.json", "[1, 2]", r"none of the 2 can .*a.json row 1: found a number"),
         ("a.json", '{\n "version": 1,\n "data": []\n}', r"a.json row 1: missing .*found columns: version, data"),
         ("a.json", '{\n "version": 1,\n}', r"a.json:3: not JSON"),
-        ("a.csv", "prompt;completion\nthe;cat\n", ":2: missing 'prompt'.*found columns: prompt;completion"),
+        (
+            "a.csv",
+            "prompt;completion\nthe;cat\n",
+            ":2: missing .*found columns: prompt;completion; .* separated by ';': save",
+        ),
         ("a.csv", "prompt,prompt\nthe,cat\n", ":1: the column 'prompt' appears twice"),
         ("a.csv", 'prompt,completion\n"the,cat\n', ":2: not CSV: unexpected end"),
         ("a.txt", " \n", "is empty"),
@@ -758,6 +762,26 @@ def test_a_wide_row_is_told_in_few_words(recipe):
     write(recipe.parent / "rows.jsonl", {f"column {n}": n for n in range(500)})
     error = call("preview", recipe).stderr
     assert "found columns: column 0, column 1, column 2, column 3, column 4 and 495 more" in error
+
+
+def test_a_preview_says_how_each_source_is_read_and_which_columns_are_not(recipe):
+    rows = [{**row, "id": n, "note": None} for n, row in enumerate(GOOD)]
+    write(recipe.parent / "rows.jsonl", {"prompt": 5}, *rows)
+    found = seen(recipe, "data.on_error=skip")
+    read_as = {"format": "completion", "columns": ["prompt", "completion"], "unread": ["id"]}
+    assert found["read_as"] == {str(recipe.parent / "rows.jsonl"): read_as}
+    assert (
+        "format    completion (prompt, completion); not read: id\n"
+        in call("preview", recipe, "data.on_error=skip").stdout
+    )
+    other = write(
+        recipe.parent / "other.jsonl", *({"asked": {"for": row["prompt"]}, **row, "prompt": 5} for row in GOOD)
+    )
+    sources = [str(recipe.parent / "rows.jsonl"), {"path": str(other), "columns": {"prompt": "asked.for"}}]
+    found = seen(recipe, "data.on_error=skip", f"data.train={json.dumps(sources)}")
+    assert found["read_as"][str(other)] == {
+        "format": "completion", "columns": ["asked", "completion"], "unread": ["prompt"]
+    }  # fmt: skip
 
 
 def test_columns_can_be_mapped_and_a_map_that_does_not_fit_names_the_nearest(recipe):

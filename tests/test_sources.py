@@ -401,12 +401,13 @@ def test_whatever_decides_the_rows_names_another_entry_and_nothing_else_does(rec
     weights = [{"path": str(large), "weight": 3}, {"path": str(small)}]
     assert entries(f"data.train={json.dumps(weights)}") == 1
     assert prepared(recipe, f"data.train={json.dumps(weights)}").train.epoch.rows == 3 * 24 + 6
+    twice = dict.fromkeys(("prompt", "completion"), "completion")
     changes = [
         "data.max_tokens=63", "data.over_length=split", "data.eval=auto", f"data.eval={small}", "data.loss_on=all",
         "data.thinking=strip", f"data.template={own}", "data.format=completion", "data.on_error=skip",
         "train.task=pretrain", f"data.train={large}", "lora.added_tokens=[cat]",
         f"data.train={json.dumps([str(small), str(large)])}",
-        f"data.train={json.dumps([{'path': str(large), 'columns': {'prompt': 'completion'}}, str(small)])}",
+        f"data.train={json.dumps([{'path': str(large), 'columns': twice}, str(small)])}",
     ]  # fmt: skip
     for number, change in enumerate(changes, 2):
         assert entries(change) == number, change

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from qlora_kit.cli.visible import visible
 from qlora_kit.data import Counts, Filling, Piece, Preview
+from qlora_kit.errors import listed
 from qlora_kit.units import counted, format_count
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -50,6 +51,10 @@ def _summary(preview: Preview) -> Iterator[str]:
         drawn = "" if part.weight == 1 else f"; weight {part.weight:g}, {counted(part.deck.drawn, 'row')} per epoch"
         yield f"          {visible(part.name)}: {_kept(part.counts, used)}{drawn}"
     yield f"held out  {_kept(preview.eval, scored)}"
+    for name, how in preview.read_as.items():
+        others = f"; not read: {visible(listed(how.unread))}" if how.unread else ""
+        place = f"{visible(name)}: " if len(preview.read_as) > 1 else ""
+        yield f"format    {place}{how.format} ({visible(', '.join(how.columns))}){others}"
     if preview.classes:
         shown = [f"{visible(name)} {count:,}" for name, count in [*preview.classes.items()][:MOST_CLASSES]]
         more = len(preview.classes) - len(shown)

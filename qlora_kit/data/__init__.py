@@ -28,7 +28,7 @@ from qlora_kit.data.collate import (
     collate_texts,
     swap_answers,
 )
-from qlora_kit.data.columns import formats_of, read_row
+from qlora_kit.data.columns import ReadAs, formats_of, read_row
 from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
 from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
@@ -66,6 +66,7 @@ __all__ = [
     "Preference",
     "Preview",
     "Prompt",
+    "ReadAs",
     "Reader",
     "Remark",
     "Room",

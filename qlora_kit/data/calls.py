@@ -1,13 +1,14 @@
 """Calls of tools, and the tools: objects in a chat, and in a rendering what its template takes.
 
-OpenAI's interface has the arguments of a call as a JSON text, and tables have tools as one, since schemas that differ
-share no columns. transformers' documentation asks for objects: most templates give them to `tojson`, which would write
-a text in quotes once more. Some (DeepSeek's) join arguments to other text. So a chat holds objects, and a template that
-takes only text is given their JSON.
+OpenAI's interface has the arguments of a call as a JSON text, and its first form one call a turn (`function_call`) and
+bare `functions` for tools. In ShareGPT's rows a call is a turn of its own, whose text is its JSON. Tables have tools as
+text, since schemas that differ share no columns. transformers' documentation asks for objects: most templates give them
+to `tojson`, which would write a text in quotes once more. Some (DeepSeek's) join arguments to other text. So a chat
+holds objects, and a template that takes only text is given their JSON.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,16 +19,42 @@ from qlora_kit.errors import DataError
 Object: TypeAlias = dict[str, Any]
 
 
-def tools_of(value: object) -> list[Object] | None:
-    """The tools that a column holds, as a list or as the JSON text of one; None where there are none.
+def tools_of(row: Mapping[str, Any]) -> list[Object] | None:
+    """The tools that a row holds, as a list or as the JSON text of one; None where there are none.
 
     Raises:
-        DataError: it is something else.
+        DataError: it holds something else in their place.
     """
-    tools = _spelt_out(without_nulls(value), "column 'tools'") or None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"column 'tools' is {kind(value)}, wanted a list of objects, or the JSON of one")
-    return tools
+    return _objects(row, "tools") or [_around(each) for each in _objects(row, "functions")] or None
+
+
+def _objects(row: Mapping[str, Any], column: str) -> list[Object]:
+    found = _spelt_out(without_nulls(row.get(column)), f"column {column!r}") or []
+    if not (isinstance(found, list) and all(isinstance(each, dict) for each in found)):
+        raise DataError(f"column {column!r} is {kind(found)}, wanted a list of objects, or the JSON of one")
+    return found
+
+
+def _around(function: Object) -> Object:
+    """A tool or a call as templates take it, made of what has the name."""
+    return {"type": "function", "function": function}
+
+
+def spelt_calls(turn: Object, name: str) -> Object:
+    """A turn with its calls in `tool_calls`, where it has them in an older form.
+
+    Raises:
+        DataError: its text should be the JSON of calls, and is not.
+    """
+    if str(turn["role"]).lower() == "function_call":
+        found = _spelt_out(turn.get("content"), f"the call in {name}")
+        calls = found if isinstance(found, list) else [found]
+        silent = {key: value for key, value in turn.items() if key != "content"}
+        return silent | {"tool_calls": [_around(call) if isinstance(call, dict) else call for call in calls]}
+    if not isinstance(turn.get("function_call"), dict):
+        return turn
+    rest = {key: value for key, value in turn.items() if key != "function_call"}
+    return rest | {"tool_calls": [_around(turn["function_call"])]}
 
 
 def calls_of(value: object, name: str) -> list[Object]:

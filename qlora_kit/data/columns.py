@@ -1,12 +1,13 @@
 """Columns: which format a row has, so that its function in `formats.py` makes an example of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
 from qlora_kit.data.examples import Example
 from qlora_kit.data.formats import FORMATS, Columns, Format
-from qlora_kit.data.values import check_characters, kind, named, nearest
+from qlora_kit.data.hints import check_whole, hint, reads, unread
+from qlora_kit.data.values import check_characters, kind, named, nearest, under
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import TASKS
 
@@ -25,7 +26,7 @@ def read_row(
         where: `file:line` or `source row N`; every message begins with it.
         format: a name in `FORMATS`, or `auto`: the first that the task can use and whose required columns are there and
             not null.
-        columns: expected name -> name in the file.
+        columns: expected name -> name in the file; `a.b.0` is the first of the list b in the object a.
         task: of `train.task`.
 
     Raises:
@@ -36,14 +37,41 @@ def read_row(
         if not isinstance(row, Mapping):
             raise DataError(f"found {kind(row)}, wanted an object with named columns")
         check_format(format, columns, task)
-        chosen, renamed = _match(row, _candidates(format, task), columns or {})
+        known = _candidates(format, task)
+        chosen, renamed = _match(row, known, columns or {})
         for name in (*chosen.required, *chosen.optional):  # whatever else a row holds is not read
             check_characters(renamed.get(name), f"column {name!r}")
-        return replace(chosen.build(renamed), where=where)
+        if task == "sft" and format == "auto" and not columns and chosen is FORMATS["text"]:
+            check_whole(renamed)
+        return replace(_built(chosen, renamed, [] if columns else known), where=where)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except RecursionError:
         raise DataError(f"{where}: objects and lists are nested too deeply to be read") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAs:
+    """How a row is read.
+
+    Attributes:
+        format: a name in `FORMATS`.
+        columns: that hold something and are read.
+        unread: that hold something and are not.
+    """
+
+    format: str
+    columns: list[str]
+    unread: list[str]
+
+
+def read_as(row: Columns, format: str = "auto", columns: Mapping[str, str] | None = None, task: str = "sft") -> ReadAs:
+    """How a row is read that `read_row` can read; takes what that takes."""
+    names = columns or {}
+    chosen, _ = _match(row, _candidates(format, task), names)
+    others = unread(row, chosen, names)
+    read = [name for name, value in row.items() if value is not None and name not in others]
+    return ReadAs(next(name for name, known in FORMATS.items() if known is chosen), read, others)
 
 
 def formats_of(task: str) -> tuple[str, ...]:
@@ -80,13 +108,13 @@ def check_format(format: str, columns: Mapping[str, str] | None = None, task: st
 
 def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) -> tuple[Format, Columns]:
     """The format of the row, and the row under the names that the format expects."""
-    for expected, name in columns.items():
-        if name not in row:
-            raise DataError(
-                f"column {name!r} (data.columns maps it to {expected}) is missing{nearest(name, row)}; "
-                f"found: {named(row)}"
-            )
-    renamed = {**row, **{expected: row[name] for expected, name in columns.items()}}
+    try:
+        renamed = under(row, columns)
+    except LookupError as error:
+        expected, name = next((expected, name) for expected, name in columns.items() if name == error.args[0])
+        raise DataError(
+            f"column {name!r} (data.columns maps it to {expected}) is missing{nearest(name, row)}; found: {named(row)}"
+        ) from None
     # A map says what is meant: a format that knows nothing of the mapped columns is not a candidate.
     candidates = [each for each in known if columns.keys() <= _columns_of(each)]
     # A table of several formats holds null in the columns of the others; where no format is left, null is what is told.
@@ -95,13 +123,33 @@ def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) ->
         for each in candidates:
             if found.keys() >= set(each.required):
                 return each, found
-    wanted = max(candidates, key=lambda each: _likeness(each, renamed))
-    missing = [name for name in wanted.required if name not in renamed]
-    near = "".join(nearest(name, set(renamed) - set(wanted.required)) for name in missing)
-    raise DataError(
-        f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(renamed)}; expected: "
-        f"{', '.join(wanted.required)} (data.columns maps other names{_other_tasks(renamed, known)})"
-    )
+    raise DataError(_unmatched(renamed, candidates, known, is_mapped=bool(columns)))
+
+
+def _built(chosen: Format, row: Columns, known: Sequence[Format]) -> Example:
+    """The example that a row is; what may be wrong with the names of its columns goes with the fault."""
+    try:
+        return chosen.build(row)
+    except DataError as error:
+        raise DataError(f"{error}{hint(row, known)}") from None
+
+
+def _unmatched(row: Columns, candidates: Sequence[Format], known: Sequence[Format], *, is_mapped: bool) -> str:
+    """What is wrong with a row that no candidate can be made of."""
+    none_fits = f"missing the columns of any format; found columns: {named(row)}"
+    if found := "" if is_mapped else hint(row, known):
+        return f"{none_fits}{found}"
+    wanted = max(candidates, key=lambda each: _likeness(each, row))
+    missing = [name for name in wanted.required if name not in row]
+    near = "".join(nearest(name, set(row) - set(wanted.required), likeness=0.75) for name in missing)
+    others = f"(data.columns maps other names{_other_tasks(row, known)})"
+    if near or len(candidates) == 1 or _columns_of(wanted) & row.keys():
+        expected = ", ".join(wanted.required)
+        return (
+            f"missing {', '.join(map(repr, missing))}{near}; found columns: {named(row)}; expected: {expected} {others}"
+        )
+    formats = ", or ".join(" and ".join(each.required) for each in candidates)
+    return f"{none_fits}; expected: {formats} {others}"
 
 
 def _other_tasks(row: Columns, known: Sequence[Format]) -> str:
@@ -110,7 +158,7 @@ def _other_tasks(row: Columns, known: Sequence[Format]) -> str:
     names = [
         name
         for name, taken in formats.items()
-        if not any(each in known for each in taken) and any(row.keys() >= {*each.required} for each in taken)
+        if not any(each in known for each in taken) and any(reads(row, each) for each in taken)
     ]
     return f"; such rows are for train.task={', '.join(names)}" if names else ""
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
-Odd: TypeAlias = Literal["tools", "tool_calls", "system", "marks"]
-"""What a chat template does to a row that one should know of; `remarks.py` says it."""
+Odd: TypeAlias = Literal["tools", "tool_calls", "system", "marks", "joined"]
+"""What becomes of a row that one should know of, mostly by its chat template; `remarks.py` says it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Encoded:
     ending: int = 0
     """Tokens at its end that stand behind every text, and so also behind one that is cut."""
     odd: tuple[Odd, ...] = field(default=(), compare=False)
-    """What its chat template does that one should know of; it is counted, and not kept with the row."""
+    """What becomes of it that one should know of; it is counted, and not kept with the row."""
 
     @property
     def sequences(self) -> "tuple[Encoded, ...]":

@@ -11,7 +11,7 @@ class Chat:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     given: int = 0
-    """How many of the turns are a prompt: none of these is learnt."""
+    """How many of the turns are a prompt: none of these is learnt, nor any other with a `weight` of 0."""
     where: str = field(default="", compare=False)
     """`file:line` or `source row N`; two rows with equal contents are equal wherever they stand."""
 

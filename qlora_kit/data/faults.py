@@ -44,12 +44,13 @@ class Faults:
                 run is asked or scored on.
 
         Raises:
-            DataError: if there is any fault; a single one is the whole message, of several see `told`.
+            DataError: if there is any fault; a single one is the message, of several see `told`.
         """
+        may_skip = may_skip and not self.hides_rows
         if self.count == 1:
-            raise DataError(self.shown[0])
+            raise DataError(self.shown[0] + (" (data.on_error=skip leaves the row out)" if may_skip else ""))
         if self.count > 1:
-            way_out = "" if self.hides_rows or not may_skip else " (data.on_error=skip leaves them out)"
+            way_out = " (data.on_error=skip leaves them out)" if may_skip else ""
             raise DataError(self.told(f"{self.count:,} rows cannot be used{way_out}"))
 
     def told(self, what: str) -> str:

@@ -7,6 +7,7 @@ pyarrow, batch by batch and with no copy on the disk.
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -24,7 +25,7 @@ def files_in(folder: Path) -> list[Path]:
     """The files of a folder that hold rows, or the documents, sorted; not both, since a README is seldom meant.
 
     Raises:
-        DataError: there are none, or both, or data sets as `datasets` saves them.
+        DataError: there are none, or both, or data sets as `datasets` saves them, or splits beside that for training.
     """
     files = [file for file in _visible(folder) if file.suffix.lower() in READERS]
     documents = [file for file in files if READERS[file.suffix.lower()] is _document]
@@ -40,7 +41,24 @@ def files_in(folder: Path) -> list[Path]:
             f"{folder} holds rows ({rows.name}) and documents ({documents[0].name}): "
             "list the files to use under data.train"
         )
+    names = [file.relative_to(folder) for file in files]
+    trained, others = ([name for name in names if _is_split(name, which)] for which in (_TRAIN, _HELD_OUT))
+    if trained and others and not documents:
+        raise DataError(
+            f"{folder} holds rows to train on ({trained[0]}) and to hold out ({others[0]}): list the files to use "
+            "under data.train and data.eval"
+        )
     return files
+
+
+_TRAIN, _HELD_OUT = (
+    re.compile(rf"(?:{names})(?![a-z])", re.IGNORECASE) for names in ("train", "test|valid(ation)?|val|dev|eval")
+)
+
+
+def _is_split(file: Path, names: re.Pattern[str]) -> bool:
+    """Whether a file, or a folder that it is in, is named after such a split, as on the hub."""
+    return any(names.match(part) for part in file.parts)
 
 
 def unread_in(folder: Path) -> list[Path]:

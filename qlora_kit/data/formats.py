@@ -10,16 +10,18 @@
     classification   text, label: a name, a number, or a list of them    -> Classified
 
 The words of the system, and tools, may stand in the turns or in columns of their own, `system` and `tools`; beside
-such a column a prompt and its answer are turns, too, though they are texts.
+such a column a prompt and its answer are turns, too, though they are texts. Where answers are judged, `instruction`
+and `input` may stand in place of `prompt`.
 
 A format is one line in `FORMATS` and one function that builds its example; `columns.py` finds the format of a row.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qlora_kit.data.chats import chat_of, is_in_turns, opened, spoken, turns_of
+from qlora_kit.data.chats import CHAT_COLUMNS, chat_of, dialogue_of, is_in_turns, opened, spoken
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
@@ -41,19 +43,23 @@ class Format:
 
 def _messages(row: Columns) -> Chat:
     _check_wanted(row)
-    return chat_of(opened(turns_of(row["messages"], "messages"), row), row)
+    return chat_of(opened(dialogue_of(row["messages"], "messages"), row), row)
 
 
 def _sharegpt(row: Columns) -> Chat:
-    return chat_of(opened(turns_of(row["conversations"], "conversations"), row), row)
+    return chat_of(opened(dialogue_of(row["conversations"], "conversations"), row), row)
 
 
 def _alpaca(row: Columns) -> Chat:
+    answer = {"role": "assistant", "content": filled(row["output"], "output")}
+    return chat_of(opened([*_history(row), _question(row), answer], row), row)
+
+
+def _question(row: Columns) -> dict[str, Any]:
     question = string(row["instruction"], "instruction")
     if row.get("input"):
         question = f"{question}\n\n{string(row['input'], 'input')}"
-    answer = {"role": "assistant", "content": filled(row["output"], "output")}
-    return chat_of(opened([*_history(row), {"role": "user", "content": question}, answer], row), row)
+    return {"role": "user", "content": question}
 
 
 def _history(row: Columns) -> list[dict[str, Any]]:
@@ -107,16 +113,47 @@ def _class_name(value: object) -> str:
         return string(value, "column 'label'").strip()
     if isinstance(value, int | float) and value >= 0 and value == value // 1:  # tables with gaps make counts 1.0
         return str(int(value))
-    raise DataError(f"column 'label' is {kind(value)}, wanted a name, a number from 0, or a list of them")
+    unknown = "; -1 often says that the class is not known: leave such rows out" if value == -1 else ""
+    raise DataError(f"column 'label' is {kind(value)}, wanted a name, a number from 0, or a list of them{unknown}")
 
 
 def _preference(row: Columns) -> Preference:
+    row = _parted(_with_prompt(row))
     chosen, rejected = (_answer(row.get("prompt"), row[name], name, row) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise DataError("chosen and rejected are the same: nothing to learn from")
     if prompt_of(chosen) != prompt_of(rejected):
-        raise DataError("chosen and rejected differ before their last turn, so they do not answer the same prompt")
+        raise DataError(_NO_PAIR)
     return Preference(chosen, rejected)
+
+
+def _with_prompt(row: Columns) -> Columns:
+    """The row with what is answered in `prompt`, which may be an Alpaca question."""
+    if row.get("prompt") is not None or "instruction" not in row:
+        return row
+    return {**row, "prompt": [_question(row)]}
+
+
+def _parted(row: Columns) -> Columns:
+    """The row with the prompt of Anthropic's dialogues apart: both are texts, of which all but the last turn is shared.
+
+    Raises:
+        DataError: more than that differs.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if row.get("prompt") is not None or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return row
+    ends = [match.end() for match in re.finditer(_ASSISTANT, chosen) if rejected.startswith(chosen[: match.end()])]
+    if not ends:
+        return row
+    answers = {"chosen": chosen[ends[-1] :], "rejected": rejected[ends[-1] :]}
+    if any(_HUMAN in answer for answer in answers.values()):
+        raise DataError(_NO_PAIR)
+    return {**row, "prompt": chosen[: ends[-1]], **answers}
+
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_NO_PAIR = "chosen and rejected differ before their last turn, so they do not answer the same prompt"
 
 
 def _labelled(row: Columns) -> Labelled:
@@ -128,7 +165,7 @@ def _labelled(row: Columns) -> Labelled:
         raise DataError(
             f"there is a label and no answer; found columns: {named(row)}; expected: completion or messages"
         )
-    return Labelled(_answer(row.get("prompt"), row[name], name, row), is_good)
+    return Labelled(_answer(_with_prompt(row).get("prompt"), row[name], name, row), is_good)
 
 
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -163,13 +200,16 @@ def prompt_of(answer: Chat | Completion) -> object:
     return answer.messages[:-1] if isinstance(answer, Chat) else answer.prompt
 
 
+_QUESTION = ("instruction", "input")
+"""What may stand in place of a prompt."""
+
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system", "tools"), _messages),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
-    "alpaca": Format(("instruction", "output"), ("input", "history", "system", "tools"), _alpaca),
-    "completion": Format(("prompt", "completion"), ("system", "tools"), _completion),
+    "messages": Format(("messages",), CHAT_COLUMNS, _messages),
+    "sharegpt": Format(("conversations",), CHAT_COLUMNS, _sharegpt),
+    "alpaca": Format(("instruction", "output"), ("input", "history", *CHAT_COLUMNS), _alpaca),
+    "completion": Format(("prompt", "completion"), CHAT_COLUMNS, _completion),
     "text": Format(("text",), (), _text),
-    "preference": Format(("chosen", "rejected"), ("prompt", "system", "tools"), _preference),
-    "labelled": Format(("label",), ("prompt", "completion", "messages", "system", "tools"), _labelled),
+    "preference": Format(("chosen", "rejected"), ("prompt", *_QUESTION, *CHAT_COLUMNS), _preference),
+    "labelled": Format(("label",), ("prompt", "completion", "messages", *_QUESTION, *CHAT_COLUMNS), _labelled),
     "classification": Format(("text", "label"), (), _classified),
 }

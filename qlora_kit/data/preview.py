@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Sampler, as_stepped
+from qlora_kit.data.columns import ReadAs
 from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.pack import Room, arrange, places, side_by_side
@@ -115,6 +116,7 @@ class Preview:
         remarks: what a person should know.
         rows: the first rows that are trained on.
         classes: of texts that are classified, the number of training rows of each, the most first; of others empty.
+        read_as: by source, how its first row is read, which need not be how all are.
     """
 
     max_tokens: int
@@ -128,6 +130,7 @@ class Preview:
     remarks: list[Remark]
     rows: list[ShownRow]
     classes: dict[str, int] = field(default_factory=dict)
+    read_as: dict[str, ReadAs] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.data.chats import in_turns, speaker
 from qlora_kit.data.columns import read_row
 from qlora_kit.data.examples import Chat, Completion, Example, Preference
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.sources import raw_rows
 from qlora_kit.data.template import encode
 from qlora_kit.data.thinking import Thinking, with_thinking
+from qlora_kit.data.values import has, under
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -128,8 +130,10 @@ def renamed(raw: Any, columns: Sequence[Mapping[str, str]]) -> Any:
     """
     if not isinstance(raw, Mapping):
         return raw
-    likely: Mapping[str, str] = max(columns, key=lambda names: sum(name in raw for name in names.values()), default={})
-    return {**raw, **{expected: raw[name] for expected, name in likely.items() if name in raw}}
+    likely: Mapping[str, str] = max(
+        columns, key=lambda names: sum(has(raw, name) for name in names.values()), default={}
+    )
+    return under(raw, {expected: name for expected, name in likely.items() if has(raw, name)})
 
 
 def _lines(path: Path, column: str) -> list[tuple[str, Any]]:
@@ -159,9 +163,9 @@ def _answered(raw: Any) -> Any:
         answer: UNSAID for asks, answer in _ANSWERS.items() if asks in raw and raw.get(answer) is None
     }
     for column in ("messages", "conversations"):
-        turns: Any = raw.get(column)
+        turns: Any = in_turns(raw.get(column))
         last = turns[-1] if isinstance(turns, list) and turns else None
-        if isinstance(last, Mapping) and last.get("role", last.get("from")) not in ("assistant", "gpt"):
+        if isinstance(last, Mapping) and speaker(last) != "assistant":
             given[column] = [*turns, {"role": "assistant", "content": UNSAID}]
     return {name: value for name, value in {**raw, **given}.items() if name != "label"}
 

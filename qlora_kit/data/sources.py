@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from qlora_kit.data.columns import check_format, read_row
+from qlora_kit.data.columns import ReadAs, check_format, read_as, read_row
 from qlora_kit.data.examples import Example, Preference
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.files import READERS, RawRow, files_in, rows_in, unread_in
@@ -59,6 +59,17 @@ class Reader:
                 yield from _read_rows(name, raw_rows, self.source, self._task, faults)
             except OSError as error:
                 raise DataError(f"{name} cannot be read: {error.strerror or error}") from error
+
+    def read_as(self) -> ReadAs | None:
+        """How its first row is read that can be; None where there is none."""
+        source, faults = self.source, Faults()
+        for raw in (raw for _, raw_rows in self._open(faults) for _, raw in raw_rows):
+            try:
+                read_row(raw, "", source.format, source.columns, self._task)
+            except DataError:
+                continue
+            return read_as(raw, source.format, source.columns, self._task)
+        return None
 
     def files(self) -> list[Path]:
         """The files that decide its rows; none where a data set of the hub is not kept in any."""

@@ -10,11 +10,12 @@ end token, or a marker that a user quotes, changes nothing. The ids are those th
 Of preferences and answers with a verdict, what is trained is the last turn or the completion.
 """
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.classes import Classes
-from qlora_kit.data.encoded import Encoded, LossOn, all_but_bos, gone_on, token_ids, tokenised, with_end
+from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids, tokenised, with_end
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.turns import encode_chat
 from qlora_kit.errors import DataError
@@ -104,7 +105,12 @@ def _encode_completion(example: Completion, tokenizer: "PreTrainedTokenizerBase"
     trained = [False] * len(prompt) + [True] * (len(ids) - len(prompt))
     if loss_on == "all":
         trained = all_but_bos(ids, tokenizer)
-    return Encoded(ids, trained, prompt, example.completion, example.where)
+    odd: tuple[Odd, ...] = ("joined",) if _JOINED.search(f"{example.prompt[-1:]}{example.completion[:1]}") else ()
+    return Encoded(ids, trained, prompt, example.completion, example.where, odd=odd)
+
+
+_JOINED = re.compile(r"[\w.?!\u3002\uff1f\uff01]\w")
+"""The end of a question and the beginning of its answer, where nobody has thought of how they are joined."""
 
 
 def _tokenise(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.calls import with_arguments
 from qlora_kit.data.chat_template import Messages, Renderer, check_template, end_token, special_tokens, through_end
+from qlora_kit.data.chats import answers_of
 from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids, tokenised
 from qlora_kit.data.examples import Chat
 from qlora_kit.data.thinking import after_prompt, thought_of, written_out
@@ -172,7 +173,7 @@ def encode_chat(
     tokens = tokenised(text, tokenizer, add_special_tokens=False, return_offsets_mapping=True)
     added, again = tokenizer.added_tokens_decoder.keys(), cache(partial(token_ids, tokenizer=tokenizer))
     whole = _Whole(text, tokens["input_ids"], tokens["offset_mapping"], added, again)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= chat.given]
+    answers = answers_of(chat)
     if loss_on in ("last", "completion"):
         answers = answers[-1:]
     asked = _asked(messages, first, whole) if answers[-1] == len(messages) - 1 else (None, None)
@@ -186,6 +187,7 @@ def encode_chat(
     is_one_row = all(turn.stands_in(whole) for turn in turns)
     spans = [turn.span for turn in turns]
     marked = _spans_by_marks(messages, text, form) if is_one_row else []
+    marked = _of_learnt(marked, messages, answers, form)
     believed = _within(spans, marked)
     if answers[0] == 0 and not believed:
         raise DataError(
@@ -234,6 +236,15 @@ def _spans_by_marks(messages: Messages, text: str, form: _Form) -> list[Span]:
         end += len(piece)
         places.append(end)
     return [_through_end(text, span, form) for span in zip(places[::2], places[1::2], strict=True)]
+
+
+def _of_learnt(marked: list[Span], messages: Messages, answers: list[int], form: _Form) -> list[Span]:
+    """The marked spans without those of the answers behind the first learnt one that are not learnt themselves."""
+    silent = [i for i in range(answers[0], len(messages)) if messages[i]["role"] == "assistant" and i not in answers]
+    for i in silent if marked else ():
+        start, end = (len(form.render(messages[:stop])) for stop in (i, i + 1))
+        marked = [span for span in marked if not start <= span[0] <= span[1] <= end]
+    return marked
 
 
 def _within(turns: list[Span], marked: list[Span]) -> list[Span]:

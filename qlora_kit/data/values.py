@@ -24,6 +24,46 @@ def filled(value: object, name: str) -> str:
     return str(value)
 
 
+def at(row: Mapping[str, Any], path: str) -> Any:
+    """The value of a column, or what stands in it: `a.b.0` is the first of the list b in the object a; in null is null.
+
+    Raises:
+        LookupError: there is none.
+    """
+    value: Any = row
+    for key in [path] if path in row else path.split("."):
+        if value is None:
+            return None
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        elif isinstance(value, Mapping) and key in value:
+            value = value[key]
+        else:
+            raise LookupError(path)
+    return value
+
+
+def has(row: Mapping[str, Any], path: str) -> bool:
+    """Whether `at` finds something there that is not null."""
+    try:
+        return at(row, path) is not None
+    except LookupError:
+        return False
+
+
+def under(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A row under other names: new name -> where its value is, see `at`. No value stays under its own name as well.
+
+    Raises:
+        LookupError: there is no such value.
+    """
+    moved = set(names.values())
+    return {
+        **{name: value for name, value in row.items() if name not in moved},
+        **{new: at(row, path) for new, path in names.items()},
+    }
+
+
 def from_json(text: str) -> Any:
     """What a JSON text says.
 
@@ -117,7 +157,7 @@ def named(columns: Mapping[str, Any]) -> str:
     return listed(list(map(str, columns))) or "none"
 
 
-def nearest(name: str, known: Mapping[str, Any] | list[str] | set[str]) -> str:
-    """The known name that may be meant, as words to put behind the other; empty where none is like it."""
-    close = get_close_matches(name, sorted(known), n=1)
+def nearest(name: str, known: Mapping[str, Any] | list[str] | set[str], likeness: float = 0.6) -> str:
+    """The known name that may be meant, as words to put behind the other; empty where none is like it, 0 to 1."""
+    close = get_close_matches(name, sorted(known), n=1, cutoff=likeness)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -203,7 +203,7 @@ class Data(Section):
     format: Format = "auto"
     """Format of the rows; auto: recognised by the column names."""
     columns: Columns = {}
-    """Your names for the columns that a format expects, as in {prompt: question, completion: answer}."""
+    """Your names for the columns that a format expects, as in {instruction: question, output: answer}."""
     max_tokens: Count = 2048
     """Longest row that is taken whole, in tokens."""
     over_length: Literal["drop", "truncate", "split", "error"] = "drop"

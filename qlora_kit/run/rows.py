@@ -18,6 +18,7 @@ from qlora_kit.data import (
     EncodedSet,
     Example,
     Part,
+    ReadAs,
     Reader,
     Scan,
     cache_key,
@@ -69,6 +70,12 @@ def training_rows(
     """Some of the run's training rows, as far apart as they can be."""
     rows = read_rows(recipe, tokenizer, config)[0].rows
     return rows[:: max(1, len(rows) // max(1, count))][:count]
+
+
+def columns_read(recipe: Recipe) -> dict[str, ReadAs]:
+    """How the first row of each source of training rows is read, by its name."""
+    found = {reader.source.path: reader.read_as() for reader in _open_sources(recipe, recipe.data.train)}
+    return {name: how for name, how in found.items() if how is not None}
 
 
 def read_rows(
