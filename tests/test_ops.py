@@ -15,7 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
 from qlora_kit.lora import add_lora, lora_layers
-from qlora_kit.ops import Update, dora_linear, lora_linear, lora_linear_plain, row_norms, share_input, sliced_linear
+from qlora_kit.ops import (
+    KeptProducts,
+    Update,
+    dora_linear,
+    lora_linear,
+    lora_linear_plain,
+    row_norms,
+    share_input,
+    sliced_linear,
+)
+from qlora_kit.ops.products import product
 
 # Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (the
 # base's product and the sum, for dA and dB a factor too); fp16 has three bits more. Norms of the factors, so that a
@@ -267,6 +277,17 @@ def test_x_is_kept_only_if_a_is_trained():
     for a, is_kept in ((case.a_RI, False), (case.a_RI.clone().requires_grad_(), True)):
         sizes = [t.numel() for t in saved_by(partial(lora_linear, x, case.layer.dense, case.bias, a, b, 1.0))]
         assert (x.numel() in sizes) == is_kept
+
+
+def test_a_block_keeps_every_product_but_its_last_which_nothing_waits_for():
+    taken = []
+    for context in KeptProducts().contexts():
+        with context:
+            results = [
+                product(lambda number=number: taken.append(number) or torch.tensor(number)) for number in range(3)
+            ]
+        assert [each.item() for each in results] == [0, 1, 2]
+    assert taken == [0, 1, 2, 2]
 
 
 def test_the_weight_is_decoded_once_forward_and_once_backward():
