@@ -665,6 +665,13 @@ def test_each_phase_of_the_timeline_is_named_once_and_no_name_runs_into_another(
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
+def test_the_name_of_a_phase_stands_over_its_longest_stretch():
+    phases = [*["forward"] * 6, *["loss"] * 12, *["forward"] * 2]
+    drawing = ElementTree.fromstring(timeline([{"phase": each, "bytes": {"other": GIB}} for each in phases], title="x"))
+    threads = [line.get("x1") for line in drawing.iter("line") if line.get("class") == "thread"]
+    assert sorted(lengths(*threads)) == [15, 60], "the middle of 0 to 6 of 20, and of 6 to 18"
+
+
 @pytest.mark.parametrize("samples", [[{"bytes": {}}], [{"phase": None, "bytes": {"other": 0}}] * 3, moments()[:1]])
 def test_a_timeline_of_hardly_anything_stays_drawable(samples):
     ElementTree.fromstring(timeline(samples, title="memory"))
