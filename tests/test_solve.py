@@ -151,6 +151,7 @@ def test_what_was_given_up_and_what_the_next_gib_buys_are_told():
     near = [(costly[0][0], 200 + bytes_of + 1), (costly[1][0], 200 + bytes_of)]
     assert _more(near, far, 512, 200) == near[1], "what a GiB more has room for, though another is faster"
     assert _more([(near[0][0], 200 + bytes_of), near[1]], far, 512, 200)[0] == near[0][0]
+    assert _more([(near[0][0], 200)], far, 512, 200) is None, "what was thought to fit and did not is no advice"
 
 
 def test_where_memory_is_ample_or_nothing_fits_two_dry_runs_are_made_and_where_it_is_short_a_few():
