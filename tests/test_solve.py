@@ -192,6 +192,19 @@ def test_an_estimate_that_was_too_low_is_mended_by_the_run_itself():
     assert any(solve(choices, 512, budget, worse).setting.blocks.policy is None for budget in budgets)
 
 
+def test_an_estimate_that_was_far_too_low_moves_the_aim_by_what_it_had_too_much():
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=False)
+
+    def far_worse(setting):
+        told = by_hand(setting)
+        return told | {"needs_bytes": told["needs_bytes"] + (0 if setting.blocks.policy else 60)}
+
+    for budget in range(304, 840, 22):
+        fastest = min(e.cost(512) for e in every_setting(choices) if far_worse(e)["needs_bytes"] <= budget)
+        assert choices.smallest().cost(512) >= 1.5 * fastest
+        assert solve(choices, 512, budget, far_worse).setting.cost(512) <= 1.1 * fastest
+
+
 def test_short_rows_would_rather_run_again_than_be_cut_up():
     """At 32 tokens decoding costs more than computing: whole micro-batches that recompute beat single kept rows."""
     whole, cut = Setting(Blocks(recompute=LAYERS), 16, 1), Setting(Blocks(keep=LAYERS), 1, 16)
