@@ -121,6 +121,21 @@ def test_a_changed_checkpoint_is_not_served_from_the_copy_of_what_it_was(kept, c
     assert tiny.stored(after) != tiny.stored(before)
 
 
+def test_each_setting_that_decides_a_code_has_a_copy_of_its_own(kept, tmp_path, monkeypatch):
+    tiny.llama(**WIDE).save_pretrained(tmp_path / "model")
+    head = {"quantize_head": True}
+    asked = (
+        {},
+        {"double_quant": False},
+        {"skip": ["down_proj"]},
+        head,
+        {**head, "vocabulary": 101},
+        {"quantization": "int8"},
+    )
+    assert [loaded_by(tmp_path / "model", monkeypatch, **settings)[1] for settings in asked] == ["checkpoint"] * 6
+    assert len(list(kept.iterdir())) == 6
+
+
 def test_a_checkpoint_that_changes_while_it_is_read_leaves_no_copy(kept, checkpoint):
     @contextmanager
     def changing(_):

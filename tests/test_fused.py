@@ -578,6 +578,24 @@ def test_a_pass_that_broke_off_does_not_part_them(shares):
     assert all(torch.equal(grad, again[name]) for name, grad in wanted.items())
 
 
+@pytest.mark.parametrize("how", ["without gradients", "in another dtype", "of what was there before"])
+def test_what_a_layer_took_otherwise_than_the_next_one_wants_it_serves_nobody(how):
+    """As they would be asked for by hand: models call them one after another, and alike."""
+    model = adapted()
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(1))
+    wanted = tiny.one_by_one(adapted()).model.layers[0].self_attn.k_proj(x + (how == "of what was there before"))
+    with (
+        torch.set_grad_enabled(how != "without gradients"),
+        torch.autocast("cpu", torch.bfloat16, enabled=how == "in another dtype"),
+    ):
+        attention.q_proj(x)
+    x.add_(how == "of what was there before")
+    found = attention.k_proj(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # products of another width
+    found.sum().backward()
+    assert attention.k_proj.adapter("default").b_OR.grad.any()
+
+
 def test_nothing_waits_after_a_pass():
     model = adapted()
     gradients(model)

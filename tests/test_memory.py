@@ -14,7 +14,7 @@ from transformers import LlamaConfig, masking_utils
 
 from qlora_kit.base.architecture import build_model
 from qlora_kit.lora import adapter_parameters, add_lora
-from qlora_kit.memory import CATEGORIES, PHASES, Ledger, PeakCounter, from_host, to_host
+from qlora_kit.memory import CATEGORIES, PHASES, History, Ledger, PeakCounter, from_host, to_host
 from qlora_kit.memory.counter import resident_bytes
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.step import accumulate_gradients
@@ -324,6 +324,13 @@ def test_a_timeline_is_short_in_order_and_holds_the_peak():
     assert max(sum(sample["bytes"].values()) for sample in samples) == ledger.peak()
     phases = [sample["phase"] for sample in samples if sample["phase"]]
     assert phases.index("forward") < phases.index("loss") < phases.index("backward") < phases.index("optimizer")
+
+
+def test_a_phase_of_a_single_event_has_a_moment_of_its_own_in_a_timeline():
+    history = History()
+    for number in range(1000):
+        history.mark("optimizer" if number == 501 else "backward", "")
+    assert [moment["phase"] for moment in history.timeline()].count("optimizer") == 1
 
 
 def test_a_timeline_of_more_phases_than_samples_is_short_too():
