@@ -589,7 +589,8 @@ def test_what_a_layer_took_otherwise_than_the_next_one_wants_it_serves_nobody(ho
         torch.autocast("cpu", torch.bfloat16, enabled=how == "in another dtype"),
     ):
         attention.q_proj(x)
-    x.add_(how == "of what was there before")
+    if how == "of what was there before":
+        x.add_(1)
     found = attention.k_proj(x)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # products of another width
     found.sum().backward()
