@@ -372,6 +372,13 @@ def test_pages_of_a_file_are_never_counted():
 # --- the system's own count -------------------------------------------------------------------------------------------
 
 
+def test_a_block_that_gives_back_more_than_it_takes_has_taken_nothing():
+    with PeakCounter(CPU) as counter:
+        counter.start_bytes = 2**60
+        counter.sample()
+    assert counter.taken_bytes == 0
+
+
 @pytest.mark.skipif(resident_bytes() == (0, 0), reason="this system has no /proc/self/status")
 def test_the_counter_sees_a_tensor_of_64_mib():
     size = 64 * 2**20
