@@ -372,6 +372,18 @@ def test_pages_of_a_file_are_never_counted():
 # --- the system's own count -------------------------------------------------------------------------------------------
 
 
+def test_what_the_loss_lets_go_of_is_workspace_and_no_activation():
+    with Ledger() as ledger:
+        with ledger.phase("forward"):
+            gone, kept = torch.zeros(KIB), torch.zeros(2 * KIB)
+        with ledger.phase("loss"):
+            del gone
+        with ledger.phase("backward"):
+            del kept
+    held = ledger.by_category()
+    assert (held["workspace"], held["activations"]) == (4 * KIB, 8 * KIB)
+
+
 def test_a_block_that_gives_back_more_than_it_takes_has_taken_nothing():
     with PeakCounter(CPU) as counter:
         counter.start_bytes = 2**60

@@ -28,6 +28,7 @@ from qlora_kit.report import (
     comparison_text,
     judge_curve,
     line_chart,
+    memory_check_table,
     memory_check_text,
     memory_table,
     phase_bars,
@@ -602,6 +603,14 @@ def test_bars_are_as_long_as_their_bytes():
     starts = [float(rect.get("x").rstrip("%")) for rect in parts]
     assert all(ends[i] == pytest.approx(starts[i + 1], abs=2e-3) for i in range(len(parts) - 1) if starts[i + 1])
     assert float(drawing.find("g/line").get("x1").rstrip("%")) == pytest.approx(100 * 24 * GIB / longest, abs=1e-3)
+
+
+def test_what_was_planned_and_not_measured_at_all_has_no_error():
+    held = ({"peak_bytes": GIB, "by_category": {"workspace": count, "other": 0}} for count in (MIB, 0))
+    table = {
+        name: error for name, *_, error in memory_check_table(dict(zip(("planned", "measured"), held, strict=True)))
+    }
+    assert (table["workspace"], table["other"], table["peak"]) == ("-", "0.0 %", "0.0 %")
 
 
 def lengths(*values):

@@ -15,8 +15,9 @@ from qlora_kit.cli.app import app
 from qlora_kit.errors import RecipeError, RunError, TrainingError
 from qlora_kit.recipe import dump_recipe, read_grid, read_recipe
 from qlora_kit.report import read_sweep, sweep_facts, sweep_text, write_sweep
-from qlora_kit.report.sweep import Point, sweep_chart, sweep_sentences
+from qlora_kit.report.sweep import Point, _peak, sweep_chart, sweep_sentences
 from qlora_kit.run import Result, sweep, train
+from qlora_kit.units import GIB
 from qlora_kit.watch import Watch
 
 build, prepare, sweeping = (import_module(f"qlora_kit.run.{name}") for name in ("build", "prepare", "sweep"))
@@ -179,6 +180,11 @@ def test_a_point_has_a_mean_of_all_its_seeds_or_none_and_the_last_loss_on_the_wa
     assert Point({}, [scored, on_the_way], []).loss == 2.0
     assert Point({}, [scored, unknown], []).loss is None
     assert Point({}, [scored], ["seed 1: broke off"]).loss is None
+
+
+def test_the_peak_of_a_point_is_that_of_its_hungriest_seed():
+    runs = [SimpleNamespace(memory={"measured": {"peak_bytes": peak * GIB}}) for peak in (1, 3, 2)]
+    assert _peak(Point({}, [*runs, SimpleNamespace(memory=None)], [])) == "3.00 GiB"
 
 
 class Stops(Watch):
