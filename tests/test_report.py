@@ -936,6 +936,11 @@ def test_rows_after_a_resume_replace_those_they_repeat(tmp_path):
     assert [row.get("eval_loss") for row in rows] == [None] * 3, "of the step that is trained again, too"
 
 
+def test_the_models_name_is_read_beside_remarks(tmp_path):
+    text = "base: # of this run\n  model: org/name # the small one\ntrain:\n  lr: 1e-4\n"
+    assert read_run(write_run(tmp_path / "run", recipe=text)).model == "org/name"
+
+
 def test_nan_in_a_row_is_a_gap(tmp_path):
     rows = [{"step": 1, "loss": math.nan}, {"step": 2, "loss": math.inf}, {"step": 3, "loss": 1.0}]
     assert [row["loss"] for row in read_run(write_run(tmp_path / "run", rows=rows)).rows] == [None, None, 1.0]
