@@ -384,6 +384,13 @@ def test_what_the_loss_lets_go_of_is_workspace_and_no_activation():
     assert (held["workspace"], held["activations"]) == (4 * KIB, 8 * KIB)
 
 
+def test_gradients_are_among_the_largest_allocations_and_weights_are_not():
+    model = nn.Linear(KIB, 4, bias=False)
+    with Ledger(model) as ledger, ledger.phase("backward"):
+        model.weight.grad = torch.zeros_like(model.weight)
+    assert [(each["category"], each["bytes"]) for each in ledger.history.largest()] == [("gradients", 16 * KIB)]
+
+
 def test_a_block_that_gives_back_more_than_it_takes_has_taken_nothing():
     with PeakCounter(CPU) as counter:
         counter.start_bytes = 2**60

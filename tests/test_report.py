@@ -936,6 +936,14 @@ def test_rows_after_a_resume_replace_those_they_repeat(tmp_path):
     assert [row.get("eval_loss") for row in rows] == [None] * 3, "of the step that is trained again, too"
 
 
+def test_answers_on_the_way_are_those_of_the_first_and_the_last_step(run):
+    rows = [{"step": step, "prompt": "Where?", "answer": f"answer {step}"} for step in (10, 20, 30)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = Page(render(run)).text
+    assert all(word in shown for word in ("step 10", "answer 10", "step 30", "answer 30"))
+    assert "answer 20" not in shown
+
+
 def test_the_models_name_is_read_beside_remarks(tmp_path):
     text = "base: # of this run\n  model: org/name # the small one\ntrain:\n  lr: 1e-4\n"
     assert read_run(write_run(tmp_path / "run", recipe=text)).model == "org/name"
