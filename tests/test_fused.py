@@ -426,7 +426,9 @@ def test_operators_refuse_shapes_that_do_not_belong_together():
     x = draw(4, 48)
     for fails in (
         lambda: rms_norm(x, draw(1), 1e-6),
+        lambda: torch.ops.qlora_kit.rms_norm_backward(draw(3, 48), x, draw(48), torch.ones(4), "once"),
         lambda: gated(x, draw(48), "silu"),
+        lambda: torch.ops.qlora_kit.gated_backward(draw(3, 48), x, x, "silu"),
         lambda: rotary(draw(1, 4, 1, 48), draw(1, 3, 48), draw(1, 4, 48)),
         lambda: rotary(draw(3, 4, 1, 48), draw(2, 4, 48), draw(2, 4, 48)),
         lambda: kernels.decode_int8_into(x, torch.zeros(2, 48, dtype=torch.int8), draw(2)),

@@ -307,8 +307,11 @@ def test_blocks_are_places_of_their_own_forward_and_backward():
     ledger.adopt(model, names)
     with ledger:
         accumulate_gradients(model.train(), [Batch()], 30, phase=ledger.phase)
+        with ledger.phase("optimizer"):
+            torch.zeros(KIB)
     places = ledger.history.peaks_by_place()
     assert {block for phase, block in places if phase == "backward"} == {"", *names}
+    assert {block for phase, block in places if phase == "optimizer"} == {""}
     totals = {place: sum(held.values()) for place, held in places.items()}
     assert totals["forward", names[1]] > totals["forward", names[0]], "activations add up"
     assert totals["backward", names[1]] > totals["backward", names[0]], "and go again"
