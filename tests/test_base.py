@@ -27,6 +27,7 @@ from qlora_kit.base import Quantization, QuantizedLinear, decode, formats, kerne
 from qlora_kit.base.dense import parameter_count, quantize_linear
 from qlora_kit.base.device import default_compute_dtype, emulation_note
 from qlora_kit.base.formats import quantize
+from qlora_kit.base.prequantized import check_agreement
 from qlora_kit.errors import DeviceError, ModelError, QloraKitError
 from qlora_kit.export import export_merged
 from qlora_kit.lora import adapters_off, add_lora
@@ -706,6 +707,12 @@ def test_a_stored_checkpoint_is_not_called_something_else(stored_checkpoint):
     other = "int8" if kind != "int8" else "nf4"
     with pytest.raises(ModelError, match=rf"already stored in {kind}.*base.quantization={kind}"):
         load_base(folder / "stored", quantization=other, device="cpu")
+
+
+def test_a_checkpoint_with_double_quantisation_is_not_called_one_without():
+    with pytest.raises(ModelError, match=r"set base\.quantization=nf4 base\.double_quant=true base\.block_size=64"):
+        check_agreement(Quantization("nf4", double_quant=True), Quantization("nf4", double_quant=False))
+    check_agreement(Quantization("int8"), Quantization("int8", double_quant=False, block_size=128))
 
 
 def test_a_checkpoint_of_another_quantiser_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,47 @@ def test_a_changed_checkpoint_is_not_served_from_the_copy_of_what_it_was(kept, c
     assert source == "checkpoint"
     assert base_record(after).mark == base_record(before).mark, "the marks alone would not have told"
     assert tiny.stored(after) != tiny.stored(before)
+
+
+def test_each_setting_that_decides_a_code_has_a_copy_of_its_own(kept, tmp_path, monkeypatch):
+    tiny.llama(**WIDE).save_pretrained(tmp_path / "model")
+    head = {"quantize_head": True}
+    asked = (
+        {},
+        {"double_quant": False},
+        {"skip": ["down_proj"]},
+        head,
+        {**head, "vocabulary": 101},
+        {"quantization": "int8"},
+    )
+    assert [loaded_by(tmp_path / "model", monkeypatch, **settings)[1] for settings in asked] == ["checkpoint"] * 6
+    assert len(list(kept.iterdir())) == 6
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_leaves_no_copy(kept, checkpoint):
+    @contextmanager
+    def changing(_):
+        (checkpoint / "config.json").touch()
+        yield
+
+    loaded(checkpoint, watching=changing)
+    assert list(kept.iterdir()) == []
+    loaded(checkpoint)
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_a_checkpoints_own_code_and_the_libraries_that_read_it_are_part_of_what_a_copy_is_of(
+    kept, checkpoint, monkeypatch
+):
+    def place():
+        return copies.copy_place(checkpoint, "nf4", pytest.fail)
+
+    plain = place()
+    assert place() == plain
+    (checkpoint / "modeling_own.py").write_text("FACTOR = 2\n")
+    own = place()
+    monkeypatch.setattr(copies, "version", lambda library: "0.0")
+    assert len({plain, own, place()}) == 3
 
 
 def test_a_base_with_other_marks_than_its_copy_is_read_again(kept, tmp_path, monkeypatch):

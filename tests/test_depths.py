@@ -57,6 +57,13 @@ def test_what_repeats_is_found(kinds, wanted):
     assert shallow_depths(kinds) == wanted
 
 
+def test_layers_of_several_kinds_under_several_policies_are_run_in_full():
+    """Which kinds would repeat under which policy is told by no two depths."""
+    mixed = Blocks(0, 7, keep=7)
+    assert find_shallow(GEMMA, mixed, "causal") == Shallow(mixed)
+    assert find_shallow(LlamaConfig(**{**DEEP, "num_hidden_layers": 14}), mixed, "causal").steps
+
+
 def test_a_model_is_cut_with_its_lists_and_the_callers_own_is_left_alone():
     cut = with_depth(GEMMA, 5)
     assert (cut.num_hidden_layers, len(cut.layer_types)) == (5, 5)

@@ -9,12 +9,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_export import LiveBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations import moe
 
 from qlora_kit.base import Quantization, load_base
 from qlora_kit.base.dense import QuantizedWeight, parameter_count
-from qlora_kit.base.experts import ExpertStack
+from qlora_kit.base.experts import ExpertStack, _tokens_of_experts
 from qlora_kit.base.formats import quantize
 from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError
@@ -234,6 +235,11 @@ def test_the_plan_of_a_mixture_holds_the_bytes_of_the_real_model():
         assert planned["by_category"][category] == held[category] > 0
     packed = sum(module.weight_count for module in model.modules() if isinstance(module, QuantizedWeight))
     assert planned["parameters"]["quantized"] == packed
+
+
+def test_a_plan_loses_no_token_among_experts_that_get_alike():
+    with FakeTensorMode():
+        assert _tokens_of_experts(torch.zeros(10, 2, dtype=torch.int64), 6) == [4, 4, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("make", [tiny.mixtral, tiny.gpt_oss])

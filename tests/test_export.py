@@ -607,6 +607,19 @@ def test_an_audit_of_a_model_that_gives_nan_names_it(is_export, culprit):
         compare(*((sound, broken) if is_export else (broken, sound)), held_out())
 
 
+@pytest.mark.parametrize(("count", "allowed"), [(1, 0.13), (100, 0.04), (1_000_000, 0.0301)])
+def test_a_loss_may_be_a_hundredth_of_a_nat_and_of_itself_from_the_scored_one_and_further_where_it_is_of_few_tokens(
+    count, allowed
+):
+    for away in (-allowed, allowed):
+        told = {"mean_kl": 0.0, "tokens": count}
+        audit.check_audit("merged", told | {"loss_as_trained": 2 + 0.99 * away}, "dequantized", None, 2.0, force=False)
+        beyond = told | {"loss_as_trained": 2 + 1.01 * away}
+        with pytest.raises(RunError, match="held-out loss is"):
+            audit.check_audit("merged", beyond, "dequantized", None, 2.0, force=False)
+        audit.check_audit("merged", beyond, "dequantized", None, None, force=False)
+
+
 # --- refusals ---
 
 

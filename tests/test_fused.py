@@ -426,7 +426,9 @@ def test_operators_refuse_shapes_that_do_not_belong_together():
     x = draw(4, 48)
     for fails in (
         lambda: rms_norm(x, draw(1), 1e-6),
+        lambda: torch.ops.qlora_kit.rms_norm_backward(draw(3, 48), x, draw(48), torch.ones(4), "once"),
         lambda: gated(x, draw(48), "silu"),
+        lambda: torch.ops.qlora_kit.gated_backward(draw(3, 48), x, x, "silu"),
         lambda: rotary(draw(1, 4, 1, 48), draw(1, 3, 48), draw(1, 4, 48)),
         lambda: rotary(draw(3, 4, 1, 48), draw(2, 4, 48), draw(2, 4, 48)),
         lambda: kernels.decode_int8_into(x, torch.zeros(2, 48, dtype=torch.int8), draw(2)),
@@ -576,6 +578,25 @@ def test_a_pass_that_broke_off_does_not_part_them(shares):
     again = gradients(model)
     assert shares == [3, 2, 3, 2]
     assert all(torch.equal(grad, again[name]) for name, grad in wanted.items())
+
+
+@pytest.mark.parametrize("how", ["without gradients", "in another dtype", "of what was there before"])
+def test_what_a_layer_took_otherwise_than_the_next_one_wants_it_serves_nobody(how):
+    """As they would be asked for by hand: models call them one after another, and alike."""
+    model = adapted()
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(1))
+    wanted = tiny.one_by_one(adapted()).model.layers[0].self_attn.k_proj(x + (how == "of what was there before"))
+    with (
+        torch.set_grad_enabled(how != "without gradients"),
+        torch.autocast("cpu", torch.bfloat16, enabled=how == "in another dtype"),
+    ):
+        attention.q_proj(x)
+    if how == "of what was there before":
+        x.add_(1)
+    found = attention.k_proj(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)  # products of another width
+    found.sum().backward()
+    assert attention.k_proj.adapter("default").b_OR.grad.any()
 
 
 def test_nothing_waits_after_a_pass():

@@ -1,5 +1,6 @@
 """Claims about GGUF exports: plain transformers reads them back to the same logits, and they say what is in them."""
 
+import math
 import sys
 from collections import namedtuple
 
@@ -17,8 +18,8 @@ from qlora_kit.data import Encoded, collate
 from qlora_kit.errors import AdapterError, RunError
 from qlora_kit.export import compare, merged_tensors
 from qlora_kit.export.gguf import check_gguf_request, export, export_gguf, export_gguf_adapter
-from qlora_kit.export.gguf.families import context_length, family_of
-from qlora_kit.export.gguf.rope import rope_tensors
+from qlora_kit.export.gguf.families import context_length, family_of, metadata
+from qlora_kit.export.gguf.rope import rope_keys, rope_tensors
 from qlora_kit.export.gguf.tensors import place
 from qlora_kit.export.stream import SLICE_ELEMENTS
 from qlora_kit.lora import adapter_parameters, adapters_off, add_lora, lora_layers
@@ -275,6 +276,37 @@ def test_llama3s_factors_are_in_the_file(tmp_path):
     (wanted,) = rope_tensors(model.config, 16).values()
     assert wanted.max() > wanted.min()
     assert torch.equal(torch.from_numpy(found.data.copy()), wanted.float())
+
+
+LONG = {"original_max_position_embeddings": 4096, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "own"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                  "partial_rotary_factor": 0.5}, 1),
+        ("llama", {"rope_type": "yarn", "factor": 4.0}, 0.1 * math.log(4) + 1),
+        ("llama", {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5}, 0.1 * math.log(4) + 1),
+    ],
+)  # fmt: skip
+def test_attention_over_a_longer_context_is_scaled_as_transformers_scales_it(family, rope, own):
+    """What a file says times what runtimes do of their own, which is YaRN's factor."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 4 * 4096}
+    config = AutoConfig.for_model(family, **sizes, rope_parameters=LONG | rope)
+    frequencies, wanted = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    keys = rope_keys(config, 16, [rope["rope_type"]])
+    assert keys.get("rope.scaling.attn_factor", 1) * own == pytest.approx(wanted)
+    assert wanted > 1.05
+    assert keys["rope.dimension_count"] == 2 * len(frequencies)
+    assert keys["rope.scaling.original_context_length"] == 4096
+
+
+def test_the_inner_width_of_a_gpt2_is_the_one_that_it_says_or_four_times_its_own():
+    for inner in (None, 100):
+        model = small("gpt2", n_inner=inner)
+        wanted = inner or 4 * model.config.n_embd
+        assert metadata(model.config, family_of(model))["gpt2.feed_forward_length"] == wanted
 
 
 def test_runtimes_without_a_window_are_told_of_no_more_tokens_than_it_holds():

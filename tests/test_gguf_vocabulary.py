@@ -126,6 +126,15 @@ def test_a_sentencepiece_tokenizer_has_scores_bytes_and_a_space_before():
     assert not keys(sentencepiece(prefix=False, gemma=True))["add_space_prefix"]
 
 
+def test_spaces_in_added_tokens_that_users_see_are_spaces_and_no_marks_of_sentencepiece():
+    tokenizer = sentencepiece()
+    tokenizer.add_tokens([AddedToken("▁▁", normalized=False), AddedToken("▁end", normalized=False, special=True)])
+    found = keys(tokenizer)
+    kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
+    assert (kinds["  "], kinds["▁end"]) == (4, 3)
+    assert not {"▁▁", " end"} & kinds.keys()
+
+
 def test_a_space_before_a_text_alone_is_left_out_for_chats_which_begin_with_a_special_token():
     for scheme, of_texts, of_chats in (("always", True, True), ("first", True, False), ("never", False, False)):
         tokenizer = sentencepiece(scheme=scheme)
@@ -170,8 +179,10 @@ def test_the_scores_join_tokens_in_the_order_of_the_merges():
 def test_a_second_token_that_ends_answers_and_the_chat_template_are_kept():
     tokenizer = byte_level()
     tokenizer.chat_template = "{{ messages[0].content }}"
-    found = keys(tokenizer, ends=[7, tokenizer.eos_token_id])
-    assert found["eot_token_id"] == 7
+    for ends in ([7, tokenizer.eos_token_id], [tokenizer.eos_token_id, 7]):
+        found = keys(tokenizer, ends=ends)
+        assert (found["eos_token_id"], found["eot_token_id"]) == (tokenizer.eos_token_id, 7)
+    assert "eot_token_id" not in keys(tokenizer, ends=[tokenizer.eos_token_id])
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
 
 
@@ -224,8 +235,9 @@ def test_more_tokens_than_rows_are_refused():
     state["model"]["vocab"]["say"] += 400  # ids need not follow one another
     gapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
     assert len(gapped) < 400
-    with pytest.raises(RunError, match="has 661 tokens but the embedding has 400 rows"):
-        keys(gapped, rows=400)
+    with pytest.raises(RunError, match="has 661 tokens but the embedding has 660 rows"):
+        keys(gapped, rows=660)
+    assert keys(gapped, rows=661)["tokens"][-1] == "say"
 
 
 def test_a_model_whose_tokens_take_the_space_behind_them_is_called_by_the_name_that_runtimes_know_for_it():

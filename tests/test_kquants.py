@@ -112,6 +112,14 @@ def test_hostile_blocks_are_decoded_to_finite_values_near_them(kind, data, scale
 
 # --- which tensor takes which ---
 
+
+@pytest.mark.parametrize(("layers", "is_grouped", "wanted"), [(80, True, Type.Q5_K), (80, False, Type.Q4_K),
+                                                              (32, True, Type.Q4_K)])  # fmt: skip
+def test_few_values_of_many_queries_have_more_bits_in_a_model_of_80_layers(layers, is_grouped, wanted):
+    mixture = Mixture("q4_k_m", layers, is_tied=False, is_grouped=is_grouped)
+    assert mixture.type_of("blk.10.attn_v.weight", (512, 1024)) == wanted
+
+
 LAYERS_WITH_MORE_BITS = {2: {1}, 9: {0, 3, 6, 7, 8}, 32: {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}}
 """By number of layers, as llama.cpp's quantiser chose them (tests/test_llamacpp.py asks it again)."""
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, masking_utils
 
 from qlora_kit.base.architecture import build_model
 from qlora_kit.lora import adapter_parameters, add_lora
-from qlora_kit.memory import CATEGORIES, PHASES, Ledger, PeakCounter, from_host, to_host
+from qlora_kit.memory import CATEGORIES, PHASES, History, Ledger, PeakCounter, from_host, to_host
 from qlora_kit.memory.counter import resident_bytes
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.train.step import accumulate_gradients
@@ -307,8 +307,11 @@ def test_blocks_are_places_of_their_own_forward_and_backward():
     ledger.adopt(model, names)
     with ledger:
         accumulate_gradients(model.train(), [Batch()], 30, phase=ledger.phase)
+        with ledger.phase("optimizer"):
+            torch.zeros(KIB)
     places = ledger.history.peaks_by_place()
     assert {block for phase, block in places if phase == "backward"} == {"", *names}
+    assert {block for phase, block in places if phase == "optimizer"} == {""}
     totals = {place: sum(held.values()) for place, held in places.items()}
     assert totals["forward", names[1]] > totals["forward", names[0]], "activations add up"
     assert totals["backward", names[1]] > totals["backward", names[0]], "and go again"
@@ -324,6 +327,13 @@ def test_a_timeline_is_short_in_order_and_holds_the_peak():
     assert max(sum(sample["bytes"].values()) for sample in samples) == ledger.peak()
     phases = [sample["phase"] for sample in samples if sample["phase"]]
     assert phases.index("forward") < phases.index("loss") < phases.index("backward") < phases.index("optimizer")
+
+
+def test_a_phase_of_a_single_event_has_a_moment_of_its_own_in_a_timeline():
+    history = History()
+    for number in range(1000):
+        history.mark("optimizer" if number == 501 else "backward", "")
+    assert [moment["phase"] for moment in history.timeline()].count("optimizer") == 1
 
 
 def test_a_timeline_of_more_phases_than_samples_is_short_too():
@@ -363,6 +373,32 @@ def test_pages_of_a_file_are_never_counted():
 
 
 # --- the system's own count -------------------------------------------------------------------------------------------
+
+
+def test_what_the_loss_lets_go_of_is_workspace_and_no_activation():
+    with Ledger() as ledger:
+        with ledger.phase("forward"):
+            gone, kept = torch.zeros(KIB), torch.zeros(2 * KIB)
+        with ledger.phase("loss"):
+            del gone
+        with ledger.phase("backward"):
+            del kept
+    held = ledger.by_category()
+    assert (held["workspace"], held["activations"]) == (4 * KIB, 8 * KIB)
+
+
+def test_gradients_are_among_the_largest_allocations_and_weights_are_not():
+    model = nn.Linear(KIB, 4, bias=False)
+    with Ledger(model) as ledger, ledger.phase("backward"):
+        model.weight.grad = torch.zeros_like(model.weight)
+    assert [(each["category"], each["bytes"]) for each in ledger.history.largest()] == [("gradients", 16 * KIB)]
+
+
+def test_a_block_that_gives_back_more_than_it_takes_has_taken_nothing():
+    with PeakCounter(CPU) as counter:
+        counter.start_bytes = 2**60
+        counter.sample()
+    assert counter.taken_bytes == 0
 
 
 @pytest.mark.skipif(resident_bytes() == (0, 0), reason="this system has no /proc/self/status")

@@ -99,6 +99,14 @@ def test_a_chat_becomes_the_tokens_that_it_was_in_training_or_is_left_to_ollama(
         assert first + written == prompt_ids(tokenizer, chat)
 
 
+def test_a_token_that_a_modelfile_cannot_quote_is_left_out_of_what_stops_an_answer():
+    tokenizer = tokenizer_of(FAMILIES["phi3"])
+    tokenizer.add_tokens(['<"end">'], special_tokens=True)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids('<"end">')]
+    lines = modelfile("model.gguf", tokenizer, ends).splitlines()
+    assert [line for line in lines if line.startswith("PARAMETER")] == [f'PARAMETER stop "{tokenizer.eos_token}"']
+
+
 def test_a_model_of_texts_is_given_the_prompt_alone():
     tokenizer = tokenizer_of(FAMILIES["phi3"])
     tokenizer.chat_template = None

@@ -15,7 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from qlora_kit.base.dense import QuantizedLinear
 from qlora_kit.base.formats import Quantization
 from qlora_kit.lora import add_lora, lora_layers
-from qlora_kit.ops import dora_linear, lora_linear, lora_linear_plain, row_norms, sliced_linear
+from qlora_kit.ops import (
+    KeptProducts,
+    Update,
+    dora_linear,
+    lora_linear,
+    lora_linear_plain,
+    row_norms,
+    share_input,
+    sliced_linear,
+)
+from qlora_kit.ops.products import product
 
 # Share of ||x|| ||W|| + s ||x|| ||A|| ||B|| that rounding may cost: about 10 ulp of fp32, and of bf16 about 1.3 (the
 # base's product and the sum, for dA and dB a factor too); fp16 has three bits more. Norms of the factors, so that a
@@ -252,12 +262,32 @@ def test_a_frozen_layer_keeps_nothing_at_all():
     assert saved_by(lambda: lora_linear(x, case.layer.dense, case.bias)) == []
 
 
+def test_under_autocast_what_the_update_sees_in_place_of_x_is_kept_in_16_bits():
+    case = make()
+    a = case.a_RI.requires_grad_()
+    own = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = saved_by(lambda: lora_linear(case.x, case.layer.dense, case.bias, a, case.b_OR, 1.0, own))
+    assert [each.dtype for each in kept if each.shape == own.shape] == [torch.bfloat16]
+
+
 def test_x_is_kept_only_if_a_is_trained():
     case = make()
     x, b = case.x.requires_grad_(), case.b_OR.requires_grad_()
     for a, is_kept in ((case.a_RI, False), (case.a_RI.clone().requires_grad_(), True)):
         sizes = [t.numel() for t in saved_by(partial(lora_linear, x, case.layer.dense, case.bias, a, b, 1.0))]
         assert (x.numel() in sizes) == is_kept
+
+
+def test_a_block_keeps_every_product_but_its_last_which_nothing_waits_for():
+    taken = []
+    for context in KeptProducts().contexts():
+        with context:
+            results = [
+                product(lambda number=number: taken.append(number) or torch.tensor(number)) for number in range(3)
+            ]
+        assert [each.item() for each in results] == [0, 1, 2]
+    assert taken == [0, 1, 2, 2]
 
 
 def test_the_weight_is_decoded_once_forward_and_once_backward():
@@ -404,6 +434,18 @@ def test_the_same_layer_called_twice_adds_its_gradients():
     apart = [torch.autograd.grad(lora_linear(x, *case.parts), a, case.g)[0] for x in xs]
     together = torch.autograd.grad(sum(lora_linear(x, *case.parts) for x in xs), a, case.g)[0]
     assert torch.equal(together, apart[0] + apart[1])
+
+
+def test_a_layer_whose_result_nobody_wants_has_no_part_in_what_goes_back_to_those_with_its_input():
+    used, idle = make(seed=0), make(seed=1)
+    x, *matrices = (t.clone().requires_grad_() for t in (used.x, used.a_RI, used.b_OR, idle.a_RI, idle.b_OR))
+    layers = zip((used, idle), (matrices[:2], matrices[2:]), strict=True)
+    first, _ = share_input(x, [Update(case.layer.dense, *pair, used.scale) for case, pair in layers])
+    first.product(x, used.bias).backward(used.g)
+    alone = used.run()
+    for name, grad in (("dx", x.grad), ("dA", matrices[0].grad), ("dB", matrices[1].grad)):
+        torch.testing.assert_close(grad, alone[name], rtol=1e-5, atol=1e-5)  # products of another width
+    assert not any(each.grad is not None and each.grad.any() for each in matrices[2:])
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (1, 5), (2, 3), (2, 1, 3), (0,), (2, 0)])

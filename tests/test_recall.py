@@ -77,6 +77,26 @@ def test_what_depends_on_values_is_left_to_torch():
             assert torch.tensor(value).item() == value
 
 
+def test_what_is_made_by_default_follows_torchs_default_dtype():
+    before = torch.get_default_dtype()
+    with RecallingMode():
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                made = [torch.zeros(5, 11) for _ in range(2)]
+            finally:
+                torch.set_default_dtype(before)
+            assert [each.dtype for each in made] == [dtype] * 2
+
+
+def test_an_operator_that_changes_what_its_argument_looks_like_is_never_recalled():
+    with RecallingMode():
+        for _ in range(2):
+            x = torch.zeros(3, 13)
+            x.t_()
+            assert x.shape == (13, 3)
+
+
 @pytest.mark.parametrize(("family", "most_runs", "most_operators"), [("llama", 30, 90_000), ("gemma3", 20, 90_000)])
 def test_a_plan_under_a_budget_that_binds_plays_no_more_than_it_needs(family, most_runs, most_operators, monkeypatch):
     played, operators = [], Counter()

@@ -28,6 +28,7 @@ from qlora_kit.report import (
     comparison_text,
     judge_curve,
     line_chart,
+    memory_check_table,
     memory_check_text,
     memory_table,
     phase_bars,
@@ -604,6 +605,14 @@ def test_bars_are_as_long_as_their_bytes():
     assert float(drawing.find("g/line").get("x1").rstrip("%")) == pytest.approx(100 * 24 * GIB / longest, abs=1e-3)
 
 
+def test_what_was_planned_and_not_measured_at_all_has_no_error():
+    held = ({"peak_bytes": GIB, "by_category": {"workspace": count, "other": 0}} for count in (MIB, 0))
+    table = {
+        name: error for name, *_, error in memory_check_table(dict(zip(("planned", "measured"), held, strict=True)))
+    }
+    assert (table["workspace"], table["other"], table["peak"]) == ("-", "0.0 %", "0.0 %")
+
+
 def lengths(*values):
     return [float(value.rstrip("%")) for value in values]
 
@@ -663,6 +672,13 @@ def test_each_phase_of_the_timeline_is_named_once_and_no_name_runs_into_another(
         assert spans[0][0] >= 0
         assert spans[-1][1] <= 280
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def test_the_name_of_a_phase_stands_over_its_longest_stretch():
+    phases = [*["forward"] * 6, *["loss"] * 12, *["forward"] * 2]
+    drawing = ElementTree.fromstring(timeline([{"phase": each, "bytes": {"other": GIB}} for each in phases], title="x"))
+    threads = [line.get("x1") for line in drawing.iter("line") if line.get("class") == "thread"]
+    assert sorted(lengths(*threads)) == [15, 60], "the middle of 0 to 6 of 20, and of 6 to 18"
 
 
 @pytest.mark.parametrize("samples", [[{"bytes": {}}], [{"phase": None, "bytes": {"other": 0}}] * 3, moments()[:1]])
@@ -750,6 +766,10 @@ def evaluated(*losses):
             (2.0, 1.2, 1.0, 1.0, 1.0),
             "Improving, then flat since step 30: the evaluation loss fell from 2.000 to 1.000.",
         ),
+        (
+            (2.0, 1.7, 1.5, 1.2, 1.0, 1.0),  # of six the last two: too few to call it settled
+            "Improving: the evaluation loss fell from 2.000 to 1.000 and was still falling at the end.",
+        ),
         ((1.5, 1.501, 1.499, 1.5), "Flat: the evaluation loss went from 1.500 to 1.500."),
         ((2.0, 1.4, 1.5, 1.6), "Overfitting since step 20: the evaluation loss has risen from 1.400 to 1.600."),
     ],
@@ -774,6 +794,11 @@ def test_noise_does_not_hide_the_trend_of_the_training_loss(slope, verdict):
         assert judge_curve(rows).startswith(verdict)
 
 
+def test_the_noise_of_a_few_steps_is_no_trend():
+    rows = [{"step": step, "loss": 4.9 if step % 2 else 5.1} for step in range(1, 9)]
+    assert judge_curve(rows) == "Flat: the training loss went from 5.000 to 5.000."
+
+
 def test_losses_that_are_not_finite_are_told():
     rows = [{"step": 3, "loss": None, "nonfinite": True}, *evaluated(2.0, 1.5, 1.0)]
     assert judge_curve(rows).endswith("; the loss was not finite at 1 step, first at step 3.")
@@ -789,6 +814,7 @@ def test_losses_that_are_not_finite_are_told():
             "the best evaluation, 1.400 at step 20, is kept as a checkpoint; training ended at step 30",
         ),
         ((2.0, 1.4, 1.6), {30}, "the best evaluation, 1.400 at step 20, is not kept: only the last, step 30, is"),
+        ((2.0, 1.4, 1.42), {30}, "the best evaluation, 1.400 at step 20, is not kept: only the last, step 30, is"),
         ((2.0, 1.4, 1.405), {30}, "is not kept, but the last, step 30, is within 1 % of it"),
         ((2.0, 1.4, 1.6), set(), "is not kept, nor is the last"),
         ((2.0, 1.4, 1.4), {30}, "the best evaluation, 1.400 at step 30, is the run's last and is kept"),
@@ -802,6 +828,8 @@ def test_the_sentence_says_that_a_run_leaves_its_best_and_not_its_end():
     said = judge_curve(evaluated(2.0, 1.4, 1.6), {20, 30}, left=20)
     assert said.endswith("the best evaluation, 1.400 at step 20, is the run's result; training ended at step 30.")
     assert judge_curve(evaluated(2.0, 1.4, 1.0), {30}, left=30).endswith("is the run's last and is kept.")
+    said = judge_curve(evaluated(2.0, 1.4, 1.6), {20, 30}, left=30)
+    assert said.endswith("the best evaluation, 1.400 at step 20, is kept as a checkpoint; training ended at step 30.")
     said = judge_curve(evaluated(2.0, 1.4, 1.6), {10, 30}, left=10)
     assert said.endswith("at step 20, is not the run's result: that is step 10, and training ended at step 30.")
 
@@ -849,6 +877,7 @@ def noise(mean, spread, count, seed=0):
         (noise(1.0, 0.1, 60) + noise(9.0, 0.5, 40), 62, 80),
         (noise(9.0, 0.5, 20) + noise(2.0, 0.2, 40) + noise(7.0, 0.5, 40), 62, 80),  # below where it began
         ([2.0] * 20 + [11.0] * 20, 22, 40),
+        ([1.0] * 20 + [1.8] * 20 + [2.9] * 20, 42, 60),  # no stretch is twice the one before it
     ],
 )
 def test_a_loss_that_explodes_is_told_once_and_within_twenty_steps(losses, earliest, latest):
@@ -876,6 +905,7 @@ def test_overfitting_spikes_and_short_runs_are_no_explosion():
     assert told_by([3.0] * 30 + [30.0] + [2.9] * 30) == []
     assert told_by([2.0 + 0.01 * step for step in range(100)]) == []
     assert told_by([0.001] * 40 + [0.4] * 40) == []
+    assert told_by([1.0] * 20 + [0.5, 5.0] * 20) == [], "a mean of 2.75 of such numbers may be chance"
     assert told_by([1.0] * 10 + [20.0] * 10) == []
     assert judge_explosion([]) == ""
 
@@ -902,6 +932,21 @@ def test_rows_after_a_resume_replace_those_they_repeat(tmp_path):
         (2, 2.0, None),
         (3, 1.0, 1.5),
     ]
+    rows = read_run(write_run(tmp_path / "other", rows=[*first, {"step": 3, "eval_loss": 8.0}, again[0]])).rows
+    assert [row.get("eval_loss") for row in rows] == [None] * 3, "of the step that is trained again, too"
+
+
+def test_answers_on_the_way_are_those_of_the_first_and_the_last_step(run):
+    rows = [{"step": step, "prompt": "Where?", "answer": f"answer {step}"} for step in (10, 20, 30)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = Page(render(run)).text
+    assert all(word in shown for word in ("step 10", "answer 10", "step 30", "answer 30"))
+    assert "answer 20" not in shown
+
+
+def test_the_models_name_is_read_beside_remarks(tmp_path):
+    text = "base: # of this run\n  model: org/name # the small one\ntrain:\n  lr: 1e-4\n"
+    assert read_run(write_run(tmp_path / "run", recipe=text)).model == "org/name"
 
 
 def test_nan_in_a_row_is_a_gap(tmp_path):

@@ -122,6 +122,18 @@ def test_a_mixture_is_estimated_from_runs_in_which_all_blocks_are_alike():
         assert needs == by_hand(setting)["needs_bytes"], setting
 
 
+def test_a_mixture_is_estimated_with_the_largest_share_that_comes_on_top_of_the_peak_of_any_run():
+    """What a card's libraries take is the same for all, and so the larger a share the smaller a peak."""
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=False, has_host=False)
+
+    def on_card(setting):
+        told = by_hand(setting)
+        return told | {"needs_bytes": told["peak_bytes"] * (3 if setting.blocks.policy == "recompute" else 2)}
+
+    for setting, needs in Estimate(choices, on_card).candidates(512):
+        assert needs == 3 * by_hand(setting)["peak_bytes"], setting
+
+
 def test_what_was_given_up_and_what_the_next_gib_buys_are_told():
     choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=True)
     solution, _ = chosen(400, choices)
@@ -136,6 +148,10 @@ def test_what_was_given_up_and_what_the_next_gib_buys_are_told():
         (Setting(Blocks(recompute=1, keep=3), 8, 1), 200 + 2 * bytes_of),
     ]
     assert _more(costly, far, 512, 200) == costly[1]
+    near = [(costly[0][0], 200 + bytes_of + 1), (costly[1][0], 200 + bytes_of)]
+    assert _more(near, far, 512, 200) == near[1], "what a GiB more has room for, though another is faster"
+    assert _more([(near[0][0], 200 + bytes_of), near[1]], far, 512, 200)[0] == near[0][0]
+    assert _more([(near[0][0], 200)], far, 512, 200) is None, "what was thought to fit and did not is no advice"
 
 
 def test_where_memory_is_ample_or_nothing_fits_two_dry_runs_are_made_and_where_it_is_short_a_few():
@@ -174,6 +190,19 @@ def test_an_estimate_that_was_too_low_is_mended_by_the_run_itself():
         solution = solve(choices, 512, budget, worse)
         assert worse(solution.setting)["needs_bytes"] <= budget
     assert any(solve(choices, 512, budget, worse).setting.blocks.policy is None for budget in budgets)
+
+
+def test_an_estimate_that_was_far_too_low_moves_the_aim_by_what_it_had_too_much():
+    choices = Choices.of("auto", 8, 8, layers=LAYERS, may_split=True, has_host=False)
+
+    def far_worse(setting):
+        told = by_hand(setting)
+        return told | {"needs_bytes": told["needs_bytes"] + (0 if setting.blocks.policy else 60)}
+
+    for budget in range(304, 840, 22):
+        fastest = min(e.cost(512) for e in every_setting(choices) if far_worse(e)["needs_bytes"] <= budget)
+        assert choices.smallest().cost(512) >= 1.5 * fastest
+        assert solve(choices, 512, budget, far_worse).setting.cost(512) <= 1.1 * fastest
 
 
 def test_short_rows_would_rather_run_again_than_be_cut_up():

@@ -34,8 +34,8 @@ def folders(tmp_path_factory):
     return root
 
 
-def load(folder, kind="nf4"):
-    return load_base(folder, quantization=kind, compute_dtype="float32", device="cpu")
+def load(folder, kind="nf4", skip=()):
+    return load_base(folder, quantization=kind, compute_dtype="float32", device="cpu", skip=skip)
 
 
 def residual(weight, rank):
@@ -148,6 +148,18 @@ def test_loftq_brings_the_model_nearer_to_the_dense_one(name, kind, folders):
         assert torch.equal(tiny.logits(model), plain)
     after = tiny.stored(model)
     assert all(value in after.values() for value in before.values())
+
+
+def test_a_layer_that_stayed_dense_has_lost_nothing_and_starts_as_by_default(folders):
+    found = []
+    for init in ("default", "loftq"):
+        model = load(folders / "llama", skip=["down_proj"])
+        add_lora(model, **FP32, init=init)
+        found.append({name: layer.adapter("default") for name, layer in lora_layers(model)})
+    for name, adapter in found[1].items():
+        is_dense = name.endswith("down_proj")
+        assert torch.equal(adapter.a_RI, found[0][name].a_RI) == is_dense
+        assert bool(adapter.b_OR.any()) != is_dense
 
 
 def test_loftq_with_dora_starts_at_the_same_place(folders):

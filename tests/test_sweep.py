@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from qlora_kit.cli.app import app
 from qlora_kit.errors import RecipeError, RunError, TrainingError
 from qlora_kit.recipe import dump_recipe, read_grid, read_recipe
 from qlora_kit.report import read_sweep, sweep_facts, sweep_text, write_sweep
-from qlora_kit.report.sweep import sweep_chart, sweep_sentences
+from qlora_kit.report.sweep import Point, _is_at_edge, _peak, sweep_chart, sweep_sentences
 from qlora_kit.run import Result, sweep, train
+from qlora_kit.units import GIB
 from qlora_kit.watch import Watch
 
 build, prepare, sweeping = (import_module(f"qlora_kit.run.{name}") for name in ("build", "prepare", "sweep"))
@@ -169,6 +171,28 @@ def test_a_run_that_breaks_off_is_recorded_and_the_others_go_on(recipe, pretende
     with pytest.raises(TrainingError, match=r"at rate 0\.5"):
         sweep(read_grid(recipe, ["train.lr=0.5,0.7", f"output={grid.folder}-2"]))
     assert not Path(f"{grid.folder}-2", "sweep.json").exists()
+
+
+def test_a_point_has_a_mean_of_all_its_seeds_or_none_and_the_last_loss_on_the_way_where_nothing_was_scored():
+    scored = SimpleNamespace(scores={"adapter": {"loss": 1.0}}, rows=[])
+    on_the_way = SimpleNamespace(scores=None, rows=[{"step": 1, "eval_loss": 2.0}, {"step": 2, "eval_loss": 3.0}])
+    unknown = SimpleNamespace(scores=None, rows=[])
+    assert Point({}, [scored, on_the_way], []).loss == 2.0
+    assert Point({}, [scored, unknown], []).loss is None
+    assert Point({}, [scored], ["seed 1: broke off"]).loss is None
+
+
+def test_the_peak_of_a_point_is_that_of_its_hungriest_seed():
+    runs = [SimpleNamespace(memory={"measured": {"peak_bytes": peak * GIB}}) for peak in (1, 3, 2)]
+    assert _peak(Point({}, [*runs, SimpleNamespace(memory=None)], [])) == "3.00 GiB"
+
+
+def test_the_end_of_a_grid_is_one_of_numbers_that_can_go_further_and_none_of_seeds():
+    for best, is_edge in (("1e-4", True), ("3e-4", False), ("1e-3", True)):
+        assert _is_at_edge("train.lr", ["1e-4", "3e-4", "1e-3"], best) == is_edge
+    assert not _is_at_edge("train.lr", ["1e-4", "1e-3"], "1e-3"), "of two values one is at every end"
+    assert not _is_at_edge("train.seed", ["0", "1", "2"], "2")
+    assert not _is_at_edge("lora.targets", ["attention", "mlp", "head"], "head")
 
 
 class Stops(Watch):

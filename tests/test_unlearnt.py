@@ -71,6 +71,13 @@ def test_rows_of_a_quantised_vocabulary_are_found_too(kind):
     assert unlearnt_tokens(model, tokenizer) == MARKS
 
 
+def test_a_row_of_outsized_numbers_makes_no_other_look_unlearnt():
+    model, tokenizer = base_of()
+    with torch.no_grad():
+        EMBEDDING(model).weight[0] *= 1e3
+    assert unlearnt_tokens(model, tokenizer) == []
+
+
 def test_one_token_of_several_is_named_alone():
     model, tokenizer = base_of()
     with torch.no_grad():

@@ -30,7 +30,7 @@ from qlora_kit.lora.targets import adaptable_weights, match_modules, match_targe
 from qlora_kit.lora.vocabulary import check_rows, train_rows
 from qlora_kit.lora.whole import train_module
 from qlora_kit.recipe import Lora
-from qlora_kit.units import is_number
+from qlora_kit.units import counted, is_number
 
 WORTH_SAYING = 0.01
 """Share of the weights from which on it is said that they stay as they are."""
@@ -229,8 +229,8 @@ def _notes(model: PreTrainedModel, name: str, total: int) -> Iterator[str]:
     ]
     if full:
         yield (
-            f"rank {full[0][1]} is above the smaller width of {full[0][0]} (and of {len(full) - 1} more layers): a "
-            "rank of that width can do as much there"
+            f"rank {full[0][1]} is above the smaller width of {full[0][0]} "
+            f"(and of {counted(len(full) - 1, 'more layer')}): a rank of that width can do as much there"
         )
     if unused := base_record(model).unused:
         yield f"the base's checkpoint holds tensors that the model has no place for, left out: {listed(unused)}"
