@@ -274,6 +274,11 @@ def test_the_loss_of_a_step_is_transformers_own(family):
     assert loss_of(model, ignored) == pytest.approx(4 * own.loss.item() - without, rel=1e-6)
 
 
+def test_texts_of_one_length_get_no_mask_as_in_the_plan():
+    assert collate_texts([[5, 6, 7], [8, 9, 3]], [0, 1], pad_id=0).attention_mask is None
+    assert collate_texts([[5, 6, 7], [8, 9]], [0, 1], pad_id=0).attention_mask is not None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_of_a_step_on_texts_of_several_classes_is_transformers_own(family):
     model = dense_model(family)

@@ -917,6 +917,11 @@ def test_weights_of_one_change_no_order_and_half_a_source_is_another_half_in_the
     assert Sampler([Deck(10, 0.5), Deck(4, 2)], seed=6).next_rows(13) != epochs[0]
 
 
+def test_sources_of_one_size_are_not_drawn_alike():
+    drawn = Sampler([Deck(20, 0.5), Deck(20, 0.5)], seed=5).next_rows(20)
+    assert {row for row in drawn if row < 20} != {row - 20 for row in drawn if row >= 20}
+
+
 def test_a_place_far_out_is_as_near_as_any():
     sampler = Sampler([Deck(10, 0.5), Deck(4, 2)], seed=5)
     sampler.position = 13 * 10**15

@@ -237,6 +237,15 @@ def test_short_rows_go_together_and_a_long_one_goes_alone():
     assert time_of(lengths, found, 200) < 0.85 * time_of(lengths, [[[row]] for row in range(8)], 200)
 
 
+def test_a_row_that_is_longer_than_a_pass_may_be_goes_alone():
+    assert side_by_side([4, 9, 4], Room(1, 8)) == [[[1]], [[0], [2]]]
+
+
+def test_a_rehearsal_has_several_documents_in_a_sequence_though_the_first_row_would_fill_it():
+    (documents,) = full_packs(rows((ROOM, 3, 4)), 1, ROOM)
+    assert len(documents) > 1
+
+
 def test_a_rehearsal_fills_its_sequences_to_the_last_place():
     batch = collate_packs(full_packs(rows(), 3, ROOM), 0)
     assert batch.lengths == (ROOM,) * 3

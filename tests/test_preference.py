@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import assert_mistake, call, write_recipe
 
 from qlora_kit.base.formats import Quantization
-from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eval, swap_answers
+from qlora_kit.data import Encoded, as_stepped, collate_rows, load_rows, read_row, split_eval, swap_answers
 from qlora_kit.data.examples import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
 from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
@@ -190,8 +190,14 @@ def ratio_to_base(model):
     return ratio
 
 
+def mean_log_p(model, rows):
+    """Mean log p of the tokens of all chosen answers, then of the others."""
+    lengths = torch.tensor([sum(each.trained) for each in (*rows, *(row.other for row in rows))])
+    return -sequence_losses(model, collate_rows([[row] for row in rows], 0)) / lengths
+
+
 def test_dpo_reads_the_base_as_its_reference_and_leaves_the_adapter_in_use():
-    model, rows = tuned(), pairs()
+    model, rows = tuned(seed=5), pairs()
     loss, _ = trained(model, task_of(Train(task="dpo", beta=0.3)), rows)
     assert model.training
     ratio = ratio_to_base(model)
@@ -201,6 +207,8 @@ def test_dpo_reads_the_base_as_its_reference_and_leaves_the_adapter_in_use():
     margins = [0.3 * (ratio(row) - ratio(row.other)).item() for row in rows]
     assert loss.measures["reward_margin"].item() == pytest.approx(sum(margins) / 3, rel=20 * FP32)
     assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(m > 0 for m in margins) / 3)
+    chosen, rejected = mean_log_p(model, rows).chunk(2)
+    assert loss.measures["accuracy"].item() == pytest.approx((chosen > rejected).float().mean().item())
 
 
 @pytest.mark.parametrize(("seed", "sign"), [(4, 1), (5, -1)])
@@ -215,6 +223,7 @@ def test_kto_holds_answers_against_what_other_prompts_got_and_never_against_less
     gains = [0.2 * (ratio(row).item() - kl) * (1 if row.is_good else -1) for row in rows]
     losses = [1 - 1 / (1 + math.exp(-gain)) for gain in gains]
     assert loss.value.item() == pytest.approx(sum(losses) / len(losses), rel=20 * FP32)
+    assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(gain > 0 for gain in gains) / len(gains))
 
 
 def test_a_frozen_adapter_can_be_the_reference():
@@ -248,12 +257,33 @@ def test_an_evaluation_says_the_loss_of_a_step(task):
 def test_orpo_needs_no_reference_and_counts_a_chosen_answer_by_its_mean_token():
     model, rows = tuned(), pairs()
     loss, _ = trained(model, task_of(Train(task="orpo", beta=0.5)), rows)
-    batch = collate_rows([[row] for row in rows], 0)
-    mean = -sequence_losses(model, batch) / torch.tensor([3.0, 5, 2, 2, 2, 4])
-    chosen, rejected = mean.double().chunk(2)
+    chosen, rejected = mean_log_p(model, rows).double().chunk(2)
     log_odds = (each - torch.log1p(-each.exp()) for each in (chosen, rejected))
     wanted = (-chosen - 0.5 * F.logsigmoid(next(log_odds) - next(log_odds))).mean()
     assert loss.value.item() == pytest.approx(wanted.item(), rel=FP32)
+    margin = 0.5 * (chosen - rejected).mean().item()
+    assert loss.measures["reward_margin"].item() == pytest.approx(margin, rel=20 * FP32)
+    assert loss.measures["accuracy"].item() == pytest.approx((chosen > rejected).double().mean().item())
+
+
+def test_what_answers_are_held_against_knows_no_dropout():
+    """The frozen adapter of a reference, and how far KTO finds that the model has moved."""
+
+    def told(task, seed, *, own, frozen, rows):
+        model = tiny.quantized(tiny.llama(), "none")
+        for name, dropout, waking in (("before", frozen, 3), ("default", own, 4)):
+            add_lora(model, rank=4, alpha=8, dropout=dropout, dtype=torch.float32, name=name)
+            tiny.wake(model, seed=waking, name=name)
+        use_adapter(model, "default")
+        torch.manual_seed(seed)
+        return trained(model.train(), task, rows)[0]
+
+    dpo, kto = Dpo(0.1, reference="before"), task_of(Train(task="kto"))
+    assert len({told(dpo, seed, own=0.5, frozen=0.0, rows=pairs()).value.item() for seed in (0, 1)}) == 2, "it is on"
+    assert len({told(dpo, seed, own=0.0, frozen=0.5, rows=pairs()).value.item() for seed in (0, 1)}) == 1
+    moved = {told(kto, seed, own=0.5, frozen=0.0, rows=verdicts()).measures["kl"].item() for seed in (0, 1)}
+    assert len(moved) == 1
+    assert moved.pop() > 0
 
 
 def test_answers_that_are_swapped_follow_other_prompts_and_are_no_longer_than_any_row():
@@ -558,6 +588,13 @@ def test_the_tokens_of_a_second_are_those_of_the_rows():
     assert collate_rows([[row] for row in rows], 0).tokens == sum(len(row.input_ids) for row in rows)
     both = sum(len(row.input_ids) + len(row.other.input_ids) for row in pairs())
     assert collate_rows([[row] for row in pairs()], 0).tokens == both
+
+
+@pytest.mark.parametrize("task", PAIRS + VERDICTS)
+def test_trained_tokens_are_those_of_both_answers_of_a_pair_and_of_a_verdicts_own_alone(task):
+    rows = rows_of(task)
+    wanted = sum(sequence.trained_tokens for row in rows for sequence in row.sequences)
+    assert collate_rows([[row] for row in as_stepped(rows)], 0).trained_tokens == wanted
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import math
 import mmap
 import random
 import shutil
+import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import get_args
 
 import hypothesis
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -40,7 +42,9 @@ from qlora_kit.train.checkpoint import (
     load_checkpoint,
     load_parameters,
     newest_checkpoint,
+    random_states,
     save_checkpoint,
+    set_random_states,
     verify_checkpoint,
 )
 from qlora_kit.train.evaluate import evaluate_loss, exact_match
@@ -473,7 +477,17 @@ def test_evaluation_is_the_token_weighted_mean_whatever_the_batches(tmp_path):
     assert (whole.tokens, whole.rows) == (split.tokens, split.rows) == (sum(r.trained_tokens for r in data), len(data))
     assert whole.perplexity == pytest.approx(math.exp(whole.loss))
     trained, _ = gradients(model.eval(), [collate(data, 0)])
+    evaluate_loss(model, [collate(data, 0)])
+    assert not model.training
     assert whole.loss == pytest.approx(trained, rel=FP32_RTOL)
+
+
+def test_a_loss_too_high_for_a_perplexity_has_the_highest_one():
+    model = adapted()
+    model.lm_head.weight.data.mul_(1e6)
+    score = evaluate_loss(model, [collate(rows(), 0)])
+    assert score.loss > 1000
+    assert score.perplexity == math.exp(700)
 
 
 def test_exact_match_looks_past_white_space_only():
@@ -544,6 +558,24 @@ def test_stochastic_rounding_is_unbiased_and_leaves_representable_values_alone()
         target = torch.zeros_like(representable)
         round_stochastically(representable.float(), target, generator)
         assert torch.equal(target, representable)
+
+
+def test_fp16_is_rounded_to_the_nearest_and_nothing_is_drawn_for_it():
+    source, generator = torch.randn(1000), torch.Generator().manual_seed(0)
+    before, target = generator.get_state(), torch.empty(1000, dtype=torch.float16)
+    round_stochastically(source, target, generator)
+    assert torch.equal(target, source.half())
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_the_seed_decides_which_way_an_update_is_rounded():
+    ends = []
+    for seed in (0, 0, 1):
+        parameters = pair()
+        push(AdapterOptimizer(parameters, "adamw", master_weights="stochastic", seed=seed), parameters, 1)
+        ends.append(parameters[0][1].detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
@@ -723,6 +755,7 @@ def test_the_schedules_fall_as_they_are_named():
     assert at["cosine"][-1] == pytest.approx((math.pi / 90) ** 2 / 4, rel=0.01)
     assert set(at["wsd"][9:80]) == {1.0}
     assert at["wsd"][80:] == pytest.approx([(101 - s) / 20 for s in range(81, 101)])
+    assert [learning_rate(s, 6, 1.0, "wsd", 0.0) for s in range(1, 7)] == [1, 1, 1, 1, 1, 0.5], "a fifth, rounded up"
     assert all(rates[-1] > 0 for rates in at.values()), "no step is for nothing"
 
 
@@ -838,7 +871,7 @@ def pages(monkeypatch):
 def test_paged_state_is_saved_and_comes_back_into_its_own_pages(kind, pages, tmp_path):
     def begun():
         torch.manual_seed(0)
-        shapes = {"large.a_RI": (16, 8192), "small.b_OR": (64, 16)}
+        shapes = {"large.a_RI": (100, 1000), "small.b_OR": (64, 16)}  # the least that is paged
         parameters = {name: nn.Parameter(torch.randn(shape).bfloat16()) for name, shape in shapes.items()}
         return parameters, AdapterOptimizer(list(parameters.items()), kind)
 
@@ -922,6 +955,40 @@ def left_by(folder):
     return [path.name for path in checkpoints(folder / "checkpoints")]
 
 
+def test_a_checkpoint_is_made_every_so_many_steps_and_at_the_end(tmp_path):
+    run(job_of(adapted(), tmp_path, steps=5, save_every=2, keep_checkpoints=9))
+    assert left_by(tmp_path) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_under_auto_a_checkpoint_is_made_whenever_a_quarter_of_an_hour_has_passed_since_the_last(tmp_path, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("qlora_kit.train.loop.time", clock)
+    job = job_of(adapted(), tmp_path, steps=7, save_every=None, keep_checkpoints=9)
+    job.watch = lambda row: now.__setitem__(0, now[0] + 400)
+    run(job)
+    assert left_by(tmp_path) == ["step-000003", "step-000006", "step-000007"]
+
+
+def test_what_was_drawn_after_a_checkpoint_is_drawn_again_when_it_is_back():
+    def draw():
+        """Of normal numbers Python and NumPy make two at a time, and keep the second for later."""
+        python, numpy = (random.gauss(0, 1), random.random()), (np.random.standard_normal(), np.random.rand())
+        return torch.rand(2).tolist(), python, numpy
+
+    device = torch.device("cpu")
+    before = random_states(device)
+    draw()
+    states = random_states(device)
+    assert states["python_gauss"].isfinite().all()
+    assert states["numpy_rest"][1] == 1
+    wanted = draw()
+    assert draw() != wanted
+    set_random_states(states, device)
+    assert draw() == wanted
+    set_random_states(before, device)
+
+
 def test_the_best_evaluation_is_kept_beside_the_newest_checkpoints(tmp_path, monkeypatch):
     tiny.told(monkeypatch, 3.0, 1.0, 2.0, 1.5, 1.2, 1.1)
     job = job_of(adapted(), tmp_path, steps=6, evals=rows((5,)), eval_every=1, save_every=1, keep_checkpoints=2)
@@ -981,6 +1048,19 @@ def test_a_checkpoint_of_a_version_that_judged_nothing_is_still_read(trained_run
     job = job_of(adapted(), tmp_path)
     progress = load_checkpoint(folder, job.parameters, job.optimizer)
     assert (progress.step, progress.best_step, progress.best_loss) == (3, 0, None)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"rows": None}, {"step": -1}, {"stale": 1.5}, {"best_loss": "low"}, {"numbers": [1]}, {"numbers": {"x": "1"}},
+    {"odd": 1},
+])  # fmt: skip
+def test_a_position_that_is_none_is_refused_in_one_line(wrong, trained_run, tmp_path):
+    folder = shutil.copytree(trained_run[0] / "checkpoints" / "step-000003", tmp_path / "step-000003")
+    state = json.loads((folder / "state.json").read_text()) | wrong
+    (folder / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    job = job_of(adapted(), tmp_path)
+    with pytest.raises(RunError, match=r"state\.json does not record the run's position in the form of this version"):
+        load_checkpoint(folder, job.parameters, job.optimizer)
 
 
 @pytest.mark.parametrize("damage", ["changed byte", "cut off", "missing"])
@@ -1092,6 +1172,12 @@ def test_a_checkpoint_is_refused_by_another_run(trained_run, tmp_path):
         assert same(values(other), before)
 
 
+def test_parameters_of_another_shape_are_not_given_the_values_of_a_checkpoint(trained_run):
+    newest = newest_checkpoint(trained_run[0] / "checkpoints")[0]
+    with pytest.raises(RunError, match="holds other parameters than this run trains"):
+        load_parameters(newest, dict(adapter_parameters(adapted(rank=2))))
+
+
 def test_paged_state_is_looked_at_only_while_the_card_has_nothing_to_do(trained_run, tmp_path, monkeypatch):
     """It is the processor's own memory to torch; on WSL a look at it while a kernel runs ends the process."""
 
@@ -1141,6 +1227,17 @@ def test_an_optimizer_refuses_a_state_that_would_only_fit_by_broadcasting():
     wide = AdapterOptimizer([("w", nn.Parameter(torch.ones(4, 8)))], "adamw")
     with pytest.raises(KeyError):
         wide.restore(dict(narrow.state_tensors()), narrow.state_numbers())
+
+
+def test_an_optimizer_refuses_a_state_without_its_step_counts_and_keeps_its_own():
+    parameters = pair()
+    saved, other = (AdapterOptimizer(parameters, "adamw_8bit") for _ in range(2))
+    push(saved, parameters, 1)
+    assert saved.state_numbers()
+    before = {name: tensor.clone() for name, tensor in other.state_tensors()}
+    with pytest.raises(KeyError, match="step counts"):
+        other.restore(dict(saved.state_tensors()), {})
+    assert same(dict(other.state_tensors()), before)
 
 
 def test_writing_the_same_step_again_replaces_it_whole(trained_run, tmp_path):

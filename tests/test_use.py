@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from datetime import date
 from importlib import import_module
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from qlora_kit.cli.app import app
 from qlora_kit.cli.visible import visible
 from qlora_kit.data import Encoded, ask, collate, encode, fix_tokenizer, read_prompts, read_row
 from qlora_kit.data.thinking import CLOSE, with_thinking
-from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.errors import AdapterError, DataError, ModelError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Data
@@ -211,6 +212,14 @@ def test_end_tokens_that_are_none_are_told_before_the_first_step(ends, chatty, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_the_first_number_that_is_no_token_is_no_end_token(model, monkeypatch):
+    net, tokenizer = model
+    for token, is_one in ((net.config.vocab_size - 1, True), (net.config.vocab_size, False)):
+        monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=token))
+        with nullcontext() if is_one else pytest.raises(ModelError, match="for an eos_token_id, wanted whole numbers"):
+            assert token in generate.end_tokens(net, tokenizer)
+
+
 def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
     net, tokenizer = model
 
@@ -229,6 +238,8 @@ def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
     assert first != greedy
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         assert drawn(**narrow) == greedy, narrow
+    cold = Sampling(temperature=1e-4)
+    assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=8, sampling=cold) == greedy
 
 
 def test_a_penalty_holds_back_what_was_there(model):
@@ -247,11 +258,26 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(model, monkeypatch):
     passes = []
     forward = type(net).forward
     monkeypatch.setattr(type(net), "forward", lambda self, *a, **k: passes.append(1) or forward(self, *a, **k))
-    cut = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12, sampling=Sampling(stop=("no such", stop)))
-    assert cut == [whole[0][: whole[0].find(stop)]]
-    assert len(passes) < 12
+    for stops in (("no such", stop), (stop,)):
+        passes.clear()
+        cut = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12, sampling=Sampling(stop=stops))
+        assert cut == [whole[0][: whole[0].find(stop)]]
+        assert len(passes) < 12
     both = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12, sampling=Sampling(stop=(stop,)))
     assert both == [text.partition(stop)[0] for text in whole], "each row ends by itself"
+
+
+def test_of_several_stop_texts_the_first_in_the_answer_ends_it():
+    assert generate._before("a.b,c", (",", ".", "no such")) == generate._before("a.b,c", (".", ",")) == "a"
+    assert generate._before("a.b,c", ("no such",)) == "a.b,c"
+
+
+def test_a_stop_text_in_the_prompt_ends_no_answer(model):
+    net, tokenizer = model
+    (whole,) = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=6)
+    asked = tokenizer.decode(PROMPTS[0][-1:])
+    assert asked not in whole
+    assert generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=6, sampling=Sampling(stop=(asked,))) == [whole]
 
 
 def test_no_answer_goes_past_the_positions_of_the_model(model):
