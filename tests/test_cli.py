@@ -14,6 +14,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -738,6 +739,12 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
 
     monkeypatch.setattr("qlora_kit.run.folder.write_json", full)
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
+
+
+def test_a_run_whose_checkpoints_will_have_no_room_ends_before_its_first_step(recipe, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000))
+    assert_mistake(call("train", recipe), "keeping 2 checkpoints (train.keep_checkpoints) needs", "9.77 KiB free")
+    assert not (recipe.parent / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("ask", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)])

@@ -7,8 +7,8 @@ import mmap
 import random
 import shutil
 import time
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, namedtuple
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,10 +34,12 @@ from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapt
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.recipe.schema import Optimizer
+from qlora_kit.run.course import _check_disk, _left_at
 from qlora_kit.train import checkpoint
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import (
     Progress,
+    checkpoint_bytes,
     checkpoints,
     load_checkpoint,
     load_parameters,
@@ -55,6 +57,7 @@ from qlora_kit.train.optim import AdapterOptimizer, definite_masters, round_stoc
 from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
 from qlora_kit.train.schedule import NARROWEST, SHORT_RUN, Schedule, automatic_rate, learning_rate
 from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.watch import Watch
 
 SHARP = {"initializer_range": 0.2}  # with small weights no logit of a tiny model can say much
 FP32_RTOL = 1e-6  # a few roundings of 6e-8 each, summed in another order
@@ -414,6 +417,25 @@ def test_a_rehearsal_names_the_parameters_that_no_gradient_reaches(tmp_path):
     assert rehearse(job, Ledger(model)) == []
     model.model.layers[1].forward = lambda hidden, **_: hidden
     assert rehearse(job, Ledger(model)) == [name for name in job.parameters if ".layers.1." in name] != []
+
+
+def test_a_rehearsal_takes_the_longest_rows_and_the_largest_evaluation_and_an_answer(tmp_path):
+    model = adapted()
+    job = job_of(model, tmp_path, micro_batch=2, accumulation=2)
+    job.eval_batches = [collate(rows(lengths), 0) for lengths in ((5,), (21, 9), (4, 3))]
+    shapes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    rehearse(job, Ledger(model))
+    assert shapes == [(2, 40), (2, 40), (2, 21), (2, 20), (2, 1)], "two micro-batches, whose gradients stand"
+
+
+def test_rows_of_metrics_tell_of_epochs_and_of_all_tokens_a_second(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=itertools.count(step=2).__next__)
+    monkeypatch.setattr("qlora_kit.train.loop.time", clock)
+    steps = run(job_of(adapted(), tmp_path, steps=3))[1]
+    assert [row["epoch"] for row in steps] == [0, 0.5, 1]
+    assert steps[0]["tokens_per_s"] + steps[1]["tokens_per_s"] == sum(LENGTHS) / 2, "a step takes two seconds"
+    assert steps[1]["tokens"] == sum(row.trained_tokens for row in rows())
 
 
 def test_a_second_process_is_refused(monkeypatch):
@@ -1026,6 +1048,13 @@ def test_early_stopping_ends_a_run_whose_evaluations_are_no_better(patience, end
     assert left_by(tmp_path)[-1] == f"step-{ends_at:06d}"
 
 
+def test_a_best_that_is_forgotten_takes_the_lost_patience_with_it():
+    progress = Progress(step=4)
+    assert [progress.judge(loss) for loss in (1.0, 2.0, 3.0)] == [True, False, False]
+    progress.forget_best()
+    assert progress == Progress(step=4)
+
+
 def test_a_run_that_stopped_early_has_nothing_to_do_when_it_is_resumed(tmp_path, monkeypatch):
     tiny.told(monkeypatch, 1.0, 2.0, 3.0)
     settings = {"steps": 6, "evals": rows((5,)), "eval_every": 1, "early_stopping": 2}
@@ -1107,6 +1136,38 @@ def test_a_manifest_that_leaves_out_a_file_vouches_for_none(left_out, trained_ru
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     (fault,) = verify_checkpoint(folder)
     assert fault.startswith(f"{folder / 'manifest.json'} is not as it was written for step 3 and the files ")
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_those_that_stand(trained_run, tmp_path, monkeypatch):
+    folder, (_, job) = shutil.copytree(trained_run[0] / "checkpoints", tmp_path / "checkpoints"), trained_run
+    needed, usage = checkpoint_bytes(job.kept, job.optimizer), namedtuple("usage", "free")
+    written = sum(file.stat().st_size for file in (folder / "step-000003").iterdir())
+    assert written <= needed
+    for free, is_enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
+        with nullcontext() if is_enough else pytest.raises(RunError, match="the checkpoint of step 4 needs"):
+            save_checkpoint(folder, job.kept, job.optimizer, replace(job.progress, step=4), keep=2)
+        assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
+
+
+def test_a_run_asks_for_the_room_of_the_checkpoints_that_it_keeps_and_two_more(tmp_path, monkeypatch):
+    """Those kept, the best, and the one that is being written."""
+    job = job_of(adapted(), tmp_path, keep_checkpoints=3)
+    needed, usage = 5 * checkpoint_bytes(job.kept, job.optimizer), namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
+    _check_disk(job)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 1))
+    with pytest.raises(RunError, match=r"keeping 3 checkpoints \(train\.keep_checkpoints\) needs"):
+        _check_disk(job)
+
+
+def test_a_run_whose_last_step_was_its_best_ends_there_without_a_word(tmp_path):
+    told, job = [], job_of(adapted(), tmp_path, steps=3)
+    watch = Watch()
+    watch.note = told.append
+    job.progress = Progress(step=3, best_step=3, best_loss=1.0)
+    assert _left_at(job, watch) == 3
+    assert told == []
 
 
 def test_steps_are_counted_and_not_spelt(trained_run, tmp_path):

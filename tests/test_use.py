@@ -258,13 +258,19 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(model, monkeypatch):
     passes = []
     forward = type(net).forward
     monkeypatch.setattr(type(net), "forward", lambda self, *a, **k: passes.append(1) or forward(self, *a, **k))
-    for stops in (("no such", stop), (stop,)):
-        passes.clear()
-        cut = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12, sampling=Sampling(stop=stops))
-        assert cut == [whole[0][: whole[0].find(stop)]]
-        assert len(passes) < 12
+    cut = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=12, sampling=Sampling(stop=("no such", stop)))
+    assert cut == [whole[0][: whole[0].find(stop)]]
+    assert len(passes) < 12
     both = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12, sampling=Sampling(stop=(stop,)))
     assert both == [text.partition(stop)[0] for text in whole], "each row ends by itself"
+
+
+def test_a_stop_text_is_found_when_its_last_token_has_come_and_only_behind_the_prompt(model):
+    _, tokenizer = model
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("xyab", "xabc", "xyza")])
+    assert ids.shape == (3, 4)
+    assert generate._StopTexts(tokenizer, ("ab",), 2)(ids, None).tolist() == [True, False, False]
+    assert generate._StopTexts(tokenizer, ("ab",), 1)(ids[:, :3], None).tolist() == [False, True, False]
 
 
 def test_of_several_stop_texts_the_first_in_the_answer_ends_it():
