@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_kit.data import (
     Chat,
+    Classes,
+    Classified,
     Completion,
     Deck,
     EncodedSet,
@@ -512,6 +514,55 @@ def test_faults_of_rows_can_be_left_out_and_counted():
     bad = Chat([TURNS[0], *TURNS], where="chat.jsonl:1")
     encode_rows([bad, CHAT], make_tokenizer(template=UNMARKED["mistral"]), onto=kept)
     assert (kept.counts.rows, kept.counts.faults, kept.faults.count) == (1, 1, 1)
+
+
+def test_faults_are_counted_with_the_source_that_has_them():
+    kept, tokenizer = EncodedSet(), make_tokenizer(template=UNMARKED["mistral"])
+    bad = Chat([TURNS[0], *TURNS], where="chat.jsonl:1")
+    for examples in ([bad, bad, CHAT], [bad, CHAT]):
+        encode_rows(examples, tokenizer, onto=kept)
+    assert [part.counts.faults for part in kept.parts] == [2, 1]
+
+
+SAYS_MORE = Preference(Completion("the cat", " the"), Completion("the cat", " sat on the mat"), where="pairs.jsonl:1")
+
+
+def test_both_answers_of_a_pair_have_to_fit_the_model():
+    tokenizer = make_tokenizer()
+    (row,) = encode_rows([SAYS_MORE], tokenizer).rows
+    shorter, longer = len(row.input_ids), len(row.other.input_ids)
+    highest = max(row.other.input_ids)
+    assert highest > max(row.input_ids)
+    with pytest.raises(DataError, match=f"^pairs.jsonl:1: token {highest} is beyond the model's vocabulary"):
+        encode_rows([SAYS_MORE], tokenizer, vocab_size=highest)
+    with pytest.raises(DataError, match=f"^pairs.jsonl:1: {longer} tokens, more than data.max_tokens={shorter}"):
+        encode_rows([SAYS_MORE], tokenizer, max_tokens=shorter, over_length="error")
+
+
+def test_a_pair_is_left_out_where_rows_are_split_since_its_pieces_would_be_none():
+    rows = encode_rows([SAYS_MORE, Preference(SHORT, LONG)], make_tokenizer(), max_tokens=16, over_length="split")
+    assert (rows.counts.rows, rows.counts.dropped, rows.counts.split) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_an_answer_that_is_cut_keeps_its_verdict(is_good):
+    (row,) = encode_rows([Labelled(LONG, is_good)], make_tokenizer(), max_tokens=16, over_length="truncate").rows
+    assert row.longest == 16
+    assert row.is_good is is_good
+
+
+def test_a_set_has_the_fingerprint_of_all_that_is_learnt_from_it():
+    tokenizer = make_tokenizer()
+
+    def mark(*examples, **how):
+        return encode_rows(examples, tokenizer, **how).fingerprint
+
+    sets = [mark(SHORT), mark(SHORT, loss_on="all"), mark(SHORT, SHORT), mark(SHORT, LONG), mark(LONG, SHORT)]
+    sets += [mark(Labelled(SHORT, is_good)) for is_good in (True, False)]
+    sets += [mark(Classified("a", (name,), False), classes=Classes(("x", "y"), False)) for name in ("x", "y")]
+    sets += [mark(SAYS_MORE), mark(Preference(SAYS_MORE.rejected, SAYS_MORE.chosen))]
+    assert len(set(sets)) == len(sets)
+    assert mark(SHORT, LONG) == sets[3]
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------

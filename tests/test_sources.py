@@ -131,6 +131,8 @@ def test_weights_keep_the_order_where_all_are_one_and_a_mean_of_tokens_is_by_wha
     means = [part.counts.tokens / part.counts.rows for part in weighted.train.parts]
     assert means[0] != means[1], "otherwise no weight could move the mean"
     assert weighted.pace.tokens == pytest.approx(2 * 12 * sum(means), abs=2)  # rounded to whole tokens twice
+    trained = [part.counts.trained_tokens / part.counts.rows for part in weighted.train.parts]
+    assert weighted.pace.trained_tokens == pytest.approx(2 * 12 * sum(trained), abs=2)
     assert plain.train.epoch == plain.train.epoch.__class__(
         rows=30, tokens=plain.train.counts.tokens, trained_tokens=plain.train.counts.trained_tokens
     )
