@@ -560,6 +560,16 @@ def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
     assert (2 * count, tokens) == max(sizes, key=math.prod)
 
 
+@pytest.mark.parametrize("rows", [pairs(), verdicts()])
+def test_an_evaluation_takes_no_more_tokens_at_a_time_than_are_asked_for_both_sequences_of_a_row_counted(rows):
+    longest = max(row.longest for row in as_stepped(rows))
+    batches = eval_batches(rows, 0, torch.device("cpu"), 4 * longest)
+    assert sum(batch.rows for batch in batches) == len(rows)
+    assert len(batches[0].input_ids) >= 4
+    assert len(batches) > 1
+    assert all(batch.input_ids.numel() <= 4 * longest for batch in batches)
+
+
 def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside_it():
     counts = dry_step(tiny.llama().config, replace(WORK, has_reference=True))["parameters"]
     assert counts["total"] == sum(parameter.numel() for parameter in tiny.llama().parameters())

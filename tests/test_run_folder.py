@@ -1,13 +1,15 @@
 """The folder of a run: what may be replaced or gone on with, who writes to it, and what goes when another run comes."""
 
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import dump_recipe, read_recipe
-from qlora_kit.run.folder import check_run_folder, clear_run_folder, files_of_run, run_folder
+from qlora_kit.run.folder import check_run_folder, clear_run_folder, files_of_run, run_folder, write_memory
 
 
 @pytest.fixture
@@ -135,3 +137,14 @@ def test_all_that_a_run_wrote_goes_and_what_tells_whose_the_folder_is_stays(run)
     put(run, "result.json", "notes.txt", "qlora-kit/events")
     clear_run_folder(run, files_of_run(run))
     assert sorted(path.name for path in run.iterdir()) == ["notes.txt", "plan.json", "recipe.yaml"]
+
+
+def test_the_error_of_a_plan_is_what_it_says_too_much_as_a_share_of_what_was_measured(folder):
+    ledger = SimpleNamespace(
+        history=SimpleNamespace(timeline=list, largest=list),
+        summary=lambda: {"peak_bytes": 100, "by_category": {"base": 40, "adapters": 50, "workspace": 0}},
+    )
+    counter = SimpleNamespace(name="rss", peak_bytes=120, start_bytes=10, file_backed_bytes=0)
+    write_memory(folder, {"peak_bytes": 110, "by_category": {"base": 50, "adapters": 45}}, ledger, counter)
+    error = json.loads((folder / "memory.json").read_text())["error"]
+    assert error == pytest.approx({"peak": 0.1, "base": 0.25, "adapters": -0.1})

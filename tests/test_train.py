@@ -856,6 +856,14 @@ def test_what_the_recipe_says_is_taken_as_it_is():
     assert "only 7 optimizer steps" in pace.warning
     assert "train.accumulation (now 5)" in pace.warning
     assert replace(pace, steps=FEW_STEPS).warning is None
+    large = replace(pace, micro_batch=64, accumulation=1)
+    assert "train.micro_batch (now 64)" in large.warning_of_lora
+
+
+def test_of_micro_batch_and_accumulation_one_may_be_said_and_the_other_left_to_auto():
+    rows = {"rows": 1000, "longest": 100, "tokens": 50_000, "trained_tokens": 20_000, "config": CONFIG}
+    found = [set_pace(train, **rows) for train in (Train(accumulation=5), Train(micro_batch=3))]
+    assert [(pace.micro_batch, pace.accumulation) for pace in found] == [(16, 5), (3, 6)]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

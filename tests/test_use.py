@@ -29,7 +29,7 @@ from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
-from qlora_kit.run.rows import column_maps, eval_batches
+from qlora_kit.run.rows import column_maps, eval_batches, positions_for
 from qlora_kit.run.score import score_rows
 from qlora_kit.run.use import _recipe_for, load_any
 from qlora_kit.train import generate
@@ -138,6 +138,18 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
         assert found == wanted
     assert [[*each] for each in told] == [[2], [0], [1], [2, 0], [1], [2, 0, 1]], "longest first"
     assert all(texts[row] == wanted[row] for texts in told for row in texts)
+
+
+def test_held_out_rows_go_together_up_to_the_tokens_that_are_asked_for_and_no_more_than_sixteen():
+    rows = [Encoded([5] * 8, [False] + [True] * 7) for _ in range(40)]
+    for asked, most in ((15, 1), (16, 2), (24, 3), ("auto", 16)):
+        assert len(eval_batches(rows, 0, torch.device("cpu"), asked)[0].input_ids) == most
+
+
+def test_positions_are_those_of_the_model_and_for_a_classifier_those_that_its_tokenizer_leaves():
+    config, tokenizer = OPTConfig(max_position_embeddings=514), SimpleNamespace(model_max_length=512)
+    assert [positions_for(task, tokenizer, config) for task in ("sft", "classify")] == [514, 512]
+    assert positions_for("classify", SimpleNamespace(model_max_length=10**30), config) == 514
 
 
 @pytest.mark.parametrize("asked", ["auto", 40])
