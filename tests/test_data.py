@@ -267,6 +267,12 @@ def test_text_that_holds_the_private_characters_is_masked_all_the_same(asked, sa
     assert trained_text(encode(chat, tokenizer, template=MARKED["chatml"]), tokenizer) == [f"{said}<|im_end|>"]
 
 
+def test_a_chat_that_ends_with_the_users_turn_has_no_answer_to_compare_with():
+    row = encode(Chat(TURNS[:3]), make_tokenizer(template=MARKED["chatml"]))
+    assert row.trained_tokens > 0
+    assert (row.prompt, row.answer) == (None, None)
+
+
 def test_a_tool_call_is_no_answer_to_compare_with():
     call = {"role": "assistant", "content": "hm", "tool_calls": [{"function": {"name": "clock"}}]}
     tokenizer = make_tokenizer(template=UNMARKED["chatml"].replace("{{ m.content", "{{ m.tool_calls }}{{ m.content"))

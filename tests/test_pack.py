@@ -237,6 +237,14 @@ def test_short_rows_go_together_and_a_long_one_goes_alone():
     assert time_of(lengths, found, 200) < 0.85 * time_of(lengths, [[[row]] for row in range(8)], 200)
 
 
+def test_looking_for_leaks_draws_no_number_though_the_model_has_dropout():
+    model = tiny.gpt2(resid_pdrop=0.5).train()
+    before = torch.get_rng_state()
+    assert leaked_gradient(model) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+
+
 def test_a_pass_takes_as_many_rows_as_the_recipe_says_and_without_a_word_of_it_as_many_as_have_the_places():
     pace = Pace(4, 3, 1, 4, 4, 1e-3, "the test", 0, 0)
     assert room_of(Train(micro_batch=3), pace, 10, tiny.CPU) == Room(3, 10, 3, 20)

@@ -18,7 +18,7 @@ from qlora_kit.base.formats import Quantization
 from qlora_kit.data import Encoded, as_stepped, collate_rows, load_rows, read_row, split_eval, swap_answers
 from qlora_kit.data.examples import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
-from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
+from qlora_kit.lora import REFERENCE, adapter_parameters, add_lora, save_adapter, use_adapter
 from qlora_kit.plan import Workload
 from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
@@ -224,6 +224,12 @@ def test_kto_holds_answers_against_what_other_prompts_got_and_never_against_less
     losses = [1 - 1 / (1 + math.exp(-gain)) for gain in gains]
     assert loss.value.item() == pytest.approx(sum(losses) / len(losses), rel=20 * FP32)
     assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(gain > 0 for gain in gains) / len(gains))
+
+
+@pytest.mark.parametrize("task", ["dpo", "ipo", "kto"])
+def test_a_task_holds_to_the_frozen_adapter_where_there_is_one(task):
+    found = [task_of(Train(task=task), has_reference=frozen).reference for frozen in (True, False)]
+    assert found == [REFERENCE, None]
 
 
 def test_a_frozen_adapter_can_be_the_reference():

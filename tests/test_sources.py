@@ -158,6 +158,19 @@ def test_a_weight_that_cannot_be_meant_is_refused_by_its_line(recipe):
     assert "data.train[1].weight must be a number above 0, at most 1000" in call("preview", recipe).stderr
 
 
+def test_pretraining_learns_prompts_too(recipe):
+    learnt, answers = (prepared(recipe, f"train.task={task}").train.rows for task in ("pretrain", "sft"))
+    assert all(all(row.trained[1:]) for row in learnt)
+    assert not any(all(row.trained[1:]) for row in answers)
+
+
+def test_held_out_rows_that_are_given_and_all_too_long_are_an_error(recipe):
+    long = recipe.parent / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "say " * 40, "completion": "cat"}) + "\n")
+    with pytest.raises(DataError, match=r"no row is left .* of 1, 1 have more than data.max_tokens=64 tokens"):
+        prepared(recipe, f"data.eval={long}")
+
+
 # ---- folders, and the hub ------------------------------------------------------------------------------------------
 
 

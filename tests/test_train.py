@@ -1347,6 +1347,12 @@ def test_a_log_with_a_line_that_is_no_row_is_refused_at_a_resume_with_its_place(
         MetricsLog(path, resume_from=3)
 
 
+def test_numbers_of_a_log_that_json_has_not_are_none_when_it_is_gone_on_with(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 1e999, "lr": NaN, "grad_norm": 0.5}\n')
+    MetricsLog(tmp_path / "m.jsonl", resume_from=1).close()
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "lr": None, "grad_norm": 0.5}
+
+
 def test_every_row_is_on_disk_at_once_and_a_new_log_starts_empty(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl")
     log.add({"step": 1, "loss": math.nan, "note": None, "lr": 0.1})

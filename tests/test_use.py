@@ -29,7 +29,7 @@ from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
-from qlora_kit.run.rows import column_maps, eval_batches, positions_for
+from qlora_kit.run.rows import column_maps, eval_batches, eval_shapes_of, positions_for
 from qlora_kit.run.score import score_rows
 from qlora_kit.run.use import _recipe_for, load_any
 from qlora_kit.train import generate
@@ -146,6 +146,10 @@ def test_held_out_rows_go_together_up_to_the_tokens_that_are_asked_for_and_no_mo
         assert len(eval_batches(rows, 0, torch.device("cpu"), asked)[0].input_ids) == most
 
 
+def test_a_planned_evaluation_has_as_many_rows_of_one_length_as_are_asked_for_and_sixteen_at_most():
+    assert [eval_shapes_of(8, asked) for asked in (2048, 17, 1)] == [{2048: (16, 8)}, {17: (2, 8)}, {1: (1, 8)}]
+
+
 def test_positions_are_those_of_the_model_and_for_a_classifier_those_that_its_tokenizer_leaves():
     config, tokenizer = OPTConfig(max_position_embeddings=514), SimpleNamespace(model_max_length=512)
     assert [positions_for(task, tokenizer, config) for task in ("sft", "classify")] == [514, 512]
@@ -230,6 +234,12 @@ def test_the_first_number_that_is_no_token_is_no_end_token(model, monkeypatch):
         monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=token))
         with nullcontext() if is_one else pytest.raises(ModelError, match="for an eos_token_id, wanted whole numbers"):
             assert token in generate.end_tokens(net, tokenizer)
+
+
+def test_answers_end_with_the_tokens_of_model_and_tokenizer_alike(model, monkeypatch):
+    net, tokenizer = model
+    monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=[7, 5]))
+    assert generate.end_tokens(net, tokenizer) == sorted({5, 7, tokenizer.eos_token_id})
 
 
 def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
