@@ -37,6 +37,7 @@ from qlora_kit.data import (
     encode_rows,
     encode_turns,
     find_template,
+    held_out,
     load_rows,
     read_row,
     split_eval,
@@ -859,6 +860,10 @@ def test_split_does_not_depend_on_order_and_keeps_equal_rows_together():
 def test_small_sets_keep_a_row_on_each_side_if_two_differ(texts, sizes):
     train, held = split_eval([Text(text) for text in texts])
     assert (len(train), len(held)) == sizes
+
+
+def test_a_row_is_left_to_train_on_however_many_are_to_be_held_out():
+    assert [sum(held_out(range(rows), least=2)) for rows in (2, 3, 4)] == [1, 2, 2]
 
 
 def test_split_takes_a_share_and_no_more_than_the_most():

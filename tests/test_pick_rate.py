@@ -222,7 +222,7 @@ def test_a_search_that_finds_no_end_or_no_rate_says_so(recipe, pretended):
 def test_a_rate_whose_held_out_loss_is_no_number_is_out(recipe, pretended, monkeypatch):
     pretended(near(AUTO))
     monkeypatch.setattr(race, "evaluate_loss", lambda *_, **__: Score(math.nan, 1, 1))
-    with pytest.raises(TrainingError, match="all 7 .* diverged; at .* the held-out loss is not finite after step 2"):
+    with pytest.raises(TrainingError, match=r"all 7 .* diverged; at .* the held-out loss is not finite after step 2"):
         pick_rate(read_recipe(recipe))
 
 

@@ -552,6 +552,16 @@ def test_a_bad_row_is_one_sentence_that_says_where(task, row, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_pair_is_two_verdicts_that_say_where_it_stands(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "say ", "chosen": "cat", "rejected": "dog"}) + "\n")
+    rows = load_rows(file, task="kto")
+    assert [(row.answer.completion, row.is_good, row.where) for row in rows] == [
+        ("cat", True, f"{file}:1"),
+        ("dog", False, f"{file}:1"),
+    ]
+
+
 def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
     good, bad = (replace(sequence([5], a), answer="x", is_good=g) for a, g in (([20], True), ([21], False)))
     assert answered_rows([bad, good, pairs()[0]]) == [good, pairs()[0]]

@@ -140,6 +140,14 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
     assert all(texts[row] == wanted[row] for texts in told for row in texts)
 
 
+@pytest.mark.parametrize(("tokens", "is_compared"), [(32, True), (33, False)])
+def test_answers_are_compared_word_for_word_where_none_has_more_than_32_tokens(model, tokens, is_compared):
+    net, tokenizer = model
+    rows = [Encoded([5] * 6 + [9] * tokens, [False] * 6 + [True] * tokens, [5] * 6, "x")]
+    measured, _ = score_rows(net.eval(), tokenizer, rows, eval_batches(rows, 0, net.device))
+    assert (measured.exact_match is not None) is is_compared
+
+
 def test_held_out_rows_go_together_up_to_the_tokens_that_are_asked_for_and_no_more_than_sixteen():
     rows = [Encoded([5] * 8, [False] + [True] * 7) for _ in range(40)]
     for asked, most in ((15, 1), (16, 2), (24, 3), ("auto", 16)):
