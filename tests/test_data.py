@@ -523,6 +523,14 @@ def test_faults_of_rows_can_be_left_out_and_counted():
     assert (kept.counts.rows, kept.counts.faults, kept.faults.count) == (1, 1, 1)
 
 
+def test_a_file_that_breaks_off_hides_rows_whatever_is_found_after_it():
+    faults = Faults()
+    faults.add("rows.json:3: not JSON", hides_rows=True)
+    faults.add("more.jsonl:1: no label")
+    assert faults.hides_rows
+    assert (Faults() + faults).hides_rows
+
+
 def test_faults_are_counted_with_the_source_that_has_them():
     kept, tokenizer = EncodedSet(), make_tokenizer(template=UNMARKED["mistral"])
     bad = Chat([TURNS[0], *TURNS], where="chat.jsonl:1")
