@@ -711,6 +711,19 @@ def test_a_chat_forgets_its_oldest_turns_when_the_positions_run_out_and_keeps_th
     assert conversation.messages == kept
 
 
+def test_no_two_answers_of_a_chat_are_drawn_from_one_seed(chat_run, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        import_module("qlora_kit.run.talk"),
+        "stream_text",
+        lambda *_, sampling, **__: seeds.append(sampling.seed) or "ok",
+    )
+    conversation = Conversation([chat_run], max_new_tokens=2, sampling=Sampling(seed=5))
+    for _ in range(3):
+        conversation.answer("hi", tell=lambda text: None, note=lambda text: None, stopped=lambda: False)
+    assert seeds == [5, 6, 7]
+
+
 def test_a_stopped_answer_is_kept_as_far_as_it_came(conversation):
     whole, _ = say(conversation, "hi")
     conversation.undo()
