@@ -842,6 +842,15 @@ def test_hub_id_goes_to_datasets_with_its_split(monkeypatch):
 # ---- the evaluation split ------------------------------------------------------------------------------------------
 
 
+def test_a_hub_id_has_one_slash_at_most_and_behind_its_first_colon_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *words, split: asked.append(words) or [{"text": "a"}])
+    assert len(load_rows("owner/name:de:2024")) == 1
+    assert asked == [("owner/name", "de:2024")]
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        load_rows("owner/name/rows")
+
+
 def test_split_does_not_depend_on_order_and_keeps_equal_rows_together():
     rows = [Text(str(n % 300), where=f"f:{n}") for n in range(500)]
     train, held = split_eval(rows, share=0.1)

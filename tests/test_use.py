@@ -29,6 +29,7 @@ from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
+from qlora_kit.run.ask import Speaker
 from qlora_kit.run.rows import column_maps, eval_batches, eval_shapes_of, positions_for
 from qlora_kit.run.score import score_rows
 from qlora_kit.run.use import _recipe_for, load_any
@@ -146,6 +147,14 @@ def test_answers_are_compared_word_for_word_where_none_has_more_than_32_tokens(m
     rows = [Encoded([5] * 6 + [9] * tokens, [False] * 6 + [True] * tokens, [5] * 6, "x")]
     measured, _ = score_rows(net.eval(), tokenizer, rows, eval_batches(rows, 0, net.device))
     assert (measured.exact_match is not None) is is_compared
+
+
+def test_a_prompt_may_leave_room_for_one_token_and_not_for_none(model):
+    net, tokenizer = model
+    speaker, positions = Speaker(net, tokenizer, is_chat=False), net.config.max_position_embeddings
+    assert speaker.room([5] * (positions - 1)) == 1
+    with pytest.raises(DataError, match="shorten it"):
+        speaker.room([5] * positions)
 
 
 def test_held_out_rows_go_together_up_to_the_tokens_that_are_asked_for_and_no_more_than_sixteen():
