@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -272,6 +273,20 @@ def test_the_loss_of_a_step_is_transformers_own(family):
     ignored = replace(batch, labels=torch.tensor([0, -100, 1, 2]))
     without = F.cross_entropy(own.logits[1:2], torch.tensor([2])).item()
     assert loss_of(model, ignored) == pytest.approx(4 * own.loss.item() - without, rel=1e-6)
+
+
+def test_a_text_of_several_classes_is_told_right_where_each_of_them_is():
+    logits = torch.tensor([[0.3, -0.3], [0.3, 0.3], [-9.0, -9.0], [9.0, 9.0]])
+    batch = collate_texts([[5, 6]] * 4, [(1.0, 0.0), (1.0, 0.0), (0.0, 0.0), (0.0, 0.0)], pad_id=0)
+    model = lambda **_: SimpleNamespace(logits=logits)  # noqa: E731
+    loss = CLASSIFICATION.begun(model, [batch], None)(model, batch, no_phase, None, 4)
+    assert loss.measures["accuracy"].item() == 0.5
+    assert loss.said.tolist() == [[1, 0], [1, 1], [0, 0], [1, 1]]
+
+
+def test_texts_of_one_length_get_no_mask_as_in_the_plan():
+    assert collate_texts([[5, 6, 7], [8, 9, 3]], [0, 1], pad_id=0).attention_mask is None
+    assert collate_texts([[5, 6, 7], [8, 9]], [0, 1], pad_id=0).attention_mask is not None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -31,6 +31,8 @@ from qlora_kit.base.load import load_base
 from qlora_kit.base.record import base_record
 from qlora_kit.data import Classes, Encoded, EncodedSet, classes_of, collate_rows, collate_texts, encode_rows, read_row
 from qlora_kit.data.examples import Classified
+from qlora_kit.data.load import scan
+from qlora_kit.data.sources import open_sources
 from qlora_kit.errors import DataError
 from qlora_kit.export import merge, trained_against
 from qlora_kit.lora import adapter_parameters, add_lora, load_start, save_adapter, shaped
@@ -133,6 +135,18 @@ def test_classes_are_sorted_numbers_by_size_and_those_of_a_classifier_keep_its_o
 )
 def test_numbers_are_classes_by_their_value_only_where_nearly_all_occur(labels, names):
     assert classes_of(set(labels), False).names == names
+
+
+def test_numbers_have_gaps_filled_where_no_more_than_half_of_the_classes_are_made_up():
+    assert classes_of({"0", "3"}, is_multi=False).names == ("0", "1", "2", "3")
+    assert classes_of({"0", "4"}, is_multi=False).names == ("0", "4")
+
+
+def test_texts_may_have_several_classes_where_one_of_them_has_a_list(tmp_path):
+    rows = [{"text": "a", "label": ["x"]}, {"text": "b", "label": "y"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = scan(open_sources(tmp_path / "rows.jsonl", task="classify"))
+    assert (found.is_multi, found.labels) == (True, {"x", "y"})
 
 
 def test_a_row_with_other_than_one_label_is_a_fault_where_each_has_one(model_folder):

@@ -14,6 +14,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -34,9 +35,11 @@ from qlora_kit.cli.show import Screen
 from qlora_kit.data import load_rows, split_eval
 from qlora_kit.export import merge
 from qlora_kit.memory import counter
+from qlora_kit.recipe import read_recipe
 from qlora_kit.run import Asked, load_run, verify
 from qlora_kit.train import loop as train_loop
 from qlora_kit.train.optim import AdapterOptimizer
+from qlora_kit.watch import Watch
 
 train_run = import_module("qlora_kit.run.train")
 
@@ -740,6 +743,12 @@ def test_a_full_disk_is_one_line(recipe, monkeypatch):
     assert_mistake(call("train", recipe), "/there/plan.json", "No space left")
 
 
+def test_a_run_whose_checkpoints_will_have_no_room_ends_before_its_first_step(recipe, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000))
+    assert_mistake(call("train", recipe), "keeping 2 checkpoints (train.keep_checkpoints) needs", "9.77 KiB free")
+    assert not (recipe.parent / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("ask", [lambda: torch.empty(2**60, dtype=torch.uint8), lambda: bytearray(2**60)])
 def test_a_verb_that_runs_out_of_memory_says_so_in_a_line(finished, ask, monkeypatch):
     monkeypatch.setattr("qlora_kit.run.use.score_rows", lambda *_, **__: ask())
@@ -800,6 +809,35 @@ def test_the_second_signal_in_training_quits_at_once(number, code):
                 signal.raise_signal(number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as a program in the foreground has it, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Interrupting(Watch):
+    """Ctrl-C while a step is told."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def row(self, row):
+        if row["step"] == self.step and "loss" in row:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_of_a_program_is_raised_once_its_step_is_saved_and_at_the_last_step_the_run_is_finished(recipe):
+    checked = read_recipe(recipe)
+    with pytest.raises(KeyboardInterrupt, match="step 2 is done and saved"):
+        train_run.train(checked, watch=Interrupting(2))
+    assert max(path.name for path in (recipe.parent / "run" / "checkpoints").iterdir()) == "step-000002"
+    assert train_run.train(checked, resume=True, watch=Interrupting(4)).finished
 
 
 def test_a_tracker_that_is_not_installed_is_refused_and_not_left_out(recipe, monkeypatch):

@@ -22,6 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_kit.data import (
     Chat,
+    Classes,
+    Classified,
     Completion,
     Deck,
     EncodedSet,
@@ -35,6 +37,7 @@ from qlora_kit.data import (
     encode_rows,
     encode_turns,
     find_template,
+    held_out,
     load_rows,
     read_row,
     split_eval,
@@ -263,6 +266,12 @@ def test_text_that_holds_the_private_characters_is_masked_all_the_same(asked, sa
     chat = Chat([{"role": "user", "content": asked}, {"role": "assistant", "content": said}])
     tokenizer = make_tokenizer()
     assert trained_text(encode(chat, tokenizer, template=MARKED["chatml"]), tokenizer) == [f"{said}<|im_end|>"]
+
+
+def test_a_chat_that_ends_with_the_users_turn_has_no_answer_to_compare_with():
+    row = encode(Chat(TURNS[:3]), make_tokenizer(template=MARKED["chatml"]))
+    assert row.trained_tokens > 0
+    assert (row.prompt, row.answer) == (None, None)
 
 
 def test_a_tool_call_is_no_answer_to_compare_with():
@@ -512,6 +521,63 @@ def test_faults_of_rows_can_be_left_out_and_counted():
     bad = Chat([TURNS[0], *TURNS], where="chat.jsonl:1")
     encode_rows([bad, CHAT], make_tokenizer(template=UNMARKED["mistral"]), onto=kept)
     assert (kept.counts.rows, kept.counts.faults, kept.faults.count) == (1, 1, 1)
+
+
+def test_a_file_that_breaks_off_hides_rows_whatever_is_found_after_it():
+    faults = Faults()
+    faults.add("rows.json:3: not JSON", hides_rows=True)
+    faults.add("more.jsonl:1: no label")
+    assert faults.hides_rows
+    assert (Faults() + faults).hides_rows
+
+
+def test_faults_are_counted_with_the_source_that_has_them():
+    kept, tokenizer = EncodedSet(), make_tokenizer(template=UNMARKED["mistral"])
+    bad = Chat([TURNS[0], *TURNS], where="chat.jsonl:1")
+    for examples in ([bad, bad, CHAT], [bad, CHAT]):
+        encode_rows(examples, tokenizer, onto=kept)
+    assert [part.counts.faults for part in kept.parts] == [2, 1]
+
+
+SAYS_MORE = Preference(Completion("the cat", " the"), Completion("the cat", " sat on the mat"), where="pairs.jsonl:1")
+
+
+def test_both_answers_of_a_pair_have_to_fit_the_model():
+    tokenizer = make_tokenizer()
+    (row,) = encode_rows([SAYS_MORE], tokenizer).rows
+    shorter, longer = len(row.input_ids), len(row.other.input_ids)
+    highest = max(row.other.input_ids)
+    assert highest > max(row.input_ids)
+    with pytest.raises(DataError, match=f"^pairs.jsonl:1: token {highest} is beyond the model's vocabulary"):
+        encode_rows([SAYS_MORE], tokenizer, vocab_size=highest)
+    with pytest.raises(DataError, match=f"^pairs.jsonl:1: {longer} tokens, more than data.max_tokens={shorter}"):
+        encode_rows([SAYS_MORE], tokenizer, max_tokens=shorter, over_length="error")
+
+
+def test_a_pair_is_left_out_where_rows_are_split_since_its_pieces_would_be_none():
+    rows = encode_rows([SAYS_MORE, Preference(SHORT, LONG)], make_tokenizer(), max_tokens=16, over_length="split")
+    assert (rows.counts.rows, rows.counts.dropped, rows.counts.split) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_an_answer_that_is_cut_keeps_its_verdict(is_good):
+    (row,) = encode_rows([Labelled(LONG, is_good)], make_tokenizer(), max_tokens=16, over_length="truncate").rows
+    assert row.longest == 16
+    assert row.is_good is is_good
+
+
+def test_a_set_has_the_fingerprint_of_all_that_is_learnt_from_it():
+    tokenizer = make_tokenizer()
+
+    def mark(*examples, **how):
+        return encode_rows(examples, tokenizer, **how).fingerprint
+
+    sets = [mark(SHORT), mark(SHORT, loss_on="all"), mark(SHORT, SHORT), mark(SHORT, LONG), mark(LONG, SHORT)]
+    sets += [mark(Labelled(SHORT, is_good)) for is_good in (True, False)]
+    sets += [mark(Classified("a", (name,), False), classes=Classes(("x", "y"), False)) for name in ("x", "y")]
+    sets += [mark(SAYS_MORE), mark(Preference(SAYS_MORE.rejected, SAYS_MORE.chosen))]
+    assert len(set(sets)) == len(sets)
+    assert mark(SHORT, LONG) == sets[3]
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------
@@ -779,6 +845,15 @@ def test_hub_id_goes_to_datasets_with_its_split(monkeypatch):
 # ---- the evaluation split ------------------------------------------------------------------------------------------
 
 
+def test_a_hub_id_has_one_slash_at_most_and_behind_its_first_colon_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *words, split: asked.append(words) or [{"text": "a"}])
+    assert len(load_rows("owner/name:de:2024")) == 1
+    assert asked == [("owner/name", "de:2024")]
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        load_rows("owner/name/rows")
+
+
 def test_split_does_not_depend_on_order_and_keeps_equal_rows_together():
     rows = [Text(str(n % 300), where=f"f:{n}") for n in range(500)]
     train, held = split_eval(rows, share=0.1)
@@ -805,6 +880,10 @@ def test_split_does_not_depend_on_order_and_keeps_equal_rows_together():
 def test_small_sets_keep_a_row_on_each_side_if_two_differ(texts, sizes):
     train, held = split_eval([Text(text) for text in texts])
     assert (len(train), len(held)) == sizes
+
+
+def test_a_row_is_left_to_train_on_however_many_are_to_be_held_out():
+    assert [sum(held_out(range(rows), least=2)) for rows in (2, 3, 4)] == [1, 2, 2]
 
 
 def test_split_takes_a_share_and_no_more_than_the_most():
@@ -918,6 +997,11 @@ def test_weights_of_one_change_no_order_and_half_a_source_is_another_half_in_the
     again.position = 7
     assert again.next_rows(19) == [*epochs[0], *epochs[1]][7:], "a run resumes at a row"
     assert Sampler([Deck(10, 0.5), Deck(4, 2)], seed=6).next_rows(13) != epochs[0]
+
+
+def test_sources_of_one_size_are_not_drawn_alike():
+    drawn = Sampler([Deck(20, 0.5), Deck(20, 0.5)], seed=5).next_rows(20)
+    assert {row for row in drawn if row < 20} != {row - 20 for row in drawn if row >= 20}
 
 
 def test_a_place_far_out_is_as_near_as_any():

@@ -25,6 +25,7 @@ from qlora_kit.plan import Workload, dry_run, plan_methods
 from qlora_kit.recipe import Recipe, Train, base_as_held, not_read, read_recipe, with_adapters
 from qlora_kit.report.plan_text import plan_text
 from qlora_kit.run import Asked, check_budget, export_run, load_run, plan_memory, train
+from qlora_kit.train import optim
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.loop import Job, rehearse, train_loop
@@ -263,6 +264,13 @@ def recipe_of(**sections):
         "train": {"full_finetune": True},
     }
     return Recipe.model_validate(content | sections)
+
+
+def test_parameters_are_lifted_together_up_to_the_elements_of_the_largest():
+    pairs = [(torch.nn.Parameter(torch.ones(n).bfloat16()), torch.nn.Parameter(torch.ones(n))) for n in (4, 2, 2, 1, 3)]
+    direct = torch.nn.Parameter(torch.ones(9))
+    found = optim._cut([*pairs, (direct, direct)])
+    assert [[stepped.numel() for _, stepped in cut] for cut in found] == [[9], [4], [2, 2], [1, 3]]
 
 
 def test_a_recipe_with_the_defaults_trains_a_dense_base_and_says_what_it_does_not_read():

@@ -636,6 +636,13 @@ def test_the_probe_finds_a_rule_that_is_a_little_off(change, monkeypatch):
     assert settled_chunk(model, range(20), 7)[0] is None
 
 
+def test_the_probe_takes_no_number_for_no_agreement():
+    model = tiny.llama()
+    assert settled_chunk(model, list(range(16)), 8) == (8, None)
+    model.lm_head.weight.data[0, 0] = math.nan
+    assert settled_chunk(model, list(range(16)), 8)[0] is None
+
+
 def test_sliced_heads_are_left_as_they_are():
     """The loss writes into a head's logits: what the head itself gives must be its own at every call."""
     w = torch.randn(VOCAB, WIDTH)

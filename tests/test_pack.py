@@ -45,7 +45,7 @@ from qlora_kit.train.isolation import check_isolation, leaked_gradient
 from qlora_kit.train.loop import Job, train_loop
 from qlora_kit.train.metrics import MetricsLog
 from qlora_kit.train.optim import AdapterOptimizer
-from qlora_kit.train.pace import Pace
+from qlora_kit.train.pace import Pace, gradients_stand, room_of
 from qlora_kit.train.step import accumulate_gradients
 
 FP32_RTOL = 1e-6  # a few roundings of 6e-8 each, summed in another order
@@ -235,6 +235,34 @@ def test_short_rows_go_together_and_a_long_one_goes_alone():
     assert found == [[[0]], [[5]], [[4], [1], [7], [3], [2], [6]]]
     assert [len(packs) for packs in side_by_side(lengths, Room(4, 2048, most=4, overhead=200))] == [2, 4, 2]
     assert time_of(lengths, found, 200) < 0.85 * time_of(lengths, [[[row]] for row in range(8)], 200)
+
+
+def test_looking_for_leaks_draws_no_number_though_the_model_has_dropout():
+    model = tiny.gpt2(resid_pdrop=0.5).train()
+    before = torch.get_rng_state()
+    assert leaked_gradient(model) == 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+
+
+def test_a_pass_takes_as_many_rows_as_the_recipe_says_and_without_a_word_of_it_as_many_as_have_the_places():
+    pace = Pace(4, 3, 1, 4, 4, 1e-3, "the test", 0, 0)
+    assert room_of(Train(micro_batch=3), pace, 10, tiny.CPU) == Room(3, 10, 3, 20)
+    assert room_of(Train(), pace, 10, tiny.CPU) == Room(3, 10, None, 20)
+
+
+def test_gradients_stand_where_a_step_may_have_a_second_micro_batch():
+    asked = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, True)]
+    assert [gradients_stand(rows, parts, is_packed=packed) for rows, parts, packed in asked] == [0, 1, 0, 1]
+
+
+def test_a_row_that_is_longer_than_a_pass_may_be_goes_alone():
+    assert side_by_side([4, 9, 4], Room(1, 8)) == [[[1]], [[0], [2]]]
+
+
+def test_a_rehearsal_has_several_documents_in_a_sequence_though_the_first_row_would_fill_it():
+    (documents,) = full_packs(rows((ROOM, 3, 4)), 1, ROOM)
+    assert len(documents) > 1
 
 
 def test_a_rehearsal_fills_its_sequences_to_the_last_place():

@@ -9,6 +9,7 @@ import os
 import signal
 from collections import defaultdict
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
+from qlora_kit.data import EncodedSet
 from qlora_kit.errors import TrainingError
 from qlora_kit.lora import adapter_names, adapter_parameters
 from qlora_kit.recipe import read_recipe
 from qlora_kit.report import rates_text
 from qlora_kit.run import pick_rate, train
+from qlora_kit.run.prepare import Prepared
 from qlora_kit.train.evaluate import Score
 from qlora_kit.watch import Watch
 
@@ -150,6 +153,34 @@ def test_the_pick_is_that_of_all_rates_trained_to_the_end_in_half_of_their_steps
     assert picked.best == whole.best == min(whole.tried, key=lambda tried: tried.loss).rate
 
 
+def test_each_turn_but_the_first_is_for_the_better_half_and_twice_as_long():
+    assert race._turns(60, 7) == [(15, 7), (30, 4), (60, 2)]
+    assert race._turns(2, 3) == [(1, 3), (2, 2)], "a turn has a step at least"
+
+
+def test_the_best_is_the_lowest_loss_of_those_that_got_all_steps_and_of_equals_the_lowest_rate():
+    raced = object.__new__(race.Race)
+    raced._steps, lost = 8, race.Tried(0.4, 8, None, "loss is not finite")
+    raced.tried = [race.Tried(0.1, 4, 1.0), race.Tried(0.3, 8, 2.0), race.Tried(0.2, 8, 2.0), lost]
+    assert raced.best == 0.2
+
+
+def test_candidates_are_judged_by_rows_from_all_over_the_held_out_set(monkeypatch):
+    monkeypatch.setattr(race, "set_activation_policy", lambda *_: None)
+    prepared = Prepared(None, None, EncodedSet(), EncodedSet(rows=list(range(200))), None)
+    held_out = race.Race(None, prepared, PLAN, None, None, None, 8).held_out
+    assert len(held_out) == race.MOST_ROWS
+    assert held_out[0] == 0
+    assert {after - before for before, after in pairwise([*held_out, 200])} == {3, 4}
+
+
+def test_a_pick_of_a_short_search_is_told_for_the_longer_run_that_it_is_for():
+    def told(steps, run_steps):
+        return picking.PickedRate([], 3e-3, steps, run_steps, 1e-3, None, 0).in_longer_run
+
+    assert [told(100, 101), told(100, 100), told(101, 400), told(20, 400)] == [2e-3, None, None, 2e-3]
+
+
 def test_memory_says_how_many_stand_side_by_side():
     counts = [
         picking._side_by_side({**PLAN, "needs_bytes": 20, "budget": 20 + more, "available_bytes": 0})
@@ -185,6 +216,13 @@ def test_a_search_that_finds_no_end_or_no_rate_says_so(recipe, pretended):
     assert "about 1.5 times that of longer ones (LoRA Without Regret), and this run has 400" in text
     pretended(lambda rate, step: math.nan)
     with pytest.raises(TrainingError, match="all 7 learning rates diverged"):
+        pick_rate(read_recipe(recipe))
+
+
+def test_a_rate_whose_held_out_loss_is_no_number_is_out(recipe, pretended, monkeypatch):
+    pretended(near(AUTO))
+    monkeypatch.setattr(race, "evaluate_loss", lambda *_, **__: Score(math.nan, 1, 1))
+    with pytest.raises(TrainingError, match=r"all 7 .* diverged; at .* the held-out loss is not finite after step 2"):
         pick_rate(read_recipe(recipe))
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_cli import assert_mistake, call, write_recipe
 
 from qlora_kit.base.formats import Quantization
-from qlora_kit.data import Encoded, collate_rows, load_rows, read_row, split_eval, swap_answers
+from qlora_kit.data import Encoded, as_stepped, collate_rows, load_rows, read_row, split_eval, swap_answers
 from qlora_kit.data.examples import Chat, Completion, Labelled, Preference
 from qlora_kit.errors import DataError
-from qlora_kit.lora import adapter_parameters, add_lora, save_adapter, use_adapter
+from qlora_kit.lora import REFERENCE, adapter_parameters, add_lora, save_adapter, use_adapter
 from qlora_kit.plan import Workload
 from qlora_kit.plan.devices import estimated_tokens_per_s
 from qlora_kit.plan.dry_run import dry_step
@@ -190,8 +190,14 @@ def ratio_to_base(model):
     return ratio
 
 
+def mean_log_p(model, rows):
+    """Mean log p of the tokens of all chosen answers, then of the others."""
+    lengths = torch.tensor([sum(each.trained) for each in (*rows, *(row.other for row in rows))])
+    return -sequence_losses(model, collate_rows([[row] for row in rows], 0)) / lengths
+
+
 def test_dpo_reads_the_base_as_its_reference_and_leaves_the_adapter_in_use():
-    model, rows = tuned(), pairs()
+    model, rows = tuned(seed=5), pairs()
     loss, _ = trained(model, task_of(Train(task="dpo", beta=0.3)), rows)
     assert model.training
     ratio = ratio_to_base(model)
@@ -201,6 +207,8 @@ def test_dpo_reads_the_base_as_its_reference_and_leaves_the_adapter_in_use():
     margins = [0.3 * (ratio(row) - ratio(row.other)).item() for row in rows]
     assert loss.measures["reward_margin"].item() == pytest.approx(sum(margins) / 3, rel=20 * FP32)
     assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(m > 0 for m in margins) / 3)
+    chosen, rejected = mean_log_p(model, rows).chunk(2)
+    assert loss.measures["accuracy"].item() == pytest.approx((chosen > rejected).float().mean().item())
 
 
 @pytest.mark.parametrize(("seed", "sign"), [(4, 1), (5, -1)])
@@ -215,6 +223,13 @@ def test_kto_holds_answers_against_what_other_prompts_got_and_never_against_less
     gains = [0.2 * (ratio(row).item() - kl) * (1 if row.is_good else -1) for row in rows]
     losses = [1 - 1 / (1 + math.exp(-gain)) for gain in gains]
     assert loss.value.item() == pytest.approx(sum(losses) / len(losses), rel=20 * FP32)
+    assert loss.measures["reward_accuracy"].item() == pytest.approx(sum(gain > 0 for gain in gains) / len(gains))
+
+
+@pytest.mark.parametrize("task", ["dpo", "ipo", "kto"])
+def test_a_task_holds_to_the_frozen_adapter_where_there_is_one(task):
+    found = [task_of(Train(task=task), has_reference=frozen).reference for frozen in (True, False)]
+    assert found == [REFERENCE, None]
 
 
 def test_a_frozen_adapter_can_be_the_reference():
@@ -248,12 +263,33 @@ def test_an_evaluation_says_the_loss_of_a_step(task):
 def test_orpo_needs_no_reference_and_counts_a_chosen_answer_by_its_mean_token():
     model, rows = tuned(), pairs()
     loss, _ = trained(model, task_of(Train(task="orpo", beta=0.5)), rows)
-    batch = collate_rows([[row] for row in rows], 0)
-    mean = -sequence_losses(model, batch) / torch.tensor([3.0, 5, 2, 2, 2, 4])
-    chosen, rejected = mean.double().chunk(2)
+    chosen, rejected = mean_log_p(model, rows).double().chunk(2)
     log_odds = (each - torch.log1p(-each.exp()) for each in (chosen, rejected))
     wanted = (-chosen - 0.5 * F.logsigmoid(next(log_odds) - next(log_odds))).mean()
     assert loss.value.item() == pytest.approx(wanted.item(), rel=FP32)
+    margin = 0.5 * (chosen - rejected).mean().item()
+    assert loss.measures["reward_margin"].item() == pytest.approx(margin, rel=20 * FP32)
+    assert loss.measures["accuracy"].item() == pytest.approx((chosen > rejected).double().mean().item())
+
+
+def test_what_answers_are_held_against_knows_no_dropout():
+    """The frozen adapter of a reference, and how far KTO finds that the model has moved."""
+
+    def told(task, seed, *, own, frozen, rows):
+        model = tiny.quantized(tiny.llama(), "none")
+        for name, dropout, waking in (("before", frozen, 3), ("default", own, 4)):
+            add_lora(model, rank=4, alpha=8, dropout=dropout, dtype=torch.float32, name=name)
+            tiny.wake(model, seed=waking, name=name)
+        use_adapter(model, "default")
+        torch.manual_seed(seed)
+        return trained(model.train(), task, rows)[0]
+
+    dpo, kto = Dpo(0.1, reference="before"), task_of(Train(task="kto"))
+    assert len({told(dpo, seed, own=0.5, frozen=0.0, rows=pairs()).value.item() for seed in (0, 1)}) == 2, "it is on"
+    assert len({told(dpo, seed, own=0.0, frozen=0.5, rows=pairs()).value.item() for seed in (0, 1)}) == 1
+    moved = {told(kto, seed, own=0.5, frozen=0.0, rows=verdicts()).measures["kl"].item() for seed in (0, 1)}
+    assert len(moved) == 1
+    assert moved.pop() > 0
 
 
 def test_answers_that_are_swapped_follow_other_prompts_and_are_no_longer_than_any_row():
@@ -516,6 +552,16 @@ def test_a_bad_row_is_one_sentence_that_says_where(task, row, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_pair_is_two_verdicts_that_say_where_it_stands(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "say ", "chosen": "cat", "rejected": "dog"}) + "\n")
+    rows = load_rows(file, task="kto")
+    assert [(row.answer.completion, row.is_good, row.where) for row in rows] == [
+        ("cat", True, f"{file}:1"),
+        ("dog", False, f"{file}:1"),
+    ]
+
+
 def test_answers_that_are_not_wanted_are_no_reference_for_what_a_model_says():
     good, bad = (replace(sequence([5], a), answer="x", is_good=g) for a, g in (([20], True), ([21], False)))
     assert answered_rows([bad, good, pairs()[0]]) == [good, pairs()[0]]
@@ -528,6 +574,16 @@ def test_the_planned_evaluation_is_the_largest_of_those_that_are_made():
     sizes = [tuple(batch.input_ids.shape) for batch in eval_batches(rows, 0, torch.device("cpu"))]
     count, tokens = eval_shapes(rows, "auto")[2048]
     assert (2 * count, tokens) == max(sizes, key=math.prod)
+
+
+@pytest.mark.parametrize("rows", [pairs(), verdicts()])
+def test_an_evaluation_takes_no_more_tokens_at_a_time_than_are_asked_for_both_sequences_of_a_row_counted(rows):
+    longest = max(row.longest for row in as_stepped(rows))
+    batches = eval_batches(rows, 0, torch.device("cpu"), 4 * longest)
+    assert sum(batch.rows for batch in batches) == len(rows)
+    assert len(batches[0].input_ids) >= 4
+    assert len(batches) > 1
+    assert all(batch.input_ids.numel() <= 4 * longest for batch in batches)
 
 
 def test_a_plan_counts_the_parameters_of_the_base_whatever_adapters_stand_beside_it():
@@ -558,6 +614,13 @@ def test_the_tokens_of_a_second_are_those_of_the_rows():
     assert collate_rows([[row] for row in rows], 0).tokens == sum(len(row.input_ids) for row in rows)
     both = sum(len(row.input_ids) + len(row.other.input_ids) for row in pairs())
     assert collate_rows([[row] for row in pairs()], 0).tokens == both
+
+
+@pytest.mark.parametrize("task", PAIRS + VERDICTS)
+def test_trained_tokens_are_those_of_both_answers_of_a_pair_and_of_a_verdicts_own_alone(task):
+    rows = rows_of(task)
+    wanted = sum(sequence.trained_tokens for row in rows for sequence in row.sequences)
+    assert collate_rows([[row] for row in as_stepped(rows)], 0).trained_tokens == wanted
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

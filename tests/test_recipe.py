@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qlora_kit.data import FORMATS
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import Base, Data, Lora, Recipe, Train, dump_recipe, names, read_recipe, schema_text
+from qlora_kit.recipe import Base, Data, Lora, Recipe, Train, dump_recipe, names, read_recipe, schema_text, yaml12
 from qlora_kit.recipe import find as find_shipped
 from qlora_kit.recipe import summary as summary_of
 from qlora_kit.recipe.tasks import TASKS, TaskName
@@ -263,6 +263,15 @@ def test_override_mends_what_is_wrong_in_the_file(read):
     assert read(MINIMAL + "lora: {rank: 8.0}\ntrain: {trackers: [5]}\n", "lora.rank=8", "train.trackers=[]")
 
 
+def test_override_fills_a_section_that_the_file_leaves_empty(read):
+    assert read(MINIMAL + "lora:\n", "lora.rank=3").lora.rank == 3
+
+
+def test_a_mistake_in_an_override_is_not_told_of_the_line_that_it_replaces(refused):
+    told = refused("base: {model: org/name}\ndata:\n  train: [{path: a.jsonl}]\n", "data.train=[{split: test}]")
+    assert told.startswith("override data.train=[{split: test}]: data.train[0].path is missing")
+
+
 def test_override_values_are_yaml(read):
     recipe = read(
         MINIMAL,
@@ -397,7 +406,7 @@ def test_missing_keys_are_named_with_what_they_take(refused):
     [("lora.rnak", "lora.rank"), ("lora.lr", "train.lr"), ("lora.target", "lora.targets"), ("rank", "lora.rank"),
      ("trian", "train"), ("train.learning_rate", "train.lr"), ("lora.r", "lora.rank"), ("ouput", "output"),
      ("train.optimiser", "train.optimizer"), ("memory.max_tokens", "data.max_tokens"), ("lora.from_", "lora.from"),
-     ("format", "data.format"), ("train.zzz", None), ("zzz", None)],
+     ("format", "data.format"), ("lora.drop", "lora.dropout"), ("train.zzz", None), ("zzz", None)],
 )  # fmt: skip
 def test_unknown_key_suggests_the_nearest_in_any_section(wrong, meant):
     assert nearest(tuple(wrong.split("."))) == meant
@@ -537,6 +546,13 @@ def test_file_that_is_no_recipe_is_refused_in_one_line(refused, content, reason)
     assert reason in message
     if b"<<" not in content and b"?" not in content:
         assert "\n" not in message
+
+
+def test_texts_are_read_up_to_the_limits_and_no_further():
+    for fits, beyond in (("[" * 16 + "]" * 16, "[" * 17 + "]" * 17), (f"[{'1,' * 4999}]", f"[{'1,' * 5000}]")):
+        assert yaml12.parse(fits) is not None
+        with pytest.raises(yaml12.Unreadable, match="more than"):
+            yaml12.parse(beyond)
 
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system", "!x"])

@@ -131,6 +131,8 @@ def test_weights_keep_the_order_where_all_are_one_and_a_mean_of_tokens_is_by_wha
     means = [part.counts.tokens / part.counts.rows for part in weighted.train.parts]
     assert means[0] != means[1], "otherwise no weight could move the mean"
     assert weighted.pace.tokens == pytest.approx(2 * 12 * sum(means), abs=2)  # rounded to whole tokens twice
+    trained = [part.counts.trained_tokens / part.counts.rows for part in weighted.train.parts]
+    assert weighted.pace.trained_tokens == pytest.approx(2 * 12 * sum(trained), abs=2)
     assert plain.train.epoch == plain.train.epoch.__class__(
         rows=30, tokens=plain.train.counts.tokens, trained_tokens=plain.train.counts.trained_tokens
     )
@@ -154,6 +156,19 @@ def test_a_preview_says_what_each_source_gave_and_what_became_of_the_rest(recipe
 def test_a_weight_that_cannot_be_meant_is_refused_by_its_line(recipe):
     recipe.write_text(recipe.read_text().replace("weight: 2", "weight: 2000"))
     assert "data.train[1].weight must be a number above 0, at most 1000" in call("preview", recipe).stderr
+
+
+def test_pretraining_learns_prompts_too(recipe):
+    learnt, answers = (prepared(recipe, f"train.task={task}").train.rows for task in ("pretrain", "sft"))
+    assert all(all(row.trained[1:]) for row in learnt)
+    assert not any(all(row.trained[1:]) for row in answers)
+
+
+def test_held_out_rows_that_are_given_and_all_too_long_are_an_error(recipe):
+    long = recipe.parent / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "say " * 40, "completion": "cat"}) + "\n")
+    with pytest.raises(DataError, match=r"no row is left .* of 1, 1 have more than data.max_tokens=64 tokens"):
+        prepared(recipe, f"data.eval={long}")
 
 
 # ---- folders, and the hub ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 
 from qlora_kit.data import Chat, collate, encode_rows, encode_turns, end_token_id, fix_tokenizer, template_tokens
 from qlora_kit.data.chat_template import fix_template, writes_date
-from qlora_kit.data.thinking import KEYS, after_prompt, thought_of, with_thinking
+from qlora_kit.data.thinking import CLOSE, KEYS, after_prompt, thought_closed, thought_of, with_thinking
 from qlora_kit.errors import DataError
 
 SYSTEM = {"role": "system", "content": "Be a cat."}
@@ -367,6 +367,12 @@ def test_templates_that_could_not_say_a_thought_refuse_to_lose_it():
         thinking(deaf, "keep", APART)
     tokenizer, rows = thinking(deaf, "strip", APART)
     assert stretches(rows[0], tokenizer) == ["on the mat<|im_end|>"]
+
+
+def test_a_thought_is_ended_only_where_it_was_cut():
+    assert thought_closed("<think>so") == "<think>so" + CLOSE
+    for whole in ("<think>so</think>it is", "it is", "it is <think>"):
+        assert thought_closed(whole) == whole
 
 
 def test_a_thought_that_is_not_closed_is_refused_where_it_is_to_go():

@@ -70,6 +70,19 @@ def test_tensorboard_gets_the_rows_of_metrics_and_the_settings_of_the_recipe(rec
     assert [path.name for path in (run / "qlora-kit").iterdir()] == ["events of the next run"]
 
 
+def test_trackers_are_told_no_number_that_is_none():
+    assert as_tracked({"step": 1, "loss": None, "lr": 0.1, "eval_loss": None, "rows": ["a:1"]}) == {"train/lr": 0.1}
+
+
+def test_tensorboard_which_writes_at_once_starts_last(tmp_path, monkeypatch):
+    named = []
+    accelerator = SimpleNamespace(end_training=lambda: None)
+    monkeypatch.setattr("qlora_kit.train.trackers.make_accelerator", lambda *_, **__: accelerator)
+    monkeypatch.setattr("qlora_kit.train.trackers.start_trackers", lambda _, trackers, *__: named.extend(trackers))
+    with tracking(["tensorboard", "wandb", "mlflow"], tmp_path, {}, tiny.CPU):
+        assert named == ["wandb", "mlflow", "tensorboard"]
+
+
 def test_trackers_end_when_training_fails(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(tensorboard.SummaryWriter, "close", lambda self: closed.append(self))

@@ -6,14 +6,16 @@ import math
 import mmap
 import random
 import shutil
-from collections import Counter
-from contextlib import contextmanager
+import time
+from collections import Counter, namedtuple
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
 import hypothesis
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -32,15 +34,19 @@ from qlora_kit.lora import adapter_parameters, add_lora, lora_layers, save_adapt
 from qlora_kit.memory import Ledger, PeakCounter
 from qlora_kit.recipe import Train
 from qlora_kit.recipe.schema import Optimizer
+from qlora_kit.run.course import _check_disk, _left_at
 from qlora_kit.train import checkpoint
 from qlora_kit.train.activations import set_activation_policy
 from qlora_kit.train.checkpoint import (
     Progress,
+    checkpoint_bytes,
     checkpoints,
     load_checkpoint,
     load_parameters,
     newest_checkpoint,
+    random_states,
     save_checkpoint,
+    set_random_states,
     verify_checkpoint,
 )
 from qlora_kit.train.evaluate import evaluate_loss, exact_match
@@ -51,6 +57,7 @@ from qlora_kit.train.optim import AdapterOptimizer, definite_masters, round_stoc
 from qlora_kit.train.pace import FEW_STEPS, ROWS_A_STEP, TOKENS_A_MICRO_BATCH, Pace, set_pace
 from qlora_kit.train.schedule import NARROWEST, SHORT_RUN, Schedule, automatic_rate, learning_rate
 from qlora_kit.train.step import accumulate_gradients
+from qlora_kit.watch import Watch
 
 SHARP = {"initializer_range": 0.2}  # with small weights no logit of a tiny model can say much
 FP32_RTOL = 1e-6  # a few roundings of 6e-8 each, summed in another order
@@ -412,6 +419,25 @@ def test_a_rehearsal_names_the_parameters_that_no_gradient_reaches(tmp_path):
     assert rehearse(job, Ledger(model)) == [name for name in job.parameters if ".layers.1." in name] != []
 
 
+def test_a_rehearsal_takes_the_longest_rows_and_the_largest_evaluation_and_an_answer(tmp_path):
+    model = adapted()
+    job = job_of(model, tmp_path, micro_batch=2, accumulation=2)
+    job.eval_batches = [collate(rows(lengths), 0) for lengths in ((5,), (21, 9), (4, 3))]
+    shapes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].shape)))
+    rehearse(job, Ledger(model))
+    assert shapes == [(2, 40), (2, 40), (2, 21), (2, 20), (2, 1)], "two micro-batches, whose gradients stand"
+
+
+def test_rows_of_metrics_tell_of_epochs_and_of_all_tokens_a_second(tmp_path, monkeypatch):
+    clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=itertools.count(step=2).__next__)
+    monkeypatch.setattr("qlora_kit.train.loop.time", clock)
+    steps = run(job_of(adapted(), tmp_path, steps=3))[1]
+    assert [row["epoch"] for row in steps] == [0, 0.5, 1]
+    assert steps[0]["tokens_per_s"] + steps[1]["tokens_per_s"] == sum(LENGTHS) / 2, "a step takes two seconds"
+    assert steps[1]["tokens"] == sum(row.trained_tokens for row in rows())
+
+
 def test_a_second_process_is_refused(monkeypatch):
     monkeypatch.setattr("qlora_kit.train.loop.Accelerator.num_processes", 2)
     with pytest.raises(DeviceError, match="2 processes were launched, and this version trains on one device"):
@@ -473,7 +499,17 @@ def test_evaluation_is_the_token_weighted_mean_whatever_the_batches(tmp_path):
     assert (whole.tokens, whole.rows) == (split.tokens, split.rows) == (sum(r.trained_tokens for r in data), len(data))
     assert whole.perplexity == pytest.approx(math.exp(whole.loss))
     trained, _ = gradients(model.eval(), [collate(data, 0)])
+    evaluate_loss(model, [collate(data, 0)])
+    assert not model.training
     assert whole.loss == pytest.approx(trained, rel=FP32_RTOL)
+
+
+def test_a_loss_too_high_for_a_perplexity_has_the_highest_one():
+    model = adapted()
+    model.lm_head.weight.data.mul_(1e6)
+    score = evaluate_loss(model, [collate(rows(), 0)])
+    assert score.loss > 1000
+    assert score.perplexity == math.exp(700)
 
 
 def test_exact_match_looks_past_white_space_only():
@@ -544,6 +580,24 @@ def test_stochastic_rounding_is_unbiased_and_leaves_representable_values_alone()
         target = torch.zeros_like(representable)
         round_stochastically(representable.float(), target, generator)
         assert torch.equal(target, representable)
+
+
+def test_fp16_is_rounded_to_the_nearest_and_nothing_is_drawn_for_it():
+    source, generator = torch.randn(1000), torch.Generator().manual_seed(0)
+    before, target = generator.get_state(), torch.empty(1000, dtype=torch.float16)
+    round_stochastically(source, target, generator)
+    assert torch.equal(target, source.half())
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_the_seed_decides_which_way_an_update_is_rounded():
+    ends = []
+    for seed in (0, 0, 1):
+        parameters = pair()
+        push(AdapterOptimizer(parameters, "adamw", master_weights="stochastic", seed=seed), parameters, 1)
+        ends.append(parameters[0][1].detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, -1])
@@ -723,6 +777,7 @@ def test_the_schedules_fall_as_they_are_named():
     assert at["cosine"][-1] == pytest.approx((math.pi / 90) ** 2 / 4, rel=0.01)
     assert set(at["wsd"][9:80]) == {1.0}
     assert at["wsd"][80:] == pytest.approx([(101 - s) / 20 for s in range(81, 101)])
+    assert [learning_rate(s, 6, 1.0, "wsd", 0.0) for s in range(1, 7)] == [1, 1, 1, 1, 1, 0.5], "a fifth, rounded up"
     assert all(rates[-1] > 0 for rates in at.values()), "no step is for nothing"
 
 
@@ -801,6 +856,14 @@ def test_what_the_recipe_says_is_taken_as_it_is():
     assert "only 7 optimizer steps" in pace.warning
     assert "train.accumulation (now 5)" in pace.warning
     assert replace(pace, steps=FEW_STEPS).warning is None
+    large = replace(pace, micro_batch=64, accumulation=1)
+    assert "train.micro_batch (now 64)" in large.warning_of_lora
+
+
+def test_of_micro_batch_and_accumulation_one_may_be_said_and_the_other_left_to_auto():
+    rows = {"rows": 1000, "longest": 100, "tokens": 50_000, "trained_tokens": 20_000, "config": CONFIG}
+    found = [set_pace(train, **rows) for train in (Train(accumulation=5), Train(micro_batch=3))]
+    assert [(pace.micro_batch, pace.accumulation) for pace in found] == [(16, 5), (3, 6)]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -838,7 +901,7 @@ def pages(monkeypatch):
 def test_paged_state_is_saved_and_comes_back_into_its_own_pages(kind, pages, tmp_path):
     def begun():
         torch.manual_seed(0)
-        shapes = {"large.a_RI": (16, 8192), "small.b_OR": (64, 16)}
+        shapes = {"large.a_RI": (100, 1000), "small.b_OR": (64, 16)}  # the least that is paged
         parameters = {name: nn.Parameter(torch.randn(shape).bfloat16()) for name, shape in shapes.items()}
         return parameters, AdapterOptimizer(list(parameters.items()), kind)
 
@@ -922,6 +985,40 @@ def left_by(folder):
     return [path.name for path in checkpoints(folder / "checkpoints")]
 
 
+def test_a_checkpoint_is_made_every_so_many_steps_and_at_the_end(tmp_path):
+    run(job_of(adapted(), tmp_path, steps=5, save_every=2, keep_checkpoints=9))
+    assert left_by(tmp_path) == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_under_auto_a_checkpoint_is_made_whenever_a_quarter_of_an_hour_has_passed_since_the_last(tmp_path, monkeypatch):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr("qlora_kit.train.loop.time", clock)
+    job = job_of(adapted(), tmp_path, steps=7, save_every=None, keep_checkpoints=9)
+    job.watch = lambda row: now.__setitem__(0, now[0] + 400)
+    run(job)
+    assert left_by(tmp_path) == ["step-000003", "step-000006", "step-000007"]
+
+
+def test_what_was_drawn_after_a_checkpoint_is_drawn_again_when_it_is_back():
+    def draw():
+        """Of normal numbers Python and NumPy make two at a time, and keep the second for later."""
+        python, numpy = (random.gauss(0, 1), random.random()), (np.random.standard_normal(), np.random.rand())
+        return torch.rand(2).tolist(), python, numpy
+
+    device = torch.device("cpu")
+    before = random_states(device)
+    draw()
+    states = random_states(device)
+    assert states["python_gauss"].isfinite().all()
+    assert states["numpy_rest"][1] == 1
+    wanted = draw()
+    assert draw() != wanted
+    set_random_states(states, device)
+    assert draw() == wanted
+    set_random_states(before, device)
+
+
 def test_the_best_evaluation_is_kept_beside_the_newest_checkpoints(tmp_path, monkeypatch):
     tiny.told(monkeypatch, 3.0, 1.0, 2.0, 1.5, 1.2, 1.1)
     job = job_of(adapted(), tmp_path, steps=6, evals=rows((5,)), eval_every=1, save_every=1, keep_checkpoints=2)
@@ -959,6 +1056,13 @@ def test_early_stopping_ends_a_run_whose_evaluations_are_no_better(patience, end
     assert left_by(tmp_path)[-1] == f"step-{ends_at:06d}"
 
 
+def test_a_best_that_is_forgotten_takes_the_lost_patience_with_it():
+    progress = Progress(step=4)
+    assert [progress.judge(loss) for loss in (1.0, 2.0, 3.0)] == [True, False, False]
+    progress.forget_best()
+    assert progress == Progress(step=4)
+
+
 def test_a_run_that_stopped_early_has_nothing_to_do_when_it_is_resumed(tmp_path, monkeypatch):
     tiny.told(monkeypatch, 1.0, 2.0, 3.0)
     settings = {"steps": 6, "evals": rows((5,)), "eval_every": 1, "early_stopping": 2}
@@ -981,6 +1085,19 @@ def test_a_checkpoint_of_a_version_that_judged_nothing_is_still_read(trained_run
     job = job_of(adapted(), tmp_path)
     progress = load_checkpoint(folder, job.parameters, job.optimizer)
     assert (progress.step, progress.best_step, progress.best_loss) == (3, 0, None)
+
+
+@pytest.mark.parametrize("wrong", [
+    {"rows": None}, {"step": -1}, {"stale": 1.5}, {"best_loss": "low"}, {"numbers": [1]}, {"numbers": {"x": "1"}},
+    {"odd": 1},
+])  # fmt: skip
+def test_a_position_that_is_none_is_refused_in_one_line(wrong, trained_run, tmp_path):
+    folder = shutil.copytree(trained_run[0] / "checkpoints" / "step-000003", tmp_path / "step-000003")
+    state = json.loads((folder / "state.json").read_text()) | wrong
+    (folder / "state.json").write_text(json.dumps({key: value for key, value in state.items() if value is not None}))
+    job = job_of(adapted(), tmp_path)
+    with pytest.raises(RunError, match=r"state\.json does not record the run's position in the form of this version"):
+        load_checkpoint(folder, job.parameters, job.optimizer)
 
 
 @pytest.mark.parametrize("damage", ["changed byte", "cut off", "missing"])
@@ -1027,6 +1144,38 @@ def test_a_manifest_that_leaves_out_a_file_vouches_for_none(left_out, trained_ru
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     (fault,) = verify_checkpoint(folder)
     assert fault.startswith(f"{folder / 'manifest.json'} is not as it was written for step 3 and the files ")
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_those_that_stand(trained_run, tmp_path, monkeypatch):
+    folder, (_, job) = shutil.copytree(trained_run[0] / "checkpoints", tmp_path / "checkpoints"), trained_run
+    needed, usage = checkpoint_bytes(job.kept, job.optimizer), namedtuple("usage", "free")
+    written = sum(file.stat().st_size for file in (folder / "step-000003").iterdir())
+    assert written <= needed
+    for free, is_enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free))
+        with nullcontext() if is_enough else pytest.raises(RunError, match="the checkpoint of step 4 needs"):
+            save_checkpoint(folder, job.kept, job.optimizer, replace(job.progress, step=4), keep=2)
+        assert [path.name for path in checkpoints(folder)] == ["step-000003", "step-000004"]
+
+
+def test_a_run_asks_for_the_room_of_the_checkpoints_that_it_keeps_and_two_more(tmp_path, monkeypatch):
+    """Those kept, the best, and the one that is being written."""
+    job = job_of(adapted(), tmp_path, keep_checkpoints=3)
+    needed, usage = 5 * checkpoint_bytes(job.kept, job.optimizer), namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed))
+    _check_disk(job)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(needed - 1))
+    with pytest.raises(RunError, match=r"keeping 3 checkpoints \(train\.keep_checkpoints\) needs"):
+        _check_disk(job)
+
+
+def test_a_run_whose_last_step_was_its_best_ends_there_without_a_word(tmp_path):
+    told, job = [], job_of(adapted(), tmp_path, steps=3)
+    watch = Watch()
+    watch.note = told.append
+    job.progress = Progress(step=3, best_step=3, best_loss=1.0)
+    assert _left_at(job, watch) == 3
+    assert told == []
 
 
 def test_steps_are_counted_and_not_spelt(trained_run, tmp_path):
@@ -1092,6 +1241,12 @@ def test_a_checkpoint_is_refused_by_another_run(trained_run, tmp_path):
         assert same(values(other), before)
 
 
+def test_parameters_of_another_shape_are_not_given_the_values_of_a_checkpoint(trained_run):
+    newest = newest_checkpoint(trained_run[0] / "checkpoints")[0]
+    with pytest.raises(RunError, match="holds other parameters than this run trains"):
+        load_parameters(newest, dict(adapter_parameters(adapted(rank=2))))
+
+
 def test_paged_state_is_looked_at_only_while_the_card_has_nothing_to_do(trained_run, tmp_path, monkeypatch):
     """It is the processor's own memory to torch; on WSL a look at it while a kernel runs ends the process."""
 
@@ -1143,6 +1298,17 @@ def test_an_optimizer_refuses_a_state_that_would_only_fit_by_broadcasting():
         wide.restore(dict(narrow.state_tensors()), narrow.state_numbers())
 
 
+def test_an_optimizer_refuses_a_state_without_its_step_counts_and_keeps_its_own():
+    parameters = pair()
+    saved, other = (AdapterOptimizer(parameters, "adamw_8bit") for _ in range(2))
+    push(saved, parameters, 1)
+    assert saved.state_numbers()
+    before = {name: tensor.clone() for name, tensor in other.state_tensors()}
+    with pytest.raises(KeyError, match="step counts"):
+        other.restore(dict(saved.state_tensors()), {})
+    assert same(dict(other.state_tensors()), before)
+
+
 def test_writing_the_same_step_again_replaces_it_whole(trained_run, tmp_path):
     _, job = trained_run
     first = save_checkpoint(tmp_path, job.parameters, job.optimizer, job.progress, keep=1)
@@ -1179,6 +1345,12 @@ def test_a_log_with_a_line_that_is_no_row_is_refused_at_a_resume_with_its_place(
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl:2 is not the row of a step"):
         MetricsLog(path, resume_from=3)
+
+
+def test_numbers_of_a_log_that_json_has_not_are_none_when_it_is_gone_on_with(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "loss": 1e999, "lr": NaN, "grad_norm": 0.5}\n')
+    MetricsLog(tmp_path / "m.jsonl", resume_from=1).close()
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 1, "loss": None, "lr": None, "grad_norm": 0.5}
 
 
 def test_every_row_is_on_disk_at_once_and_a_new_log_starts_empty(tmp_path):

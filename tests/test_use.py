@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from datetime import date
 from importlib import import_module
 from types import SimpleNamespace
@@ -23,12 +24,13 @@ from qlora_kit.cli.app import app
 from qlora_kit.cli.visible import visible
 from qlora_kit.data import Encoded, ask, collate, encode, fix_tokenizer, read_prompts, read_row
 from qlora_kit.data.thinking import CLOSE, with_thinking
-from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.errors import AdapterError, DataError, ModelError
 from qlora_kit.lora import add_lora
 from qlora_kit.memory import Ledger
 from qlora_kit.recipe import Data
 from qlora_kit.run import Conversation, answer, load_run, load_speaker
-from qlora_kit.run.rows import column_maps, eval_batches
+from qlora_kit.run.ask import Speaker
+from qlora_kit.run.rows import column_maps, eval_batches, eval_shapes_of, positions_for
 from qlora_kit.run.score import score_rows
 from qlora_kit.run.use import _recipe_for, load_any
 from qlora_kit.storage import read_json
@@ -140,6 +142,38 @@ def test_answers_are_the_likeliest_tokens_one_by_one_however_they_are_batched(mo
     assert all(texts[row] == wanted[row] for texts in told for row in texts)
 
 
+@pytest.mark.parametrize(("tokens", "is_compared"), [(32, True), (33, False)])
+def test_answers_are_compared_word_for_word_where_none_has_more_than_32_tokens(model, tokens, is_compared):
+    net, tokenizer = model
+    rows = [Encoded([5] * 6 + [9] * tokens, [False] * 6 + [True] * tokens, [5] * 6, "x")]
+    measured, _ = score_rows(net.eval(), tokenizer, rows, eval_batches(rows, 0, net.device))
+    assert (measured.exact_match is not None) is is_compared
+
+
+def test_a_prompt_may_leave_room_for_one_token_and_not_for_none(model):
+    net, tokenizer = model
+    speaker, positions = Speaker(net, tokenizer, is_chat=False), net.config.max_position_embeddings
+    assert speaker.room([5] * (positions - 1)) == 1
+    with pytest.raises(DataError, match="shorten it"):
+        speaker.room([5] * positions)
+
+
+def test_held_out_rows_go_together_up_to_the_tokens_that_are_asked_for_and_no_more_than_sixteen():
+    rows = [Encoded([5] * 8, [False] + [True] * 7) for _ in range(40)]
+    for asked, most in ((15, 1), (16, 2), (24, 3), ("auto", 16)):
+        assert len(eval_batches(rows, 0, torch.device("cpu"), asked)[0].input_ids) == most
+
+
+def test_a_planned_evaluation_has_as_many_rows_of_one_length_as_are_asked_for_and_sixteen_at_most():
+    assert [eval_shapes_of(8, asked) for asked in (2048, 17, 1)] == [{2048: (16, 8)}, {17: (2, 8)}, {1: (1, 8)}]
+
+
+def test_positions_are_those_of_the_model_and_for_a_classifier_those_that_its_tokenizer_leaves():
+    config, tokenizer = OPTConfig(max_position_embeddings=514), SimpleNamespace(model_max_length=512)
+    assert [positions_for(task, tokenizer, config) for task in ("sft", "classify")] == [514, 512]
+    assert positions_for("classify", SimpleNamespace(model_max_length=10**30), config) == 514
+
+
 @pytest.mark.parametrize("asked", ["auto", 40])
 def test_answers_of_a_score_take_no_more_tokens_at_a_time_than_its_losses(model, monkeypatch, asked):
     net, tokenizer = model
@@ -212,6 +246,20 @@ def test_end_tokens_that_are_none_are_told_before_the_first_step(ends, chatty, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_the_first_number_that_is_no_token_is_no_end_token(model, monkeypatch):
+    net, tokenizer = model
+    for token, is_one in ((net.config.vocab_size - 1, True), (net.config.vocab_size, False)):
+        monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=token))
+        with nullcontext() if is_one else pytest.raises(ModelError, match="for an eos_token_id, wanted whole numbers"):
+            assert token in generate.end_tokens(net, tokenizer)
+
+
+def test_answers_end_with_the_tokens_of_model_and_tokenizer_alike(model, monkeypatch):
+    net, tokenizer = model
+    monkeypatch.setattr(net, "generation_config", GenerationConfig(eos_token_id=[7, 5]))
+    assert generate.end_tokens(net, tokenizer) == sorted({5, 7, tokenizer.eos_token_id})
+
+
 def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
     net, tokenizer = model
 
@@ -230,6 +278,8 @@ def test_draws_repeat_by_their_seed_and_leave_the_random_state_alone(model):
     assert first != greedy
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         assert drawn(**narrow) == greedy, narrow
+    cold = Sampling(temperature=1e-4)
+    assert generate_texts(net, tokenizer, PROMPTS, max_new_tokens=8, sampling=cold) == greedy
 
 
 def test_a_penalty_holds_back_what_was_there(model):
@@ -253,6 +303,27 @@ def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(model, monkeypatch):
     assert len(passes) < 12
     both = generate_texts(net, tokenizer, PROMPTS, max_new_tokens=12, sampling=Sampling(stop=(stop,)))
     assert both == [text.partition(stop)[0] for text in whole], "each row ends by itself"
+
+
+def test_a_stop_text_is_found_when_its_last_token_has_come_and_only_behind_the_prompt(model):
+    _, tokenizer = model
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("xyab", "xabc", "xyza")])
+    assert ids.shape == (3, 4)
+    assert generate._StopTexts(tokenizer, ("ab",), 2)(ids, None).tolist() == [True, False, False]
+    assert generate._StopTexts(tokenizer, ("ab",), 1)(ids[:, :3], None).tolist() == [False, True, False]
+
+
+def test_of_several_stop_texts_the_first_in_the_answer_ends_it():
+    assert generate._before("a.b,c", (",", ".", "no such")) == generate._before("a.b,c", (".", ",")) == "a"
+    assert generate._before("a.b,c", ("no such",)) == "a.b,c"
+
+
+def test_a_stop_text_in_the_prompt_ends_no_answer(model):
+    net, tokenizer = model
+    (whole,) = generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=6)
+    asked = tokenizer.decode(PROMPTS[0][-1:])
+    assert asked not in whole
+    assert generate_texts(net, tokenizer, PROMPTS[:1], max_new_tokens=6, sampling=Sampling(stop=(asked,))) == [whole]
 
 
 def test_no_answer_goes_past_the_positions_of_the_model(model):
@@ -675,6 +746,19 @@ def test_a_chat_forgets_its_oldest_turns_when_the_positions_run_out_and_keeps_th
     with pytest.raises(DataError, match="positions"):
         say(conversation, "x" * 99)
     assert conversation.messages == kept
+
+
+def test_no_two_answers_of_a_chat_are_drawn_from_one_seed(chat_run, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        import_module("qlora_kit.run.talk"),
+        "stream_text",
+        lambda *_, sampling, **__: seeds.append(sampling.seed) or "ok",
+    )
+    conversation = Conversation([chat_run], max_new_tokens=2, sampling=Sampling(seed=5))
+    for _ in range(3):
+        conversation.answer("hi", tell=lambda text: None, note=lambda text: None, stopped=lambda: False)
+    assert seeds == [5, 6, 7]
 
 
 def test_a_stopped_answer_is_kept_as_far_as_it_came(conversation):
