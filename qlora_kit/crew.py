@@ -102,9 +102,9 @@ class _Worker(Generic[T, R]):
 
     def __init__(self, work: Callable[[T], R], job: bytes) -> None:
         self.work = work
-        paths = os.pathsep.join(filter(None, sys.path))
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _BEGIN],
+            [sys.executable, "-P", "-c", _BEGIN],  # -P: modules come from where they come from here, and nowhere else
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -46,6 +46,15 @@ def test_what_workers_fail_at_and_what_cannot_be_sent_is_done_here(eager):
     assert list(each_done(lambda item: -item, range(20))) == [(n, -n) for n in range(20)]
 
 
+def test_a_worker_imports_nothing_from_the_folder_that_it_is_begun_in(eager, tmp_path, monkeypatch):
+    (tmp_path / "pickle.py").write_text("open('seen', 'w'); from _pickle import *")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    made = [pid for _, pid in each_done(eval, [WHO] * 9)]
+    assert os.getpid() not in made[3:]
+    assert not (tmp_path / "seen").exists()
+
+
 @pytest.mark.parametrize("items", [0, 1, 2, 3])
 def test_few_items_need_nobody(items, eager, monkeypatch):
     monkeypatch.setattr(psutil, "cpu_count", lambda: 1)
