@@ -48,9 +48,9 @@ def each_done(work: Callable[[T], R], items: Iterable[T]) -> Generator[tuple[T, 
     """
     items, begun = iter(items), time.monotonic()
     yield from _until(lambda: time.monotonic() - begun > PATIENCE_S, work, items)
-    if (first := next(items, None)) is None:
+    if not (more := list(islice(items, 1))):
         return
-    yield first, work(first)
+    yield more[0], work(more[0])
     with _crew(work) as workers:
         yield from _until(lambda: all(worker.has_begun for worker in workers), work, items)
         fit = [worker for worker in workers if worker.is_fit]
