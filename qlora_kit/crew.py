@@ -4,8 +4,8 @@
 
 A worker is a Python of its own that reads chunks from its standard input and ends with that, so that none is left when
 the process that began it is gone, whatever ended it. (multiprocessing forks the threads of libraries, or runs the
-user's script again.) It begins while work goes on here. What it fails at is done here: a crew changes the time that
-work takes, and nothing else.
+user's script again.) It begins while work goes on here, and what it fails at is done here: a crew changes what is made
+in nothing but time. Items are taken ahead of what is made of them.
 """
 
 import os
@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 
 import psutil
 
+from qlora_kit.errors import RunError, tokenizing
 from qlora_kit.units import GIB
 
 T = TypeVar("T")
@@ -34,9 +35,14 @@ CHUNK = 64
 """Items that a worker is given at a time: a few tenths of a second of encoding."""
 
 # The work is read before the libraries are imported that it is made of: who sends it does not wait for them.
-_BEGIN = "import pickle, sys; job = pickle.load(sys.stdin.buffer); from qlora_kit.crew import serve; serve(job)"
+_BEGIN = """
+import pickle, sys
+job = pickle.load(sys.stdin.buffer)
+from qlora_kit.crew import serve
+serve(job, int(sys.argv[1]))
+"""
 _IS_GONE = (OSError, EOFError, pickle.UnpicklingError)
-_HAS_NO_PICKLE = (pickle.PicklingError, AttributeError, TypeError)
+_HAS_NO_PICKLE = (pickle.PicklingError, AttributeError, TypeError, RunError)
 
 
 def each_done(work: Callable[[T], R], items: Iterable[T]) -> Generator[tuple[T, R]]:
@@ -88,7 +94,8 @@ def _crew(work: Callable[[T], R]) -> "Iterator[list[_Worker[T, R]]]":
     count = min(MOST_WORKERS, psutil.cpu_count() or 1, psutil.virtual_memory().available // GIB)
     try:
         with suppress(*_HAS_NO_PICKLE, OSError):
-            job = pickle.dumps(work)
+            with tokenizing(RunError, "it has parts that are no data"):
+                job = pickle.dumps(work)
             for _ in range(count if count > 1 else 0):
                 workers.append(_Worker(work, job))
         yield workers
@@ -102,24 +109,30 @@ class _Worker(Generic[T, R]):
 
     def __init__(self, work: Callable[[T], R], job: bytes) -> None:
         self.work = work
+        answers, to_answer = os.pipe()  # what libraries print is no answer
+        self.out = os.fdopen(answers, "rb")
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _BEGIN],  # -P: modules come from where they come from here, and nowhere else
+            # -P: modules come from where they come from here, and nowhere else
+            [sys.executable, "-P", "-c", _BEGIN, str(to_answer)],
+            pass_fds=[to_answer],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
             start_new_session=True,  # Ctrl-C is for the process that began it
         )
+        os.close(to_answer)
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.into, self.out = self.process.stdin, self.process.stdout
+        self.into = self.process.stdin
         self.ask(job)
 
     @property
     def has_begun(self) -> bool:
         """Whether it has something to say, or is gone."""
-        return bool(select.select([self.out], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self.out)
+        return bool(poll.poll(0))
 
     @property
     def is_fit(self) -> bool:
@@ -152,12 +165,10 @@ class _Worker(Generic[T, R]):
             self.into.close()
 
 
-def serve(job: bytes) -> None:
+def serve(job: bytes, to_answer: int) -> None:
     """What a worker does until nothing more is sent."""
-    given, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
-    work = pickle.loads(job)
-    with suppress(EOFError, BrokenPipeError):
+    work, given = pickle.loads(job), sys.stdin.buffer
+    with os.fdopen(to_answer, "wb") as out, suppress(EOFError, BrokenPipeError):
         answer: object = True
         while True:
             pickle.dump(answer, out, pickle.HIGHEST_PROTOCOL)

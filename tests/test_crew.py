@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from itertools import count, islice
 
 import psutil
@@ -19,6 +20,13 @@ from qlora_kit.data.encode import EncodedSet
 
 WHO = "__import__('os').getpid()"
 """What `eval` makes of it says which process did."""
+
+
+class Unsent(int):
+    """Raises what the library beneath fast tokenizers raises of a part that is written in Python."""
+
+    def __reduce__(self):
+        raise Exception("Custom PreTokenizer cannot be serialized")
 
 
 @pytest.fixture
@@ -44,6 +52,7 @@ def test_what_workers_fail_at_and_what_cannot_be_sent_is_done_here(eager):
     items = [f"{n} if {WHO} == {os.getpid()} else __import__('os')._exit(1)" for n in range(20)]
     assert [made for _, made in each_done(eval, items)] == list(range(20))
     assert list(each_done(lambda item: -item, range(20))) == [(n, -n) for n in range(20)]
+    assert list(each_done(partial(max, Unsent()), range(20))) == [(n, n) for n in range(20)]
 
 
 def test_a_worker_imports_nothing_from_the_folder_that_it_is_begun_in(eager, tmp_path, monkeypatch):

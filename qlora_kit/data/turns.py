@@ -187,7 +187,7 @@ def encode_chat(
     is_one_row = all(turn.stands_in(whole) for turn in turns)
     spans = [turn.span for turn in turns]
     marked = _spans_by_marks(messages, text, form) if is_one_row else []
-    marked = _of_learnt(marked, messages, answers, form)
+    marked = _of_learnt(marked, messages, answers, first)
     believed = _within(spans, marked)
     if answers[0] == 0 and not believed:
         raise DataError(
@@ -238,11 +238,11 @@ def _spans_by_marks(messages: Messages, text: str, form: _Form) -> list[Span]:
     return [_through_end(text, span, form) for span in zip(places[::2], places[1::2], strict=True)]
 
 
-def _of_learnt(marked: list[Span], messages: Messages, answers: list[int], form: _Form) -> list[Span]:
+def _of_learnt(marked: list[Span], messages: Messages, answers: list[int], first: _First) -> list[Span]:
     """The marked spans without those of the answers behind the first learnt one that are not learnt themselves."""
     silent = [i for i in range(answers[0], len(messages)) if messages[i]["role"] == "assistant" and i not in answers]
     for i in silent if marked else ():
-        start, end = (len(form.render(messages[:stop])) for stop in (i, i + 1))
+        start, end = (len(first(stop, False)) for stop in (i, i + 1))
         marked = [span for span in marked if not start <= span[0] <= span[1] <= end]
     return marked
 

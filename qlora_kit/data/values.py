@@ -34,7 +34,7 @@ def at(row: Mapping[str, Any], path: str) -> Any:
     for key in [path] if path in row else path.split("."):
         if value is None:
             return None
-        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+        if isinstance(value, list) and key.isdecimal() and len(key) < 10 and int(key) < len(value):
             value = value[int(key)]
         elif isinstance(value, Mapping) and key in value:
             value = value[key]
@@ -57,7 +57,7 @@ def under(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     Raises:
         LookupError: there is no such value.
     """
-    moved = set(names.values())
+    moved = {path if path in row else path.split(".")[0] for path in names.values()}
     return {
         **{name: value for name, value in row.items() if name not in moved},
         **{new: at(row, path) for new, path in names.items()},
