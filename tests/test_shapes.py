@@ -1,6 +1,7 @@
 """Rows in the shapes of well-known data sets: taken as they are meant, or refused with what to write instead."""
 
 import json
+import shlex
 
 import pytest
 from chat_templates import FAMILIES, tokenizer_of
@@ -168,7 +169,10 @@ MAPS = {
     "gemini": ("sft", {"systemInstruction": {"role": "system", "parts": [{"text": "be a cat"}]}, "contents": TURNS},
                "{messages: contents, system: systemInstruction.parts}", None),
     "the stack": ("pretrain", {"ext": "py", "content": "def f(): pass"}, "{text: content}", "ext"),
-    "a name with marks": ("classify", {"text: raw": "a cat", "label": 1}, "{text: 'text: raw'}", None),
+    "a name with marks": ("classify", {"text: raw": "a cat", "label": 1}, '{text: "text: raw"}', None),
+    "a name of a shell": ("classify", {"'; rm \"x\" #": "a cat", "label": 1}, '{text: "\'; rm \\"x\\" #"}', None),
+    "a name that is a number": ("classify", {"0": "a cat", "label": 1}, '{text: "0"}', None),
+    "a name that is nothing": ("classify", {"Null": "a cat", "label": 1}, '{text: "Null"}', None),
     "sst2": ("classify", {"idx": 1, "sentence": "a cat", "label": 1}, "{text: sentence}", "idx"),
     "sms": ("classify", {"sms": "a cat", "label": 1}, "{text: sms}", None),
     "go_emotions": ("classify", {"text": "a cat", "labels": [1, 2]}, "{label: labels}", None),
@@ -193,7 +197,8 @@ def test_a_row_of_other_names_is_refused_with_a_map_under_which_it_is_read(name)
     told = str(caught.value)
     assert told.startswith("f:1: ")
     assert "\n" not in told
-    assert told.endswith(f"; set 'data.columns={names}'" + ("" if unread is None else f" (not read: {unread})"))
+    setting = shlex.quote(f"data.columns={names}")
+    assert told.endswith(f"; set {setting}" + ("" if unread is None else f" (not read: {unread})"))
     settings = [f"data.columns={names}", "base.model=x", "data.train=x.jsonl", f"train.task={task}"]
     read_row(row, "f:1", columns=read_recipe("default", settings).data.columns, task=task)
 
@@ -240,6 +245,8 @@ def test_a_text_beside_its_answer_is_not_learnt_alone_unless_that_is_asked_for()
     assert read_row({"text": "q: where? a: here", "question": "where?", "answer": "here"}, "f:1") == Text(
         "q: where? a: here"
     ), "a text beside a question and its answer is both, written out"
+    for beside in ({"answer": "a long"}, {"code": "de"}, {"target": "1"}, {"source": "web", "role": "Model"}):
+        assert read_row({"text": "a long bill", **beside}, "f:1") == Text("a long bill")
 
 
 def test_a_turn_that_is_a_row_of_its_own_is_not_learnt_as_a_text_unless_that_is_asked_for():
@@ -250,6 +257,38 @@ def test_a_turn_that_is_a_row_of_its_own_is_not_learnt_as_a_text_unless_that_is_
         read_row(row, "f:1")
     for options in ({"format": "text"}, {"task": "pretrain"}):
         assert read_row(row, "f:1", **options) == Text("where?")
+
+
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"messages": [ASKED], "metadata": {"score": 1}}, "sft"),
+        ({"prompt": "where?", "completion": "", "documents": [{"text": "a mat"}]}, "sft"),
+        ({"conversations": [ASKED], "prompt": "where?", "response": "here"}, "sft"),
+        ({"text": "where?", "label": -1, "title": "mats"}, "classify"),
+    ],
+)
+def test_a_row_of_a_format_with_a_fault_in_it_is_told_that_fault_alone(row, task):
+    with pytest.raises(DataError) as caught:
+        read_row(row, "f:1", task=task)
+    assert "data.columns" not in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("metadata", "documents", "join"))
+
+
+def test_questions_alone_are_no_dialogue():
+    with pytest.raises(DataError) as caught:
+        read_row({"turns": ["where?", "and then?"], "question_id": 81}, "f:1")
+    assert "messages: turns" not in str(caught.value)
+
+
+def test_no_place_has_thousands_of_digits():
+    with pytest.raises(DataError, match=r"is missing"):
+        read_row({"a": ["x"]}, "f:1", columns={"text": f"a.{'9' * 5000}"})
+
+
+def test_what_a_map_reaches_into_is_not_read_as_a_whole():
+    row = {"input": {"text": "where?"}, "output": "on the mat"}
+    assert spoken(row, columns={"instruction": "input.text"}) == [("user", "where?"), ("assistant", "on the mat")]
 
 
 # ---- preferences ---------------------------------------------------------------------------------------------------

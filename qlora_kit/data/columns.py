@@ -127,11 +127,12 @@ def _match(row: Columns, known: Sequence[Format], columns: Mapping[str, str]) ->
 
 
 def _built(chosen: Format, row: Columns, known: Sequence[Format]) -> Example:
-    """The example that a row is; what may be wrong with the names of its columns goes with the fault."""
+    """The example that a row is; where it may have its prompt under another name, that goes with the fault."""
     try:
         return chosen.build(row)
     except DataError as error:
-        raise DataError(f"{error}{hint(row, known)}") from None
+        lacks_prompt = "prompt" in chosen.optional and "prompt" not in row
+        raise DataError(f"{error}{hint(row, known) if lacks_prompt else ''}") from None
 
 
 def _unmatched(row: Columns, candidates: Sequence[Format], known: Sequence[Format], *, is_mapped: bool) -> str:

@@ -4,7 +4,9 @@ Data sets call the same things by other names. A map from these is told only whe
 that what a person is told to write works. It is never used unasked: the names are guesses.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 
 from qlora_kit.data.chats import speaker
@@ -32,11 +34,14 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "label": ("labels", "category", "class", "sentiment", "intent", "target", "class index", "kto_tag"),
 }  # fmt: skip
 """What data sets call the columns of the formats, the likeliest first; `a.b` is b in the object a."""
-_DIALOGUES = ("conversation", "dialog", "dialogue", "data", "turns")
+_DIALOGUES = ("conversation", "dialog", "dialogue", "data")
 """Columns whose texts are turns; texts in others may be anything."""
 _TEXTS = ("instruction", "input", "output", "text")
+_ANSWERS = ("output", "response", "answer", "completion", "summary", "highlights")
+"""Columns that are answers and no facts about a text beside them."""
 _SEPARATOR = re.compile(r"[;\t|]")
-_PLAIN = re.compile(r"[\w.-]+(?: [\w.-]+)*")
+_PLAIN = re.compile(r"(?!(?:null|true|false)$)[^\W\d][\w.-]*(?: [\w.-]+)*", re.IGNORECASE)
+"""Names that YAML reads as texts without quotes."""
 
 
 def hint(row: Columns, formats: Sequence[Format]) -> str:
@@ -73,14 +78,16 @@ def check_whole(row: Columns) -> None:
     Raises:
         DataError: says how to read such rows, or how to learn their texts all the same.
     """
-    if speaker(row) is not None:
+    if speaker(row) is not None and row.keys() & {"message_id", "parent_id"}:
         raise DataError(
             "the row is one turn of a conversation: write a conversation as one row with messages (or set "
             "data.format=text to learn each turn by itself)"
         )
     names = next(_maps(row, FORMATS["alpaca"]), {})
-    if names.get("instruction") == "text" and reads(row, FORMATS["alpaca"], names):
-        answer = names.get("output", "output")
+    answer = names.get("output", "output")
+    if names.get("instruction") != "text" or answer not in _ANSWERS or not reads(row, FORMATS["alpaca"], names):
+        return
+    if row[answer] not in row["text"]:
         raise DataError(
             f"column 'text' would be learnt without {answer!r}: set {_setting(names)} to learn that as its answer (or "
             "data.format=text)"
@@ -133,8 +140,8 @@ def _name_of(expected: str, row: Columns, taken: dict[str, str], known: Format) 
 
 def _setting(names: dict[str, str]) -> str:
     """The map as a command takes it."""
-    pairs = (f"{expected}: {name if _PLAIN.fullmatch(name) else repr(name)}" for expected, name in names.items())
-    return f"'data.columns={{{', '.join(pairs)}}}'"
+    pairs = (f"{expected}: {name if _PLAIN.fullmatch(name) else json.dumps(name)}" for expected, name in names.items())
+    return shlex.quote(f"data.columns={{{', '.join(pairs)}}}")
 
 
 def unread(row: Columns, known: Format, names: Mapping[str, str]) -> list[str]:
