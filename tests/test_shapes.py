@@ -110,6 +110,31 @@ def test_functions_are_tools_in_openais_first_form():
         read_row(row | {"functions": "clock"}, "f:1")
 
 
+NO_CALL = {"name": None, "arguments": None}
+
+
+def test_a_call_of_nulls_as_tables_fill_them_in_is_none():
+    turns = [{"role": "system", "content": "be a cat"}, ASKED, SAID]
+    found = read_row({"messages": [turn | {"function_call": NO_CALL} for turn in turns], "system": "be a cat"}, "f:1")
+    assert found.messages == turns
+
+
+def test_a_call_in_the_first_form_counts_for_the_assistant_alone_and_not_beside_calls_in_the_later_one():
+    later = called("weather", {"city": "Rome"})
+    turns = [ASKED | {"function_call": CALL}, later | {"function_call": CALL}, SAID]
+    assert read_row({"messages": turns}, "f:1").messages == [ASKED, later, SAID]
+    unused = {"role": "assistant", "content": "", "tool_calls": [], "function_call": CALL}
+    assert read_row({"messages": [ASKED, unused]}, "f:1").messages[1]["tool_calls"] == CALLED["tool_calls"]
+
+
+@pytest.mark.parametrize("calls", [{"function_call": CALL}, {"tool_calls": CALLED["tool_calls"]}])
+@pytest.mark.parametrize("column", [{}, {"system": "be a cat"}])
+def test_a_system_turn_has_words_whatever_it_calls(calls, column):
+    turns = [{"role": "system", "content": None, **calls}, ASKED, SAID]
+    with pytest.raises(DataError, match=r"^f:1: content of turn 1 is null, wanted text"):
+        read_row({"messages": turns, **column}, "f:1")
+
+
 def test_a_call_that_is_none_is_refused():
     with pytest.raises(DataError, match=r"^f:1: the call in turn 2 is text \('clock\(\)'\), which is not JSON"):
         read_row({"conversations": [ASKED, {"from": "function_call", "value": "clock()"}]}, "f:1")

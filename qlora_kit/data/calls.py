@@ -40,8 +40,11 @@ def _around(function: Object) -> Object:
     return {"type": "function", "function": function}
 
 
-def spelt_calls(turn: Object, name: str) -> Object:
-    """A turn with its calls in `tool_calls`, where it has them in an older form.
+def spelt_calls(turn: Object, role: str, name: str) -> Object:
+    """A turn with its calls in `tool_calls`, where it has them in an older form, and no `function_call` beside these.
+
+    The key may be there and call nothing: tables give it to every turn. `role` is that of the turn, as templates know
+    it, and `name` what a message calls the turn.
 
     Raises:
         DataError: its text should be the JSON of calls, and is not.
@@ -51,10 +54,12 @@ def spelt_calls(turn: Object, name: str) -> Object:
         calls = found if isinstance(found, list) else [found]
         silent = {key: value for key, value in turn.items() if key != "content"}
         return silent | {"tool_calls": [_around(call) if isinstance(call, dict) else call for call in calls]}
-    if not isinstance(turn.get("function_call"), dict):
+    call = turn.get("function_call")
+    if not isinstance(call, dict):
         return turn
     rest = {key: value for key, value in turn.items() if key != "function_call"}
-    return rest | {"tool_calls": [_around(turn["function_call"])]}
+    is_call = role == "assistant" and call.get("name") is not None and not turn.get("tool_calls")
+    return rest | {"tool_calls": [_around(call)]} if is_call else rest
 
 
 def calls_of(value: object, name: str) -> list[Object]:

@@ -148,12 +148,12 @@ def _turn(raw: object, name: str) -> dict[str, Any]:
         said = turn["role"]
         near = nearest(said, ROLES) if isinstance(said, str) else ""
         raise DataError(f"{name} has the unknown role {short(said)}{near}; known: {', '.join(ROLES)}")
-    turn = spelt_calls(turn, name) | {"role": role}
+    turn = spelt_calls(turn, role, name) | {"role": role}
     if role == "assistant" and turn.get("weight", 1) not in (0, 1):
         raise DataError(f"{name} has weight {short(turn['weight'])}, wanted 0 (it is not learnt) or 1")
     if turn.get("tool_calls"):
         turn["tool_calls"] = calls_of(turn["tool_calls"], name)
-    if turn.get("content") is not None or not turn.get("tool_calls"):
+    if turn.get("content") is not None or role != "assistant" or not turn.get("tool_calls"):
         turn["content"] = _content(turn.get("content"), f"content of {name}")
     return turn
 
