@@ -316,6 +316,26 @@ def test_a_pair_of_texts_without_what_they_answer_is_refused():
             read_row(row, "f:1", task="dpo")
 
 
+@pytest.mark.parametrize("weight", [0, 0.0])
+def test_a_judged_answer_of_weight_zero_is_refused_and_earlier_ones_may_have_it(weight):
+    """The answer before it would be learnt with its verdict."""
+    silent = {"weight": weight}
+    turns = [ASKED, SAID, ASKED, {"role": "assistant", "content": "no idea"}]
+    before = [ASKED, SAID | silent, *turns[2:]]
+    last = [*turns[:3], turns[3] | silent]
+    other = [*turns[:3], {"role": "assistant", "content": "hm"}]
+    told = "ends with an answer of weight 0, which is not learnt: take the weight away, or leave the row out$"
+    for row, name, task in (
+        ({"messages": last, "label": False}, "messages", "kto"),
+        ({"prompt": turns[:3], "completion": last[3:], "label": True}, "completion", "kto"),
+        ({"chosen": last, "rejected": other}, "chosen", "dpo"),
+        ({"prompt": turns[:3], "chosen": other[3:], "rejected": last[3:]}, "rejected", "orpo"),
+    ):
+        with pytest.raises(DataError, match=rf"^f:1: {name} {told}"):
+            read_row(row, "f:1", task=task)
+    assert read_row({"messages": before, "label": False}, "f:1", task="kto") == Labelled(Chat(before), False)
+
+
 # ---- a single fault ------------------------------------------------------------------------------------------------
 
 

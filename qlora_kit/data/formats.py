@@ -192,6 +192,10 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
         turns = [*spoken(prompt, "prompt", "user"), *turns]
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{name} ends with a turn by the {turns[-1]['role']}, wanted one by the assistant")
+    if turns[-1].get("weight", 1) == 0:
+        raise DataError(
+            f"{name} ends with an answer of weight 0, which is not learnt: take the weight away, or leave the row out"
+        )
     return chat_of(opened(turns, row), row)
 
 
