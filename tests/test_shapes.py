@@ -336,6 +336,16 @@ def test_a_judged_answer_of_weight_zero_is_refused_and_earlier_ones_may_have_it(
     assert read_row({"messages": before, "label": False}, "f:1", task="kto") == Labelled(Chat(before), False)
 
 
+@pytest.mark.parametrize("column", [{"system": "be a cat"}, {"system": ""}, {"tools": [tool("clock")]}])
+def test_dialogues_as_texts_are_refused_beside_what_only_a_chat_has(column):
+    """Else a user would say "Human:", and what the assistant said before."""
+    shared = "\n\nHuman: x\n\nAssistant: a\n\nHuman: y\n\nAssistant:"
+    (name,) = column
+    told = rf"^f:1: chosen and rejected are dialogues in one text, beside {name}, .*: write them as lists of turns$"
+    with pytest.raises(DataError, match=told):
+        read_row({"chosen": shared + " b", "rejected": shared + " c", **column}, "f:1", task="dpo")
+
+
 # ---- a single fault ------------------------------------------------------------------------------------------------
 
 

@@ -138,7 +138,7 @@ def _parted(row: Columns) -> Columns:
     """The row with the prompt of Anthropic's dialogues apart: both are texts, of which all but the last turn is shared.
 
     Raises:
-        DataError: more than that differs.
+        DataError: more than that differs, or the row is a chat, in which a turn would be all that is shared.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None or not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -146,6 +146,12 @@ def _parted(row: Columns) -> Columns:
     ends = [match.end() for match in re.finditer(_ASSISTANT, chosen) if rejected.startswith(chosen[: match.end()])]
     if not ends:
         return row
+    if is_in_turns(row):
+        beside = ", ".join(name for name in CHAT_COLUMNS if name in row)
+        raise DataError(
+            f"chosen and rejected are dialogues in one text, beside {beside}, which only turns take: write them as "
+            "lists of turns"
+        )
     answers = {"chosen": chosen[ends[-1] :], "rejected": rejected[ends[-1] :]}
     if any(_HUMAN in answer for answer in answers.values()):
         raise DataError(_NO_PAIR)
