@@ -346,6 +346,16 @@ def test_dialogues_as_texts_are_refused_beside_what_only_a_chat_has(column):
         read_row({"chosen": shared + " b", "rejected": shared + " c", **column}, "f:1", task="dpo")
 
 
+@pytest.mark.parametrize(
+    "turns", [["where?", "on the mat"], [{"input": "where?", "output": "on the mat"}]], ids=["texts", "pairs"]
+)
+def test_texts_that_alternate_and_pairs_are_judged_as_the_turns_that_they_are(turns):
+    found = read_row({"messages": turns, "label": True}, "f:1", task="kto")
+    assert found == Labelled(Chat(TURNS), True)
+    with pytest.raises(DataError, match=r"^f:1: turn 1 is text"):
+        read_row({"prompt": "where?", "completion": ["on the mat", "hm"], "label": True}, "f:1", task="kto")
+
+
 # ---- a single fault ------------------------------------------------------------------------------------------------
 
 

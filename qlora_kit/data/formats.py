@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qlora_kit.data.chats import CHAT_COLUMNS, chat_of, dialogue_of, is_in_turns, opened, spoken
+from qlora_kit.data.chats import CHAT_COLUMNS, chat_of, dialogue_of, in_turns, is_in_turns, opened, spoken
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
@@ -171,7 +171,8 @@ def _labelled(row: Columns) -> Labelled:
         raise DataError(
             f"there is a label and no answer; found columns: {named(row)}; expected: completion or messages"
         )
-    return Labelled(_answer(_with_prompt(row).get("prompt"), row[name], name, row), is_good)
+    answer = in_turns(row[name]) if name == "messages" else row[name]
+    return Labelled(_answer(_with_prompt(row).get("prompt"), answer, name, row), is_good)
 
 
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
