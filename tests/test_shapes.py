@@ -106,8 +106,42 @@ def test_functions_are_tools_in_openais_first_form():
     functions = [tool("clock", zone={"type": "string"})["function"]]
     row = {"messages": [ASKED, {"role": "assistant", "function_call": CALL}], "functions": functions}
     assert read_row(row, "f:1").tools == [tool("clock", zone={"type": "string"})]
-    with pytest.raises(DataError, match=r"^f:1: column 'functions' is text \('clock'\), which is not JSON"):
-        read_row(row | {"functions": "clock"}, "f:1")
+    for same in (json.dumps(functions), row["functions"] + [tool("weather")["function"]]):
+        assert read_row(row | {"functions": same}, "f:1").tools[0] == tool("clock", zone={"type": "string"})
+
+
+def test_functions_that_are_wrapped_already_are_not_wrapped_twice():
+    wrapped, bare = tool("clock", zone={"type": "string"}), tool("weather")
+    for functions in ([wrapped, bare["function"]], json.dumps([wrapped, bare["function"]])):
+        assert read_row({"messages": [ASKED, SAID], "functions": functions}, "f:1").tools == [wrapped, bare]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "math", "[sort]", "5", '{"name": "clock"}', '["sort"]', ["sort"], {"name": "clock"}, 3, True, [{"id": "1"}],
+     [{"name": "clock"}, "sort"], [{"name": 5}], [{"type": "function", "function": "clock"}],
+     pytest.param("[" * 100_000, id="nested deeply")],
+    ids=str,
+)  # fmt: skip
+def test_a_column_functions_of_something_else_is_not_read(value):
+    for row, task in (
+        ({"instruction": "where?", "output": "on the mat"}, "sft"),
+        ({"messages": [ASKED, SAID]}, "sft"),
+        ({"prompt": "where?", "completion": "on the mat"}, "sft"),
+        ({"prompt": "where?", **PAIR}, "dpo"),
+    ):
+        assert read_row(row | {"functions": value}, "f:1", task=task) == read_row(row, "f:1", task=task)
+
+
+def test_an_empty_list_of_functions_makes_a_chat_as_others_of_its_table_do():
+    for none in ([], "[]"):
+        row = {"prompt": "where?", "completion": "on the mat", "functions": none}
+        assert read_row(row, "f:1") == Chat(TURNS, given=1)
+
+
+def test_functions_in_which_a_key_would_be_lost_are_refused():
+    with pytest.raises(DataError, match=r"^f:1: column 'functions': the key 'name' appears twice"):
+        read_row({"messages": [ASKED, SAID], "functions": '[{"name": "clock", "name": "sort"}]'}, "f:1")
 
 
 NO_CALL = {"name": None, "arguments": None}

@@ -25,7 +25,27 @@ def tools_of(row: Mapping[str, Any]) -> list[Object] | None:
     Raises:
         DataError: it holds something else in their place.
     """
-    return _objects(row, "tools") or [_around(each) for each in _objects(row, "functions")] or None
+    if tools := _objects(row, "tools"):
+        return tools
+    functions = _objects(row, "functions") if are_functions(row.get("functions")) else []
+    return [each if _is_wrapped(each) else _around(each) for each in functions] or None
+
+
+def are_functions(value: object) -> bool:
+    """Whether a column is a list of tools in OpenAI's first form, or the JSON of one, and no other of that name."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and all(_is_wrapped(each) or _is_named(each) for each in found)
+
+
+def _is_wrapped(value: object) -> bool:
+    return isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict)
+
+
+def _is_named(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def _objects(row: Mapping[str, Any], column: str) -> list[Object]:
