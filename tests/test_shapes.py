@@ -450,3 +450,29 @@ def test_rows_to_hold_out_are_not_trained_on_because_they_lie_in_the_same_folder
     with pytest.raises(DataError, match=r"holds rows to train on \(data/train-.*\) and to hold out .*: list the files"):
         load_rows(tmp_path)
     assert load_rows(tmp_path / held_out) == [Text(held_out)]
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [
+        (["test-driven/train.jsonl"], False), (["test/train.jsonl"], False), (["train/dev/rows.jsonl"], False),
+        (["train-tickets.jsonl", "dev-ops.jsonl"], False), (["train.jsonl", "dev-ops.jsonl"], False),
+        (["squad_train.jsonl", "squad_test.jsonl"], False), (["train.jsonl", "test2.jsonl"], False),
+        (["train.jsonl", "test-2-cats.jsonl"], False), (["training.jsonl", "test.jsonl"], False),
+        (["train.jsonl", "test_1.jsonl"], True), (["train.0.jsonl", "valid.jsonl"], True),
+        (["train/a.jsonl", "eval-2/a.jsonl"], True), (["TRAIN.jsonl", "validation-00001-of-00002-a0f3.jsonl"], True),
+        (["train/test.jsonl", "test/train.jsonl"], True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_split_is_what_a_name_is_alone_or_with_a_number_and_the_nearest_to_the_file_counts(
+    names, is_refused, tmp_path
+):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, {"text": name})
+    if not is_refused:
+        assert len(load_rows(tmp_path)) == len(names)
+        return
+    with pytest.raises(DataError, match=r"holds rows to train on .* and to hold out .*: list the files"):
+        load_rows(tmp_path)
