@@ -107,8 +107,67 @@ def test_functions_are_tools_in_openais_first_form():
     functions = [tool("clock", zone={"type": "string"})["function"]]
     row = {"messages": [ASKED, {"role": "assistant", "function_call": CALL}], "functions": functions}
     assert read_row(row, "f:1").tools == [tool("clock", zone={"type": "string"})]
-    with pytest.raises(DataError, match=r"^f:1: column 'functions' is text \('clock'\), which is not JSON"):
-        read_row(row | {"functions": "clock"}, "f:1")
+    for same in (json.dumps(functions), row["functions"] + [tool("weather")["function"]]):
+        assert read_row(row | {"functions": same}, "f:1").tools[0] == tool("clock", zone={"type": "string"})
+
+
+def test_functions_that_are_wrapped_already_are_not_wrapped_twice():
+    wrapped, bare = tool("clock", zone={"type": "string"}), tool("weather")
+    for functions in ([wrapped, bare["function"]], json.dumps([wrapped, bare["function"]])):
+        assert read_row({"messages": [ASKED, SAID], "functions": functions}, "f:1").tools == [wrapped, bare]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "math", "[sort]", "5", '{"name": "clock"}', '["sort"]', ["sort"], {"name": "clock"}, 3, True, [{"id": "1"}],
+     [{"name": "clock"}, "sort"], [{"name": 5}], [{"type": "function", "function": "clock"}],
+     pytest.param("[" * 100_000, id="nested deeply")],
+    ids=str,
+)  # fmt: skip
+def test_a_column_functions_of_something_else_is_not_read(value):
+    for row, task in (
+        ({"instruction": "where?", "output": "on the mat"}, "sft"),
+        ({"messages": [ASKED, SAID]}, "sft"),
+        ({"prompt": "where?", "completion": "on the mat"}, "sft"),
+        ({"prompt": "where?", **PAIR}, "dpo"),
+    ):
+        assert read_row(row | {"functions": value}, "f:1", task=task) == read_row(row, "f:1", task=task)
+
+
+def test_an_empty_list_of_functions_makes_a_chat_as_others_of_its_table_do():
+    for none in ([], "[]"):
+        row = {"prompt": "where?", "completion": "on the mat", "functions": none}
+        assert read_row(row, "f:1") == Chat(TURNS, given=1)
+
+
+def test_functions_in_which_a_key_would_be_lost_are_refused():
+    with pytest.raises(DataError, match=r"^f:1: column 'functions': the key 'name' appears twice"):
+        read_row({"messages": [ASKED, SAID], "functions": '[{"name": "clock", "name": "sort"}]'}, "f:1")
+
+
+NO_CALL = {"name": None, "arguments": None}
+
+
+def test_a_call_of_nulls_as_tables_fill_them_in_is_none():
+    turns = [{"role": "system", "content": "be a cat"}, ASKED, SAID]
+    found = read_row({"messages": [turn | {"function_call": NO_CALL} for turn in turns], "system": "be a cat"}, "f:1")
+    assert found.messages == turns
+
+
+def test_a_call_in_the_first_form_counts_for_the_assistant_alone_and_not_beside_calls_in_the_later_one():
+    later = called("weather", {"city": "Rome"})
+    turns = [ASKED | {"function_call": CALL}, later | {"function_call": CALL}, SAID]
+    assert read_row({"messages": turns}, "f:1").messages == [ASKED, later, SAID]
+    unused = {"role": "assistant", "content": "", "tool_calls": [], "function_call": CALL}
+    assert read_row({"messages": [ASKED, unused]}, "f:1").messages[1]["tool_calls"] == CALLED["tool_calls"]
+
+
+@pytest.mark.parametrize("calls", [{"function_call": CALL}, {"tool_calls": CALLED["tool_calls"]}])
+@pytest.mark.parametrize("column", [{}, {"system": "be a cat"}])
+def test_a_system_turn_has_words_whatever_it_calls(calls, column):
+    turns = [{"role": "system", "content": None, **calls}, ASKED, SAID]
+    with pytest.raises(DataError, match=r"^f:1: content of turn 1 is null, wanted text"):
+        read_row({"messages": turns, **column}, "f:1")
 
 
 def test_a_call_that_is_none_is_refused():
@@ -330,6 +389,46 @@ def test_a_pair_of_texts_without_what_they_answer_is_refused():
             read_row(row, "f:1", task="dpo")
 
 
+@pytest.mark.parametrize("weight", [0, 0.0])
+def test_a_judged_answer_of_weight_zero_is_refused_and_earlier_ones_may_have_it(weight):
+    """The answer before it would be learnt with its verdict."""
+    silent = {"weight": weight}
+    turns = [ASKED, SAID, ASKED, {"role": "assistant", "content": "no idea"}]
+    before = [ASKED, SAID | silent, *turns[2:]]
+    last = [*turns[:3], turns[3] | silent]
+    other = [*turns[:3], {"role": "assistant", "content": "hm"}]
+    told = "ends with an answer of weight 0, which is not learnt: take the weight away, or leave the row out$"
+    for row, name, task in (
+        ({"messages": last, "label": False}, "messages", "kto"),
+        ({"prompt": turns[:3], "completion": last[3:], "label": True}, "completion", "kto"),
+        ({"chosen": last, "rejected": other}, "chosen", "dpo"),
+        ({"prompt": turns[:3], "chosen": other[3:], "rejected": last[3:]}, "rejected", "orpo"),
+    ):
+        with pytest.raises(DataError, match=rf"^f:1: {name} {told}"):
+            read_row(row, "f:1", task=task)
+    assert read_row({"messages": before, "label": False}, "f:1", task="kto") == Labelled(Chat(before), False)
+
+
+@pytest.mark.parametrize("column", [{"system": "be a cat"}, {"system": ""}, {"tools": [tool("clock")]}])
+def test_dialogues_as_texts_are_refused_beside_what_only_a_chat_has(column):
+    """Else a user would say "Human:", and what the assistant said before."""
+    shared = "\n\nHuman: x\n\nAssistant: a\n\nHuman: y\n\nAssistant:"
+    (name,) = column
+    told = rf"^f:1: chosen and rejected are dialogues in one text, beside {name}, .*: write them as lists of turns$"
+    with pytest.raises(DataError, match=told):
+        read_row({"chosen": shared + " b", "rejected": shared + " c", **column}, "f:1", task="dpo")
+
+
+@pytest.mark.parametrize(
+    "turns", [["where?", "on the mat"], [{"input": "where?", "output": "on the mat"}]], ids=["texts", "pairs"]
+)
+def test_texts_that_alternate_and_pairs_are_judged_as_the_turns_that_they_are(turns):
+    found = read_row({"messages": turns, "label": True}, "f:1", task="kto")
+    assert found == Labelled(Chat(TURNS), True)
+    with pytest.raises(DataError, match=r"^f:1: turn 1 is text"):
+        read_row({"prompt": "where?", "completion": ["on the mat", "hm"], "label": True}, "f:1", task="kto")
+
+
 # ---- a single fault ------------------------------------------------------------------------------------------------
 
 
@@ -390,3 +489,29 @@ def test_rows_to_hold_out_are_not_trained_on_because_they_lie_in_the_same_folder
     with pytest.raises(DataError, match=r"holds rows to train on \(data/train-.*\) and to hold out .*: list the files"):
         load_rows(tmp_path)
     assert load_rows(tmp_path / held_out) == [Text(held_out)]
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [
+        (["test-driven/train.jsonl"], False), (["test/train.jsonl"], False), (["train/dev/rows.jsonl"], False),
+        (["train-tickets.jsonl", "dev-ops.jsonl"], False), (["train.jsonl", "dev-ops.jsonl"], False),
+        (["squad_train.jsonl", "squad_test.jsonl"], False), (["train.jsonl", "test2.jsonl"], False),
+        (["train.jsonl", "test-2-cats.jsonl"], False), (["training.jsonl", "test.jsonl"], False),
+        (["train.jsonl", "test_1.jsonl"], True), (["train.0.jsonl", "valid.jsonl"], True),
+        (["train/a.jsonl", "eval-2/a.jsonl"], True), (["TRAIN.jsonl", "validation-00001-of-00002-a0f3.jsonl"], True),
+        (["train/test.jsonl", "test/train.jsonl"], True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_split_is_what_a_name_is_alone_or_with_a_number_and_the_nearest_to_the_file_counts(
+    names, is_refused, tmp_path
+):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, {"text": name})
+    if not is_refused:
+        assert len(load_rows(tmp_path)) == len(names)
+        return
+    with pytest.raises(DataError, match=r"holds rows to train on .* and to hold out .*: list the files"):
+        load_rows(tmp_path)

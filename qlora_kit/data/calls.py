@@ -25,7 +25,27 @@ def tools_of(row: Mapping[str, Any]) -> list[Object] | None:
     Raises:
         DataError: it holds something else in their place.
     """
-    return _objects(row, "tools") or [_around(each) for each in _objects(row, "functions")] or None
+    if tools := _objects(row, "tools"):
+        return tools
+    functions = _objects(row, "functions") if are_functions(row.get("functions")) else []
+    return [each if _is_wrapped(each) else _around(each) for each in functions] or None
+
+
+def are_functions(value: object) -> bool:
+    """Whether a column is a list of tools in OpenAI's first form, or the JSON of one, and no other of that name."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, list) and all(_is_wrapped(each) or _is_named(each) for each in found)
+
+
+def _is_wrapped(value: object) -> bool:
+    return isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict)
+
+
+def _is_named(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def _objects(row: Mapping[str, Any], column: str) -> list[Object]:
@@ -40,8 +60,11 @@ def _around(function: Object) -> Object:
     return {"type": "function", "function": function}
 
 
-def spelt_calls(turn: Object, name: str) -> Object:
-    """A turn with its calls in `tool_calls`, where it has them in an older form.
+def spelt_calls(turn: Object, role: str, name: str) -> Object:
+    """A turn with its calls in `tool_calls`, where it has them in an older form, and no `function_call` beside these.
+
+    The key may be there and call nothing: tables give it to every turn. `role` is that of the turn, as templates know
+    it, and `name` what a message calls the turn.
 
     Raises:
         DataError: its text should be the JSON of calls, and is not.
@@ -51,10 +74,12 @@ def spelt_calls(turn: Object, name: str) -> Object:
         calls = found if isinstance(found, list) else [found]
         silent = {key: value for key, value in turn.items() if key != "content"}
         return silent | {"tool_calls": [_around(call) if isinstance(call, dict) else call for call in calls]}
-    if not isinstance(turn.get("function_call"), dict):
+    call = turn.get("function_call")
+    if not isinstance(call, dict):
         return turn
     rest = {key: value for key, value in turn.items() if key != "function_call"}
-    return rest | {"tool_calls": [_around(turn["function_call"])]}
+    is_call = role == "assistant" and call.get("name") is not None and not turn.get("tool_calls")
+    return rest | {"tool_calls": [_around(call)]} if is_call else rest
 
 
 def calls_of(value: object, name: str) -> list[Object]:

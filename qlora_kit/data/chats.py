@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
 
-from qlora_kit.data.calls import calls_of, spelt_calls, tools_of
+from qlora_kit.data.calls import are_functions, calls_of, spelt_calls, tools_of
 from qlora_kit.data.examples import Chat
 from qlora_kit.data.values import filled, kind, named, nearest, short, string, without_nulls
 from qlora_kit.errors import DataError
@@ -123,7 +123,8 @@ def is_in_turns(row: Mapping[str, Any], *texts: object) -> bool:
 
     A column counts if it is there, be it empty, but not null: so all rows of a table are written in one way.
     """
-    return any(isinstance(text, list | Mapping) for text in texts) or any(name in row for name in CHAT_COLUMNS)
+    is_chat = "system" in row or "tools" in row or are_functions(row.get("functions"))
+    return is_chat or any(isinstance(text, list | Mapping) for text in texts)
 
 
 def speaker(turn: Mapping[str, Any]) -> str | None:
@@ -148,12 +149,12 @@ def _turn(raw: object, name: str) -> dict[str, Any]:
         said = turn["role"]
         near = nearest(said, ROLES) if isinstance(said, str) else ""
         raise DataError(f"{name} has the unknown role {short(said)}{near}; known: {', '.join(ROLES)}")
-    turn = spelt_calls(turn, name) | {"role": role}
+    turn = spelt_calls(turn, role, name) | {"role": role}
     if role == "assistant" and turn.get("weight", 1) not in (0, 1):
         raise DataError(f"{name} has weight {short(turn['weight'])}, wanted 0 (it is not learnt) or 1")
     if turn.get("tool_calls"):
         turn["tool_calls"] = calls_of(turn["tool_calls"], name)
-    if turn.get("content") is not None or not turn.get("tool_calls"):
+    if turn.get("content") is not None or role != "assistant" or not turn.get("tool_calls"):
         turn["content"] = _content(turn.get("content"), f"content of {name}")
     return turn
 

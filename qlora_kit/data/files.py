@@ -42,7 +42,7 @@ def files_in(folder: Path) -> list[Path]:
             "list the files to use under data.train"
         )
     names = [file.relative_to(folder) for file in files]
-    trained, others = ([name for name in names if _is_split(name, which)] for which in (_TRAIN, _HELD_OUT))
+    trained, others = ([name for name in names if _split_of(name) == which] for which in ("train", "held_out"))
     if trained and others and not documents:
         raise DataError(
             f"{folder} holds rows to train on ({trained[0]}) and to hold out ({others[0]}): list the files to use "
@@ -51,14 +51,16 @@ def files_in(folder: Path) -> list[Path]:
     return files
 
 
-_TRAIN, _HELD_OUT = (
-    re.compile(rf"(?:{names})(?![a-z])", re.IGNORECASE) for names in ("train", "test|valid(ation)?|val|dev|eval")
+_SPLIT = re.compile(
+    r"(?:(?P<train>train)|(?P<held_out>test|valid|validation|val|dev|eval))(?:[-_.]\d+(?:-of-\d+.*)?)?", re.IGNORECASE
 )
+"""A name of rows to train on or to hold out, alone or with a number as the hub has it."""
 
 
-def _is_split(file: Path, names: re.Pattern[str]) -> bool:
-    """Whether a file, or a folder that it is in, is named after such a split, as on the hub."""
-    return any(names.match(part) for part in file.parts)
+def _split_of(file: Path) -> str | None:
+    """Which rows a file holds by its name, else by that of the nearest folder that says so; None where none does."""
+    parts = (file.stem, *reversed(file.parts[:-1]))
+    return next((found.lastgroup for part in parts if (found := _SPLIT.fullmatch(part))), None)
 
 
 def unread_in(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from qlora_kit.data.chats import CHAT_COLUMNS, chat_of, dialogue_of, is_in_turns, opened, spoken
+from qlora_kit.data.chats import CHAT_COLUMNS, chat_of, dialogue_of, in_turns, is_in_turns, opened, spoken
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text
 from qlora_kit.data.values import filled, kind, named, string
 from qlora_kit.errors import DataError
@@ -138,7 +138,7 @@ def _parted(row: Columns) -> Columns:
     """The row with the prompt of Anthropic's dialogues apart: both are texts, of which all but the last turn is shared.
 
     Raises:
-        DataError: more than that differs.
+        DataError: more than that differs, or the row is a chat, in which a turn would be all that is shared.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if row.get("prompt") is not None or not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -146,6 +146,12 @@ def _parted(row: Columns) -> Columns:
     ends = [match.end() for match in re.finditer(_ASSISTANT, chosen) if rejected.startswith(chosen[: match.end()])]
     if not ends:
         return row
+    if is_in_turns(row):
+        beside = ", ".join(name for name in CHAT_COLUMNS if name in row)
+        raise DataError(
+            f"chosen and rejected are dialogues in one text, beside {beside}, which only turns take: write them as "
+            "lists of turns"
+        )
     answers = {"chosen": chosen[ends[-1] :], "rejected": rejected[ends[-1] :]}
     if any(_HUMAN in answer for answer in answers.values()):
         raise DataError(_NO_PAIR)
@@ -165,7 +171,8 @@ def _labelled(row: Columns) -> Labelled:
         raise DataError(
             f"there is a label and no answer; found columns: {named(row)}; expected: completion or messages"
         )
-    return Labelled(_answer(_with_prompt(row).get("prompt"), row[name], name, row), is_good)
+    answer = in_turns(row[name]) if name == "messages" else row[name]
+    return Labelled(_answer(_with_prompt(row).get("prompt"), answer, name, row), is_good)
 
 
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -192,6 +199,10 @@ def _answer(prompt: object, answer: object, name: str, row: Columns) -> Chat | C
         turns = [*spoken(prompt, "prompt", "user"), *turns]
     if turns[-1]["role"] != "assistant":
         raise DataError(f"{name} ends with a turn by the {turns[-1]['role']}, wanted one by the assistant")
+    if turns[-1].get("weight", 1) == 0:
+        raise DataError(
+            f"{name} ends with an answer of weight 0, which is not learnt: take the weight away, or leave the row out"
+        )
     return chat_of(opened(turns, row), row)
 
 
