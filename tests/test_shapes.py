@@ -353,6 +353,13 @@ def test_what_a_map_reaches_into_is_not_read_as_a_whole():
 # ---- preferences ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("instruction", [7, ["x"], "rate these"])
+def test_conversations_that_are_judged_have_their_own_question_whatever_an_instruction_beside_them_is(instruction):
+    good, bad = [ASKED, SAID], [ASKED, {"role": "assistant", "content": "no idea"}]
+    for row, task in (({"chosen": good, "rejected": bad}, "dpo"), ({"messages": good, "label": True}, "kto")):
+        assert read_row({"instruction": instruction, **row}, "f:1", task=task) == read_row(row, "f:1", task=task)
+
+
 def test_an_alpaca_question_is_answered_by_a_pair_or_with_a_verdict():
     found = read_row({"instruction": "where?", "input": "a mat", **PAIR}, "f:1", task="dpo")
     asked = {"role": "user", "content": "where?\n\na mat"}

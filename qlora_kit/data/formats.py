@@ -118,7 +118,7 @@ def _class_name(value: object) -> str:
 
 
 def _preference(row: Columns) -> Preference:
-    row = _parted(_with_prompt(row))
+    row = _parted(_with_prompt(row, "chosen", "rejected"))
     chosen, rejected = (_answer(row.get("prompt"), row[name], name, row) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise DataError("chosen and rejected are the same: nothing to learn from")
@@ -127,9 +127,10 @@ def _preference(row: Columns) -> Preference:
     return Preference(chosen, rejected)
 
 
-def _with_prompt(row: Columns) -> Columns:
-    """The row with what is answered in `prompt`, which may be an Alpaca question."""
-    if row.get("prompt") is not None or "instruction" not in row:
+def _with_prompt(row: Columns, *answers: str) -> Columns:
+    """The row with what is answered in `prompt`, which may be an Alpaca question; conversations have their own."""
+    are_conversations = any(isinstance(row[name], list) and len(row[name]) > 1 for name in answers)
+    if row.get("prompt") is not None or "instruction" not in row or are_conversations:
         return row
     return {**row, "prompt": [_question(row)]}
 
@@ -172,7 +173,7 @@ def _labelled(row: Columns) -> Labelled:
             f"there is a label and no answer; found columns: {named(row)}; expected: completion or messages"
         )
     answer = in_turns(row[name]) if name == "messages" else row[name]
-    return Labelled(_answer(_with_prompt(row).get("prompt"), answer, name, row), is_good)
+    return Labelled(_answer(_with_prompt(row, name).get("prompt"), answer, name, row), is_good)
 
 
 _VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
