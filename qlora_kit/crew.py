@@ -112,17 +112,19 @@ class _Worker(Generic[T, R]):
         answers, to_answer = os.pipe()  # what libraries print is no answer
         self.out = os.fdopen(answers, "rb")
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self.process = subprocess.Popen(
-            # -P: modules come from where they come from here, and nowhere else
-            [sys.executable, "-P", "-c", _BEGIN, str(to_answer)],
-            pass_fds=[to_answer],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
-            start_new_session=True,  # Ctrl-C is for the process that began it
-        )
-        os.close(to_answer)
+        try:
+            self.process = subprocess.Popen(
+                # -P: modules come from where they come from here, and nowhere else
+                [sys.executable, "-P", "-c", _BEGIN, str(to_answer)],
+                pass_fds=[to_answer],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,  # Ctrl-C is for the process that began it
+            )
+        finally:
+            os.close(to_answer)
         assert self.process.stdin is not None
         self.into = self.process.stdin
         self.ask(job)

@@ -16,7 +16,7 @@ from chat_templates import FAMILIES, tokenizer_of
 from qlora_kit import crew
 from qlora_kit.crew import each_done
 from qlora_kit.data import encode_rows, read_row
-from qlora_kit.data.encode import EncodedSet
+from qlora_kit.data.encoded_set import EncodedSet
 
 WHO = "__import__('os').getpid()"
 """What `eval` makes of it says which process did."""

@@ -29,8 +29,9 @@ from qlora_kit.data.collate import (
     swap_answers,
 )
 from qlora_kit.data.columns import ReadAs, formats_of, read_row
-from qlora_kit.data.encode import Counts, EncodedSet, Part, check_lengths, encode_rows
+from qlora_kit.data.encode import check_lengths, encode_rows
 from qlora_kit.data.encoded import Encoded
+from qlora_kit.data.encoded_set import Counts, EncodedSet, Part
 from qlora_kit.data.examples import Chat, Classified, Completion, Example, Labelled, Preference, Text, is_chat
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora_kit.data.classes import Classes
-from qlora_kit.data.encode import Counts, EncodedSet, Part
+from qlora_kit.data.encoded_set import Counts, EncodedSet, Part
 from qlora_kit.data.faults import Faults
 from qlora_kit.data.sources import Reader
 from qlora_kit.data.table import RowTable

@@ -20,8 +20,8 @@ from array import array
 from collections.abc import Iterable
 from itertools import compress, islice
 
-from qlora_kit.data.encode import EncodedSet
 from qlora_kit.data.encoded import Encoded
+from qlora_kit.data.encoded_set import EncodedSet
 from qlora_kit.data.remarks import contents
 from qlora_kit.recipe import TASKS
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.classes import Classes
 from qlora_kit.data.collate import Sampler, as_stepped
 from qlora_kit.data.columns import ReadAs
-from qlora_kit.data.encode import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.encoded import Encoded
+from qlora_kit.data.encoded_set import Counts, EncodedSet, Fate, Part
 from qlora_kit.data.pack import Room, arrange, places, side_by_side
 from qlora_kit.data.remarks import Remark, sides
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_kit.data.encode import EncodedSet
 from qlora_kit.data.encoded import Encoded, Odd
+from qlora_kit.data.encoded_set import EncodedSet
 from qlora_kit.data.faults import Faults
 from qlora_kit.units import counted
 
