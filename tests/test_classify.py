@@ -238,7 +238,7 @@ def test_a_classification_is_scored_in_one_pass_over_its_rows():
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["bert", "llama"])
+@pytest.mark.parametrize("base", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_run_tells_texts_apart_as_planned_and_its_export_does_in_plain_transformers(
     base, tmp_path, bert_folder, model_folder
 ):

@@ -50,7 +50,7 @@ def changed(classifiers, tmp_path):
     return change
 
 
-@pytest.mark.parametrize("is_multi", [False, True])
+@pytest.mark.parametrize("is_multi", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_text_has_the_class_and_probabilities_that_transformers_gives_it_alone_in_the_order_given(
     is_multi, classifiers
 ):

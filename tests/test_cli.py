@@ -564,7 +564,7 @@ def test_a_run_that_is_resumed_with_more_steps_keeps_the_rate_that_was_chosen_fo
     assert {row["lr"] for row in rows if "lr" in row} == {begun["lr"]}
 
 
-@pytest.mark.parametrize("other", ["lora.rank=2", "train.optimizer=sgd"])
+@pytest.mark.parametrize("other", ["lora.rank=2", pytest.param("train.optimizer=sgd", marks=pytest.mark.slow)])
 def test_a_run_that_cannot_be_forced_to_go_on_stays_as_it_was_begun(recipe, other):
     run = recipe.parent / "run"
     assert call("train", recipe, "train.steps=2").exit_code == 0

@@ -123,7 +123,7 @@ def long(*values):
         long(GEMMA, {"activations": "keep"}),
         slow(GPT2, {"activations": "recompute"}),
         slow(MIXTRAL, {"activations": "keep"}),
-        slow(DEEPSEEK, {"activations": "recompute"}),
+        long(DEEPSEEK, {"activations": "recompute"}),
     ],
     ids=lambda each: type(each).__name__ if not isinstance(each, dict) else str(each["activations"]),
 )
@@ -153,7 +153,7 @@ def test_held_out_rows_as_long_as_the_models_positions_are_rehearsed():
     assert ledger.peak_by_phase()["evaluate"] > Ledger(model).peak()
 
 
-@pytest.mark.parametrize("activations", ["recompute", "offload"])
+@pytest.mark.parametrize("activations", ["recompute", pytest.param("offload", marks=pytest.mark.slow)])
 def test_a_model_without_blocks_is_planned_as_it_is_and_told_so(activations):
     config = OpenAIGPTConfig(vocab_size=97, n_positions=24, n_embd=48, n_layer=2, n_head=4)
     assert count_layers(config, "causal") == 0

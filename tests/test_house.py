@@ -229,6 +229,7 @@ def test_asking_for_a_recipe_costs_no_torch(module):
     assert result.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_every_verb_of_the_face_can_be_called_whatever_was_imported_before():
     """The room `train` has the name of a verb, and importing it sets an attribute of that name."""
     code = (

@@ -41,6 +41,7 @@ def call(hub, home, *words, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=kept | here | direct | environment)
 
 
+@pytest.mark.slow
 def test_a_run_fetches_base_and_splits_from_the_hub_once_and_then_needs_none(hub, home, tmp_path):
     words = ["train", "quickstart", *OF_THE_HUB, "train.steps=2"]
     first = call(hub, home, *words, f"output={tmp_path / 'first'}")

@@ -140,6 +140,7 @@ print(resident_bytes()[0] - before)
 """
 
 
+@pytest.mark.slow
 @needs_proc
 def test_products_of_many_lengths_in_16_bits_leave_little_behind():
     """A value of the user's own stands: so it is seen what they would leave."""

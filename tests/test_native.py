@@ -49,6 +49,7 @@ def test_the_code_is_compiled_once_into_a_folder_of_the_users_own(fresh, monkeyp
     assert len(list(fresh.iterdir())) == 2, "other flags are another library"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_what_was_compiled_is_on_the_disk_before_it_bears_its_name(fresh, monkeypatch):
     """Or a machine that goes down leaves a library cut short, and whoever loads it ends with a bus error."""
@@ -93,6 +94,7 @@ def test_where_nothing_can_be_compiled_plain_torch_gives_the_codes(trouble, fres
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiler_that_gives_other_bits_is_not_used(fresh, monkeypatch, tmp_path):
     for source in native.SOURCES:
@@ -116,6 +118,7 @@ def test_several_that_compile_at_the_same_time_end_with_one_library(fresh):
     assert ctypes.CDLL(str(made.pop())).qlora_kit_quantize_4bit
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_without_openmp_it_is_compiled_for_one_thread(fresh, monkeypatch):
     monkeypatch.setattr(native, "_THREADS", "-fno-such-flag")

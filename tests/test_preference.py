@@ -636,7 +636,7 @@ def rows_of_a_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("task", ["dpo", pytest.param("kto", marks=pytest.mark.long), "orpo"])
 def test_a_run_prefers_what_it_was_shown_as_planned_and_resumes_bit_for_bit(
     task, rows_of_a_run, tmp_path, model_folder
 ):

@@ -53,7 +53,7 @@ def write_run(folder: Path, **memory: object) -> Path:
 
 @pytest.mark.skipif(resident_bytes() == (0, 0), reason="this system has no /proc/self/status")
 @pytest.mark.parametrize(
-    "activations", [pytest.param("keep", marks=pytest.mark.long), pytest.param("recompute", marks=pytest.mark.slow)]
+    "activations", [pytest.param("keep", marks=pytest.mark.long), pytest.param("recompute", marks=pytest.mark.long)]
 )
 def test_the_process_takes_what_the_plan_says(activations, tmp_path):
     """Anonymous resident bytes over those before loading, at their peak over 20 steps: within 5 % and 64 MiB.

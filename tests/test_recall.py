@@ -97,7 +97,11 @@ def test_an_operator_that_changes_what_its_argument_looks_like_is_never_recalled
             assert x.shape == (13, 3)
 
 
-@pytest.mark.parametrize(("family", "most_runs", "most_operators"), [("llama", 30, 90_000), ("gemma3", 20, 90_000)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "most_runs", "most_operators"),
+    [("llama", 30, 90_000), ("gemma3", 20, 90_000)],
+)
 def test_a_plan_under_a_budget_that_binds_plays_no_more_than_it_needs(family, most_runs, most_operators, monkeypatch):
     played, operators = [], Counter()
     play, see = DRY_RUN.fake_run, Ledger._enter

@@ -80,7 +80,7 @@ def left_by(folder):
     return numbers, json.loads((folder / "scores.json").read_text()), load_file(trained)
 
 
-@pytest.mark.parametrize("kinds", ["nf4", pytest.param("nf4,none,int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", ["nf4", pytest.param("nf4,none,int8", marks=pytest.mark.long)])
 def test_every_run_of_a_sweep_is_bit_for_bit_the_run_that_it_would_be_alone(recipe, tmp_path, monkeypatch, kinds):
     fixed = ["lora.dropout=0.2", "lora.also_train=[lm_head]"]
     loads, reads = counted(monkeypatch, build, "load_recipe_base"), counted(monkeypatch, prepare, "read_rows")
@@ -303,6 +303,7 @@ def test_a_sweep_file_reaches_nothing_outside_of_its_folder(tmp_path, name):
         read_sweep(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_verb_prints_a_table_or_one_json_object(recipe):
     shown = CliRunner().invoke(app, ["sweep", str(recipe), "lora.rank=1,2"])
     assert shown.exit_code == 0, shown.output

@@ -272,7 +272,7 @@ def test_torch_compile_reads_a_layer_of_a_model():
     assert wanted[0].grad.norm() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torch_compile_reads_a_whole_model():
     """A compiled program takes the low-rank products of each layer alone."""
     assert_same(gradients(torch.compile(tuned(), backend="eager")), gradients(tiny.one_by_one(tuned())))

@@ -60,6 +60,7 @@ def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(words, 
     assert not (small_disk / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_in_a_line_and_the_last_checkpoint_goes_on_when_there_is_room(
     words, small_disk, monkeypatch
 ):
@@ -87,7 +88,11 @@ def test_a_disk_that_fills_up_ends_the_run_in_a_line_and_the_last_checkpoint_goe
 
 @pytest.mark.parametrize(
     ("home", "name", "at"),
-    [("train.metrics", "_line", 2), ("train.checkpoint", "write_tensors", 5), ("run.train", "save_adapter", 1)],
+    [
+        ("train.metrics", "_line", 2),
+        pytest.param("train.checkpoint", "write_tensors", 5, marks=pytest.mark.slow),
+        pytest.param("run.train", "save_adapter", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_wherever_it_fills_up_to_the_last_byte_the_line_names_the_folder_the_checkpoint_and_the_way_on(
     home, name, at, words, small_disk, monkeypatch
@@ -115,6 +120,7 @@ def test_wherever_it_fills_up_to_the_last_byte_the_line_names_the_folder_the_che
     assert verify(small_disk / "run").faults == []
 
 
+@pytest.mark.slow
 def test_an_export_to_a_full_disk_leaves_nothing(words, small_disk, tmp_path):
     assert call("train", *words, "train.steps=1", f"output={tmp_path}/run").exit_code == 0
     for kind in ("merged", "adapter", "quantized", "gguf", "gguf-adapter"):

@@ -83,7 +83,7 @@ print("what comes behind")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plain_program_that_is_interrupted_stops_there_and_goes_on_when_it_is_asked_to(settings, tmp_path):
     def run(how, steps, wait_for=0):
         process = subprocess.Popen(

@@ -61,7 +61,7 @@ def names_in(folder):
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_thirty_times_loses_nothing_and_ends_with_the_same_bytes(
     tmp_path, model_folder, monkeypatch
 ):
