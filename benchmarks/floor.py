@@ -25,7 +25,7 @@ LENGTHS = (512, 2048, 8192)
 MASTERS = ("stochastic", "fp32")
 ACTIVATIONS = ("recompute", "offload")
 SETTINGS = ("data.train=/rows/not/needed.jsonl", "base.compute_dtype=bfloat16", "lora.rank=16", "train.micro_batch=1",
-            "train.accumulation=2", "train.optimizer=paged_adamw_8bit")  # fmt: skip
+            "train.accumulation=2", "train.optimizer=paged_adamw_8bit", "data.packing=false")  # fmt: skip
 
 
 def floor_row(model: str, tokens: int, masters: str, activations: str) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class Bench:
     def rows(self, count: int, tokens: int) -> SimpleNamespace:
         """A micro-batch of random tokens, all trained."""
         ids = torch.randint(3, self.size.shape["vocab_size"], (count, tokens)).to(self.device)
-        return SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+        return SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, documents=None, attention_mask=None)
 
     def stepper(self, count: int, tokens: int, how: Policy | Blocks, **optimizer: Any) -> Callable[[], float]:
         """A step on one micro-batch."""
@@ -283,20 +283,21 @@ def packing(bench: Bench) -> Iterator[Row]:
         lengths = [min(tokens, max(2, round(draw.lognormvariate(math.log(tokens / share), 0.9)))) for _ in range(16)]
         rows = [Encoded([draw.randrange(3, bench.size.shape["vocab_size"]) for _ in range(n)], [True] * n)
                 for n in lengths]  # fmt: skip
-        layouts = {False: side_by_side(lengths, room), True: arrange(lengths, bench.size.rows, tokens)}
-        for attention, is_packed in (("sdpa", False), ("sdpa", True), ("flex", True), ("flash", True)):
+        layouts = {"apart": side_by_side(lengths, room), "joined": arrange(lengths, 1, bench.size.rows * tokens)}
+        joined = ((each, "joined") for each in ("sdpa", "eager", "flex", "flash"))
+        for attention, layout in (("sdpa", "apart"), *joined):
             asked = implementation(attention, bench.device, torch.bfloat16)
             if asked is None and attention != "sdpa":
                 print(f"packing    {attention} cannot be had", flush=True)
                 continue
             bench.model.set_attn_implementation(asked or "sdpa")
             batches = [collate_rows([[rows[row] for row in pack] for pack in packs], 0).to(bench.device)
-                       for packs in layouts[is_packed]]  # fmt: skip
+                       for packs in layouts[layout]]  # fmt: skip
             count = sum(batch.count for batch in batches)
             taken = bench.timed(bench.stepper_on(batches, count, "recompute"))
             yield {
                 "attention": attention,
-                "packed": is_packed,
+                "layout": layout,
                 "half_below": tokens // share,
                 "rows": len(rows),
                 "passes": len(batches),
@@ -353,7 +354,7 @@ def gradients(bench: Bench) -> Iterator[Row]:
             if name.endswith("b_OR"):
                 parameter.data.normal_(std=0.02, generator=torch.Generator(bench.device).manual_seed(1))
         rows = SimpleNamespace(input_ids=ids.to(bench.device), labels=ids.to(bench.device), position_ids=None,
-                               attention_mask=None)  # fmt: skip
+                               documents=None, attention_mask=None)  # fmt: skip
         with contextlib.nullcontext() if serves else WITHOUT_KERNELS:
             accumulate_gradients(model.train(), [rows], ids.numel(), loss_chunk=128)
         return torch.cat([parameter.grad.double().flatten() for _, parameter in adapter_parameters(model)])

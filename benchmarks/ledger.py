@@ -39,7 +39,7 @@ def overhead(name: str) -> dict[str, Any]:
     freeze_and_quantize(model, Quantization(), torch.float32, torch.device("cpu"))
     add_lora(model, rank=16)
     ids = torch.randint(0, 2048, (1, tokens))
-    rows: Any = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+    rows: Any = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, documents=None, attention_mask=None)
     times: dict[bool, list[float]] = {False: [], True: []}
     for repeat in range(2 * REPEATS + 2):
         is_watched = repeat % 2 == 1

@@ -81,7 +81,7 @@ def kit(folder: Path, ids: torch.Tensor, kind: str, policy: str, loss_chunk: int
     model.train()
     parameters = list(adapter_parameters(model))
     optimizer = AdapterOptimizer(parameters, "adamw")
-    rows = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
+    rows = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, documents=None, attention_mask=None)
     chunk = loss_chunk or automatic_chunk(VOCAB)
 
     def step() -> None:

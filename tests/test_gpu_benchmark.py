@@ -42,10 +42,10 @@ def test_a_dry_call_goes_through_phases_and_writes_no_number(gpu, monkeypatch, c
     rows = run(gpu, monkeypatch, capsys, "--dry", "memory", "kernels", "gradients", "packing", "lengths", "paged")
     assert not any("error" in row for each in rows.values() for row in each)
     assert {phase: len(each) for phase, each in rows.items() if each} == {
-        "memory": 1, "kernels": 7, "gradients": 1, "packing": 4, "lengths": 2, "paged": 1,
+        "memory": 1, "kernels": 7, "gradients": 1, "packing": 6, "lengths": 2, "paged": 1,
     }  # fmt: skip
     assert rows["paged"][0]["same_losses"]
-    assert [row["packed"] for row in rows["packing"]] == [False, True] * 2
+    assert [row["layout"] for row in rows["packing"]] == ["apart", "joined", "joined"] * 2
     assert all(each["tokens_per_s"] > 0 and each["rows"] == 16 for each in rows["packing"])
     assert 0 < rows["gradients"][0]["off_by"] < 0.05
     assert not gpu.RESULTS.exists()

@@ -402,7 +402,7 @@ def full(model):
 class Batch:
     """Rows of several lengths, part of them trained."""
 
-    position_ids = attention_mask = is_good = None
+    position_ids = documents = attention_mask = is_good = None
 
     def __init__(self, rows=3, length=11, vocab=97):
         self.input_ids = (

@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 class Batch:
     """Rows for a step, of any kind of tensor."""
 
-    position_ids = attention_mask = None
+    position_ids = documents = attention_mask = None
 
     def __init__(self, rows=2, length=16, vocab=97):
         self.input_ids = torch.zeros(rows, length, dtype=torch.int64).add_(torch.arange(length) % vocab)

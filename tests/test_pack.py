@@ -1,8 +1,11 @@
 """Packing: rows share sequences and nothing else, so that a step computes the same and less of it is padding."""
 
+import json
 import random
+import re
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma3TextConfig,
+    LlamaConfig,
     MambaConfig,
     OPTConfig,
     Qwen3Config,
@@ -21,9 +25,10 @@ from transformers import (
 )
 
 from qlora_kit.base import Quantization, load_base
-from qlora_kit.base.attention import check_attention
+from qlora_kit.base.attention import check_attention, reads_apart
 from qlora_kit.data import (
     Encoded,
+    Packing,
     Room,
     arrange,
     best_fit,
@@ -38,7 +43,7 @@ from qlora_kit.errors import DeviceError, ModelError
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import PeakCounter
 from qlora_kit.plan import dry_run
-from qlora_kit.recipe import Train, is_packed, read_recipe
+from qlora_kit.recipe import Train, layout_of, read_recipe
 from qlora_kit.run import plan_memory, preview, train
 from qlora_kit.train.checkpoint import load_checkpoint, newest_checkpoint
 from qlora_kit.train.isolation import check_isolation, leaked_gradient
@@ -52,6 +57,7 @@ FP32_RTOL = 1e-6  # a few roundings of 6e-8 each, summed in another order
 SHARP = {"initializer_range": 0.2}  # with small weights attention is flat, and a leak would hardly be seen
 LENGTHS = (3, 40, 5, 17, 9, 33, 4, 12)
 ROOM = 48  # of a sequence; the model has 64 positions
+PACKED = Packing(2, ROOM)
 
 ISOLATING = {
     "llama": lambda: tiny.llama(**SHARP),
@@ -121,7 +127,7 @@ def gradients(model, batches):
     return loss, torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
 
 
-def job_of(folder, *, steps=4, packed_tokens=ROOM, accumulation=3):
+def job_of(folder, *, steps=4, packing=PACKED, accumulation=3):
     model = adapted(tiny.llama(**SHARP))
     parameters = dict(adapter_parameters(model))
     folder.mkdir(exist_ok=True)
@@ -135,7 +141,7 @@ def job_of(folder, *, steps=4, packed_tokens=ROOM, accumulation=3):
         pace=Pace(steps, 2, accumulation, 1000, 1000, 1e-2, "the test", 0, 0),
         train=Train(warmup=0.0),
         folder=folder,
-        packed_tokens=packed_tokens,
+        packing=packing,
     )
 
 
@@ -303,7 +309,7 @@ def test_a_packed_step_has_the_loss_and_gradients_of_the_plain_one(family, atten
     assert wanted.norm() > 0.1
     assert together == pytest.approx(alone, rel=FP32_RTOL)
     assert tiny.relative(found, wanted) < FP32_RTOL
-    _, mixed = gradients(model, [replace(batch, position_ids=None) for batch in batches])
+    _, mixed = gradients(model, [replace(batch, position_ids=None, documents=None) for batch in batches])
     assert tiny.relative(mixed, wanted) > 0.1, "without the positions documents see each other"
 
 
@@ -334,7 +340,7 @@ def test_a_family_that_mixes_documents_is_refused_in_one_line(family):
         lambda: check_isolation(model),
         lambda: dry_run(
             LEAKING[family],
-            replace(WORK, packing=True, attention="eager", lora=None, quantization=Quantization("none")),
+            replace(WORK, layout="packed", attention="eager", lora=None, quantization=Quantization("none")),
         ),
     ):
         with pytest.raises(ModelError, match=f"a {family} lets .* see each other.*data.packing=false") as caught:
@@ -351,8 +357,9 @@ def test_attention_that_keeps_documents_apart_in_one_sequence_alone_is_refused_w
     alone = lambda positions: ask(positions) if len(positions) == 1 else None  # noqa: E731  # as flash attention does
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", alone)
     model = ISOLATING["llama"]()
+    model.set_attn_implementation("eager")
     check_isolation(model, sequences=1)
-    with pytest.raises(ModelError, match=r"sdpa keeps .* where it is alone in a micro-batch .*train.micro_batch=1"):
+    with pytest.raises(ModelError, match=r"eager keeps .* where it is alone in a micro-batch .*train.micro_batch=1"):
         check_isolation(model, sequences=4)
 
 
@@ -375,25 +382,47 @@ def test_attention_that_trains_on_cards_alone_is_refused_on_a_cpu_and_what_it_tr
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex", "flash"])
 @pytest.mark.parametrize("task", ["sft", "pretrain", "dpo", "classify"])
-def test_rows_are_packed_unasked_where_attention_reads_each_document_alone_and_the_task_learns_every_row_by_itself(
-    attention, task
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_rows_lie_end_to_end_unasked_where_attention_reads_each_document_alone_and_the_task_learns_every_row_by_itself(
+    attention, task, family
 ):
     words = ["base.model=x", "data.train=y", f"base.attention={attention}", f"train.task={task}"]
-    wanted = attention in ("flex", "flash") and task in ("sft", "pretrain")
-    assert is_packed(read_recipe("default", words)) is wanted
-    for said in (True, False):
-        assert is_packed(read_recipe("default", [*words, f"data.packing={str(said).lower()}"])) is said
+    config = LlamaConfig() if family == "llama" else OPTConfig()
+
+    def layout(*more):
+        return layout_of(read_recipe("default", [*words, *more]), reads_apart=reads_apart(attention, config))
+
+    is_apart = attention == "eager" or family == "opt" or task in ("dpo", "classify")
+    assert layout() == ("apart" if is_apart else "joined")
+    assert [layout(f"data.packing={said}") for said in ("true", "false")] == ["packed", "apart"]
+
+
+def test_rows_lie_unasked_as_takes_least_time_in_the_benchmarks_rows():
+    root = Path(__file__).parent.parent
+    lines = (root / "benchmarks" / "results" / "packing.jsonl").read_text().splitlines()
+    taken = {}
+    for row in map(json.loads, lines):
+        if row["what"] == "time":
+            taken.setdefault((row["half_below"], row["attention"]), {})[row["layout"]] = row["cpu_s"]
+    text = " ".join((root / "docs" / "measurements.md").read_text().split())
+    for half in (60, 245):
+        for attention in ("sdpa", "eager"):
+            recipe = read_recipe("default", ["base.model=x", "data.train=y", f"base.attention={attention}"])
+            layout = layout_of(recipe, reads_apart=reads_apart(attention, LlamaConfig()))
+            assert layout == min(taken[half, attention], key=taken[half, attention].get)
+        ratio = taken[half, "sdpa"]["apart"] / taken[half, "sdpa"]["joined"]
+        assert re.search(rf"{ratio:.2f} times (as long )?where half (of the rows )?have up to {half}\b", text)
 
 
 def test_a_run_whose_rows_are_packed_unasked_is_previewed_and_planned_so(model_folder, tmp_path):
     text = "".join(f'{{"prompt": "{"ab " * n}", "completion": " c"}}\n' for n in range(1, 21))
     (tmp_path / "rows.jsonl").write_text(text)
     words = [f"base.model={model_folder}", f"data.train={tmp_path / 'rows.jsonl'}", "data.max_tokens=64"]
-    dense, apart = (read_recipe("default", [*words, f"base.attention={name}"]) for name in ("sdpa", "flex"))
-    assert [preview(recipe).is_packed for recipe in (dense, apart)] == [False, True]
-    same = read_recipe("default", [*words, "data.packing=true"])
-    alone, unasked, asked = (plan_memory(recipe, gpu="4090")["tokens"] for recipe in (dense, apart, same))
-    assert alone < 64 == unasked == asked
+    dense, alone = (read_recipe("default", [*words, f"base.attention={name}"]) for name in ("eager", "sdpa"))
+    assert [preview(recipe).layout for recipe in (dense, alone)] == ["apart", "joined"]
+    asked = read_recipe("default", [*words, "data.packing=true"])
+    row, end_to_end, full = (plan_memory(recipe, gpu="4090")["tokens"] for recipe in (dense, alone, asked))
+    assert row == end_to_end < 64 == full
 
 
 def test_attention_whose_package_is_not_installed_is_refused(monkeypatch):
@@ -406,7 +435,7 @@ def test_attention_whose_package_is_not_installed_is_refused(monkeypatch):
 
 
 def test_a_packed_run_takes_the_course_of_the_plain_one_in_fewer_micro_batches(tmp_path):
-    plain, fewer = job_of(tmp_path / "plain", packed_tokens=None), job_of(tmp_path / "packed")
+    plain, fewer = job_of(tmp_path / "plain", packing=None), job_of(tmp_path / "packed")
     forwards = {}
     for name, job in (("plain", plain), ("packed", fewer)):
         job.model.register_forward_pre_hook(lambda *_, name=name: forwards.update({name: forwards.get(name, 0) + 1}))

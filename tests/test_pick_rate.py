@@ -167,7 +167,7 @@ def test_the_best_is_the_lowest_loss_of_those_that_got_all_steps_and_of_equals_t
 
 def test_candidates_are_judged_by_rows_from_all_over_the_held_out_set(monkeypatch):
     monkeypatch.setattr(race, "set_activation_policy", lambda *_: None)
-    prepared = Prepared(None, None, EncodedSet(), EncodedSet(rows=list(range(200))), None)
+    prepared = Prepared(None, None, EncodedSet(), EncodedSet(rows=list(range(200))), None, "apart", 1)
     held_out = race.Race(None, prepared, PLAN, None, None, None, 8).held_out
     assert len(held_out) == race.MOST_ROWS
     assert held_out[0] == 0

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -36,6 +37,7 @@ from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_met
 from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train
 from qlora_kit.report.plan_text import plan_text
+from qlora_kit.run.prepare import packing_of
 from qlora_kit.train.activations import activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.head import automatic_chunk
@@ -102,8 +104,10 @@ def real_step(config, work, folder):
     model = real_model(config, work, ledger)
     parameters = dict(adapter_parameters(model))
     optimizer = AdapterOptimizer(list(parameters.items()), work.optimizer, master_weights=work.master_weights)
-    length = work.tokens // 3 if work.packing else work.tokens
-    ids = tiny.tokens(work.micro_batch * work.accumulation * 3, length, vocab=config.vocab_size).tolist()
+    packing = packing_of(work.layout, SimpleNamespace(micro_batch=work.micro_batch), work.tokens)
+    long = work.tokens - 2 * (work.layout == "packed")  # such a sequence then holds two rows
+    lengths = [long] * (work.micro_batch * work.accumulation) + [2] * (0 if packing is None else packing.sequences)
+    ids = [tiny.tokens(1, n, vocab=config.vocab_size)[0].tolist() for n in lengths]
     job = Job(
         model=model,
         parameters=parameters,
@@ -115,7 +119,7 @@ def real_step(config, work, folder):
         train=Train(),
         loss_chunk=work.loss_chunk,
         folder=folder,
-        packed_tokens=work.tokens if work.packing else None,
+        packing=packing,
     )
     ledger.own("optimizer_state", (tensor for _, tensor in optimizer.state_tensors()))
     metrics = MetricsLog(folder / "metrics.jsonl")
@@ -185,20 +189,18 @@ def test_other_families_and_settings_agree_too(family, changes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"),
-    [("llama", "sdpa"), ("gpt2", "eager"), ("gemma3", "sdpa"),
-     *(pytest.param(family, attention, marks=pytest.mark.slow) for family, attention in [
-         ("llama", "eager"), ("gpt2", "sdpa"), ("gemma3", "eager"), ("qwen3", "sdpa"), ("qwen3", "eager"),
-         ("mixtral", "sdpa"), ("mixtral", "eager")])],
+    ("family", "attention", "layout"),
+    [("llama", "sdpa", "packed"), ("llama", "sdpa", "joined"), ("gpt2", "eager", "packed"),
+     ("gemma3", "sdpa", "packed"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+         ("llama", "eager", "packed"), ("gpt2", "sdpa", "joined"), ("gemma3", "eager", "packed"),
+         ("gemma3", "sdpa", "joined"), ("qwen3", "sdpa", "packed"), ("qwen3", "eager", "packed"),
+         ("mixtral", "sdpa", "joined"), ("mixtral", "eager", "packed")])],
 )  # fmt: skip
-def test_a_planned_step_of_packed_rows_takes_the_bytes_of_the_real_one(family, attention, tmp_path):
+def test_a_planned_step_of_packed_rows_takes_the_bytes_of_the_real_one(family, attention, layout, tmp_path):
     dtype = torch.bfloat16 if family == "mixtral" else torch.float32
-    work = replace(WORK, packing=True, attention=attention, dtype=dtype, accumulation=2)
+    work = replace(WORK, layout=layout, attention=attention, dtype=dtype, accumulation=2)
     measured, _ = real_step(CONFIGS[family], work, tmp_path)
     assert_agrees(dry_run(CONFIGS[family], work), measured)
-    if attention == "sdpa":
-        plain = dry_run(CONFIGS[family], replace(work, packing=False))
-        assert measured["peak_bytes"] > plain["peak_bytes"], "the mask is there"
 
 
 def real_classification(config, work, lengths):
@@ -248,7 +250,7 @@ def test_a_planned_classification_takes_the_bytes_of_the_real_one(family, attent
 # --- the process is left as it was ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_real_step_after_a_dry_run_is_the_step_without_one(kind, tmp_path):
     work = replace(WORK, quantization=Quantization(kind))
     steps = []
@@ -292,12 +294,12 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_named_and_may_be_left_as
 
 @pytest.mark.parametrize("decides", [lambda x: x.sum() > 9, lambda x: len(x[x > 9]) > 9])
 @pytest.mark.parametrize(
-    ("is_packed", "words"), [(False, "only shapes; use"), (True, "set data.packing=false, or use")]
+    ("layout", "words"), [("apart", "only shapes; use"), ("packed", "set data.packing=false, or use")]
 )
-def test_a_model_that_decides_by_values_is_told_that_a_plan_has_none(is_packed, words, decides, monkeypatch):
+def test_a_model_that_decides_by_values_is_told_that_a_plan_has_none(layout, words, decides, monkeypatch):
     forward = modeling_llama.LlamaMLP.forward
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda mlp, x: forward(mlp, x) if decides(x) else x)
-    work = replace(WORK, packing=is_packed, lora=Lora(rank=8, targets="attention"))
+    work = replace(WORK, layout=layout, lora=Lora(rank=8, targets="attention"))
     with pytest.raises(ModelError, match=rf"a llama reads values .*(dense|nonzero|index).*{words} another release"):
         dry_run(CONFIGS["llama"], work)
 
@@ -432,6 +434,7 @@ def test_a_recipe_in_float32_is_compared_with_full_fine_tuning_in_float32(plan):
     assert "LoRA 16-bit" in plan_text({"schema": 1, **plan})
 
 
+@pytest.mark.slow
 def test_automatic_activations_are_kept_where_they_fit_and_recomputed_where_not(plan):
     tight = plan_methods(recipe(memory=Memory(budget="1MiB")), CONFIGS["llama"], PACE, TOKENS)
     assert (plan["activations"], tight["activations"]) == ("keep", "recompute")
@@ -439,6 +442,7 @@ def test_automatic_activations_are_kept_where_they_fit_and_recomputed_where_not(
     assert tight["methods"]["full_finetune"]["assumes"]["activations"] == "recompute"
 
 
+@pytest.mark.slow
 def test_all_methods_take_the_loss_as_the_recipe_has_it(plan):
     peaks = {}
     for chunk in (8, 1000):
@@ -503,7 +507,7 @@ def test_in_a_container_what_is_free_is_what_its_limit_leaves(limit, is_lower, t
         assert available_bytes(torch.device("cpu")) == pytest.approx(free, rel=0.2)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "none"))])
 def test_the_planned_export_takes_the_bytes_of_the_real_one(kind, tmp_path):
     model = tiny.quantized(tiny.llama(hidden_size=768, intermediate_size=3072, num_hidden_layers=3), kind)
     add_lora(model, rank=4)

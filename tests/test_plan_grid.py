@@ -20,7 +20,7 @@ LENGTHS = (12, 36, 60)
 KINDS = ("nf4", "int8", "none")
 POLICIES = ("keep", "recompute", "offload")
 CAUSAL = ("llama", "qwen3", "gpt2", "mixtral")
-GRID = list(itertools.product(CAUSAL, KINDS, POLICIES, (False, True), (1, 4), LENGTHS))
+GRID = list(itertools.product(CAUSAL, KINDS, POLICIES, ("apart", "joined"), (1, 4), LENGTHS))
 TEXTS = list(itertools.product(KINDS, POLICIES, (1, 4), LENGTHS))
 A_FEW = slice(None, None, 29)
 """A number prime to all sides, so that the default run meets every value of each."""
@@ -34,10 +34,10 @@ def gap(planned, measured):
     return abs(planned["peak_bytes"] / peak - 1), max(errors)
 
 
-def work_of(family, kind, policy, packing, batch, length):
+def work_of(family, kind, policy, layout, batch, length):
     # Offloaded inputs lie in memory of its own on a card alone: so a card's accounts are kept, of CPU tensors.
     return replace(
-        WORK, quantization=Quantization(kind), activations=policy, packing=packing, micro_batch=batch, tokens=length,
+        WORK, quantization=Quantization(kind), activations=policy, layout=layout, micro_batch=batch, tokens=length,
         on_card=policy == "offload", dtype=torch.bfloat16 if family == "mixtral" else torch.float32, eval_shape=(1, 8),
         loss_chunk=None if length == LENGTHS[0] else 32,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def text_gap(case):
     kind, policy, batch, length = case
     config = CONFIGS["bert"]
     config.num_labels = 3
-    work = replace(work_of("bert", kind, policy, False, batch, length), task="classify", eval_shape=None,
+    work = replace(work_of("bert", kind, policy, "apart", batch, length), task="classify", eval_shape=None,
                    lora=Lora(rank=8, also_train=["classifier"]))  # fmt: skip
     return gap(dry_run(config, work), real_classification(config, work, (length,) * batch))
 
@@ -82,7 +82,7 @@ def test_a_plan_is_its_step_for_a_few_classifications(case):
     assert_close([case], [text_gap(case)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_is_its_step_for_a_thirteenth_of_the_grid(tmp_path):
     assert_close(GRID[::13], [causal_gap(case, tmp_path) for case in GRID[::13]])
 
@@ -96,7 +96,7 @@ def test_a_plan_is_its_step_for_all_of_the_grid(family, kind, tmp_path):
     assert_close(cases, [causal_gap(case, tmp_path) for case in cases])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_is_its_step_for_all_classifications(kind):
     cases = [case for case in TEXTS if case[0] == kind]

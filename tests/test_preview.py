@@ -175,7 +175,7 @@ def test_padding_is_counted_as_the_batches_of_the_loop_have_it(task, kind, packi
     asked = read_recipe(str(recipe), words)
     prepared = prepare(asked, Watch(), weights=False)
     device, pace, given = torch.device("cpu"), prepared.pace, prepared.train.rows
-    job = SimpleNamespace(rows=given, packed_tokens=prepared.packed_tokens, pace=pace, pad_id=0, device=device,
+    job = SimpleNamespace(rows=given, packing=prepared.packing, pace=pace, pad_id=0, device=device,
                           room=room_of(asked.train, pace, prepared.longest, device))  # fmt: skip
     sampler, batches = Sampler(len(given), 0), []
     for _ in range(len(given) // pace.rows_a_step):

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -192,7 +193,7 @@ def step_of(model):
     add_lora(model, rank=4, dtype=torch.float32)
     tiny.wake(model.train())
     ids = tiny.tokens(2, 7).to(model.device)
-    rows = type("Rows", (), {"input_ids": ids, "labels": ids, "position_ids": None, "attention_mask": None})
+    rows = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, documents=None, attention_mask=None)
     loss = accumulate_gradients(model, [rows], ids.numel(), loss_chunk=5).value
     return torch.cat([loss[None].cpu(), *(p.grad.float().flatten().cpu() for _, p in adapter_parameters(model))])
 
@@ -263,7 +264,7 @@ def test_only_one_row_forward_with_whole_blocks_is_multiplied_as_stored(by_trito
     assert not can_multiply(x[:1].double(), (96, 640), nf4)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("nf4", marks=pytest.mark.slow), "int8"])
 def test_the_next_token_by_triton_is_the_one_without(kind, request):
     dense = tiny.llama(hidden_size=128, intermediate_size=256)
     model = freeze_and_quantize(dense, Quantization(kind), torch.float32, torch.device("cpu"))
@@ -388,7 +389,9 @@ ROW_KERNELS = ["_times_4bit"] * 4 + ["_times_int8"]
 
 
 @pytest.mark.parametrize(
-    "capability", [pytest.param(other, marks=pytest.mark.slow) for other in (75, 80, 86, 89, 100, 120)] + [90]
+    "capability",
+    [pytest.param(75, marks=pytest.mark.slow), 90, pytest.param(120, marks=pytest.mark.slow)]
+    + [pytest.param(other, marks=pytest.mark.long) for other in (80, 86, 89, 100)],
 )
 def test_every_kernel_compiles_for_a_card_and_rounds_to_nearest_there(capability, tmp_path):
     """Down to the card's own code, without a card, in the 16 bits that `compute_dtype: auto` takes there; in a process

@@ -378,8 +378,12 @@ def test_a_run_takes_what_was_planned_and_leaves_what_sees_alone(family, full, t
     assert {"base_weights", "activations", "optimizer_state"} <= {*large}
     # Some scalars and allocations of a few bytes: 400 KiB in all.
     assert all(abs(memory["error"][name]) < 0.005 for name in large)
-    assert abs(memory["error"]["peak"]) < 0.001
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    # Of the micro-batches of a step, whose tokens, labels and positions are the other bytes, a rehearsal holds one.
+    held = 3 * 8 * plan["tokens"] * plan["micro_batch"] * (plan["accumulation"] - 1)
+    rest = [memory[kind]["peak_bytes"] - memory[kind]["by_category"]["other"] for kind in ("planned", "measured")]
+    assert rest[0] == pytest.approx(rest[1], rel=0.001)
+    assert 0 <= memory["planned"]["by_category"]["other"] - memory["measured"]["by_category"]["other"] <= held
     theirs = dense(base)
     assert plan["parameters"]["total"] == sum(each.numel() for each in text_parameters(theirs).values())
     if full:

@@ -1,9 +1,9 @@
 """Attention: what a recipe's name for an implementation stands for, and where it can be had.
 
 All compute the same function. sdpa and eager run everywhere. Of packed documents flex and flash read only the pairs of
-tokens that may see each other, where sdpa is given a mask of every pair; both train on CUDA cards alone. What was
-trained with them is evaluated, asked and exported on a machine without them through sdpa. A family without sdpa takes
-eager in its place.
+tokens that may see each other, and so does sdpa in most families (`documents.py`), where eager is given a mask of every
+pair. flex and flash train on CUDA cards alone; what was trained with them is evaluated, asked and exported on a machine
+without them through sdpa. A family without sdpa takes eager in its place.
 
 Where several heads share keys and values, a card's flash kernel takes them so; those that it has for fp32, and for any
 dtype before Ampere, do not. transformers asks for it all the same, and torch then writes out the scores of every pair
@@ -18,10 +18,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
 from transformers.utils import is_flash_attn_2_available
 
+from qlora_kit.base.documents import is_listed
 from qlora_kit.errors import DeviceError
 
 Attention = Literal["sdpa", "eager", "flex", "flash"]
@@ -52,6 +54,11 @@ def check_attention(asked: str, device: torch.device, dtype: torch.dtype) -> Non
     why = _missing(asked, device, dtype)
     if why is not None:
         raise DeviceError(f"base.attention={asked} {why}; set base.attention=sdpa")
+
+
+def reads_apart(asked: str, config: PretrainedConfig) -> bool:
+    """Whether attention, by its name in a recipe, computes of packed documents no pair of tokens from two of them."""
+    return asked in ("sdpa", "flex", "flash") and is_listed(config)
 
 
 def _missing(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:

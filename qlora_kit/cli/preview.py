@@ -65,12 +65,11 @@ def _summary(preview: Preview) -> Iterator[str]:
     )
     yield f"          data.max_tokens={lengths.p99} keeps 99 % of them whole (now {preview.max_tokens})"
     apart, packed = preview.apart, preview.packed
-    yield f"padding   {_padding(apart)} of {counted(apart.micro_batch, 'row')}{_now(not preview.is_packed)}"
+    yield f"padding   {_padding(apart)} of {counted(apart.micro_batch, 'row')}{_now(preview.layout == 'apart')}"
     if packed is not None:
-        yield (
-            f"          {_padding(packed)} of {packed.micro_batch} with data.packing=true{_now(preview.is_packed)}: "
-            f"{counted(packed.sequences, 'sequence')}, not {apart.sequences:,}"
-        )
+        joined, asked = "with rows end to end", f"of {packed.micro_batch} with data.packing=true"
+        way = (joined if preview.layout == "joined" else asked) + _now(preview.layout != "apart")
+        yield f"          {_padding(packed)} {way}: {counted(packed.sequences, 'sequence')}, not {apart.sequences:,}"
 
 
 def _kept(counts: Counts, used: str) -> str:

@@ -125,7 +125,7 @@ class Screen(Watch):
                 "data.eval"
             )
         self.console.print(
-            f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} at a time), "
+            f"[bold]steps[/]  {pace.steps:,} of {pace.rows_a_step} rows ({pace.micro_batch} of the longest at a time), "
             f"{format_count(pace.trained_tokens)} {learnt} in all, learning rate {pace.lr:g} ({pace.lr_reason})"
         )
         self._steps = pace.steps

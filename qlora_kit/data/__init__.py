@@ -37,7 +37,17 @@ from qlora_kit.data.faults import Faults
 from qlora_kit.data.formats import FORMATS
 from qlora_kit.data.information import bits_to_learn
 from qlora_kit.data.load import Scan, held_out, load_rows, scan, split_eval
-from qlora_kit.data.pack import Room, arrange, best_fit, efficiency, full_packs, longest_pack, side_by_side
+from qlora_kit.data.pack import (
+    Packing,
+    Room,
+    arrange,
+    best_fit,
+    efficiency,
+    full_packs,
+    lay_out,
+    longest_pack,
+    side_by_side,
+)
 from qlora_kit.data.preview import Filling, Piece, Preview, count_classes, fill, measure_lengths, show_rows
 from qlora_kit.data.prompts import Prompt, ask, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
@@ -62,6 +72,7 @@ __all__ = [
     "Faults",
     "Filling",
     "Labelled",
+    "Packing",
     "Part",
     "Piece",
     "Preference",
@@ -107,6 +118,7 @@ __all__ = [
     "full_packs",
     "held_out",
     "is_chat",
+    "lay_out",
     "lengths_of",
     "load_rows",
     "longest_pack",

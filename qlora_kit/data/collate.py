@@ -40,6 +40,9 @@ class Batch:
     position_ids: torch.Tensor | None = None
     """(B, T), int64: 0, 1, ... in every document, the last one's through the padding. None where no sequence holds
     several."""
+    documents: tuple[int, ...] | None = None
+    """Tokens of each document, sequence after sequence, of the last in each with the padding; B x T in all. None where
+    position_ids are."""
     attention_mask: torch.Tensor | None = None
     """(B, T), bool: False at the padding. None for causal models, and where there is none."""
     is_good: torch.Tensor | None = None
@@ -107,21 +110,19 @@ def collate_packs(packs: Sequence[Sequence[Encoded]], pad_id: int) -> Batch:
             input_ids[b, start:end] = ids
             labels[b, start + 1 : end] = ids[1:].where(torch.tensor(row.trained[1:], dtype=torch.bool), IGNORED)
             start = end
-    positions = _positions(packs, shape[1]) if any(len(pack) > 1 for pack in packs) else None
+    documents = tuple(n for pack in packs for n in _documents(pack, shape[1]))
+    positions = None if len(documents) == len(packs) else torch.cat([torch.arange(n) for n in documents]).view(shape)
     rows = [row for pack in packs for row in pack]
     trained_tokens = sum(row.trained_tokens for row in rows)
-    return Batch(input_ids, labels, lengths, trained_tokens, len(rows), trained_tokens, positions)
+    told = () if positions is None else (positions, documents)
+    return Batch(input_ids, labels, lengths, trained_tokens, len(rows), trained_tokens, *told)
 
 
-def _positions(packs: Sequence[Sequence[Encoded]], T: int) -> torch.Tensor:
-    """(B, T): anew from 0 in every document; the padding goes on from the last."""
-    position_ids = torch.empty((len(packs), T), dtype=torch.int64)
-    for b, pack in enumerate(packs):
-        start = 0
-        for row in pack:
-            position_ids[b, start:] = torch.arange(T - start)
-            start += len(row.input_ids)
-    return position_ids
+def _documents(pack: Sequence[Encoded], T: int) -> Iterator[int]:
+    """Tokens of each row of a sequence; the padding goes with the last."""
+    *others, _ = (len(row.input_ids) for row in pack)
+    yield from others
+    yield T - sum(others)
 
 
 def collate_texts(texts: Sequence[Sequence[int]], targets: Sequence[int | tuple[float, ...]], pad_id: int) -> Batch:

@@ -65,6 +65,36 @@ class Room:
         return sequences == 1 or (within and sequences * tokens <= self.micro_batch * self.longest)
 
 
+SHORT = 2
+"""Tokens of the shortest document of a rehearsal, and of a plan: one alone has nothing to predict, and is read without
+the copies that others need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Sequences that hold several rows each.
+
+    Attributes:
+        sequences: in one forward pass.
+        tokens: that none of them exceeds.
+    """
+
+    sequences: int
+    tokens: int
+
+
+def lay_out(lengths: Sequence[int], within: Room | Packing) -> list[list[list[int]]]:
+    """Cut the rows of one step into micro-batches, the largest first.
+
+    Args:
+        lengths: tokens of each row.
+        within: what a forward pass may take of rows that are a sequence each, or sequences that hold several.
+    """
+    if isinstance(within, Packing):
+        return arrange(lengths, within.sequences, within.tokens)
+    return side_by_side(lengths, within)
+
+
 def side_by_side(lengths: Sequence[int], room: Room) -> list[list[list[int]]]:
     """Cut the rows of one step into micro-batches, each row a sequence of its own, so that the step takes least time.
 
@@ -149,17 +179,20 @@ def longest_pack(lengths: Sequence[int], max_tokens: int, rows: int) -> int:
 
 
 def full_packs(rows: Sequence[Encoded], count: int, tokens: int) -> list[list[Encoded]]:
-    """`count` sequences of exactly `tokens` tokens, for a rehearsal: rows from the shortest on, the last of each cut.
+    """`count` sequences of exactly `tokens` tokens that take most, for a rehearsal.
 
-    So the first holds several documents wherever two rows can share a sequence.
+    Made of the longest rows, the last of each cut, and of two tokens of the shortest: so each holds several documents
+    wherever two rows can share a sequence.
     """
-    lengths = lengths_of(rows)
-    supply = (rows[row] for row in cycle(sorted(range(len(rows)), key=lengths.__getitem__)))
-    return [list(_fill(supply, tokens)) for _ in range(count)]
+    *others, shortest = sorted(range(len(rows)), key=lengths_of(rows).__getitem__, reverse=True)
+    supply = (rows[row] for row in cycle([*others, shortest]))
+    cut = SHORT if tokens > 2 * SHORT else 0
+    return [[*_fill(supply, tokens - cut), *_fill(iter([rows[shortest]]), cut)] for _ in range(count)]
 
 
 def _fill(supply: Iterator[Encoded], tokens: int) -> Iterator[Encoded]:
+    """Rows of so many tokens together; of the last its end, which is trained on."""
     while tokens > 0:
         row = next(supply)
-        yield Encoded(row.input_ids[:tokens], row.trained[:tokens])
+        yield Encoded(row.input_ids[-tokens:], row.trained[-tokens:])
         tokens -= len(row.input_ids)

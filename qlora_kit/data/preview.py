@@ -15,8 +15,9 @@ from qlora_kit.data.collate import Sampler, as_stepped
 from qlora_kit.data.columns import ReadAs
 from qlora_kit.data.encoded import Encoded
 from qlora_kit.data.encoded_set import Counts, EncodedSet, Fate, Part
-from qlora_kit.data.pack import Room, arrange, places, side_by_side
+from qlora_kit.data.pack import Packing, Room, lay_out, places
 from qlora_kit.data.remarks import Remark, sides
+from qlora_kit.recipe import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,8 @@ class Filling:
 
     Attributes:
         steps: laid out.
-        micro_batch: rows, or packed sequences, side by side at most, before a plan fits them to a budget.
+        micro_batch: rows of the longest kind, or packed sequences, that one forward pass has room for, before a plan
+            fits them to a budget.
         sequences: in them; fewer than rows where rows are packed, two a row where answers are held against each other.
         efficiency: share of the places that hold a token and no padding.
     """
@@ -110,9 +112,10 @@ class Preview:
         eval: what became of the held-out rows.
         sources: what each source of training rows gave.
         lengths: of the training rows.
-        is_packed: whether the run packs rows.
+        layout: how the rows of a forward pass lie in the run.
         apart: how full its batches are with every row a sequence of its own.
-        packed: the same with rows packed; None where that is not possible.
+        packed: the same where sequences hold several, as in the run or else with data.packing=true; None where that is
+            not possible.
         remarks: what a person should know.
         rows: the first rows that are trained on.
         classes: of texts that are classified, the number of training rows of each, the most first; of others empty.
@@ -124,7 +127,7 @@ class Preview:
     eval: Counts
     sources: list[Part]
     lengths: Lengths
-    is_packed: bool
+    layout: Layout
     apart: Filling
     packed: Filling | None
     remarks: list[Remark]
@@ -168,7 +171,7 @@ def measure_lengths(rows: EncodedSet) -> Lengths:
     return Lengths(median, p95, p99, longest)
 
 
-def fill(rows: EncodedSet, *, seed: int, steps: int, rows_a_step: int, room: Room, is_packed: bool) -> Filling:
+def fill(rows: EncodedSet, *, seed: int, steps: int, rows_a_step: int, room: Room, packing: Packing | None) -> Filling:
     """Lay out the batches of an epoch as the training loop does.
 
     Args:
@@ -176,8 +179,8 @@ def fill(rows: EncodedSet, *, seed: int, steps: int, rows_a_step: int, room: Roo
         seed: of the run, which decides their order.
         steps: of the run.
         rows_a_step: rows that one optimizer step consumes.
-        room: what a forward pass may take; of packed rows `longest` is what a sequence may hold.
-        is_packed: whether rows share sequences.
+        room: what a forward pass may take where every row is a sequence of its own.
+        packing: where sequences hold several; None where none does.
     """
     sampler, lengths, tokens, filled, sequences = Sampler(rows.decks, seed), rows.lengths, 0, 0, 0
     is_one = rows.rows[0].other is None and rows.rows[0].is_good is None
@@ -187,7 +190,7 @@ def fill(rows: EncodedSet, *, seed: int, steps: int, rows_a_step: int, room: Roo
         # Rows of one sequence need not be read, which may be many.
         sizes = [(lengths[row],) for row in chosen] if is_one else _sizes([rows.rows[row] for row in chosen])
         own, of_each = [max(size) for size in sizes], len(sizes[0])
-        arranged = arrange(own, room.micro_batch, room.longest) if is_packed else side_by_side(own, room)
+        arranged = lay_out(own, packing or room)
         tokens += sum(map(sum, sizes))
         filled += of_each * places(own, arranged)
         sequences += of_each * sum(map(len, arranged))

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qlora_kit.base.architecture import build_model
+from qlora_kit.base.attention import reads_apart
 from qlora_kit.errors import ModelError
 from qlora_kit.memory.limit import CUDA_RESERVE_BYTES
 from qlora_kit.plan.depths import count_layers
@@ -20,7 +21,7 @@ from qlora_kit.plan.dry_run import added_by_allocator, dry_rest, dry_step, toget
 from qlora_kit.plan.fake import After
 from qlora_kit.plan.solve import Choices, Setting, Solution, solve
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import Recipe, base_as_held
+from qlora_kit.recipe import Recipe, base_as_held, layout_of
 from qlora_kit.train.classes import head_for
 from qlora_kit.train.head import FEWEST_TOKENS, automatic_chunk
 from qlora_kit.train.pace import Pace
@@ -90,7 +91,8 @@ class Workloads:
             loss_chunk=self.loss_chunk,
         )
         shape = None if self.eval_tokens is None else self.eval_shapes[self.eval_tokens]
-        return replace(work, on_card=self.on_card, eval_shape=shape, quantize_head=self.quantize_head)
+        layout = layout_of(self.recipe, reads_apart=reads_apart(self.recipe.base.attention, self.config))
+        return replace(work, on_card=self.on_card, layout=layout, eval_shape=shape, quantize_head=self.quantize_head)
 
     def plan(self, setting: Setting) -> dict[str, Any]:
         """The dry run of a setting, with `needs_bytes`: its peak, and on a card what is reserved beside it."""

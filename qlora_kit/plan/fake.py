@@ -8,6 +8,7 @@ Real and fake differ in four places, each a seam of its own:
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
 from qlora_kit.base.text import text_parameters
+from qlora_kit.data.pack import SHORT
 from qlora_kit.errors import ModelError
 from qlora_kit.lora import (
     REFERENCE,
@@ -43,7 +45,7 @@ from qlora_kit.plan.depths import (
 )
 from qlora_kit.plan.recall import RecallingMode
 from qlora_kit.plan.workload import Workload
-from qlora_kit.recipe import TASKS, Lora, Train
+from qlora_kit.recipe import TASKS, Layout, Lora, Train
 from qlora_kit.train.activations import Blocks, activation_blocks, set_activation_policy
 from qlora_kit.train.checkpoint import rehearse_checkpoint
 from qlora_kit.train.classes import head_for
@@ -63,6 +65,7 @@ class _FakeRows:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
+    documents: tuple[int, ...] | None
     attention_mask: Tensor | None
     is_good: Tensor | None
 
@@ -118,12 +121,13 @@ def train_once(run: FakeRun) -> None:
             parameter.grad = torch.zeros_like(parameter)
         ledger.own("gradients", (parameter.grad for _, parameter in run.parameters if parameter.grad is not None))
     shape = (work.micro_batch, work.tokens)
+    is_packed = work.layout != "apart"
     rows = [_rows(shape, work) for _ in range(work.accumulation)]  # all of a step are there from its start
-    with _told_packing(work.packing) as asked:
+    with _told_packing(is_packed) as asked:
         accumulate_gradients(
             run.model, rows[:1], shape[0] * shape[1], _task(work), phase=ledger.phase, loss_chunk=work.loss_chunk
         )
-    if work.packing and not asked:
+    if is_packed and not asked:
         raise no_packing(run.model)
     with ledger.phase("optimizer"):
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in run.parameters], 1.0)
@@ -137,7 +141,7 @@ def use_it(after: Mapping[str, After], run: FakeRun) -> None:
         if isinstance(module, QuantizedLinear) and module.workspace is not None:
             module.lent(work.dtype)  # a step leaves its buffer behind
     if work.eval_shape is not None:
-        rows = _rows(work.eval_shape, replace(work, packing=False, is_padded=work.eval_shape[0] > 1))
+        rows = _rows(work.eval_shape, replace(work, layout="apart", is_padded=work.eval_shape[0] > 1))
         with _told_packing(False):
             rehearse_evaluation(run.model, rows, _task(work), phase=ledger.phase, loss_chunk=work.loss_chunk)
     with ledger.phase("save"):
@@ -231,14 +235,26 @@ def _task(work: Workload) -> Task:
 
 def _rows(shape: tuple[int, int], work: Workload) -> _FakeRows:
     is_text, has_verdict = work.task == "classify", work.task == "kto"
-    shape = shape[0] * TASKS[work.task].sequences, shape[1]
+    documents = _documents(shape, work.layout)
+    shape = (1, math.prod(shape)) if work.layout == "joined" else (shape[0] * TASKS[work.task].sequences, shape[1])
     return _FakeRows(
         input_ids=torch.zeros(shape, dtype=torch.int64),
         labels=torch.zeros(shape[:1] if is_text else shape, dtype=torch.int64),
-        position_ids=torch.zeros(shape, dtype=torch.int64) if work.packing else None,
+        position_ids=torch.zeros(shape, dtype=torch.int64) if documents else None,
+        documents=documents,
         attention_mask=torch.zeros(shape, dtype=torch.bool) if is_text and work.is_padded else None,
         is_good=torch.zeros(shape[0] // 2, dtype=torch.bool) if has_verdict else None,
     )
+
+
+def _documents(shape: tuple[int, int], layout: Layout) -> tuple[int, ...] | None:
+    """Those that take most, as in `full_packs`: as long as can be, and one that no window cuts. Where a window does, a
+    mask makes of shared keys and values a copy for each head, and the short one keeps its own beside them."""
+    rows, tokens = shape
+    if layout == "apart":
+        return None
+    cut = (tokens - SHORT, SHORT) if rows * tokens > 2 * SHORT else (tokens,)
+    return (tokens,) * (rows - 1) + cut if layout == "joined" else cut * rows
 
 
 @contextmanager
@@ -284,7 +300,7 @@ def _told_if_it_decides(model: PreTrainedModel, work: Workload) -> Iterator[None
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        instead = "set data.packing=false, or " if work.packing else ""
+        instead = "" if work.layout == "apart" else "set data.packing=false, or "
         raise ModelError(
             f"a {model.config.model_type} reads values of its tensors to decide what to do ({error.func}), but a plan "
             f"has only shapes; {instead}use another release of transformers, or another model"

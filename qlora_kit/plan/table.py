@@ -121,6 +121,7 @@ def _paced(pace: Pace, setting: Setting, eval_tokens: int | None) -> Pace:
 def _settled(recipe: Recipe, work: Workload, setting: Setting) -> dict[str, Any]:
     """What the recipe's `auto` became, and in what the run and those it is compared with compute."""
     return {
+        "layout": work.layout,
         "activations": setting.blocks.words,
         "blocks": setting.blocks._asdict(),
         "loss_chunk": work.loss_chunk,

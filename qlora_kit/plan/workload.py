@@ -6,7 +6,7 @@ import torch
 
 from qlora_kit.base.device import resolve_device, resolve_dtype
 from qlora_kit.base.formats import Quantization
-from qlora_kit.recipe import Lora, Recipe, base_as_held, is_packed
+from qlora_kit.recipe import Layout, Lora, Recipe, base_as_held
 from qlora_kit.train.activations import Blocks, Policy
 from qlora_kit.train.optim import MasterWeights, definite_masters
 from qlora_kit.train.pace import gradients_stand
@@ -32,7 +32,7 @@ class Workload:
         quantize_head: whether embedding and head are quantised, too.
         eval_shape: rows and tokens of the largest batch that is evaluated; None where none is.
         on_card: whether the device is a card: what lies in the host's memory is counted by itself then.
-        packing: whether a row may hold several documents; then `tokens` are those of the fullest.
+        layout: how rows lie; where they are packed, `tokens` are those of the fullest sequence.
         task: of `train.task`; where that takes pairs of answers, a row is two sequences.
         has_reference: whether a frozen copy of the adapter stands beside it.
         is_padded: of a classification: whether texts of one batch differ in length, so that there is a mask.
@@ -53,7 +53,7 @@ class Workload:
     quantize_head: bool = False
     eval_shape: tuple[int, int] | None = None
     on_card: bool = False
-    packing: bool = False
+    layout: Layout = "apart"
     task: str = "sft"
     has_reference: bool = False
     is_padded: bool = False
@@ -62,7 +62,7 @@ class Workload:
     @property
     def gradients_stand(self) -> bool:
         """Whether the gradients of one micro-batch stand through the next."""
-        return gradients_stand(self.micro_batch, self.accumulation, is_packed=self.packing)
+        return gradients_stand(self.micro_batch, self.accumulation, is_packed=self.layout != "apart")
 
     @classmethod
     def of(
@@ -90,7 +90,6 @@ class Workload:
             master_weights=definite_masters(recipe.train.master_weights, full_finetune=is_full),
             skip=tuple(base.skip),
             quantize_head=base.quantize_head is True,
-            packing=is_packed(recipe),
             task=recipe.train.task,
             is_padded=recipe.train.task == "classify" and micro_batch > 1,
             has_reference=has_reference(recipe),

@@ -2,7 +2,7 @@
 
 from qlora_kit.recipe.grid import Cell, Grid, has_axes, read_grid
 from qlora_kit.recipe.method import Method, base_as_held, method_of, not_read, with_adapters
-from qlora_kit.recipe.packing import is_packed
+from qlora_kit.recipe.packing import Layout, layout_of
 from qlora_kit.recipe.read import dump_recipe, read_recipe
 from qlora_kit.recipe.schema import Base, Data, Lora, Memory, Recipe, Source, Train
 from qlora_kit.recipe.shipped import find, folder, names, schema_text, summary
@@ -14,6 +14,7 @@ __all__ = [
     "Cell",
     "Data",
     "Grid",
+    "Layout",
     "Lora",
     "Memory",
     "Method",
@@ -26,7 +27,7 @@ __all__ = [
     "find",
     "folder",
     "has_axes",
-    "is_packed",
+    "layout_of",
     "method_of",
     "names",
     "not_read",

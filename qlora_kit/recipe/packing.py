@@ -1,19 +1,26 @@
 """Whether the rows of a step share sequences."""
 
+from typing import Literal
+
 from qlora_kit.recipe.schema import Recipe
 from qlora_kit.recipe.tasks import TASKS
 
-READS_APART = ("flex", "flash")
-"""Attention that reads of packed documents only what may see each other; the rest is given a mask of every pair."""
+Layout = Literal["apart", "joined", "packed"]
+"""How the rows of a forward pass lie: a sequence each, with padding; end to end in one sequence, which has as many
+places; or in sequences of at most `data.max_tokens`, filled as well as may be."""
 
 
-def is_packed(recipe: Recipe) -> bool:
+def layout_of(recipe: Recipe, *, reads_apart: bool) -> Layout:
     """What `data.packing` comes to.
 
-    Where attention reads each document alone, packed rows cost what they cost by themselves, less padding and passes.
-    Under a dense mask attention grows with the square of a whole sequence, which costs more than it saves
-    (benchmarks/LOG.md, "Rows side by side").
+    Where attention reads each document alone, rows end to end cost what they cost by themselves, without padding and in
+    fewer passes. Under a dense mask attention grows with the square of a whole sequence, which costs more than it saves
+    (benchmarks/LOG.md, "Rows end to end").
+
+    Args:
+        recipe: the run.
+        reads_apart: whether its attention computes no pair of tokens from two documents.
     """
     if recipe.data.packing == "auto":
-        return TASKS[recipe.train.task].can_pack and recipe.base.attention in READS_APART
-    return recipe.data.packing
+        return "joined" if reads_apart and TASKS[recipe.train.task].can_pack else "apart"
+    return "packed" if recipe.data.packing else "apart"

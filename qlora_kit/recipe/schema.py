@@ -209,7 +209,7 @@ class Data(Section):
     over_length: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to longer rows (they are counted): left out, cut to the length, cut into pieces, or an error."""
     packing: bool | Auto = "auto"
-    """Pack short rows into sequences of at most max_tokens, each seeing only itself; auto: with flex or flash."""
+    """Put rows into sequences of at most max_tokens, each seeing only itself; auto: end to end without padding."""
     loss_on: Literal["assistant", "last", "completion", "all"] = "assistant"
     """Tokens that are trained on: those of all assistant turns, of the last one, of the completion, or all."""
     template: TemplateName = "auto"
@@ -232,7 +232,7 @@ class Train(Section):
     steps: Count | None = None
     """Optimizer steps; overrides epochs and tokens."""
     micro_batch: Count | Auto = "auto"
-    """Sequences in one forward pass; auto: as many of the longest as fit into 2,048 tokens, at most 16."""
+    """Rows of the longest kind in one forward pass; auto: as many as fit into 2,048 tokens, at most 16."""
     accumulation: Count | Auto = "auto"
     """Micro-batches per step; auto: about 16 rows (not packed sequences) per step, as in QLoRA's scripts."""
     lr: Rate | Auto = "auto"

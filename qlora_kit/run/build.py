@@ -58,15 +58,17 @@ def settle(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
 
 def as_planned(recipe: Recipe, plan: Mapping[str, Any]) -> Recipe:
     """The recipe with the rank, the head, the batches and the loss that a plan chose: in others the same sums would be
-    rounded otherwise."""
-    train, memory = recipe.train, recipe.memory
+    rounded otherwise. Plans before rows lay end to end do not say how they lay."""
+    train, data, memory = recipe.train, recipe.data, recipe.memory
     if train.micro_batch == "auto" and train.accumulation == "auto":
         train = train.model_copy(update={key: plan[key] for key in ("micro_batch", "accumulation")})
+    if data.packing == "auto" and plan.get("layout", "apart") == "apart":
+        data = data.model_copy(update={"packing": False})
     if memory.loss_chunk == "auto" and plan.get("loss_chunk") is not None:
         memory = memory.model_copy(update={"loss_chunk": plan["loss_chunk"]})
     if memory.eval_tokens == "auto" and plan.get("eval_tokens") is not None:
         memory = memory.model_copy(update={"eval_tokens": plan["eval_tokens"]})
-    return settle(recipe, plan).model_copy(update={"train": train, "memory": memory})
+    return settle(recipe, plan).model_copy(update={"train": train, "data": data, "memory": memory})
 
 
 def learn_marks(
@@ -179,6 +181,6 @@ def make_job(
         task=task,
         loss_chunk=loss_chunk,
         folder=Path(recipe.output),
-        packed_tokens=prepared.packed_tokens,
+        packing=prepared.packing,
         check_memory=limit.check,
     )

@@ -91,8 +91,8 @@ def run_course(
     _check_disk(job)
     if job.task.answers:
         end_tokens(model, prepared.tokenizer)  # told now if they are none, and not at the first answer
-    if job.packed_tokens is not None:
-        check_isolation(model, prepared.pace.micro_batch)
+    if job.packing is not None:
+        check_isolation(model, job.packing.sequences)
     if resume:
         _go_on(job, watch)
         describe()

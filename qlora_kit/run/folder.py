@@ -16,6 +16,7 @@ import torch
 
 from qlora_kit import __version__
 from qlora_kit.base.device import resolve_device
+from qlora_kit.data import Packing
 from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.export.trained_against import ADDED_TOKENS
 from qlora_kit.memory import Ledger, PeakCounter
@@ -232,8 +233,8 @@ def describe_run(
     data["sources"] = [{**asdict(part), "rows_an_epoch": part.deck.drawn} for part in train.parts]
     if recipe.data.eval is not None:
         data["eval"] = asdict(prepared.eval.counts)
-    if prepared.packed_tokens is not None:
-        data["packing"] = _packing(recipe, prepared, prepared.packed_tokens)
+    if prepared.packing is not None:
+        data["packing"] = _packing(recipe, prepared, prepared.packing)
     if recipe.train.task == "classify":
         classes = classes_in(prepared.config)
         data["classes"], data["is_multi"] = list(classes.names), classes.is_multi
@@ -244,10 +245,10 @@ def describe_run(
     write_json(folder / DATA, data)
 
 
-def _packing(recipe: Recipe, prepared: Prepared, tokens: int) -> dict[str, Any]:
+def _packing(recipe: Recipe, prepared: Prepared, packing: Packing) -> dict[str, Any]:
     """Sequences of the first epoch, and the share of their places that is no padding."""
-    filling = fill_batches(recipe, prepared.train, prepared.pace, tokens)
-    return {**asdict(filling), "longest": tokens}
+    filling = fill_batches(recipe, prepared.train, prepared.pace, prepared.layout, prepared.longest)
+    return {**asdict(filling), "longest": packing.tokens}
 
 
 def trained_folder(folder: Path, recipe: Recipe) -> Path:

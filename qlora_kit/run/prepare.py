@@ -8,18 +8,20 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.architecture import lacks_sdpa, read_config
+from qlora_kit.base.attention import reads_apart
 from qlora_kit.base.device import resolve_device
 from qlora_kit.base.hub import is_folder
 from qlora_kit.base.vocabulary import longer_config
 from qlora_kit.data import (
     EncodedSet,
     Filling,
+    Packing,
     fill,
     longest_pack,
     remarks_on,
 )
 from qlora_kit.errors import DataError
-from qlora_kit.recipe import TASKS, Recipe, is_packed
+from qlora_kit.recipe import TASKS, Layout, Recipe, layout_of
 from qlora_kit.run.common import Common
 from qlora_kit.run.full_finetune import check_full_finetune
 from qlora_kit.run.rows import read_rows
@@ -41,7 +43,8 @@ class Prepared:
         train: encoded training rows.
         eval: encoded held-out rows; empty where the recipe wants none.
         pace: steps and batch sizes.
-        packed_tokens: most tokens of a sequence where rows are packed; None where every row is its own.
+        layout: how the rows of a forward pass lie.
+        longest: tokens that no row exceeds, or where rows are packed no sequence.
         date: that the chat template writes; None where it writes none.
     """
 
@@ -50,13 +53,14 @@ class Prepared:
     train: EncodedSet
     eval: EncodedSet
     pace: Pace
-    packed_tokens: int | None = None
+    layout: Layout
+    longest: int
     date: Date | None = None
 
     @property
-    def longest(self) -> int:
-        """Tokens that no sequence exceeds."""
-        return self.train.longest if self.packed_tokens is None else self.packed_tokens
+    def packing(self) -> Packing | None:
+        """Sequences that hold several rows, by the pace; None where every row is a sequence of its own."""
+        return packing_of(self.layout, self.pace, self.longest)
 
 
 def prepare(
@@ -132,8 +136,7 @@ def gather(
     material = read() if common is None else common.take("rows", (*_decides_rows(recipe), today), read)
     config, tokenizer, train_rows, eval_rows, date = material
     check_full_finetune(recipe, config, watch)
-    pace, packed = pace_of(recipe, train_rows, config)
-    return Prepared(config, tokenizer, train_rows, eval_rows, pace, packed, date)
+    return Prepared(config, tokenizer, train_rows, eval_rows, *pace_of(recipe, train_rows, config), date)
 
 
 class _Material(NamedTuple):
@@ -167,8 +170,8 @@ def _decides_rows(recipe: Recipe) -> tuple[object, ...]:
     return recipe.base, recipe.data, recipe.train.task, recipe.lora.from_, recipe.lora.added_tokens
 
 
-def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple[Pace, int | None]:
-    """The pace of a run, and the most tokens of a sequence where rows are packed; None where every row is its own.
+def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple[Pace, Layout, int]:
+    """The pace of a run, how rows lie, and the tokens that none of them exceeds, or where they are packed no sequence.
 
     Args:
         recipe: the run.
@@ -178,8 +181,9 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     Raises:
         DataError: a step has fewer rows than its task needs.
     """
-    epoch, packs, max_tokens = rows.epoch, is_packed(recipe), recipe.data.max_tokens
-    longest = max(max_tokens, rows.longest) if packs else rows.longest
+    epoch, max_tokens = rows.epoch, recipe.data.max_tokens
+    layout = layout_of(recipe, reads_apart=reads_apart(recipe.base.attention, config))
+    longest = max(max_tokens, rows.longest) if layout == "packed" else rows.longest
     pace = set_pace(
         recipe.train,
         rows=epoch.rows,
@@ -191,16 +195,30 @@ def pace_of(recipe: Recipe, rows: EncodedSet, config: PretrainedConfig) -> tuple
     if recipe.train.task == "kto" and pace.rows_a_step < 2:
         raise DataError("train.task=kto pairs each prompt with another row's answer, so a step needs two rows: "
                         "raise train.accumulation, or give more rows")  # fmt: skip
-    return pace, longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if packs else None
+    full = longest_pack(rows.lengths, max_tokens, pace.rows_a_step) if layout == "packed" else longest
+    return pace, layout, full
 
 
-def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, packed_tokens: int | None) -> Filling:
-    """How full the batches of a run's first epoch are."""
+def packing_of(layout: Layout, pace: Pace, longest: int) -> Packing | None:
+    """Sequences that hold several rows each; None where none does.
+
+    Args:
+        layout: how rows lie.
+        pace: of the run.
+        longest: tokens that no row exceeds, or where rows are packed no sequence.
+    """
+    if layout == "apart":
+        return None
+    return Packing(1, pace.micro_batch * longest) if layout == "joined" else Packing(pace.micro_batch, longest)
+
+
+def fill_batches(recipe: Recipe, rows: EncodedSet, pace: Pace, layout: Layout, longest: int) -> Filling:
+    """How full the batches of a run's first epoch are. The arguments are those of `packing_of`."""
     return fill(
         rows,
         seed=recipe.train.seed,
         steps=pace.steps,
         rows_a_step=pace.rows_a_step,
-        room=room_of(recipe.train, pace, packed_tokens or rows.longest, resolve_device(recipe.base.device)),
-        is_packed=packed_tokens is not None,
+        room=room_of(recipe.train, pace, longest, resolve_device(recipe.base.device)),
+        packing=packing_of(layout, pace, longest),
     )

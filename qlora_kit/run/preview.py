@@ -1,7 +1,9 @@
 """What a run will be trained on, shown before anything else: no weights are needed, and none are read."""
 
+from typing import Literal
+
 from qlora_kit.data import Filling, Preview, count_classes, measure_lengths, remarks_on, show_rows
-from qlora_kit.recipe import TASKS, Recipe, is_packed
+from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.run.prepare import fill_batches, gather, pace_of
 from qlora_kit.run.rows import columns_read
 from qlora_kit.run.start import as_it_starts
@@ -26,7 +28,7 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
     train, held_out, tokenizer = prepared.train, prepared.eval, prepared.tokenizer
     classes = classes_in(prepared.config) if recipe.train.task == "classify" else None
 
-    def filling(packing: bool) -> Filling:
+    def filling(packing: bool | Literal["auto"]) -> Filling:
         variant = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": packing})})
         return fill_batches(variant, train, *pace_of(variant, train, prepared.config))
 
@@ -36,9 +38,9 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
         eval=held_out.counts,
         sources=train.parts,
         lengths=measure_lengths(train),
-        is_packed=is_packed(recipe),
+        layout=prepared.layout,
         apart=filling(False),
-        packed=filling(True) if TASKS[recipe.train.task].can_pack else None,
+        packed=filling("auto" if prepared.layout == "joined" else True) if TASKS[recipe.train.task].can_pack else None,
         remarks=remarks_on(train, held_out, tokenizer),
         rows=show_rows(train, tokenizer, rows, classes),
         classes={} if classes is None else count_classes(train, classes),

@@ -170,8 +170,8 @@ class Race:
     def _check(self, candidate: _Candidate) -> None:
         """See before the first step that all that will stand at once fits, and that rows in a pack are apart."""
         use_adapter(self._model, candidate.name)
-        if candidate.job.packed_tokens is not None:
-            check_isolation(self._model, candidate.job.pace.micro_batch)
+        if candidate.job.packing is not None:
+            check_isolation(self._model, candidate.job.packing.sequences)
         rehearse(candidate.job, Ledger())
 
     def _take_turn(self, candidate: _Candidate, end: int, last: int) -> None:

@@ -3,16 +3,17 @@ ones.
 
 So nothing here reads a value off a tensor: counts come from the host, and whether a loss is finite is asked elsewhere.
 A causal model gets no attention mask: rows are padded on the right, and no real token looks to its right. Where rows
-are packed, it gets positions that begin anew at every document, from which transformers makes the mask.
+are packed, it gets positions that begin anew at every document, and attention keeps the documents apart.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from qlora_kit.base.documents import reading
 from qlora_kit.base.text import text_body
 from qlora_kit.train.head import chunked_loss_sum, has_own_head
 from qlora_kit.train.objectives import causal_loss_sum
@@ -35,6 +36,10 @@ class Rows(Protocol):
     @property
     def position_ids(self) -> Tensor | None:
         """(batch, tokens), int64, of packed rows."""
+
+    @property
+    def documents(self) -> tuple[int, ...] | None:
+        """Tokens of each packed row, through all sequences, with padding."""
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -79,7 +84,7 @@ def loss_sum(
     """
     if loss_chunk is not None and has_own_head(model):
         with phase("forward"):
-            hidden = text_body(model)(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
+            hidden = _passed(text_body(model), rows)[0]
         with phase("loss"):
             return chunked_loss_sum(model, hidden, rows.labels, loss_chunk, divisor)
     logits = whole_logits(model, rows, phase)
@@ -98,7 +103,7 @@ def sequence_losses(model: nn.Module, rows: Rows, phase: Phase = no_phase, loss_
     labels_BT = rows.labels
     if loss_chunk is not None and has_own_head(model):
         with phase("forward"):
-            hidden = text_body(model)(input_ids=rows.input_ids, **_structure(rows), use_cache=False)[0]
+            hidden = _passed(text_body(model), rows)[0]
         with phase("loss"):
             each = zip(hidden.split(1), labels_BT.split(1), strict=True)
             return torch.stack([chunked_loss_sum(model, h_1TD, labels, loss_chunk) for h_1TD, labels in each])
@@ -111,11 +116,12 @@ def sequence_losses(model: nn.Module, rows: Rows, phase: Phase = no_phase, loss_
 def whole_logits(model: nn.Module, rows: Rows, phase: Phase = no_phase) -> Tensor:
     """Forward pass of one micro-batch: (batch, tokens, vocabulary), or (batch, classes)."""
     with phase("forward"):
-        logits: Tensor = model(input_ids=rows.input_ids, **_structure(rows), use_cache=False).logits
+        logits: Tensor = _passed(model, rows).logits
     return logits
 
 
-def _structure(rows: Rows) -> dict[str, Tensor]:
-    """What the model must be told beside the tokens."""
+def _passed(model: nn.Module, rows: Rows) -> Any:
+    """What the model, or its body, says to the tokens and to what it must be told beside them."""
     told = {"position_ids": rows.position_ids, "attention_mask": rows.attention_mask}
-    return {name: tensor for name, tensor in told.items() if tensor is not None}
+    with reading(rows.documents):
+        return model(input_ids=rows.input_ids, **{k: v for k, v in told.items() if v is not None}, use_cache=False)

@@ -1,8 +1,9 @@
 """Whether a model keeps the documents of one packed sequence apart.
 
-Most families in transformers make a block-diagonal mask from positions that begin anew. Some do not (OPT, Falcon,
-BLOOM, gpt-oss), and some carry a state past any mask (Mamba). What leaks is seen in the gradient: the logits of the
-second document must not depend on the first one at all, and without a path between them the gradient is zero exactly.
+Most families read documents by themselves (`base/documents.py`) or make a block-diagonal mask from positions that begin
+anew. Some do not (OPT, Falcon, BLOOM, gpt-oss), and some carry a state past any mask (Mamba). What leaks is seen in the
+gradient: the logits of the second document must not depend on the first one at all, and without a path between them the
+gradient is zero exactly.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora_kit.base.documents import reading
 from qlora_kit.errors import ModelError
 
 _TOKENS = 8
@@ -58,7 +60,8 @@ def leaked_gradient(model: PreTrainedModel, sequences: int = 1) -> float:
     was_training, hook = model.training, model.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            logits = model.eval()(input_ids=ids, position_ids=ids % _TOKENS, use_cache=False).logits
+            with reading([_TOKENS] * 2 * sequences):
+                logits = model.eval()(input_ids=ids, position_ids=ids % _TOKENS, use_cache=False).logits
             # One logit a token, not their sum: in float16 that gradient could overflow.
             (gradient,) = torch.autograd.grad(logits[:, _TOKENS:, 0].sum(), embedded)
     finally:

@@ -1,7 +1,7 @@
 """The training loop, on accelerate: rows to micro-batches to steps, with evaluation, metrics and checkpoints between.
 
 The rows of a step are a function of the seed and of how many rows were consumed, so a resumed run sees what it would
-have seen. Within a step rows may share a sequence, and sequences of like length share a micro-batch; since a step's
+have seen. Within a step rows may share a sequence, and sequences share a micro-batch (`data/pack.py`); since a step's
 loss is weighted by tokens, that changes nothing but the padding.
 """
 
@@ -22,14 +22,14 @@ from qlora_kit.data import (
     Batch,
     Deck,
     Encoded,
+    Packing,
     Room,
     Sampler,
-    arrange,
     as_stepped,
     collate_rows,
     full_packs,
+    lay_out,
     lengths_of,
-    side_by_side,
 )
 from qlora_kit.errors import DeviceError, TrainingError, listed
 from qlora_kit.memory import Ledger, PeakCounter
@@ -69,7 +69,7 @@ class Job:
         progress: where to start.
         watch: is given every row of metrics.
         stop_requested: asked after every step; a true answer saves and ends the run.
-        packed_tokens: most tokens of a sequence where rows are packed; None leaves every row its own.
+        packing: where sequences hold several rows; None leaves every row its own.
         sample: is told every step when it is done; it may ask the model, and leaves training as it was.
         check_memory: is told the step before each of its micro-batches; it may end the run, which then saves nothing.
     """
@@ -90,7 +90,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     watch: Callable[[dict[str, Any]], None] = lambda row: None
     stop_requested: Callable[[], bool] = lambda: False
-    packed_tokens: int | None = None
+    packing: Packing | None = None
     sample: Callable[[int], None] = lambda step: None
     check_memory: Callable[[int], None] = lambda step: None
 
@@ -148,7 +148,7 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
         names of the parameters that no gradient reached: the model does not use them on these rows.
     """
     batch, pace = _longest(job), job.pace
-    stand = gradients_stand(pace.micro_batch, pace.accumulation, is_packed=job.packed_tokens is not None)
+    stand = gradients_stand(pace.micro_batch, pace.accumulation, is_packed=job.packing is not None)
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         job.model.train()
@@ -174,8 +174,8 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
 
 def _longest(job: Job) -> Batch:
     """A micro-batch that none of the run exceeds."""
-    if job.packed_tokens is not None:
-        packs = full_packs(job.rows, job.pace.micro_batch, job.packed_tokens)
+    if job.packing is not None:
+        packs = full_packs(job.rows, job.packing.sequences, job.packing.tokens)
     else:
         by_length = sorted(range(len(job.rows)), key=lengths_of(job.rows).__getitem__, reverse=True)
         rows = [job.rows[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
@@ -291,12 +291,7 @@ class Steps:
 def _micro_batches(job: Job, indices: Sequence[int]) -> Iterator[Batch]:
     """The rows of a step, cut into micro-batches."""
     rows = as_stepped([job.rows[index] for index in indices])
-    lengths = [row.longest for row in rows]
-    if job.packed_tokens is None:
-        micro_batches = side_by_side(lengths, job.room)
-    else:
-        micro_batches = arrange(lengths, job.pace.micro_batch, job.packed_tokens)
-    for packs in micro_batches:
+    for packs in lay_out([row.longest for row in rows], job.packing or job.room):
         yield collate_rows([[rows[row] for row in pack] for pack in packs], job.pad_id).to(job.device)
 
 

@@ -42,8 +42,8 @@ class Pace:
 
     Attributes:
         steps: optimizer steps.
-        micro_batch: rows in one forward pass.
-        accumulation: micro-batches in one step.
+        micro_batch: rows of the longest kind in one forward pass; where rows lie end to end, more of the others.
+        accumulation: micro-batches in one step, at most.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints; None means by the clock.
         lr: peak learning rate.
@@ -98,7 +98,8 @@ class Pace:
 
 
 def room_of(train: Train, pace: Pace, longest: int, device: torch.device) -> Room:
-    """What one forward pass of a run may take: as many places as its largest, which the plan knows.
+    """What one forward pass of a run may take whose rows are a sequence each: as many places as its largest, which the
+    plan knows.
 
     Args:
         train: that section of the recipe; a micro-batch that it names is not exceeded in rows either.

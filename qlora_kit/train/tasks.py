@@ -217,6 +217,7 @@ class _Half:
     input_ids: Tensor
     labels: Tensor
     position_ids: None = None
+    documents: None = None
     attention_mask: None = None
     is_good: None = None
 
