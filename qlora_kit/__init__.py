@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     # On a CPU products in bf16 are oneDNN's, which keeps code and places for each form that it has met, 1,024 of them
     # and up to 1.5 MiB each: every other number of tokens is a form of its own, so that memory would grow over the
-    # steps. A step has some 30. Read once, at the first product; a value that is set already stands.
+    # steps. The products of one length are some 30. Read once, at the first; a value that is set already stands.
     os.environ.setdefault(_name, "64")
 
 _HOMES = {
