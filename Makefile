@@ -51,7 +51,7 @@ llamacpp: $(STAMP)  ## build llama.cpp (6 to 15 minutes, once; needs cmake and a
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt llama-cpp-python==0.3.36
 	@$(BIN)/python -m pytest tests/test_llamacpp.py -m slow -rs
 
-long: $(STAMP)  ## the tests that are too long for continuous integration too: a quarter of an hour
+long: $(STAMP)  ## the tests that are too long for continuous integration too
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'long and not gpu'
 
 gpu: $(STAMP)  ## the tests that need a CUDA device

@@ -383,6 +383,7 @@ def test_a_run_takes_what_was_planned_and_leaves_what_sees_alone(family, full, t
     held = 3 * 8 * plan["tokens"] * plan["micro_batch"] * (plan["accumulation"] - 1)
     rest = [memory[kind]["peak_bytes"] - memory[kind]["by_category"]["other"] for kind in ("planned", "measured")]
     assert rest[0] == pytest.approx(rest[1], rel=0.001)
+    assert plan["layout"] == "joined" or abs(memory["error"]["peak"]) < 0.001
     assert 0 <= memory["planned"]["by_category"]["other"] - memory["measured"]["by_category"]["other"] <= held
     theirs = dense(base)
     assert plan["parameters"]["total"] == sum(each.numel() for each in text_parameters(theirs).values())
