@@ -118,8 +118,8 @@ def times() -> Iterator[dict[str, Any]]:
         rows = [Encoded([draw.randrange(3, VOCAB) for _ in range(n)], [True] * n) for n in lengths]
         room = Room(max(1, TOKENS_A_MICRO_BATCH // max(lengths)), max(lengths), overhead=OVERHEAD_TOKENS["cpu"])
         layouts = {
-            "apart": lay_out(lengths, room, None),
-            "joined": lay_out(lengths, room, Packing(1, room.micro_batch * room.longest)),
+            "apart": lay_out(lengths, room),
+            "joined": lay_out(lengths, Packing(1, room.micro_batch * room.longest)),
         }
         made = {
             layout: [collate_packs([[rows[row] for row in pack] for pack in packs], 0) for packs in arranged]

@@ -252,6 +252,7 @@ def uncompiled(monkeypatch):
     """Let operators run by torch's own, which give the bits of transformers' modules."""
     for name in ("rms_norm", "gated", "rotary", "softmax_gradient"):
         monkeypatch.setattr(sys.modules[f"qlora_kit.ops.{name}"], "typed_kernel", lambda *_: None)
+    monkeypatch.setattr(sys.modules["qlora_kit.ops.attention"], "_is_compiled", lambda: False)
 
 
 def by_triton(monkeypatch):

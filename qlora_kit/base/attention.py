@@ -11,9 +11,6 @@ of tokens: on a T4 2 GiB in fp32 for 32 heads of 4,096 tokens, several times. Th
 where there is a mask.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -24,6 +21,7 @@ from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_kit.base.documents import is_listed
+from qlora_kit.base.stand_in import stands_for_card
 from qlora_kit.errors import DeviceError
 
 Attention = Literal["sdpa", "eager", "flex", "flash"]
@@ -31,7 +29,6 @@ Attention = Literal["sdpa", "eager", "flex", "flash"]
 _IMPLEMENTATIONS = {"eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 _AMPERE = 8
 """The first compute capability with bf16 and a flash kernel."""
-_ON_CARD: ContextVar[bool] = ContextVar("attention_on_card", default=False)
 
 
 def implementation(asked: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,17 +71,6 @@ def _missing(asked: str, device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
-@contextmanager
-def as_on_card(is_so: bool) -> Iterator[None]:
-    """A block in which tensors of the CPU stand for a card's: what a plan allocates is then what the card would. Of one
-    that computes in fp16 it is taken to be older than Ampere."""
-    token = _ON_CARD.set(is_so)
-    try:
-        yield
-    finally:
-        _ON_CARD.reset(token)
-
-
 def may_share_heads(attention_mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
     """Whether sdpa is given keys and values that several heads share, and not a copy for each head.
 
@@ -98,7 +84,7 @@ def may_share_heads(attention_mask: Tensor | None, key: Tensor, value: Tensor) -
 
 def _kernel_shares(key: Tensor) -> bool:
     if not key.is_cuda:
-        return not _ON_CARD.get() or key.dtype == torch.bfloat16
+        return not stands_for_card() or key.dtype == torch.bfloat16
     return key.dtype != torch.float32 and torch.cuda.get_device_capability(key.device)[0] >= _AMPERE
 
 

@@ -1,4 +1,5 @@
-"""Packed documents under sdpa: each is read by itself, by the same kernel as a row of its own, and no mask is made.
+"""Attention under sdpa: packed documents are each read by themselves, by the kernel that rows of their own have, and no
+mask is made. Where the kit has a kernel, one call of it reads all; elsewhere torch's is called for each.
 
     N tokens of a micro-batch, n of one document, H heads, D width of a head
 
@@ -10,7 +11,7 @@ The families for which this is so are a list, since some carry a state past any 
 its rows one by one. Others get transformers' mask.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from qlora_kit.base.stand_in import stands_for_card
+from qlora_kit.ops import attend, can_attend
 
 FAMILIES = frozenset((
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma3_text", "glm",
@@ -93,17 +97,44 @@ def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As transformers' own: (batch, H, tokens, D) each, and back (batch, tokens, H, D)."""
-    if not isinstance(attention_mask, Documents):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    batch, _, tokens, _ = query.shape
-    lengths = attention_mask.lengths
-    cut = [each.transpose(1, 2).flatten(0, 1).split(lengths) for each in (query, key, value)]
+    is_packed = isinstance(attention_mask, Documents)
+    if is_packed or _is_causal(module, query, key, attention_mask, kwargs.get("is_causal")):
+        if _may_attend(query, key, value, kwargs):
+            rows = attention_mask if is_packed else Documents((query.shape[2],) * len(query))
+            return _end_to_end(query, key, value, rows, kwargs.get("scaling")), None
+        if is_packed:
+            return _one_by_one(module, query, key, value, attention_mask, kwargs), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _is_causal(module: nn.Module, query: Tensor, key: Tensor, mask: Any, asked: bool | None) -> bool:
+    """Whether each token of a row sees those before it and itself, and there are no others."""
+    is_so = getattr(module, "is_causal", True) if asked is None else asked
+    return mask is None and bool(is_so) and query.shape[2] == key.shape[2] > 1
+
+
+def _may_attend(query: Tensor, key: Tensor, value: Tensor, how: Mapping[str, Any]) -> bool:
+    """Whether the kit's own kernel computes all that is asked for."""
+    is_plain = not how.get("dropout") and how.get("position_bias") is None and how.get("cache") is None
+    return is_plain and not stands_for_card() and can_attend(query, key, value)
+
+
+def _end_to_end(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None) -> Tensor:
+    q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend(q, k, v, documents.lengths, documents.window, scale).unflatten(0, (len(query), query.shape[2]))
+
+
+def _one_by_one(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, documents: Documents, how: Mapping[str, Any]
+) -> Tensor:
+    cut = [each.transpose(1, 2).flatten(0, 1).split(documents.lengths) for each in (query, key, value)]
     read = []
-    for n, parts in zip(lengths, zip(*cut, strict=True), strict=True):
+    for n, parts in zip(documents.lengths, zip(*cut, strict=True), strict=True):
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
-        out, _ = sdpa_attention_forward(module, q, k, v, attention_mask.mask(n), **kwargs)
+        out, _ = sdpa_attention_forward(module, q, k, v, documents.mask(n), **how)
         read.append(out[0])
-    return torch.cat(read).unflatten(0, (batch, tokens)), None
+    return torch.cat(read).unflatten(0, (len(query), query.shape[2]))
 
 
 AttentionMaskInterface.register("sdpa", _mask)

@@ -1,5 +1,6 @@
 """Differentiable mathematics on plain tensors; nothing here knows a model, a file or a recipe."""
 
+from qlora_kit.ops.attention import attend, attend_plain, can_attend
 from qlora_kit.ops.frozen import Decode, Stored
 from qlora_kit.ops.gated import Gate, gated, gated_plain
 from qlora_kit.ops.linear_cross_entropy import (
@@ -36,6 +37,9 @@ __all__ = [
     "Stored",
     "Update",
     "Workspace",
+    "attend",
+    "attend_plain",
+    "can_attend",
     "compute_dtype",
     "dora_linear",
     "gated",

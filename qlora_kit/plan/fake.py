@@ -21,10 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
 from qlora_kit.base.architecture import build_model, expected_untrained
-from qlora_kit.base.attention import as_on_card, implementation
+from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
+from qlora_kit.base.stand_in import as_on_card
 from qlora_kit.base.text import text_parameters
 from qlora_kit.data.pack import SHORT
 from qlora_kit.errors import ModelError
