@@ -154,6 +154,9 @@ def test_torchs_own_products_and_these_take_turns_with_the_tiles():
 def test_what_the_code_does_not_take_is_told_before(shape, how, dtype):
     assert can_multiply(inputs(48, 640), (96, 640), FORMATS[0])
     assert not can_multiply(inputs(49, 640), (96, 640), FORMATS[0]), "decoding first is faster then"
+    many = torch.zeros(5000, 2048, dtype=torch.bfloat16)
+    assert can_multiply(many, (2048, 2048), FORMATS[0])
+    assert not can_multiply(many, (2016, 2048), FORMATS[0])
     assert not can_multiply(torch.zeros(1, shape[1], dtype=dtype), shape, how)
     if how.kind != "none":
         with pytest.raises(RuntimeError, match="can_multiply says no"):

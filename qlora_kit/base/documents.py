@@ -1,7 +1,9 @@
-"""Attention under sdpa: packed documents are each read by themselves, by the kernel that rows of their own have, and no
-mask is made. Where the kit has a kernel, one call of it reads all; elsewhere torch's is called for each.
+"""Attention under sdpa: packed documents are each read by themselves, as a row of its own is, and no mask is made.
 
     N tokens of a micro-batch, n of one document, H heads, D width of a head
+
+One call of the kit's kernel reads all of them, where there is one for the processor; elsewhere torch's is called for
+each. Rows that are not packed go the same way, each as one document.
 
 transformers gives sdpa a mask of all pairs of tokens of a sequence. Its kernels then compute every pair, those that may
 not see each other too, and the mask is as large as the square of the sequence. Here the model's mask is only the list
@@ -120,6 +122,7 @@ def _may_attend(query: Tensor, key: Tensor, value: Tensor, how: Mapping[str, Any
 
 
 def _end_to_end(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None) -> Tensor:
+    """By the kit's kernel."""
     q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return attend(q, k, v, documents.lengths, documents.window, scale).unflatten(0, (len(query), query.shape[2]))
@@ -128,6 +131,7 @@ def _end_to_end(query: Tensor, key: Tensor, value: Tensor, documents: Documents,
 def _one_by_one(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, documents: Documents, how: Mapping[str, Any]
 ) -> Tensor:
+    """By torch's, whose outputs are written once more to stand in one tensor."""
     cut = [each.transpose(1, 2).flatten(0, 1).split(documents.lengths) for each in (query, key, value)]
     read = []
     for n, parts in zip(documents.lengths, zip(*cut, strict=True), strict=True):

@@ -1,8 +1,8 @@
 """Products with a quantised matrix as it is stored, as an operator of torch: `qlora_kit::multiply_stored`.
 
 On a CPU that multiplies tiles (Intel AMX) C code decodes some columns at a time into the first cache and multiplies
-them there (ops/native/tiles.c): faster than to write the decoded matrix and multiply that, as long as the rows are not
-many beside it. On a CUDA device a Triton kernel multiplies one row, the next token of an answer (ops/triton/stored.py).
+them there (ops/native/tiles.c): faster than to write the decoded matrix and multiply that, but for many rows beside a
+small matrix. On a CUDA device a Triton kernel multiplies one row, the next token of an answer (ops/triton/stored.py).
 `can_multiply` says where; elsewhere weights are decoded.
 
 The operator has a fake form, FLOPs as any product has, and a twin in plain torch. Axes: T tokens, O out, I in.
@@ -26,6 +26,8 @@ from qlora_kit.ops.triton import device_kernel
 _BLOCK = 64
 """Inputs that are decoded together; a block of constants must be some of these, or one constant would be two's."""
 _OUTPUTS = 32
+_LONG = 2048
+"""The shorter side of a matrix that is multiplied as it is stored by any number of rows."""
 
 torch.library.define(
     "qlora_kit::multiply_stored",
@@ -56,8 +58,8 @@ class _Matrix(NamedTuple):
 def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization, *, is_back: bool = False) -> bool:
     """Whether a product with such a matrix is taken without decoding it first.
 
-    Not of more rows than half its shorter side: the matrix, decoded again for every 512, is then slower than torch's
-    products (benchmarks/LOG.md).
+    Not of more rows than half its shorter side, unless that is long: a small matrix, decoded again for every 512 rows,
+    is then slower than decoded once for torch's products (benchmarks/LOG.md).
 
     Args:
         x: what it is multiplied with, (rows, in) or (rows, out).
@@ -70,7 +72,7 @@ def can_multiply(x: Tensor, shape: tuple[int, int], quantization: Quantization, 
     kind, block_size = quantization.kind, quantization.block_size
     if _row_kernel(x, shape[1], kind, block_size, is_back) is not None:
         return True
-    return 2 * len(x) <= min(shape) and _fits(x, *shape, kind, block_size)
+    return (2 * len(x) <= min(shape) or min(shape) >= _LONG) and _fits(x, *shape, kind, block_size)
 
 
 def multiply_stored(

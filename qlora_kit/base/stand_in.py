@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_ON_CARD: ContextVar[bool] = ContextVar("attention_on_card", default=False)
+_ON_CARD: ContextVar[bool] = ContextVar("on_card", default=False)
 
 
 @contextmanager
@@ -19,5 +19,5 @@ def as_on_card(is_so: bool) -> Iterator[None]:
 
 
 def stands_for_card() -> bool:
-    """Whether they do."""
+    """Whether this is such a block."""
     return _ON_CARD.get()
