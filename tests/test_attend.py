@@ -180,8 +180,30 @@ def test_what_it_does_not_take_is_told_before_and_refused_if_asked_for_all_the_s
         attend(q, k, v, (8,), 0, 1.0)
     with pytest.raises(RuntimeError, match=r"keys \(7, 1, 32\)"):
         attend(q, k[:7], v, (8,), None, 1.0)
-    with pytest.raises(RuntimeError, match="to work in"):
-        torch.ops.qlora_kit.attend(q, k, v, [8], 9, 1.0, torch.empty(1, 8))
+    with pytest.raises(RuntimeError, match=r"queries \(8, 0, 32\)"):
+        attend(q[:, :0], k, v, (8,), None, 1.0)
+    with pytest.raises(RuntimeError, match=r"queries \(8, 32\)"):
+        attend(q[:, 0], k, v, (8,), None, 1.0)
+    for rows, floats in ((1, 8), (0, native._room(q, (8,), is_back=False))):
+        with pytest.raises(RuntimeError, match="to work in"):
+            torch.ops.qlora_kit.attend(q, k, v, [8], 9, 1.0, torch.empty(rows, floats))
+
+
+def test_a_window_of_any_size_is_one():
+    inputs = drawn((60,), 2, 1, 32)
+    none = both_ways(attend, *inputs, (60,), None, 0.2)
+    for window in (60, 2**40, 2**62, 2**63 - 1):
+        assert all(
+            torch.equal(*pair) for pair in zip(none, both_ways(attend, *inputs, (60,), window, 0.2), strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"dtype": torch.bfloat16}, {"dtype": torch.float64}, {"device": "meta"}, {"threads": 33}], ids=str
+)
+def test_that_a_processor_has_it_is_found_whatever_the_defaults_are(defaults):
+    with tiny.defaults(**defaults), torch.inference_mode():
+        assert native._is_compiled.__wrapped__(), "asked anew"
 
 
 def test_no_tokens_make_none():
@@ -227,7 +249,7 @@ def test_a_model_reads_its_rows_with_it_and_says_what_it_says_without(monkeypatc
     assert 0 < tiny.relative(mine, truth) < 1.1 * tiny.relative(theirs, truth)
 
 
-def test_packed_rows_have_the_bits_of_rows_alone(monkeypatch):
+def test_packed_rows_are_read_as_rows_alone(monkeypatch):
     model, calls, lengths = wide(), counted(monkeypatch), (3, 40, 1, 21)
     ids = tiny.tokens(1, sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -257,8 +279,29 @@ def test_where_tokens_see_those_after_them_or_only_some_or_lie_in_a_cache_torch_
     assert len(calls) == 2
 
 
+def test_what_the_kernel_would_leave_out_goes_to_torch(monkeypatch):
+    model, calls = wide(), counted(monkeypatch)
+    layer = model.model.layers[0].self_attn
+    q, k, v = (torch.randn(2, heads, 9, 32, dtype=torch.bfloat16) for heads in (4, 2, 2))
+
+    def read(mask=None, heads=(q, k, v), **how):
+        return documents._attention(layer, *heads, mask, **how)[0]
+
+    packed = documents.Documents((5, 4, 9))
+    for mask in (None, packed):
+        causal, apart = read(mask), read(mask, is_causal=False)
+        assert tiny.relative(causal.float(), apart.float()) > 0.1
+        with pytest.raises(ValueError, match="softcap"):
+            read(mask, softcap=30.0)
+    assert calls == [(9, 9), (5, 4, 9)]
+    assert read(heads=(q[:1], k, v)).shape == (2, 9, 4, 32), "one row of queries for two of keys, as torch has it"
+    assert torch.equal(read(documents.Documents((5, 4, 9), window=0)), read(packed))
+    model.config.is_causal = False
+    assert not documents.is_listed(model.config)
+
+
 @pytest.mark.parametrize("policy", ["recompute", "keep"])
-def test_a_step_takes_less_memory_with_it_and_its_gradients_err_no_more_than_without(policy):
+def test_a_step_on_one_thread_takes_less_memory_with_it_and_its_gradients_err_no_more_than_without(policy):
     def step(dtype, on_card):
         model, ledger = wide(dtype).train(), Ledger()
         set_activation_policy(model, policy)

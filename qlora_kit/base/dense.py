@@ -94,7 +94,8 @@ class QuantizedWeight(nn.Module):
             return None
         if not can_multiply(x, shape, self.quantization, is_back=is_back):
             return None
-        space = self._memory(shape, x.dtype, codes)  # as if to decode into: so a plan is the same for all processors
+        # As if to decode into: a card's plan is then the same on all processors.
+        space = self._memory(shape, x.dtype, codes)
         return multiply_stored(x, stored, self.quantization, space, bias=bias, is_back=is_back)
 
     def _memory(self, shape: tuple[int, int], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -82,9 +82,11 @@ def reading(lengths: Sequence[int] | None) -> Iterator[None]:
 
 
 def is_listed(config: PretrainedConfig) -> bool:
-    """Whether it is a model of one of the families; a folder's own code may call itself by their names."""
+    """Whether it is a model of one of the families, whose tokens see none after them; a folder's own code may call
+    itself by their names."""
     body = config.get_text_config()
-    return body.model_type in FAMILIES and type(body).__module__.startswith("transformers.models.")
+    is_known = body.model_type in FAMILIES and type(body).__module__.startswith("transformers.models.")
+    return is_known and getattr(body, "is_causal", True) is not False
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:
@@ -100,8 +102,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """As transformers' own: (batch, H, tokens, D) each, and back (batch, tokens, H, D)."""
     is_packed = isinstance(attention_mask, Documents)
-    if is_packed or _is_causal(module, query, key, attention_mask, kwargs.get("is_causal")):
-        if _may_attend(query, key, value, kwargs):
+    if is_packed or _is_whole(query, key, attention_mask):
+        if _may_attend(module, query, key, value, kwargs):
             rows = attention_mask if is_packed else Documents((query.shape[2],) * len(query))
             return _end_to_end(query, key, value, rows, kwargs.get("scaling")), None
         if is_packed:
@@ -109,23 +111,25 @@ def _attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _is_causal(module: nn.Module, query: Tensor, key: Tensor, mask: Any, asked: bool | None) -> bool:
-    """Whether each token of a row sees those before it and itself, and there are no others."""
-    is_so = getattr(module, "is_causal", True) if asked is None else asked
-    return mask is None and bool(is_so) and query.shape[2] == key.shape[2] > 1
+def _is_whole(query: Tensor, key: Tensor, mask: Any) -> bool:
+    """Whether each row is a document: no token of it is hidden, and none comes from a cache."""
+    return mask is None and len(query) == len(key) and query.shape[2] == key.shape[2] > 1
 
 
-def _may_attend(query: Tensor, key: Tensor, value: Tensor, how: Mapping[str, Any]) -> bool:
-    """Whether the kit's own kernel computes all that is asked for."""
-    is_plain = not how.get("dropout") and how.get("position_bias") is None and how.get("cache") is None
-    return is_plain and not stands_for_card() and can_attend(query, key, value)
+def _may_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, how: Mapping[str, Any]) -> bool:
+    """Whether the kit's own kernel computes all that is asked for, of tokens that see those before them."""
+    is_causal = getattr(module, "is_causal", True) if how.get("is_causal") is None else how["is_causal"]
+    is_plain = not how.get("dropout") and all(how.get(name) is None for name in ("position_bias", "cache", "softcap"))
+    return bool(is_causal) and is_plain and not stands_for_card() and can_attend(query, key, value)
 
 
 def _end_to_end(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float | None) -> Tensor:
     """By the kit's kernel."""
     q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attend(q, k, v, documents.lengths, documents.window, scale).unflatten(0, (len(query), query.shape[2]))
+    return attend(q, k, v, documents.lengths, documents.window or None, scale).unflatten(
+        0, (len(query), query.shape[2])
+    )
 
 
 def _one_by_one(

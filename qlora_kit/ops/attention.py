@@ -4,8 +4,11 @@
 
 C code does it on a CPU that multiplies tiles (Intel AMX), in bf16: the way there, and the way back from the inputs,
 the output and the logarithm of each softmax's sum, scores in blocks that never stand in memory together. torch's
-kernels pass small products one by one to a library there, which keeps code for each length; the way back took four to
-sixteen times as long (benchmarks/LOG.md). `can_attend` says where; elsewhere torch's own attention is called.
+kernels pass small products one by one to a library there, which keeps code for each length; their way back takes three
+to fourteen times as long (benchmarks/attention.py). `can_attend` says where; elsewhere torch's own is called.
+
+On the way back each thread works in 26 D bytes for each token of the longest document (104 MiB for 32,768 tokens of
+heads of 128): all of a head in the orders that tiles want, and sums in fp32.
 
 Axes: N tokens of all documents, H heads, G heads of keys and values, each for H / G of queries, D width of a head.
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
@@ -176,12 +179,13 @@ def _run(
     if kernels is None or not _fit(q, k, heads["v"]) or not kernels.multiplies_tiles():
         raise RuntimeError(f"attention of {tuple(q.shape)} in {q.dtype}: can_attend says no")
     room = _room(q, lengths, is_back="dq" in heads)
-    if space.dtype != torch.float32 or not space.is_contiguous() or space.dim() != 2 or space.shape[1] < room:
+    is_matrix = space.dim() == 2 and space.is_contiguous() and space.dtype == torch.float32
+    if not is_matrix or len(space) == 0 or space.shape[1] < room:
         raise RuntimeError(f"{tuple(space.shape)} {space.dtype} to work in, rows of {room} fp32 wanted")
     starts = torch.tensor([0, *lengths], dtype=torch.int64, device="cpu").cumsum(0)
     attention = _Attention(
         lse=address(lse), starts=address(starts), documents=len(lengths), heads=q.shape[1], groups=k.shape[1],
-        width=q.shape[2], window=window, scale=scale,
+        width=q.shape[2], window=min(window, _UNBOUND), scale=scale,
         **{key: _Heads(each.data_ptr(), each.stride(0), each.stride(1)) for key, each in heads.items()},
     )  # fmt: skip
     getattr(kernels, name)(ctypes.byref(attention), address(space), size(space.shape[1]), len(space))
@@ -219,9 +223,10 @@ def _attend_back_fake(*of: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _results(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int, *rest: Any
              ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Memory for the output and for lse, if the shapes are what kernels will read."""
+    torch._check(q.dim() == k.dim() == 3, lambda: f"queries {tuple(q.shape)}, keys {tuple(k.shape)}")
     (tokens, heads, width), groups = q.shape, k.shape[1]
     torch._check(
-        k.shape == v.shape == (tokens, groups, width) and groups > 0 and heads % groups == 0,
+        k.shape == v.shape == (tokens, groups, width) and heads > 0 and groups > 0 and heads % groups == 0,
         lambda: f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}",
     )
     torch._check(
