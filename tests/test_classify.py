@@ -393,6 +393,7 @@ def test_a_plan_knows_which_parts_of_a_classifier_are_new(has_pooler, tmp_path):
     assert expected_untrained(planned) == ()
 
 
+@pytest.mark.slow
 def test_a_text_may_have_several_classes(tmp_path, bert_folder):
     given = [
         {"text": text, "label": [name for name in TEXTS if name in text]} for row in rows() for text in [row["text"]]

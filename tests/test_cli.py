@@ -207,6 +207,7 @@ def test_a_second_run_needs_a_word_and_overwrite_replaces(recipe):
     assert len((recipe.parent / "run" / "checkpoints" / "step-000002").name) > 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_one_that_was_not_stopped(recipe):
     """Four steps in one go, and two, a stop and two more, through the command line: the same losses, bit for bit."""
     losses = []
@@ -564,7 +565,8 @@ def test_a_run_that_is_resumed_with_more_steps_keeps_the_rate_that_was_chosen_fo
     assert {row["lr"] for row in rows if "lr" in row} == {begun["lr"]}
 
 
-@pytest.mark.parametrize("other", ["lora.rank=2", pytest.param("train.optimizer=sgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["lora.rank=2", "train.optimizer=sgd"])
 def test_a_run_that_cannot_be_forced_to_go_on_stays_as_it_was_begun(recipe, other):
     run = recipe.parent / "run"
     assert call("train", recipe, "train.steps=2").exit_code == 0
@@ -688,6 +690,7 @@ def test_skipped_rows_are_counted_told_and_kept_out_of_a_run(recipe):
     assert json.loads((recipe.parent / "run" / "scores.json").read_text())["rows"] == 7
 
 
+@pytest.mark.slow
 def test_split_rows_are_trained_packed_and_scored_with_every_token_once(recipe):
     whole = json.loads(call("preview", recipe, "--json").stdout)
     result = call("train", recipe, "data.max_tokens=6", "data.over_length=split", "data.packing=true")
@@ -725,6 +728,7 @@ def test_a_prompt_is_put_as_training_put_it(recipe, model_folder, tmp_path):
         assert (answers[0] != answers[1]) == is_chat
 
 
+@pytest.mark.slow
 def test_chatml_is_refused_where_its_marks_are_no_tokens_and_no_template_need_be_named(recipe):
     turns = [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]
     (recipe.parent / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 4)
@@ -1026,6 +1030,7 @@ def test_a_comparison_has_a_line_a_kind_and_keeps_what_it_wrote_only_where_it_is
         assert_mistake(told, "not empty")
 
 
+@pytest.mark.slow
 def test_an_export_of_a_base_that_has_changed_since_is_refused_though_its_marks_are_the_same(
     model_folder, tmp_path, monkeypatch
 ):
@@ -1113,6 +1118,7 @@ def test_a_run_that_cannot_be_exported_is_one_line_with_nothing_left(finished, t
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
+@pytest.mark.slow
 def test_a_loftq_start_is_planned_with_what_it_reads_and_pages_of_the_checkpoint_are_not_counted(recipe):
     run = recipe.parent / "run"
     load = {}

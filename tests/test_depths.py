@@ -106,12 +106,12 @@ def long(*values):
 @pytest.mark.parametrize(
     ("config", "changes"),
     [
-        (LLAMA, {"activations": "keep"}),
+        slow(LLAMA, {"activations": "keep"}),
         (LLAMA, {"activations": "keep", **FULL}),
         (LLAMA, {"activations": "recompute", **FULL, "micro_batch": 8}),
-        (LLAMA, {"activations": Blocks(0, 7, keep=5)}),
-        (GEMMA, {"activations": "recompute"}),
-        (MOE, {"activations": "recompute", **FULL}),
+        slow(LLAMA, {"activations": Blocks(0, 7, keep=5)}),
+        slow(GEMMA, {"activations": "recompute"}),
+        slow(MOE, {"activations": "recompute", **FULL}),
         (WIDE, {"activations": "recompute", **FULL, **MASTERS}),
         slow(WIDE, {"activations": "recompute", **FULL, "master_weights": "stochastic"}),
         long(WIDE, {"activations": "recompute", "lora": Lora(rank=256), **MASTERS}),

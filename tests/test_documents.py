@@ -174,6 +174,7 @@ def test_a_folder_whose_own_code_calls_itself_by_the_name_of_a_family_is_not_of_
     assert not is_listed(Other())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["keep", "recompute"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_no_rows_end_to_end_take_more_than_those_of_the_rehearsal(family, policy):

@@ -38,6 +38,7 @@ def test_without_a_device_it_says_so_in_one_line_and_writes_nothing(gpu, monkeyp
     assert not gpu.RESULTS.exists()
 
 
+@pytest.mark.slow
 def test_a_dry_call_goes_through_phases_and_writes_no_number(gpu, monkeypatch, capsys):
     rows = run(gpu, monkeypatch, capsys, "--dry", "memory", "kernels", "gradients", "packing", "lengths", "paged")
     assert not any("error" in row for each in rows.values() for row in each)

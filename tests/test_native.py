@@ -33,6 +33,7 @@ def fresh(monkeypatch, tmp_path):
     quantizer.c_functions.cache_clear()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_code_is_compiled_once_into_a_folder_of_the_users_own(fresh, monkeypatch):
     assert isinstance(native.library(), ctypes.CDLL)

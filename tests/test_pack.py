@@ -414,6 +414,7 @@ def test_rows_lie_unasked_as_takes_least_time_in_the_benchmarks_rows():
         assert re.search(rf"{ratio:.2f} times (as long )?where half (of the rows )?have up to {half}\b", text)
 
 
+@pytest.mark.slow
 def test_a_run_whose_rows_are_packed_unasked_is_previewed_and_planned_so(model_folder, tmp_path):
     text = "".join(f'{{"prompt": "{"ab " * n}", "completion": " c"}}\n' for n in range(1, 21))
     (tmp_path / "rows.jsonl").write_text(text)

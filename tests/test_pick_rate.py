@@ -115,6 +115,7 @@ def cache_one(make):
     return lambda *given: made[0] if made else made.append(make(*given)) or made[0]
 
 
+@pytest.mark.slow
 def test_a_candidate_is_bit_for_bit_the_run_that_it_would_be_alone(recipe, tmp_path, monkeypatch):
     files, loads, real = sorted(tmp_path.rglob("*")), [], build.load_recipe_base
     monkeypatch.setattr(build, "load_recipe_base", lambda *given, **named: loads.append(1) or real(*given, **named))

@@ -80,6 +80,7 @@ def left_by(folder):
     return numbers, json.loads((folder / "scores.json").read_text()), load_file(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["nf4", pytest.param("nf4,none,int8", marks=pytest.mark.long)])
 def test_every_run_of_a_sweep_is_bit_for_bit_the_run_that_it_would_be_alone(recipe, tmp_path, monkeypatch, kinds):
     fixed = ["lora.dropout=0.2", "lora.also_train=[lm_head]"]

@@ -631,7 +631,8 @@ def test_paged_state_is_made_and_stepped_with_the_card_of_the_parameters_as_the_
     assert all(tensor is parameters[0][1] for _, tensor in seen)
 
 
-@pytest.mark.parametrize("masters", ["fp32", pytest.param("stochastic", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("masters", ["fp32", "stochastic"])
 def test_bf16_adapters_end_at_the_loss_of_fp32_ones_within_noise(masters, tmp_path):
     for seed in (0, 1):
         losses = []

@@ -264,7 +264,8 @@ def test_only_one_row_forward_with_whole_blocks_is_multiplied_as_stored(by_trito
     assert not can_multiply(x[:1].double(), (96, 640), nf4)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("nf4", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_next_token_by_triton_is_the_one_without(kind, request):
     dense = tiny.llama(hidden_size=128, intermediate_size=256)
     model = freeze_and_quantize(dense, Quantization(kind), torch.float32, torch.device("cpu"))
@@ -388,10 +389,10 @@ print(json.dumps(made))
 ROW_KERNELS = ["_times_4bit"] * 4 + ["_times_int8"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "capability",
-    [pytest.param(75, marks=pytest.mark.slow), 90, pytest.param(120, marks=pytest.mark.slow)]
-    + [pytest.param(other, marks=pytest.mark.long) for other in (80, 86, 89, 100)],
+    [75, 90, 120] + [pytest.param(other, marks=pytest.mark.long) for other in (80, 86, 89, 100)],
 )
 def test_every_kernel_compiles_for_a_card_and_rounds_to_nearest_there(capability, tmp_path):
     """Down to the card's own code, without a card, in the 16 bits that `compute_dtype: auto` takes there; in a process

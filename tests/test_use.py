@@ -445,7 +445,8 @@ def test_prompts_are_read_under_the_names_that_a_run_gave_its_columns(model, tmp
     assert [prompt.reference for prompt in found] == ["cat", None, None, "dog"]
 
 
-@pytest.mark.parametrize("mode", ["keep", pytest.param("strip", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["keep", "strip"])
 def test_a_run_is_asked_with_its_thinking_and_its_columns_in_files_and_in_a_chat(mode, chat_run, tmp_path, monkeypatch):
     said = "a", "<think>b</think>c", "d", "e"
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=True)]
@@ -469,7 +470,8 @@ def test_a_run_is_asked_with_its_thinking_and_its_columns_in_files_and_in_a_chat
     assert asked == [encode(row, speaker.tokenizer, loss_on="last").prompt] * 2
 
 
-@pytest.mark.parametrize("to", ["merged", pytest.param("quantized", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["merged", "quantized"])
 def test_an_export_is_asked_as_its_run_is(to, text_run, chat_run, tmp_path):
     """Though the tokenizer of both has a chat template."""
     asked = {}
@@ -632,6 +634,7 @@ def test_a_checkpoint_and_a_merged_model_answer_as_the_run_does_and_the_latter_h
     assert_mistake(call("generate", tmp_path / "damaged/checkpoints/step-000012", "--prompt", "x"), "parameters")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_as_its_run_is_with_how_it_was_asked(chat_run, tmp_path):
     for to in ("merged", "quantized", "gguf", "adapter", "gguf-adapter"):
         for name, folder in {"end": chat_run, "checkpoint": chat_run / "checkpoints" / "step-000012"}.items():

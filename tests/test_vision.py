@@ -355,8 +355,8 @@ def test_a_model_in_which_tokens_see_those_behind_them_is_refused(config, tmp_pa
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("family", [pytest.param("gemma3", marks=pytest.mark.slow), "qwen3_vl"])
 def test_a_run_takes_what_was_planned_and_leaves_what_sees_alone(family, full, tmp_path):
     base = checkpoint(family, tmp_path)
     tiny.save_tokenizer(base)

@@ -40,6 +40,7 @@ def begun(recipe):
     return recipe
 
 
+@pytest.mark.slow
 def test_rows_of_a_resumed_run_lie_as_they_lay(recipe, tmp_path):
     plan = tmp_path / "run" / "plan.json"
     layouts = []
@@ -81,10 +82,10 @@ def change_a_setting(folder):
     ("change", "said"),
     [
         (change_a_row("rows.jsonl"), "training rows"),
-        (change_a_weight("lm_head.weight"), "weights of the base"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (change_a_weight("lm_head.weight"), "weights of the base"),
                 (change_a_row("held.jsonl"), "held-out rows"),
                 (change_a_weight("model.layers.0.mlp.up_proj.weight"), "weights of the base"),
                 (change_a_setting, "weights of the base"),

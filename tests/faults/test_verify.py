@@ -111,6 +111,7 @@ def test_a_folder_without_checksums_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_resuming_is_proved_on_the_runs_own_recipe_and_leaves_nothing(run):
     before = sorted(path for path in run.parent.rglob("*"))
     told = call("verify", run, "--resume")
