@@ -22,7 +22,7 @@ _PART_BYTES = 1 << 23
 _WINDOW_BYTES = 1 << 21
 """What one access can map in, on both sides of it: a large folio of the system's cache (Linux 6.18 on ext4)."""
 
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) rw-p 0+ \S+ [1-9]\d* +(?!\S*\.so)", re.MULTILINE)
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p 0+ \S+ [1-9]\d* +(?!\S*\.so)")
 """A line of /proc/self/maps: a private mapping of a file from its beginning, as safetensors makes it; no library."""
 
 
@@ -34,17 +34,15 @@ def let_go(tensor: Tensor) -> None:
     """
     found = _mapping_of(tensor)
     if found is not None:
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        _drop(begin, end)
-        let_go_if_clean(tensor)  # neighbours came along; theirs come back as they were, if nobody wrote to them
+        _drop(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+        _drop_around(tensor, found)  # neighbours came along; theirs come back as they were, if nobody wrote to them
 
 
 def let_go_if_clean(tensor: Tensor) -> None:
     """The same, if none of these pages was written to."""
     found = _mapping_of(tensor)
     if found is not None:
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        _drop_clean(max(found[0], begin - _WINDOW_BYTES), min(found[1], end + _WINDOW_BYTES))
+        _drop_around(tensor, found)
 
 
 def let_go_of_clean_files() -> None:
@@ -80,8 +78,16 @@ def _mapping_of(tensor: Tensor) -> tuple[int, int] | None:
 
 def _mappings() -> Iterator[tuple[int, int]]:
     if sys.platform == "linux":
-        for found in _MAPPING.finditer(Path("/proc/self/maps").read_text()):
-            yield int(found[1], 16), int(found[2], 16)
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            # Of a thousand lines a few are such: trying the expression on each took longer than reading them.
+            if " rw-p 0" in line and (found := _MAPPING.match(line)):
+                yield int(found[1], 16), int(found[2], 16)
+
+
+def _drop_around(tensor: Tensor, mapping: tuple[int, int]) -> None:
+    """A tensor's pages in a mapped file, and those that an access to it brings along."""
+    begin, end = tensor.data_ptr() - _WINDOW_BYTES, tensor.data_ptr() + tensor.nbytes + _WINDOW_BYTES
+    _drop_clean(max(mapping[0], begin), min(mapping[1], end))
 
 
 def _drop(begin: int, end: int) -> None:
