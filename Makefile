@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 TORCH_INDEX ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-BENCHMARKS := quickstart exports learning_rate pick_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_memory packing rows growth
+BENCHMARKS := quickstart exports learning_rate pick_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_memory attention packing rows growth
 EXPERIMENTS := adapters capacity kinds rate layers batch embedding quantised flops masters larger_rate larger classes continual data rows methods
 
 .PHONY: help quickstart test setup lint types slow check long llamacpp gpu bench regret format clean
