@@ -83,10 +83,10 @@ def test_errors_are_no_larger_than_those_of_torchs_own_attention():
 
     how = lengths, None, width**-0.5
     wanted = exact(*inputs, *how)
-    for mine, theirs, true in zip(
-        both_ways(attend, *inputs, *how), both_ways(torchs, *inputs, *how), wanted, strict=True
-    ):
-        assert error(mine, true, 1e-6) < 1.05 * error(theirs, true, 1e-6)
+    found = zip(both_ways(attend, *inputs, *how), both_ways(torchs, *inputs, *how), wanted, strict=True)
+    beside = [error(mine, true, 1e-6) / error(theirs, true, 1e-6) for mine, theirs, true in found]
+    assert max(beside[:2]) < 1.05
+    assert max(beside[2:]) < 0.9, "its sums over queries, those of keys and values, stay in fp32"
 
 
 def test_a_document_has_the_same_bits_alone_beside_others_on_more_threads_and_in_any_order_of_memory():
@@ -295,7 +295,6 @@ def test_what_the_kernel_would_leave_out_goes_to_torch(monkeypatch):
             read(mask, softcap=30.0)
     assert calls == [(9, 9), (5, 4, 9)]
     assert read(heads=(q[:1], k, v)).shape == (2, 9, 4, 32), "one row of queries for two of keys, as torch has it"
-    assert torch.equal(read(documents.Documents((5, 4, 9), window=0)), read(packed))
     model.config.is_causal = False
     assert not documents.is_listed(model.config)
 

@@ -94,7 +94,7 @@ def _mask(*args: Any, **kwargs: Any) -> Any:
     lengths = _READ.get()
     if lengths is None or kwargs["use_vmap"] or not is_listed(kwargs["config"]):
         return sdpa_mask(*args, **kwargs)
-    return Documents(lengths, kwargs.get("local_size"), kwargs["device"])
+    return Documents(lengths, kwargs.get("local_size") or None, kwargs["device"])
 
 
 def _attention(
@@ -127,9 +127,7 @@ def _end_to_end(query: Tensor, key: Tensor, value: Tensor, documents: Documents,
     """By the kit's kernel."""
     q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attend(q, k, v, documents.lengths, documents.window or None, scale).unflatten(
-        0, (len(query), query.shape[2])
-    )
+    return attend(q, k, v, documents.lengths, documents.window, scale).unflatten(0, (len(query), query.shape[2]))
 
 
 def _one_by_one(

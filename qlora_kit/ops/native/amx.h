@@ -10,11 +10,6 @@
 #define TILES
 #define _GNU_SOURCE
 #include <immintrin.h>
-#include <pthread.h>
-#include <stddef.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 #include <stdint.h>
 
@@ -69,9 +64,9 @@ static inline void begin_tiles(void) {
 /* Rows in tiles. */
 static inline int64_t whole_tiles(int64_t rows) { return (rows + 15) / 16 * 16; }
 
-/* Some terms of x in tiles of 16 rows and 32 terms; rows that are not there are zero. */
-static inline void pack(const bf16 *x, int64_t stride, int64_t rows, int64_t depth, bf16 *tiles) {
-    for (int64_t r = 0; r < whole_tiles(rows); r++) {
+/* Some terms of x in tiles of 16 rows and 32 terms; rows that are not there, up to `whole`, are zero. */
+static inline void pack(const bf16 *x, int64_t stride, int64_t rows, int64_t whole, int64_t depth, bf16 *tiles) {
+    for (int64_t r = 0; r < whole; r++) {
         bf16 *to = tiles + r / 16 * 16 * depth + r % 16 * 32;
         for (int64_t k = 0; k < depth; k += 32) {
             __m512i values = r < rows ? _mm512_loadu_si512(x + r * stride + k) : _mm512_setzero_si512();

@@ -62,7 +62,8 @@ static inline int64_t padded(int64_t tokens) { return (tokens + 31) / 32 * 32; }
 
 static inline bf16 *at(Heads x, int64_t token, int64_t head) { return x.data + token * x.token + head * x.head; }
 
-/* e^x to a few units of fp32's last place, zero before it is denormal; what is no number stays so. */
+/* e^x of kernels.c by vectors, where that of a masked score must be nothing and cost nothing: zero before it is denormal,
+   whose sums are slow. What is no number stays so. */
 static inline __m512 exponential(__m512 x) {
     __mmask16 is_there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -113,18 +114,15 @@ static void pack_terms(const bf16 *x, int64_t stride, int64_t tokens, int64_t wi
         }
 }
 
-/* Tiles of a head; the last rows of the last are zero. */
-static void pack_rows(const bf16 *x, int64_t stride, int64_t tokens, int64_t width, bf16 *tiles) {
-    for (int64_t r = 0; r < padded(tokens); r++)
-        for (int64_t k = 0; k < width; k += 32)
-            _mm512_storeu_si512(tiles + r / 16 * 16 * width + k / 32 * TILE + r % 16 * 32,
-                                row_of(x + k, stride, r, tokens));
+/* Of 16 places those from one to before another, which may lie outside. */
+static inline __mmask16 between(int64_t begin, int64_t end) {
+    begin = larger(0, begin), end = smaller(16, end);
+    return end <= begin ? 0 : (__mmask16)((1u << end) - (1u << begin));
 }
 
 /* Of 16 keys from the first, those that a query sees. */
 static inline __mmask16 seen(int64_t query, int64_t first, int64_t window) {
-    int64_t end = smaller(16, query + 1 - first), begin = larger(0, query - window + 1 - first);
-    return end <= begin ? 0 : (__mmask16)((1u << end) - (1u << begin));
+    return between(query - window + 1 - first, query + 1 - first);
 }
 
 /* Rows of sums, `part` of them a panel, each times its factor. */
@@ -181,7 +179,7 @@ static void attend_one(const Attention *a, int64_t document, int64_t group, floa
         for (int64_t r = 0; r < tokens; r += QUERIES) {
             int64_t rows = smaller(QUERIES, tokens - r), part = padded(rows), end = smaller(n, r + part);
             int64_t first = larger(0, r - a->window + 1) / 32 * 32, depth = end - first;
-            pack_rows(at(a->q, start + r, head), a->q.token, rows, d, q);
+            pack(at(a->q, start + r, head), a->q.token, rows, part, d, q);
             WRITTEN(q);
             for (int64_t c = first; c < end; c += 32) multiply_panel(q, part, k + c * d, d, 1, s + (c - first) * part);
             for (int64_t i = 0; i < part; i++) {
@@ -230,12 +228,9 @@ static void differentiate(const Attention *a, Back b, const float *s, const floa
     for (int t = 0; t < 2; t++) {
         __m512 lse = _mm512_loadu_ps(b.lse + query + 16 * t), delta = _mm512_loadu_ps(b.delta + query + 16 * t);
         for (int i = 0; i < 32; i++) {
-            int64_t from = i / 16 * 2 * SUM + t * SUM + i % 16 * 16, first = query + 16 * t, last = key + i + a->window;
+            int64_t from = i / 16 * 2 * SUM + t * SUM + i % 16 * 16, nearest = key + i - query - 16 * t;
             __m512 made = exponential(_mm512_fmsub_ps(_mm512_loadu_ps(s + from), scale, lse));
-            if (!is_whole) {
-                int64_t begin = smaller(16, larger(0, key + i - first)), end = smaller(16, larger(0, last - first));
-                made = _mm512_maskz_mov_ps(end <= begin ? 0 : (__mmask16)((1u << end) - (1u << begin)), made);
-            }
+            if (!is_whole) made = _mm512_maskz_mov_ps(between(nearest, nearest + a->window), made);
             p_of[t][i] = made;
             ds_of[t][i] = _mm512_mul_ps(made, _mm512_sub_ps(_mm512_loadu_ps(dp + from), delta));
         }
@@ -293,8 +288,8 @@ static void back_one(const Attention *a, int64_t document, int64_t group, float 
     int64_t start = a->starts[document], tokens = a->starts[document + 1] - start, n = padded(tokens), d = a->width;
     int64_t shared = a->heads / a->groups;
     Back b = parts_of(space, n, d);
-    pack_rows(at(a->k, start, group), a->k.token, tokens, d, b.k_rows);
-    pack_rows(at(a->v, start, group), a->v.token, tokens, d, b.v_rows);
+    pack(at(a->k, start, group), a->k.token, tokens, n, d, b.k_rows);
+    pack(at(a->v, start, group), a->v.token, tokens, n, d, b.v_rows);
     pack_terms(at(a->k, start, group), a->k.token, tokens, d, b.k);
     memset(b.dk, 0, (size_t)(2 * n * d) * sizeof *b.dk); /* and dv */
     for (int64_t head = group * shared; head < (group + 1) * shared; head++) {

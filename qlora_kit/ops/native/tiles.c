@@ -10,6 +10,13 @@
    in elements. Nothing here checks its arguments: base/multiply.py does, and holds the twin in plain torch. */
 
 #include "amx.h"
+#ifdef TILES
+#include <pthread.h>
+#include <stddef.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 /* A stored matrix. 4 bits: two codes a byte, the even one high, and constants as in kernels.c. int8: `codes` and
    `absmax` of each row; `table4` is null. */
@@ -237,7 +244,8 @@ int multiply_stored(const bf16 *x, int64_t rows, const Stored *w, int back, cons
             int64_t part = smaller(rows - r, at_once);
 #pragma omp for
             for (int64_t k = 0; k < depth; k += DEPTH)
-                pack(x + r * depth + k, depth, part, smaller(depth - k, DEPTH), space + k * whole_tiles(part));
+                pack(x + r * depth + k, depth, part, whole_tiles(part), smaller(depth - k, DEPTH),
+                     space + k * whole_tiles(part));
 #pragma omp for
             for (int64_t n = 0; n < width; n += block)
                 if (s) multiply_block(space, part, w, back, bias, n, smaller(n + block, width), s, y + r * width);
