@@ -17,6 +17,11 @@ for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     # steps. The products of one length are some 30. Read once, at the first; a value that is set already stands.
     os.environ.setdefault(_name, "64")
 
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    # Threads that wait for others look so often whether they are ready before they sleep. libgomp's own number, some ms
+    # of it, costs a run nothing while it is alone; beside another program the others cannot run for as long.
+    os.environ["GOMP_SPINCOUNT"] = "10000"
+
 _HOMES = {
     "Ledger": "qlora_kit.memory",
     "adapters_off": "qlora_kit.lora",

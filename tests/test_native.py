@@ -1,9 +1,11 @@
-"""The compiled code: made once, in a folder of the user's own; and nothing is said where it cannot be had."""
+"""The compiled code: made once, in a folder of the user's own; and nothing is said where it cannot be had. How long
+its threads and torch's wait for each other is the user's to say."""
 
 import ctypes
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,3 +127,18 @@ def test_without_openmp_it_is_compiled_for_one_thread(fresh, monkeypatch):
     monkeypatch.setattr(native, "_THREADS", "-fno-such-flag")
     assert native.library() is not None
     assert quantizer.c_functions() is not None
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_how_long_threads_wait_is_the_users_to_say():
+    def waits(**own):
+        clean = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+        code = "import os, qlora_kit; print(os.environ.get('GOMP_SPINCOUNT'))"
+        done = subprocess.run([sys.executable, "-c", code], env=clean | own, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert waits() == "10000"
+    assert waits(GOMP_SPINCOUNT="7") == "7"
+    assert waits(OMP_WAIT_POLICY="passive") == "None"
