@@ -741,7 +741,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     with (tmp_path / "e.csv").open("w", newline="") as file:
         file.write('prompt,completion\r\n2 + 2 =,4\r\n"NA\u2028,\n","say ""NA"""\r\n')
-    for name in ("a.jsonl", "b.json", "c.json", "d.parquet", "e.csv"):
+    (tmp_path / "f.tsv").write_text('prompt\tcompletion\n2 + 2 =\t4\n"NA\u2028,\n"\t"say ""NA"""\n')
+    for name in ("a.jsonl", "b.json", "c.json", "d.parquet", "e.csv", "f.tsv"):
         assert load_rows(tmp_path / name) == expected, name
     assert load_rows(tmp_path / "d.parquet")[1].where.endswith("d.parquet row 2")
     (tmp_path / "bad.parquet").write_bytes(b"not a table")
@@ -782,6 +783,10 @@ def test_csv_rows_of_another_width_are_faults(tmp_path):
     faults = Faults()
     assert load_rows(path, faults=faults) == [Completion("a", "b")]
     assert [fault.split(": ")[0] for fault in faults.shown] == [f"{path}:3", f"{path}:4"]
+    path = write(tmp_path / "a.tsv", "prompt\tcompletion\na,b\tc\na\n\"a\tb\n")
+    faults = Faults()
+    assert load_rows(path, faults=faults) == [Completion("a,b", "c")]
+    assert faults.shown == [f"{path}:3: 1 values for 2 columns", f"{path}:4: not TSV: unexpected end of data"]
 
 
 def test_folder_stands_for_its_files_and_documents_are_whole(tmp_path):

@@ -657,7 +657,7 @@ def test_home_folder_is_found(read, monkeypatch):
     assert read(MINIMAL, "base.model=~/models/tiny").base.model == "/home/someone/models/tiny"
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".txt", ".md", ".JSONL"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md", ".JSONL"])
 def test_data_with_the_ending_of_a_file_is_a_file_and_other_data_a_hub_id(read, tmp_path, suffix):
     recipe = read(MINIMAL, f"data.train=[x{suffix}, org/rows, ./folder]")
     assert recipe.data.train == [str(tmp_path / f"x{suffix}"), "org/rows", str(tmp_path / "folder")]

@@ -1,7 +1,7 @@
 """Files: which hold rows, and those rows as they stand, each with its place.
 
-What is text (.jsonl, .json, .csv, .txt, .md) is read here, so that a fault has a file and a line; .parquet goes through
-pyarrow, batch by batch and with no copy on the disk.
+What is text (.jsonl, .json, .csv, .tsv, .txt, .md) is read here, so that a fault has a file and a line; .parquet goes
+through pyarrow, batch by batch and with no copy on the disk.
 """
 
 import csv
@@ -113,14 +113,14 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
         faults.add(error, hides_rows=True)
 
 
-def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
+def _csv(path: Path, faults: Faults, between: str = ",") -> Iterator[RawRow]:
     """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
     csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))  # otherwise a cell ends at 128 KiB
     columns: list[str] = []
     start = 1  # the line in which a row begins: its cells may hold line breaks
     try:
         with path.open("rb") as file:
-            reader = csv.reader(_lines_of_text(file, path), strict=True)
+            reader = csv.reader(_lines_of_text(file, path), delimiter=between, strict=True)
             for values in reader:
                 where, start = f"{path}:{start}", reader.line_num + 1
                 if not columns:
@@ -133,7 +133,12 @@ def _csv(path: Path, faults: Faults) -> Iterator[RawRow]:
     except DataError as error:
         faults.add(error, hides_rows=True)
     except csv.Error as error:
-        faults.add(f"{path}:{start}: not CSV: {error}", hides_rows=True)
+        faults.add(f"{path}:{start}: not {path.suffix[1:].upper()}: {error}", hides_rows=True)
+
+
+def _tsv(path: Path, faults: Faults) -> Iterator[RawRow]:
+    """As .csv, with tabs: a cell that holds one, or a line's end, stands in quotation marks."""
+    return _csv(path, faults, between="\t")
 
 
 def _lines_of_text(file: BinaryIO, path: Path) -> Iterator[str]:
@@ -180,6 +185,7 @@ READERS: dict[str, Callable[[Path, Faults], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".json": _json_file,
     ".csv": _csv,
+    ".tsv": _tsv,
     ".parquet": _parquet,
     ".txt": _document,
     ".md": _document,

@@ -28,7 +28,7 @@ def load_rows(
 
     Args:
         source: a path, a hub id, a `Source`, a mapping with the fields of `Source`, or a list of these. A folder
-            stands for its .jsonl, .json, .csv and .parquet files, or for its .txt and .md files, by name.
+            stands for its .jsonl, .json, .csv, .tsv and .parquet files, or for its .txt and .md files, by name.
         format: for sources that do not name their own.
         columns: expected name -> name in the file; for sources that do not name their own.
         task: of `train.task`: rows that it can use are looked for.

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-_DATA = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+_DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 _ALWAYS = ("",)  # every text ends so
 
 _SUFFIXES = {
