@@ -783,7 +783,7 @@ def test_csv_rows_of_another_width_are_faults(tmp_path):
     faults = Faults()
     assert load_rows(path, faults=faults) == [Completion("a", "b")]
     assert [fault.split(": ")[0] for fault in faults.shown] == [f"{path}:3", f"{path}:4"]
-    path = write(tmp_path / "a.tsv", "prompt\tcompletion\na,b\tc\na\n\"a\tb\n")
+    path = write(tmp_path / "a.tsv", 'prompt\tcompletion\na,b\tc\na\n"a\tb\n')
     faults = Faults()
     assert load_rows(path, faults=faults) == [Completion("a,b", "c")]
     assert faults.shown == [f"{path}:3: 1 values for 2 columns", f"{path}:4: not TSV: unexpected end of data"]

@@ -195,7 +195,9 @@ def test_files_of_a_folder_that_are_not_read_are_named(recipe):
         assert "not read" not in call(verb, recipe, f"data.train={folder}").output
     for name in ("b.jsonl.gz", "more/rows", ".hidden"):
         (folder / name).write_text("rows")
-    note = f"note: {folder}: 2 files not read, with an ending other than .jsonl, .json, .csv, .tsv, .parquet, .txt, .md: "
+    note = (
+        f"note: {folder}: 2 files not read, with an ending other than .jsonl, .json, .csv, .tsv, .parquet, .txt, .md: "
+    )
     for verb in ("preview", "plan"):
         assert call(verb, recipe, f"data.train={folder}").output.count(f"{note}b.jsonl.gz, more/rows\n") == 1
 
