@@ -42,7 +42,7 @@ from qlora_kit.recipe import Lora, read_recipe
 from qlora_kit.run.plan import plan_memory
 from qlora_kit.run.prepare import gather
 from qlora_kit.run.score import score_rows
-from qlora_kit.train.classes import classes_in, name_classes
+from qlora_kit.train.classes import classes_in, known_classes, name_classes
 from qlora_kit.train.evaluate import f1_score
 from qlora_kit.train.forward import whole_logits
 from qlora_kit.train.objectives import classification_loss_sum
@@ -337,6 +337,21 @@ def test_an_adapter_of_another_task_starts_a_classifier_whose_new_head_is_traine
     again = load_base(model_folder, head="classification", labels=3, **settings)
     load_start(again, shaped(Lora.model_validate({"from": str(tmp_path / "classifier")})), has_reference=False)
     assert torch.equal(again(input_ids=tiny.tokens()).logits, model(input_ids=tiny.tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "called"),
+    [
+        (("LABEL_0", "LABEL_1", "LABEL_2"), [], ("0", "1", "2")),
+        (("LABEL_1", "LABEL_0"), ["LABEL_1", "LABEL_0"], ("LABEL_1", "LABEL_0")),
+        (("LABEL_0", "cat"), ["LABEL_0", "cat"], ("LABEL_0", "cat")),
+    ],
+)
+def test_outputs_that_transformers_numbered_have_no_names_and_all_others_do(names, known, called):
+    config = LlamaConfig(id2label=dict(enumerate(names)), label2id={name: at for at, name in enumerate(names)})
+    assert known_classes(config) == known
+    assert classes_in(config).names == called
+    assert LlamaConfig(num_labels=3).id2label[2] == "LABEL_2", "as transformers does"
 
 
 def test_a_classifier_goes_on_with_the_classes_of_its_adapter_and_with_no_others(tmp_path, model_folder):

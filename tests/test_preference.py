@@ -695,6 +695,13 @@ def test_what_a_task_cannot_do_is_refused_before_anything_is_read(
     )
 
 
+def test_orpo_can_train_all_weights_for_it_holds_to_no_start(rows_of_a_run, tmp_path, model_folder):
+    settings = f"data.train={rows_of_a_run}", "data.eval=null", "train.task=orpo", "train.full_finetune=true"
+    done = call("plan", write_recipe(tmp_path, model_folder), *settings, "--json")
+    assert done.exit_code == 0, done.output
+    assert "reference" not in json.loads(done.stdout)["methods"]["full_finetune"]["assumes"]
+
+
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory, model_folder):
     """A run that learnt answers, to go on from."""

@@ -435,6 +435,28 @@ def test_whatever_decides_the_rows_names_another_entry_and_nothing_else_does(rec
     assert entries() == now + 2
 
 
+def test_special_tokens_are_a_part_of_what_rows_are_kept_by(recipe, kept):
+    tokenizer, readers = prepared(recipe).tokenizer, open_sources(str(recipe.parent / "small.jsonl"))
+    key, code = cache.cache_key(readers, tokenizer, {}), tokenizer.backend_tokenizer.to_str()
+    assert cache.cache_key(readers, tokenizer, {}) == key
+    tokenizer._special_tokens_map["eos_token"] = tokenizer.convert_ids_to_tokens(5)
+    assert tokenizer.eos_token_id == 5
+    assert tokenizer.backend_tokenizer.to_str() == code, "nothing else is another"
+    assert cache.cache_key(readers, tokenizer, {}) != key
+
+
+def test_chats_that_are_only_held_out_settle_the_template_and_its_date(recipe, model_folder):
+    chat = {"messages": [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]}
+    write(recipe.parent / "chats.jsonl", chat)
+    dated = recipe.parent / "dated.jinja"
+    dated.write_text("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    found = prepared(recipe, f"data.eval={recipe.parent / 'chats.jsonl'}", f"data.template={dated}")
+    assert (found.train.has_chats, found.eval.has_chats) == (False, True)
+    assert found.date is not None
+    assert found.tokenizer.decode(found.eval.rows[0].input_ids).startswith(str(found.date.year))
+    assert prepared(recipe, f"data.template={dated}").date is None
+
+
 def test_a_damaged_entry_is_made_again(recipe, kept):
     whole = facts_of(prepared(recipe, "data.eval=auto"))
     (entry,) = kept.entries()

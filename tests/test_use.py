@@ -7,6 +7,7 @@ import signal
 from contextlib import nullcontext
 from datetime import date
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -668,6 +669,30 @@ def test_an_export_in_fp32_is_loaded_in_fp32_and_says_what_the_run_says(chat_run
     assert tiny.relative(found, wanted) < 1e-5  # merged weights are rounded once, to fp32
 
 
+def test_rows_that_a_run_is_scored_on_go_together_as_its_recipe_says(chat_run, tmp_path, monkeypatch):
+    use, sizes = import_module("qlora_kit.run.use"), []
+    score = use.score_rows
+
+    def seen(model, tokenizer, rows, batches, *others):
+        sizes.append([len(batch.input_ids) for batch in batches])
+        return score(model, tokenizer, rows, batches, *others)
+
+    monkeypatch.setattr(use, "score_rows", seen)
+    run = shutil.copytree(chat_run, tmp_path / "run")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for tokens in (2048, 1):
+        recipe["memory"]["eval_tokens"] = tokens
+        (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert call("eval", run).exit_code == 0
+    assert sizes == [[6], [1] * 6]
+
+
+def test_a_folder_of_weights_is_scored_on_rows_up_to_2048_tokens_or_its_positions(model):
+    for positions, most in ((64, 64), (2047, 2047), (4096, 2048)):
+        given = tiny.llama(max_position_embeddings=positions)
+        assert _recipe_for(given, model[1], Path("somewhere"), "rows.jsonl").data.max_tokens == most
+
+
 def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_out(chat_run, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": 5, "completion": " cat"}\n{"prompt": "say", "completion": ""}\n')
@@ -754,6 +779,33 @@ def test_a_chat_forgets_its_oldest_turns_when_the_positions_run_out_and_keeps_th
     assert conversation.messages == kept
 
 
+def test_half_the_positions_are_left_for_an_answer_and_no_more_turns_go_than_that_takes(chat_run, monkeypatch):
+    monkeypatch.setattr(import_module("qlora_kit.run.talk"), "stream_text", lambda *_, **__: "ok")
+    conversation = Conversation([chat_run], max_new_tokens=500, sampling=Sampling())
+    tokens_of, before, dropped = conversation._speaker.given, [], 0
+    for text in ("a", "bc", "def", "g", "h" * 6):
+        asked = [*before, {"role": "user", "content": text}]
+        dropped += len(say_ok(conversation, text))
+        kept = conversation.messages[:-1]
+        assert kept == asked[len(asked) - len(kept) :]
+        assert len(tokens_of(kept)) + 32 <= 64
+        if len(kept) < len(asked):
+            assert len(tokens_of(asked[len(asked) - len(kept) - 2 :])) + 32 > 64
+        before = conversation.messages
+    assert dropped >= 2
+    conversation.start_anew()
+    long = "x" * (40 - len(tokens_of([{"role": "user", "content": ""}])))
+    assert len(tokens_of([{"role": "user", "content": long}])) == 40, "more than half of 64"
+    assert say_ok(conversation, long) == []
+    assert [turn["content"] for turn in conversation.messages] == [long, "ok"], "a question is not dropped"
+
+
+def say_ok(conversation, text):
+    notes = []
+    conversation.answer(text, tell=lambda text: None, note=notes.append, stopped=lambda: False)
+    return notes
+
+
 def test_no_two_answers_of_a_chat_are_drawn_from_one_seed(chat_run, monkeypatch):
     seeds = []
     monkeypatch.setattr(
@@ -814,12 +866,28 @@ def test_runs_share_a_base_if_only_one_trains_rows_that_it_has_and_not_if_one_ad
         Conversation([chat_run, with_tokens("other", "<new>", "</s>")], **how)
 
 
-def test_runs_on_different_bases_do_not_share_one(chat_run, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "before"),
+    [
+        ("quantization", "int8", "nf4"),
+        ("double_quant", False, True),
+        ("block_size", 128, 64),
+        ("skip", ["0"], []),
+        ("quantize_head", True, False),
+        ("revision", "main", None),
+        ("model", "./elsewhere", ""),
+    ],
+)
+def test_runs_on_different_bases_do_not_share_one(key, value, before, chat_run, tmp_path):
     other = shutil.copytree(chat_run, tmp_path / "other")
     recipe = yaml.safe_load((other / "recipe.yaml").read_text())
-    recipe["base"]["quantization"] = "int8"
+    recipe["base"][key] = value
     (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert_mistake(call("chat", chat_run, other), "base.quantization is int8, not nf4")
+    told = f"is {value}, not {before}" if key != "model" else "elsewhere, not"
+    assert_mistake(call("chat", chat_run, other), "trained on another base", f"base.{key} ", told)
+
+
+def test_a_run_speaks_once_and_a_folder_that_is_none_not_at_all(chat_run, tmp_path):
     assert_mistake(call("chat", chat_run, chat_run), "already an adapter called run")
     assert_mistake(call("chat", tmp_path), str(tmp_path))
 
