@@ -16,6 +16,7 @@ import pytest
 import yaml
 from hypothesis import strategies as st
 from test_data import make_tokenizer, write
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
@@ -37,6 +38,7 @@ from qlora_kit.errors import DataError, RecipeError
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import rows as rows_module
 from qlora_kit.run.prepare import prepare
+from qlora_kit.run.tokenizer import load_tokenizer
 from qlora_kit.run.train import train
 from qlora_kit.train import loop
 from qlora_kit.watch import Watch
@@ -450,11 +452,17 @@ def test_chats_that_are_only_held_out_settle_the_template_and_its_date(recipe, m
     write(recipe.parent / "chats.jsonl", chat)
     dated = recipe.parent / "dated.jinja"
     dated.write_text("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    found = prepared(recipe, f"data.eval={recipe.parent / 'chats.jsonl'}", f"data.template={dated}")
-    assert (found.train.has_chats, found.eval.has_chats) == (False, True)
-    assert found.date is not None
-    assert found.tokenizer.decode(found.eval.rows[0].input_ids).startswith(str(found.date.year))
-    assert prepared(recipe, f"data.template={dated}").date is None
+
+    def read(*overrides):
+        given = read_recipe(str(recipe), [f"data.template={dated}", *overrides])
+        tokenizer, then = load_tokenizer(model_folder, given), date(2001, 2, 3)
+        return tokenizer, *rows_module.read_rows(given, tokenizer, LlamaConfig(), today=then)
+
+    tokenizer, train_rows, eval_rows, when = read(f"data.eval={recipe.parent / 'chats.jsonl'}")
+    assert (train_rows.has_chats, eval_rows.has_chats) == (False, True)
+    assert when == date(2001, 2, 3)
+    assert tokenizer.decode(eval_rows.rows[0].input_ids).startswith("2001"), "and not the year of the clock"
+    assert read()[3] is None
 
 
 def test_a_damaged_entry_is_made_again(recipe, kept):
