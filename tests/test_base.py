@@ -150,8 +150,8 @@ def test_bitsandbytes_is_never_asked_for_rows_that_it_reads_wrongly(monkeypatch)
     """Seen on every processor, also on those where its decoder would be right."""
     asked = []
 
-    def watched(kind, dtype, block_size):
-        decode = find(kind, dtype, block_size)
+    def watched(kind, dtype):
+        decode = find(kind, dtype)
         return lambda *arguments: asked.append(arguments[-1].value) or decode(*arguments)
 
     find = kernels._c_decoder

@@ -25,6 +25,10 @@ from qlora_kit.ops.native import address, library, size, threads, typed_kernel
 from qlora_kit.ops.rows import row_parts
 
 _C_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LARGEST_BLOCK = 1024
+"""Weights of a constant up to which bitsandbytes decodes in C. Above, on AVX-512 processors, its C function errs and its
+operator compiles Python, for seconds, at its first call. A constant twice, each for half as many weights, is the same.
+"""
 ABSMAX_BLOCK = 256
 """Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
 
@@ -179,6 +183,8 @@ def _decode_4bit_fast(
 
 
 def _decode_4bit_bitsandbytes(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
+    if block_size > _LARGEST_BLOCK:
+        absmax, block_size = absmax.repeat_interleave(block_size // _LARGEST_BLOCK), _LARGEST_BLOCK
     rows, columns = out.shape
     if columns % max(64, block_size) != 0:
         # On AVX-512 processors bitsandbytes 0.50.2 decodes rows wrongly that are a multiple of 16 but not of 64, and
@@ -186,7 +192,7 @@ def _decode_4bit_bitsandbytes(codes: Tensor, absmax: Tensor, block_size: int, ki
         rows, columns = 1, out.numel()
     if columns % 64 != 0 or out.dtype not in _C_NAMES:
         return decode_4bit_plain(codes, absmax, block_size, kind, out)
-    decode = _c_decoder(kind, out.dtype, block_size)
+    decode = _c_decoder(kind, out.dtype)
     packed, absmax = codes.reshape(rows, columns // 2).contiguous(), absmax.contiguous()
     if decode is None:
         shape = (rows, columns)
@@ -255,15 +261,10 @@ def _no_flops(*_: Any, **__: Any) -> int:
 
 
 @functools.cache
-def _c_decoder(kind: str, dtype: torch.dtype, block_size: int) -> Callable[..., Any] | None:
-    """bitsandbytes' C function, or None where its Python operator has to be asked.
-
-    That is in other versions, whose C functions may take other arguments; and for large blocks on AVX-512 processors,
-    where the operator itself avoids it.
-    """
+def _c_decoder(kind: str, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """bitsandbytes' C function; None in other versions, where it may take other arguments: the operator does."""
     is_known = bitsandbytes.__version__.startswith("0.50.")
-    is_large = block_size >= 2048 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{_C_NAMES[dtype]}") if is_known and not is_large else None
+    return getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{_C_NAMES[dtype]}") if is_known else None
 
 
 @functools.cache
