@@ -115,7 +115,7 @@ def test_far_from_zero_a_gate_is_open_or_shut_as_torchs_own(dtype, gate, value, 
         torch.testing.assert_close(each, other, rtol=2 * EPS[dtype], atol=1e-35, equal_nan=True)
 
 
-HEADS = [(2, 5, 3, 8), (1, 7, 1, 2), (3, 4, 2, 66), (1, 300, 12, 64)]
+HEADS = [(2, 5, 3, 8), (1, 7, 1, 2), (3, 4, 2, 66), (1, 40, 40, 64)]
 
 
 def turned(shape, dtype, rows):

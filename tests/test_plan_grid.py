@@ -22,8 +22,8 @@ POLICIES = ("keep", "recompute", "offload")
 CAUSAL = ("llama", "qwen3", "gpt2", "mixtral")
 GRID = list(itertools.product(CAUSAL, KINDS, POLICIES, ("apart", "joined"), (1, 4), LENGTHS))
 TEXTS = list(itertools.product(KINDS, POLICIES, (1, 4), LENGTHS))
-A_FEW = slice(None, None, 29)
-"""A number prime to all sides, so that the default run meets every value of each."""
+A_FEW, FEW_TEXTS = GRID[::59], TEXTS[::29]
+"""By numbers prime to all sides: of the former the default run meets every value of each."""
 
 
 def gap(planned, measured):
@@ -72,12 +72,12 @@ def assert_close(cases, gaps):
     assert max(category for _, category in gaps) <= 0.02, max((g[1], c) for g, c in zip(gaps, cases, strict=True))
 
 
-@pytest.mark.parametrize("case", GRID[A_FEW], ids=str)
+@pytest.mark.parametrize("case", A_FEW, ids=str)
 def test_a_plan_is_its_step_for_a_few_of_the_grid(case, tmp_path):
     assert_close([case], [causal_gap(case, tmp_path)])
 
 
-@pytest.mark.parametrize("case", TEXTS[A_FEW], ids=str)
+@pytest.mark.parametrize("case", FEW_TEXTS, ids=str)
 def test_a_plan_is_its_step_for_a_few_classifications(case):
     assert_close([case], [text_gap(case)])
 

@@ -26,8 +26,8 @@ from qlora_kit.ops.rows import row_parts
 
 _C_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LARGEST_BLOCK = 1024
-"""Weights of a constant up to which bitsandbytes decodes in C. Above, on AVX-512 processors, its C function errs and its
-operator compiles Python, for seconds, at its first call. A constant twice, each for half as many weights, is the same.
+"""Weights of a constant up to which bitsandbytes decodes in C. Above, on AVX-512 processors, its C function errs, and
+its operator compiles Python for seconds at its first call. A constant twice, each for half of them, is the same.
 """
 ABSMAX_BLOCK = 256
 """Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
