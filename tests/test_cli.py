@@ -46,7 +46,7 @@ train_run = import_module("qlora_kit.run.train")
 PLAN_KEYS = {"parameters", "bits_per_quantized_parameter", "methods", "savings_vs_full", "budget", "planned_on",
              "device_profile", "steps", "tokens_per_s", "hours", "schema", "loss_chunk", "eval_tokens"}  # fmt: skip
 RUN_FILES = {"recipe.yaml", "plan.json", "env.json", "metrics.jsonl", "memory.json", "report.html", "adapter",
-             "checkpoints", "scores.json", "data.json", "result.json"}  # fmt: skip
+             "checkpoints", "scores.json", "data.json", "result.json", "checksums.json"}  # fmt: skip
 
 
 @pytest.fixture

@@ -50,13 +50,15 @@ def verify(
     else:
         for place, files in verified.files.items():
             typer.echo(f"{visible(place)}  {counted(files, 'file')}")
-        typer.echo("\n".join(_said(verified.faults, differences)))
+        typer.echo("\n".join(_said(sum(verified.files.values()), verified.faults, differences)))
     if verified.faults or differences:
         raise typer.Exit(QloraKitError.exit_code)
 
 
-def _said(faults: list[str], differences: list[str] | None) -> list[str]:
-    lines = [f"fault: {visible(fault)}" for fault in faults] or ["every file has the bytes that were written"]
+def _said(files: int, faults: list[str], differences: list[str] | None) -> list[str]:
+    lines = [f"fault: {visible(fault)}" for fault in faults] or [
+        f"all {files:,} files have the bytes that were written"
+    ]
     if differences is not None:
         lines += [f"resumed: {visible(difference)}" for difference in differences] or [
             "a run that is stopped and resumed takes the same steps to the same bytes"

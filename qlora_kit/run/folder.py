@@ -30,6 +30,7 @@ from qlora_kit.storage import (
     clear_abandoned,
     make_folder,
     remove_folder,
+    sha256_file,
     staged_for,
     write_json,
     write_text,
@@ -42,7 +43,10 @@ from qlora_kit.train.trackers import PROJECT
 ADAPTER, MODEL, CHECKPOINTS, LOCK = "adapter", "model", "checkpoints", ".lock"
 RECIPE, PLAN, DATA = "recipe.yaml", "plan.json", "data.json"
 RESULT, SCORES, SAMPLES = "result.json", "scores.json", "samples.jsonl"
-FILES = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES, "report.html")
+RECORDS = (RECIPE, PLAN, DATA, "env.json", "metrics.jsonl", "memory.json", RESULT, SCORES, SAMPLES)
+"""What stands as the run left it."""
+CHECKSUMS = "checksums.json"
+FILES = (*RECORDS, CHECKSUMS, "report.html")
 """What a run writes; an export that was put beside them is not among it."""
 
 _SETTLED = ("base.quantize_head=auto", "lora.rank=auto", "lora.added_tokens=[]")
@@ -213,7 +217,7 @@ def _is_as_runs_write_it(path: Path) -> bool:
 def describe_run(
     recipe: Recipe, prepared: Prepared, plan: Mapping[str, Any], fingerprints: Mapping[str, str], folder: Path
 ) -> None:
-    """Write recipe.yaml, plan.json, env.json and data.json.
+    """Write recipe.yaml, plan.json, env.json and data.json; from here on no checksum holds until `seal_records`.
 
     Args:
         recipe: as the plan settled it.
@@ -222,6 +226,7 @@ def describe_run(
         fingerprints: of what the run is made from, by train, eval and base, for `check_unchanged`.
         folder: of the run.
     """
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     write_text(folder / RECIPE, dump_recipe(recipe))
     write_json(folder / PLAN, dict(plan))
     device = resolve_device(recipe.base.device)
@@ -243,6 +248,12 @@ def describe_run(
     if checksums := reference_checksums(recipe):
         data["reference"] = checksums
     write_json(folder / DATA, data)
+
+
+def seal_records(folder: Path) -> None:
+    """Write checksums.json, of all that a run leaves but its report, which is written again."""
+    files = [folder / name for name in RECORDS if (folder / name).is_file()]
+    write_json(folder / CHECKSUMS, {"files": {file.name: sha256_file(file) for file in files}})
 
 
 def _packing(recipe: Recipe, prepared: Prepared, packing: Packing) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from qlora_kit.run.folder import (
     provenance_of,
     reported,
     run_folder,
+    seal_records,
     settings_of,
     trained_folder,
 )
@@ -155,6 +156,7 @@ def train(
                 scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
                 write_json(folder / SCORES, scores)
                 watch.scored(scores)
+            seal_records(folder)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
         raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) continues from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)

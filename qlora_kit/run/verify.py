@@ -9,7 +9,7 @@ from typing import Any
 from qlora_kit.errors import RunError
 from qlora_kit.export.sealed import MANIFEST as EXPORT
 from qlora_kit.recipe import Recipe, read_recipe
-from qlora_kit.run.folder import ADAPTER, CHECKPOINTS, MODEL, RECIPE, RESULT
+from qlora_kit.run.folder import ADAPTER, CHECKPOINTS, CHECKSUMS, MODEL, RECIPE, RESULT
 from qlora_kit.run.train import train
 from qlora_kit.storage import changed_files, checksums, passing_folder, read_checksums, read_json
 from qlora_kit.train.checkpoint import MANIFEST, checkpoint_of, checkpoints, verify_checkpoint
@@ -39,17 +39,21 @@ class Verified:
         try:
             expected = read_checksums(manifest)
         except RunError as error:
-            self.faults.append(str(error))
+            self._add([str(error)])
             return
         self.files[str(folder)] = len(expected)
-        self.faults += verify_checkpoint(folder) if manifest.name == MANIFEST else changed_files(folder, expected)
+        self._add(verify_checkpoint(folder) if manifest.name == MANIFEST else changed_files(folder, expected))
+
+    def _add(self, faults: list[str]) -> None:
+        """Each once: a missing result.json is a record less, and the checksums of what was trained."""
+        self.faults += [fault for fault in faults if fault not in self.faults]
 
 
 def verify(folder: Path) -> Verified:
     """Read every file that has a checksum.
 
     Args:
-        folder: a run with its checkpoints and what it trained, one checkpoint, or an export.
+        folder: a run with its checkpoints, what it trained and exports that lie in it; one checkpoint; or an export.
 
     Raises:
         RunError: it is none of these, or holds nothing that has a checksum.
@@ -64,7 +68,7 @@ def verify(folder: Path) -> Verified:
 
 def _manifests(folder: Path) -> Iterator[tuple[Path, Path]]:
     """Each folder that has checksums, and the file that they stand in."""
-    for name in (MANIFEST, EXPORT):
+    for name in (MANIFEST, EXPORT, CHECKSUMS):
         if (folder / name).is_file():
             yield folder, folder / name
     if (folder / RECIPE).is_file():
@@ -77,6 +81,8 @@ def _manifests(folder: Path) -> Iterator[tuple[Path, Path]]:
             ]
         for name in trained:  # without a result.json that is told as a fault
             yield folder / name, folder / RESULT
+        for manifest in sorted(folder.glob(f"*/{EXPORT}")):
+            yield manifest.parent, manifest
 
 
 class _Stopping(Watch):

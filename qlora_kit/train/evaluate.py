@@ -25,16 +25,16 @@ class Score:
 
     Attributes:
         loss: mean over trained tokens, in nats; of preferences over rows, of classes over texts.
-        rows: rows that counted.
-        tokens: trained tokens of them; None where texts are classified, which have a label each.
+        tokens: trained tokens that counted; of texts that are classified, a label each.
+        rows: rows that they came from.
         perplexity: exp(loss), where that is a loss a token.
         exact_match: share of the rows answered exactly, or None where nothing was generated.
         measures: what else the task tells, by name.
     """
 
     loss: float
+    tokens: int
     rows: int
-    tokens: int | None = None
     perplexity: float | None = None
     exact_match: float | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
@@ -65,19 +65,18 @@ def evaluate_loss(
         see: is shown what the task makes of each batch.
     """
     count = sum(batch.count for batch in batches)
-    loss, measures, is_classified = 0.0, Counter[str](), False
+    loss, measures = 0.0, Counter[str]()
     with evaluation_mode(model), phase("evaluate"):
         begun = task.begun(model, batches, loss_chunk)
         for batch in batches:
             share = begun(model, batch, no_phase, loss_chunk, 1)
             see(share)
-            is_classified = share.said is not None
             loss += share.value.item() / count
             measures.update({name: value.item() / count for name, value in share.measures.items()})
     return Score(
         loss,
+        tokens=sum(batch.trained_tokens for batch in batches),
         rows=sum(batch.rows for batch in batches),
-        tokens=None if is_classified else sum(batch.trained_tokens for batch in batches),
         perplexity=math.exp(min(loss, 700.0)) if task is LIKELIHOOD else None,
         measures=dict(measures),
     )

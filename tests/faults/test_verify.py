@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from qlora_kit.cli.app import app
+from qlora_kit.errors import RunError
 from qlora_kit.run import verify
 from qlora_kit.train.checkpoint import Progress, save_checkpoint
 from qlora_kit.train.optim import AdapterOptimizer
+
+train_run = import_module("qlora_kit.run.train")
 
 
 def call(*arguments):
@@ -33,10 +37,11 @@ def test_a_sound_run_is_told_file_by_folder(run):
     told = call("verify", run)
     assert told.exit_code == 0, told.output
     assert told.stdout.splitlines() == [
+        f"{run}  8 files",
         f"{run}/checkpoints/step-000001  4 files",
         f"{run}/checkpoints/step-000002  4 files",
         f"{run}/adapter  2 files",
-        "every file has the bytes that were written",
+        "all 18 files have the bytes that were written",
     ]
 
 
@@ -82,6 +87,40 @@ def test_a_changed_byte_in_any_file_of_a_checkpoint_or_an_adapter_is_found(run):
     assert "adapter_config.json is missing" in call("verify", run).stdout
     (run / "hidden").rename(run / "adapter" / "adapter_config.json")
     assert call("verify", run).exit_code == 0
+
+
+def test_a_changed_byte_in_any_record_of_a_run_and_in_an_export_within_it_is_found(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert call("export", copy, "--to", "adapter", "--out", copy / "for_others").exit_code == 0
+    assert verify(copy).files[str(copy / "for_others")] >= 2
+    records = [path for path in copy.iterdir() if path.is_file() and path.name not in ("checksums.json", ".lock")]
+    assert len(records) == 9
+    for file in [*records, copy / "for_others" / "adapter_config.json"]:
+        if file.name == "report.html":  # is written again
+            continue
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        assert verify(copy).faults == [f"{file} does not have the bytes that were written"]
+        file.write_bytes(before)
+    assert verify(copy).faults == []
+
+
+def test_a_run_that_goes_on_has_no_checksums_of_what_it_is_writing(run, tmp_path, monkeypatch):
+    copy, written = shutil.copytree(run, tmp_path / "copy"), []
+
+    def stopped(folder):
+        assert not (folder / "checksums.json").exists()
+        written.append(verify(folder).faults)
+        raise RunError("stopped before its end")
+
+    monkeypatch.setattr(train_run, "seal_records", stopped)
+    assert call("train", copy / "recipe.yaml", "train.steps=3", f"output={copy}", "--resume").exit_code == 2
+    assert written == [[]]
+    assert verify(copy).faults == []
+    monkeypatch.undo()
+    assert call("train", copy / "recipe.yaml", f"output={copy}", "--resume").exit_code == 0
+    assert str(copy) in verify(copy).files
+    assert verify(copy).faults == []
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "gguf", pytest.param("quantized", marks=pytest.mark.slow)])
