@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trained import IDS, base_of, dense_twin, free_llama, ids_with_tokens, shake, tied_llama, trained
 from transformers import (
@@ -354,6 +354,20 @@ def test_a_bert_without_a_pooler_gets_one_that_trains(tmp_path):
     report = add_lora(model, **FP32)
     assert {key.split(".")[1] for key, _ in adapter_parameters(model) if "pooler" in key} == {"pooler"}
     assert report.matched
+    tiny.wake(model)
+    with torch.no_grad():
+        for key, parameter in adapter_parameters(model):
+            if "pooler" in key:
+                parameter.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    again = load_base(tmp_path / "masked", **LOAD, head="classification", labels=2)
+    load_adapter(again, tmp_path / "adapter")
+    ids = tiny.tokens()
+    found, wanted = (each.eval()(input_ids=ids).logits for each in (again, model))
+    assert torch.equal(found, wanted)
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
+    peft = PeftModel.from_pretrained(tiny.read_out(dense, again), tmp_path / "adapter").eval()
+    assert tiny.relative(peft(input_ids=ids).logits, wanted) < 1e-5, "PEFT reads the file so, too"
 
 
 def test_impossible_labels_are_one_line(tmp_path):

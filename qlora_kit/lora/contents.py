@@ -56,7 +56,7 @@ def sort_out(model: PreTrainedModel, tensors: Mapping[str, Tensor], config: Mapp
             contents.faults += announced.put(key, value, contents)
     contents.faults += announced.missing(contents, head_name(model) if head_is_tied(model) else None)
     announced.drop_halves(contents)
-    contents.faults += _fit_faults(model, weights, contents.layers, config)
+    contents.faults += _fit_faults(model, weights, contents, config)
     contents.faults += _whole_faults(model, contents)
     return contents
 
@@ -177,10 +177,10 @@ def _whole_faults(model: PreTrainedModel, contents: Contents) -> list[str]:
 def _fit_faults(
     model: PreTrainedModel,
     weights: Mapping[str, Any],
-    layers: Mapping[str, Parts],
+    contents: Contents,
     config: Mapping[str, Any],
 ) -> list[str]:
-    faults = []
+    faults, layers = [], contents.layers
     absent = [key for key in layers if key not in weights]
     if absent:
         faults.append(f"the model has no linear layer {listed(absent)}")
@@ -199,7 +199,8 @@ def _fit_faults(
             ]
     targeted = {key for key in weights if is_target(key, config)} - expert_stacks(model).keys()
     targeted |= set(targeted_experts(model, config))
-    lacking = [key for key in weights if key in targeted and key not in layers]
+    whole = tuple(f"{module}." for module in contents.modules)  # what is trained whole has no matrices, as in PEFT
+    lacking = [key for key in weights if key in targeted and key not in layers and not f"{key}.".startswith(whole)]
     if lacking:
         faults.append(f"the file has no matrices for {listed(lacking)}")
     return faults or ([] if layers else ["the file holds no LoRA matrices"])
