@@ -548,6 +548,12 @@ def test_a_resume_with_another_recipe_is_refused_and_more_steps_are_not(recipe):
     longer = call("train", recipe, "train.steps=6", "--resume")
     assert longer.exit_code == 0, longer.output
     assert "step 6/6" in longer.output
+    files = {path: path.read_bytes() for path in (recipe.parent / "run").rglob("*") if path.is_file()}
+    shorter = call("train", recipe, "train.steps=5", "--resume")
+    assert_mistake(shorter, "step-000006 has taken 6 steps, and the recipe comes to 5", "train.steps=6")
+    assert {path: path.read_bytes() for path in files if path.name != "report.html"} == {
+        path: contents for path, contents in files.items() if path.name != "report.html"
+    }
 
 
 @pytest.mark.slow

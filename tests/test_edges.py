@@ -365,7 +365,7 @@ def test_a_bert_without_a_pooler_gets_one_that_trains(tmp_path):
     ids = tiny.tokens()
     found, wanted = (each.eval()(input_ids=ids).logits for each in (again, model))
     assert torch.equal(found, wanted)
-    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked", num_labels=2)
     peft = PeftModel.from_pretrained(tiny.read_out(dense, again), tmp_path / "adapter").eval()
     assert tiny.relative(peft(input_ids=ids).logits, wanted) < 1e-5, "PEFT reads the file so, too"
 

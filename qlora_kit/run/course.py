@@ -195,6 +195,12 @@ def _go_on(job: Job, watch: Watch) -> None:
     for fault in faults:
         watch.note(f"left out a damaged checkpoint: {fault}")
     job.progress = load_checkpoint(newest, job.kept, job.optimizer)
+    done, steps = job.progress.step, job.pace.steps
+    if done > steps:
+        raise RunError(
+            f"{newest} has taken {counted(done, 'step')}, and the recipe comes to {steps:,}: give train.steps={done} "
+            "or more, or set output to another folder and start there"
+        )
     watch.note(f"continuing from {newest.name}")
     best = job.progress.best_step
     if best and verify_checkpoint(checkpoint_of(folder, best)):
