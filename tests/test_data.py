@@ -43,6 +43,7 @@ from qlora_kit.data import (
     split_eval,
 )
 from qlora_kit.errors import DataError
+from qlora_kit.run.score import reference
 
 # ---- tokenizers and templates --------------------------------------------------------------------------------------
 
@@ -180,6 +181,25 @@ def test_marks_that_stop_short_of_the_end_token_still_train_it():
     short, full = (encode(CHAT, tokenizer, template=source) for source in (SHORT_MARKS, MARKED["chatml"]))
     assert "<|im_end|>' }}" + CLOSE not in SHORT_MARKS
     assert short == full
+
+
+CLOSED = (  # in words behind the end token
+    "{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}" + OPEN
+    + "{{ m.content + eos_token }}" + CLOSE + "{% else %}{{ m.content }}{% endif %}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("content", ["the cat", "a </s></assistant>\n", "</s>"])
+def test_words_that_a_template_writes_behind_the_end_token_are_neither_learnt_nor_asked_for(content):
+    tokenizer, chat = make_tokenizer(), Chat([TURNS[0], {"role": "assistant", "content": content}, *TURNS])
+    bare = CLOSED.replace(OPEN, "").replace(CLOSE, "")
+    marked, plain = (encode(chat, tokenizer, template=source) for source in (CLOSED, bare))
+    assert marked == plain
+    assert (plain.odd, marked.odd) == ((), ())
+    assert "</s></assistant>\n" in tokenizer.decode(plain.input_ids), "they are there"
+    assert trained_text(plain, tokenizer) == [content + "</s>", "on the mat 🙂</s>", "then the cat ate</s>"]
+    assert reference(tokenizer, plain) == "then the cat ate"
 
 
 @pytest.mark.parametrize("family", MARKED)

@@ -878,6 +878,7 @@ def noise(mean, spread, count, seed=0):
         (noise(9.0, 0.5, 20) + noise(2.0, 0.2, 40) + noise(7.0, 0.5, 40), 62, 80),  # below where it began
         ([2.0] * 20 + [11.0] * 20, 22, 40),
         ([1.0] * 20 + [1.8] * 20 + [2.9] * 20, 42, 60),  # no stretch is twice the one before it
+        ([0.8, 2.5, *noise(5.0, 0.3, 60)], 20, 25),  # there was no calm stretch
     ],
 )
 def test_a_loss_that_explodes_is_told_once_and_within_twenty_steps(losses, earliest, latest):
@@ -907,6 +908,8 @@ def test_overfitting_spikes_and_short_runs_are_no_explosion():
     assert told_by([0.001] * 40 + [0.4] * 40) == []
     assert told_by([1.0] * 20 + [0.5, 5.0] * 20) == [], "a mean of 2.75 of such numbers may be chance"
     assert told_by([1.0] * 10 + [20.0] * 10) == []
+    assert told_by([0.5, *noise(3.0, 1.0, 500)]) == [], "a first row may be easy"
+    assert told_by([1.5, *noise(2.4, 0.1, 500)]) == [], "or a nat below the others at most"
     assert judge_explosion([]) == ""
 
 

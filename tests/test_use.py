@@ -1,5 +1,6 @@
 """What a trained model is used for: prompts are put to it as training put them, and answers come out as they were."""
 
+import copy
 import json
 import os
 import shutil
@@ -23,7 +24,18 @@ from typer.testing import CliRunner
 from qlora_kit.cli import chat
 from qlora_kit.cli.app import app
 from qlora_kit.cli.visible import visible
-from qlora_kit.data import Encoded, ask, collate, encode, fix_tokenizer, read_prompts, read_row
+from qlora_kit.data import (
+    Encoded,
+    ask,
+    collate,
+    content_of,
+    encode,
+    encode_turns,
+    fix_tokenizer,
+    read_prompts,
+    read_row,
+)
+from qlora_kit.data.chat_template import find_template
 from qlora_kit.data.thinking import CLOSE, with_thinking
 from qlora_kit.errors import AdapterError, DataError, ModelError
 from qlora_kit.lora import add_lora
@@ -777,6 +789,42 @@ def test_a_chat_forgets_its_oldest_turns_when_the_positions_run_out_and_keeps_th
     with pytest.raises(DataError, match="positions"):
         say(conversation, "x" * 99)
     assert conversation.messages == kept
+
+
+WRITTEN = {
+    "plain": (None, " cat", "cat"),  # of the kit: "Assistant:" and then " " + content
+    "own": (TEMPLATE, " cat", " cat"),  # a space that was said
+    "trims": (TEMPLATE.replace("m.content", "m.content | trim"), " cat", " cat"),
+    "none": (None, "cat", "cat"),
+    "more": (None, "  cat", " cat"),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_space_that_the_template_writes_itself_is_no_part_of_what_was_said(case, model):
+    template, said, wanted = WRITTEN[case]
+    tokenizer = copy.deepcopy(model[1])
+    tokenizer.chat_template = template or find_template("plain")
+    turns = [{"role": "user", "content": "hi"}]
+    kept = content_of(said, turns, tokenizer)
+    assert kept == wanted
+    written = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": kept}], tokenize=False)
+    begun = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    if case in ("plain", "own", "more"):
+        assert written.startswith(begun + said), "as it was said"
+
+
+def test_turns_of_a_chat_in_plain_words_are_kept_and_answered_as_they_are_trained(chat_run, monkeypatch):
+    monkeypatch.setattr(import_module("qlora_kit.run.talk"), "stream_text", lambda *_, **__: " cat")
+    conversation = Conversation([chat_run], max_new_tokens=6, sampling=Sampling())
+    conversation._speaker.tokenizer.chat_template = find_template("plain")
+    say_ok(conversation, "say cat ")
+    assert conversation.rows == [{"messages": [{"role": "user", "content": "say cat "}, CHAT["messages"][1]]}]
+    (row,) = encode_turns(read_row(conversation.rows[0], "saved"), conversation._speaker.tokenizer)
+    assert "Assistant: cat<" in conversation._speaker.tokenizer.decode(row.input_ids)
+    monkeypatch.setattr(import_module("qlora_kit.run.ask"), "generate_texts", lambda *_, **__: [" cat"])
+    (told,) = answer(conversation._speaker, ["say cat "], max_new_tokens=6)
+    assert told["answer"] == "cat"
 
 
 def test_half_the_positions_are_left_for_an_answer_and_no_more_turns_go_than_that_takes(chat_run, monkeypatch):

@@ -49,7 +49,7 @@ from qlora_kit.data.pack import (
     side_by_side,
 )
 from qlora_kit.data.preview import Filling, Piece, Preview, count_classes, fill, measure_lengths, show_rows
-from qlora_kit.data.prompts import Prompt, ask, read_prompts
+from qlora_kit.data.prompts import Prompt, ask, content_of, read_prompts
 from qlora_kit.data.remarks import Remark, remarks_on
 from qlora_kit.data.sources import Reader, Source, open_sources
 from qlora_kit.data.table import RowTable, lengths_of
@@ -104,6 +104,7 @@ __all__ = [
     "collate_pairs",
     "collate_rows",
     "collate_texts",
+    "content_of",
     "count_classes",
     "efficiency",
     "encode",

@@ -185,24 +185,28 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
-def end_token(render: Renderer, specials: tuple[str, ...]) -> str | None:
-    """The special token that the template writes behind an answer; None where it writes none or refuses a plain chat.
+def behind_answers(render: Renderer) -> str:
+    """What the template writes behind an answer; empty where it refuses a plain chat.
 
     It is found by looking: one question and one answer are rendered.
     """
     try:
         text = render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}])
     except DataError:
-        return None
+        return ""
     _, is_said, behind = text.rpartition(_SAID)
-    found = [token for token in specials if is_said and behind.lstrip().startswith(token)]
-    return max(found, key=len, default=None)
+    return behind if is_said else ""
+
+
+def end_token(behind: str, specials: tuple[str, ...]) -> str | None:
+    """The special token that opens what a template writes behind an answer; None where none does."""
+    return max((token for token in specials if behind.lstrip().startswith(token)), key=len, default=None)
 
 
 def end_token_id(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The id of the token that ends an answer in the tokenizer's chat template; None where there is neither."""
     render = _own(tokenizer)
-    token = None if render is None else end_token(render, special_tokens(tokenizer))
+    token = None if render is None else end_token(behind_answers(render), special_tokens(tokenizer))
     return next((id for id, added in tokenizer.added_tokens_decoder.items() if added.content == token), None)
 
 
@@ -250,18 +254,25 @@ def _own(tokenizer: "PreTrainedTokenizerBase") -> Renderer | None:
     return None if source is None else Renderer(tokenizer, source)
 
 
-def through_end(said: str, end: str | None, specials: tuple[str, ...]) -> str:
+def through_end(said: str, behind: str, specials: tuple[str, ...]) -> str:
     """What of a turn is learnt: all up to its end token, where inference stops.
 
-    Line breaks behind it, and what some templates write at the end of a whole chat (Phi-3: the end of text), are not.
-    A turn that ends in no special token is learnt as it is.
+    Line breaks behind it, what some templates write at the end of a whole chat (Phi-3: the end of text), and words that
+    one writes behind every answer's end token are not. A turn that ends in none of these is learnt as it is.
+
+    Args:
+        said: the turn as the template writes it behind the prompt.
+        behind: what it writes behind an answer, from `behind_answers`.
+        specials: from `special_tokens`.
     """
-    bare = said.rstrip()
-    if not bare.endswith(specials):
-        return said
-    last = _run_at_the_end(specials).search(bare)
-    at = -1 if end is None or last is None else bare.rfind(end, last.start())
-    return bare if at < 0 or end is None else bare[: at + len(end)]
+    bare, end = said.rstrip(), end_token(behind, specials)
+    if bare.endswith(specials):
+        last = _run_at_the_end(specials).search(bare)
+        at = -1 if end is None or last is None else bare.rfind(end, last.start())
+        return bare if at < 0 or end is None else bare[: at + len(end)]
+    if end is not None and said.endswith(behind):
+        return said[: len(said) - len(behind) + behind.find(end) + len(end)]
+    return said
 
 
 @lru_cache(maxsize=8)

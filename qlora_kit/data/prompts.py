@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.data.chat_template import Renderer
 from qlora_kit.data.chats import in_turns, speaker
 from qlora_kit.data.columns import read_row
 from qlora_kit.data.examples import Chat, Completion, Example, Preference
@@ -66,6 +67,24 @@ def ask(
     """
     raw = {"prompt": text} if isinstance(text, str) else {"messages": text}
     return _prompt(read_row(_answered(raw), "the prompt"), tokenizer, is_chat, system, thinking)
+
+
+def content_of(said: str, turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What a turn has to hold for the chat template to write what was said: without a space that it writes itself.
+
+    Args:
+        said: by a model, behind the prompt that the turns make.
+        turns: so far.
+        tokenizer: with the chat template of its run.
+    """
+    if not said[:1].isspace():
+        return said
+    render = Renderer(tokenizer, tokenizer.get_chat_template())
+    try:
+        whole = render([*turns, {"role": "assistant", "content": said[1:]}])
+        return said[1:] if whole.startswith(render(turns, prompt=True) + said) else said
+    except DataError:  # it was asked in another form
+        return said
 
 
 def read_prompts(

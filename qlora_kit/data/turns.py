@@ -29,7 +29,14 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qlora_kit.data.calls import with_arguments
-from qlora_kit.data.chat_template import Messages, Renderer, check_template, end_token, special_tokens, through_end
+from qlora_kit.data.chat_template import (
+    Messages,
+    Renderer,
+    behind_answers,
+    check_template,
+    special_tokens,
+    through_end,
+)
 from qlora_kit.data.chats import answers_of
 from qlora_kit.data.encoded import Encoded, LossOn, Odd, all_but_bos, gone_on, token_ids, tokenised
 from qlora_kit.data.examples import Chat
@@ -105,11 +112,11 @@ class _Whole:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How chats are written down: the template, all special tokens, and the one that ends an answer."""
+    """How chats are written down: the template, all special tokens, and what it writes behind an answer."""
 
     render: Renderer
     specials: tuple[str, ...]
-    end: str | None
+    behind: str
 
     def turn(self, messages: Messages, i: int, first: _First) -> _Turn:
         """The answer number `i`. One that opens the chat answers no prompt, and all that is written is said.
@@ -144,7 +151,7 @@ class _Form:
                 f"the chat template leaves out the tool calls of turn {i + 1}, so an answer without them would be "
                 "learnt: name a template that writes them with data.template=FILE, or leave the row out"
             )
-        return _Turn(prompt, through_end(said, self.end, self.specials), _plain(message))
+        return _Turn(prompt, through_end(said, self.behind, self.specials), _plain(message))
 
 
 def encode_chat(
@@ -182,7 +189,7 @@ def encode_chat(
         return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]
 
     specials = special_tokens(tokenizer)
-    form = _Form(render, specials, end_token(render, specials))
+    form = _Form(render, specials, behind_answers(render))
     turns = [form.turn(messages, i, first) for i in answers]
     is_one_row = all(turn.stands_in(whole) for turn in turns)
     spans = [turn.span for turn in turns]
@@ -259,7 +266,7 @@ def _through_end(text: str, span: Span, form: _Form) -> Span:
     start, end = span
     if not text[start:end].rstrip().endswith(form.specials):
         end += max((len(token) for token in form.specials if text.startswith(token, end)), default=0)
-    return start, start + len(through_end(text[start:end], form.end, form.specials))
+    return start, start + len(through_end(text[start:end], form.behind, form.specials))
 
 
 def _excerpt(text: str, at: int) -> str:

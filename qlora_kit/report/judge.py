@@ -41,14 +41,19 @@ class Best(NamedTuple):
 
 
 class Explosion(NamedTuple):
-    """Where the training loss has exploded: the step that told, and the means of the lowest stretch and of the last."""
+    """Where the training loss has exploded: the step that told, what it was before (the mean of the lowest stretch, or
+    the loss of the first step), and the mean of the last stretch."""
 
     step: float
     before: float
     after: float
+    since_first: bool = False
 
     def __str__(self) -> str:
-        means = f"from {_said(self.before)} to {_said(self.after)} (means of {WATCHED} steps)"
+        before, after = _said(self.before), _said(self.after)
+        means = f"from {before} to {after} (means of {WATCHED} steps)"
+        if self.since_first:
+            means = f"from {before} at the first step to {after} (mean of {WATCHED} steps)"
         return f"The training loss exploded by step {self.step:,.0f}: it rose {means}; a lower train.lr may help."
 
 
@@ -57,22 +62,30 @@ class LossWatch:
 
     It has when the mean of the last 20 is twice that of the lowest 20 in a row before them, a nat above it (so that the
     losses of rows long learnt, which are nearly zero, may double), and by six standard errors of the noisier stretch:
-    a lowest of many is low by chance.
+    a lowest of many is low by chance. What explodes sooner is held against the first loss, which is the untrained
+    model's, and of one step: then by six standard deviations of a step.
     """
 
     def __init__(self) -> None:
         self._last: deque[float] = deque(maxlen=WATCHED)
+        self._first = math.inf
         self._lowest: tuple[float, float] | None = None
         self._seen = 0
         self.exploded: Explosion | None = None
 
     def see(self, step: float, loss: float) -> Explosion | None:
         """Take the loss of a step; the explosion if this is the step that tells of it."""
+        if not self._seen:
+            self._first = loss
         self._last.append(loss)
         self._seen += 1
         if self.exploded is not None or len(self._last) < WATCHED:
             return None
-        mean, error = fmean(self._last), stdev(self._last) / math.sqrt(WATCHED)
+        mean, spread = fmean(self._last), stdev(self._last)
+        error = spread / math.sqrt(WATCHED)
+        if mean > max(2 * self._first, self._first + 1, self._first + 6 * spread):
+            self.exploded = Explosion(step, self._first, mean, since_first=True)
+            return self.exploded
         if self._lowest is not None:
             low, low_error = self._lowest
             if mean > max(2 * low, low + 1, low + 6 * max(error, low_error)):

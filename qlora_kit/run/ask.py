@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data import Prompt, ask, read_prompts
+from qlora_kit.data import Prompt, ask, content_of, read_prompts
 from qlora_kit.data.thinking import Thinking
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.recipe import Recipe
@@ -136,11 +136,13 @@ def answer(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         positions=positions_of(speaker.model.config),
-        tell=lambda texts: tell([_told(asked[row], text) for row, text in texts.items()], len(asked)),
+        tell=lambda texts: tell([_told(asked[row], text, speaker) for row, text in texts.items()], len(asked)),
     )
-    return [_told(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
+    return [_told(prompt, text, speaker) for prompt, text in zip(asked, texts, strict=True)]
 
 
-def _told(prompt: Prompt, text: str) -> dict[str, Any]:
+def _told(prompt: Prompt, text: str, speaker: Speaker) -> dict[str, Any]:
+    if isinstance(prompt.shown, list):
+        text = content_of(text, prompt.shown, speaker.tokenizer)
     reference = {} if prompt.reference is None else {"reference": prompt.reference}
     return {"prompt": prompt.shown, "answer": text, **reference}

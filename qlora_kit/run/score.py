@@ -154,5 +154,6 @@ def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:
     prompt = row.prompt or []
     if row.input_ids[: len(prompt)] != prompt:
         return row.answer or ""
-    text = tokenizer.decode(row.input_ids[len(prompt) :], skip_special_tokens=True)
+    ends = max((place for place, is_trained in enumerate(row.trained) if is_trained), default=len(row.input_ids)) + 1
+    text = tokenizer.decode(row.input_ids[len(prompt) : ends], skip_special_tokens=True)  # a template may write on
     return str(text)

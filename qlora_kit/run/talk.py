@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from qlora_kit.base import locate_model
 from qlora_kit.base.tokenizer import read_tokenizer
+from qlora_kit.data import content_of
 from qlora_kit.data.thinking import thought_closed
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.lora import adapters_off, load_adapter, use_adapter
@@ -159,7 +160,8 @@ class Conversation:
                 tell=tell,
                 stopped=stopped,
             )
-        kept = said if speaker.thinking == "keep" else thought_closed(said)  # or the next line could not be put
+        kept = content_of(said, asked, speaker.tokenizer) if speaker.is_chat else said
+        kept = kept if speaker.thinking == "keep" else thought_closed(kept)  # or the next line could not be put
         self.messages = [*asked, {"role": "assistant", "content": kept}]
         self._answers += 1
         return said
