@@ -21,7 +21,8 @@ with suppress(ImportError):  # the tests on a GPU do without
     import hypothesis
 
     hypothesis.settings.register_profile("random", derandomize=False)
-    hypothesis.settings.register_profile("same", derandomize=True)
+    slow = [hypothesis.HealthCheck.too_slow]  # of a busy machine it says nothing of the examples
+    hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("same")
 
 

@@ -398,6 +398,12 @@ def test_a_run_that_takes_more_than_its_budget_ends_with_its_checkpoint_and_can_
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
+@pytest.mark.parametrize(("rank", "told"), [(2000, "lower lora.rank (adapters, grad"), (4, "lower data.max_tokens")])
+def test_a_plan_above_the_budget_advises_what_most_of_it_goes_back_to(rank, told, recipe):
+    refused = call("train", recipe, f"lora.rank={rank}", "memory.budget=300KiB")
+    assert_mistake(refused, "the least that the recipe allows is", told, code=3)
+
+
 def test_a_run_that_is_out_of_memory_in_the_middle_keeps_its_checkpoint_and_is_told_what_takes_less(
     recipe, tmp_path, monkeypatch
 ):

@@ -316,6 +316,15 @@ def test_a_thought_in_the_content_is_written_once_beside_empty_columns_of_others
     assert stretches(row, tokenizer) == [FULL + "on the mat<|im_end|>"]
 
 
+def test_thoughts_that_are_left_out_where_all_is_learnt_are_told():
+    tokenizer = tokenizer_of(FAMILIES["qwen3"])
+    for turns, is_told in (((APART | {"reasoning_content": "a rug is there"}, APART), True), ((APART,), False)):
+        chat = Chat([turn for answer in turns for turn in (ASKED, answer)])
+        (row,) = encode_turns(chat, tokenizer, loss_on="all")
+        assert (row.odd == ("thoughts",)) == is_told
+        assert tokenizer.decode(row.input_ids).count(THOUGHT) == 1
+
+
 def test_earlier_thoughts_of_a_forgetful_template_are_trained_and_not_seen_again():
     tokenizer, rows = thinking(FAMILIES["qwen3"], "keep", APART, APART)
     assert [stretches(row, tokenizer) for row in rows] == [[FULL + "on the mat<|im_end|>"]] * 2

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 LossOn: TypeAlias = Literal["assistant", "last", "completion", "all"]
-Odd: TypeAlias = Literal["tools", "tool_calls", "system", "marks", "joined"]
+Odd: TypeAlias = Literal["tools", "tool_calls", "system", "thoughts", "marks", "joined"]
 """What becomes of a row that one should know of, mostly by its chat template; `remarks.py` says it."""
 
 

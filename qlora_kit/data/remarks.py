@@ -27,8 +27,8 @@ class Remark:
     """Something about several rows.
 
     Attributes:
-        kind: a word for programs: refused, faults, no_trained, dropped, truncated, tools, tool_calls, system, joined,
-            marks, no_end, two_bos, repeated, leaked.
+        kind: a word for programs: refused, faults, no_trained, dropped, truncated, tools, tool_calls, system, thoughts,
+            joined, marks, no_end, two_bos, repeated, leaked.
         text: what is the matter with how many rows.
         count: how many.
         rows: where the first 20 stand, each as `file:line` or `source row N`; of faults what is wrong with them, too.
@@ -119,6 +119,8 @@ _ODD: dict[Odd, str] = {
     "(see data.template)",
     "system": "with a system text that the chat template does not write: answers are learnt without it "
     "(see data.template)",
+    "thoughts": "with thoughts that the chat template does not write: data.loss_on=all learns the chat without them "
+    "(data.loss_on=assistant learns each turn as it is asked for)",
     "joined": "whose answer follows the prompt without a space: texts are joined as they stand (data.columns="
     "{instruction: prompt, output: completion} makes turns of a chat of them; of pairs, {instruction: prompt})",
     "marks": "for which the chat template's generation marks cover more than the assistant's answers: the marks are "

@@ -186,6 +186,7 @@ def encode_chat(
     asked = _asked(messages, first, whole) if answers[-1] == len(messages) - 1 else (None, None)
     odd = tuple(unwritten(messages, text, render, said=() if loss_on == "all" else answers))
     if loss_on == "all":
+        odd = (*odd, "thoughts") if any(thought_of(message) not in text for message in messages) else odd
         return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]
 
     specials = special_tokens(tokenizer)

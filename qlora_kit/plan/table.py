@@ -16,7 +16,7 @@ from qlora_kit.plan.depths import count_layers
 from qlora_kit.plan.devices import available_bytes, device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.plan.dry_run import dry_run
 from qlora_kit.plan.fake import After
-from qlora_kit.plan.floor import floor_bytes
+from qlora_kit.plan.floor import LOSS_ROWS, floor_bytes
 from qlora_kit.plan.solve import Setting, Solution, run_again
 from qlora_kit.plan.workload import Workload
 from qlora_kit.recipe import TASKS, Recipe, method_of, with_adapters
@@ -203,7 +203,7 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
         dense_width=work.dtype.itemsize,
     )
     step = max(planned["peak_by_phase"][phase] for phase in STEP)
-    return None if least is None else {"bytes": least, "ratio": round(step / least, 4)}
+    return None if least is None else {"bytes": least, "ratio": round(step / least, 4), "logits_tokens": LOSS_ROWS}
 
 
 def _as_the_paper_counts(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:

@@ -129,8 +129,9 @@ def _room(plan: dict[str, Any]) -> Iterator[str]:
         name = plan.get("device_profile") or ""
         yield f"Budget {format_bytes(budget)}{'' if name.startswith('CPU') or not name else f' ({name})'}: {verdict}."
     if floor := plan.get("floor"):
-        least = f"the minimum that the mathematics needs ({format_bytes(floor['bytes'])})"
-        yield f"The step takes {floor['ratio']:.2f} times {least} with nothing offloaded."
+        how = f"with nothing offloaded and logits of {counted(floor.get('logits_tokens', 256), 'token')} at once"
+        least = f"the least that its mathematics needs ({format_bytes(floor['bytes'])})"
+        yield f"The step takes {floor['ratio']:.2f} times {least}, {how}."
     if more := plan.get("next"):
         wanted = format_bytes(more["peak_bytes"])
         yield f"With {wanted}: {more['settings']}, about {more['times_as_fast']:.2f} times as fast (estimate)."

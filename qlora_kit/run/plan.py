@@ -168,8 +168,17 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     raise FitError(
         f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}"
         f"{_without_evaluation(plan)}; "
-        f"lower data.max_tokens (longest row now {plan['tokens']:,}), or {way_on}"
+        f"lower {_largest_part(plan)}, or {way_on}"
     )
+
+
+def _largest_part(plan: Mapping[str, Any]) -> str:
+    """The setting that most of a step's memory goes back to, the weights aside."""
+    held = plan["methods"][plan["method"]]["by_category"]
+    trained = sum(held[name] for name in ("adapters", "gradients", "optimizer_state"))
+    if plan["method"] == "qlora" and 2 * trained > sum(held.values()):
+        return f"lora.rank (adapters, gradients and optimizer take {format_bytes(trained)})"
+    return f"data.max_tokens (longest row now {plan['tokens']:,})"
 
 
 def _smaller(plan: Mapping[str, Any], room: int) -> str:

@@ -11,7 +11,7 @@ from qlora_kit.base.architecture import head_of, stored_head
 from qlora_kit.base.hub import say_nothing
 from qlora_kit.base.load import Watching, stored_as
 from qlora_kit.data import Classes
-from qlora_kit.errors import RunError
+from qlora_kit.errors import ModelError, RunError
 from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lora, load_adapter, load_reference
 from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
 from qlora_kit.run.folder import CHECKPOINTS, RECIPE, trained_folder
@@ -76,7 +76,7 @@ def load_run(
     if not bare_base and is_end and not trained.is_dir():
         raise RunError(f"{run} has no {trained.name} yet; let the run finish with `qlora-kit train ... --resume`")
     is_whole = recipe.train.full_finetune and not bare_base and is_end
-    source = trained if is_whole else locate_model(recipe.base.model, recipe.base.revision, code=trust_remote_code)
+    source = trained if is_whole else _located(recipe.base, run, trust_remote_code)
     tokenizer = load_run_tokenizer(run, source, trust_remote_code=trust_remote_code)
     model = load_recipe_base(
         recipe,
@@ -91,6 +91,22 @@ def load_run(
     elif not bare_base and not is_whole:
         load_adapter(model, trained, force=force)
     return model, tokenizer, recipe
+
+
+def _located(base: Base, run: Path, trust_remote_code: bool) -> Path:
+    """Where the base of a run is.
+
+    Raises:
+        ModelError: it is not to be had; of a folder that was moved the line says where the run names it.
+    """
+    try:
+        return locate_model(base.model, base.revision, code=trust_remote_code)
+    except ModelError:
+        if Path(base.model).is_absolute() and not Path(base.model).exists():
+            raise ModelError(
+                f"{base.model} is not there; if it was moved, correct base.model in {run / RECIPE}"
+            ) from None
+        raise
 
 
 def load_run_tokenizer(

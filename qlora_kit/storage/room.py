@@ -41,7 +41,7 @@ def check_room(place: Path, needed_bytes: int, what: str) -> None:
     if free_bytes < needed_bytes:
         raise RunError(
             f"{what} needs {format_bytes(needed_bytes)} on the disk of {there}, which has {format_bytes(free_bytes)} "
-            "free; nothing is written"
+            "free: make room there, or write to another disk"
         )
 
 
