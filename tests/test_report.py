@@ -354,8 +354,8 @@ def test_a_folder_with_every_key_has_every_section(tmp_path):
     for said in (
         "Setting: activations kept in 2, recomputed in 30 blocks; 2 rows at a time, 8 times per step; the loss in "
         "chunks",
-        "The step takes 1.38 times the least that its mathematics needs (6.00 GiB), with nothing offloaded and logits of "
-        "256 tokens at once.",
+        "The step takes 1.38 times the least that its mathematics needs (6.00 GiB), with nothing offloaded and logits "
+        "of 256 tokens at once.",
         "Rank 16 holds.",
         "The data hold more.",
         "CUDA adds about 480 MiB for the driver's context, 96.0 MiB for libraries, 64.0 MiB for rounding (estimates",

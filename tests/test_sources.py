@@ -437,6 +437,19 @@ def test_whatever_decides_the_rows_names_another_entry_and_nothing_else_does(rec
     assert entries() == now + 2
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_what_is_wrong_with_few_rows_is_told_at_once_whether_reading_or_encoding_finds_it(many, recipe, monkeypatch):
+    chat = {"messages": [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]}
+    calls = {**chat, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
+    path = write(recipe.parent / "mixed.jsonl", chat, {"prompt": 3}, calls, chat)
+    monkeypatch.setattr(rows_module, "_QUICKLY_ENCODED", 0 if many else 10)
+    with pytest.raises(DataError) as told:
+        prepared(recipe, f"data.train={path}", "data.template=plain")
+    assert f"{path}:2: " in str(told.value)
+    assert (f"{path}:3: " in str(told.value)) == (not many)
+    assert str(told.value).startswith("2 rows cannot be used (data.on_error=skip leaves them out)") == (not many)
+
+
 def test_special_tokens_are_a_part_of_what_rows_are_kept_by(recipe, kept):
     tokenizer, readers = prepared(recipe).tokenizer, open_sources(str(recipe.parent / "small.jsonl"))
     key, code = cache.cache_key(readers, tokenizer, {}), tokenizer.backend_tokenizer.to_str()

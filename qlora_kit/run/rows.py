@@ -41,6 +41,9 @@ from qlora_kit.train.classes import classes_in, known_classes, name_classes
 from qlora_kit.train.pace import EVAL_TOKENS, ROWS_A_STEP
 from qlora_kit.watch import Watch
 
+_QUICKLY_ENCODED = 5_000
+"""Rows, in some seconds."""
+
 Shapes = dict[int, tuple[int, int]]
 """Rows, and tokens of the longest, of a batch, by the tokens that may go together."""
 
@@ -109,8 +112,10 @@ def read_rows(
         """Read the sources twice: what there is, and what becomes of it."""
         found, eval_found = scan(readers), scan(eval_readers)
         unread = found.faults + eval_found.faults
-        if data.on_error == "stop" or unread.hides_rows:
-            unread.stop()  # before the rows are encoded, which may take minutes
+        # Before the rows are encoded, which may take minutes; of few, all that is wrong is told at once.
+        is_quick = len(found.digests) <= _QUICKLY_ENCODED and not unread.hides_rows and recipe.train.task != "classify"
+        if not is_quick and (data.on_error == "stop" or unread.hides_rows):
+            unread.stop()
         if recipe.train.task == "classify":
             train_rows.classes = _classes(recipe, found, config)
         if found.has_chats or eval_found.has_chats:
@@ -119,6 +124,8 @@ def read_rows(
         is_held = held_out(found.digests, least=least) if data.eval == "auto" else [False] * len(found.digests)
         told = _Told(watch, len(found.digests) + len(eval_found.digests))
         eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config, told)
+        if unread.count and data.on_error == "stop":
+            (train_rows.faults + eval_rows.faults).stop()
         train_rows.check_left(data.max_tokens)
         if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
             eval_rows.check_left(data.max_tokens, "hold out")
