@@ -192,15 +192,14 @@ def test_a_plan_says_how_far_from_its_floor_it_is():
     assert "mathematics" not in plan_text({"schema": 1, **plan}), "older folders have none"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "card", "settings"),
     [
-        ("Llama-2-7B", "RTX 3050 Laptop 6GB", ["base.quantize_head=true"]),
-        ("Llama-2-7B", "RTX 4060", []),
-        ("Llama-2-13B", "RTX 3060", []),
-        ("LLaMA-33B", "RTX 4090", []),
-        ("Llama-3.1-70B", "RTX A6000", []),
+        pytest.param("Llama-2-7B", "RTX 3050 Laptop 6GB", ["base.quantize_head=true"], marks=pytest.mark.slow),
+        pytest.param("Llama-2-7B", "RTX 4060", [], marks=pytest.mark.slow),
+        pytest.param("Llama-2-13B", "RTX 3060", [], marks=pytest.mark.long),
+        pytest.param("LLaMA-33B", "RTX 4090", [], marks=pytest.mark.long),
+        pytest.param("Llama-3.1-70B", "RTX A6000", [], marks=pytest.mark.long),
     ],
 )
 def test_a_model_of_each_size_fits_the_card_that_it_is_to_fit(name, card, settings, tmp_path):

@@ -59,12 +59,14 @@ def test_a_run_fetches_base_and_splits_from_the_hub_once_and_then_needs_none(hub
 
 
 @pytest.mark.parametrize(("wrong", "told"), [
-    ("base.model=some/bas", "the hub has no such model, or it is private. Check the spelling"),
-    ("base.revision=v2", "it has no revision 'v2'. Choose one at http://127.0.0.1"),
-    ("data.train=some/row", "Dataset 'some/row' doesn't exist on the Hub or cannot be accessed"),
-    ("data.train=[{path: some/rows, split: valid}]", "Unknown split \"valid\". Should be one of"),
+    pytest.param("base.model=some/bas", "the hub has no such model, or it is private. Check the spelling",
+                 marks=pytest.mark.slow),
+    pytest.param("base.revision=v2", "it has no revision 'v2'. Choose one at http://127.0.0.1", marks=pytest.mark.long),
+    pytest.param("data.train=some/row", "Dataset 'some/row' doesn't exist on the Hub or cannot be accessed",
+                 marks=pytest.mark.slow),
+    pytest.param("data.train=[{path: some/rows, split: valid}]", "Unknown split \"valid\". Should be one of",
+                 marks=pytest.mark.long),
 ])  # fmt: skip
-@pytest.mark.slow
 def test_what_the_hub_does_not_have_is_one_line(wrong, told, hub, home, tmp_path):
     done = call(hub, home, "train", "quickstart", *OF_THE_HUB, wrong, f"output={tmp_path / 'run'}")
     assert done.returncode == 2

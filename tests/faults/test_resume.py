@@ -132,10 +132,11 @@ class StopAfter(Watch):
         return self.now >= self.last
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "masters"), [
-    ("adamw", "fp32"), ("adamw_8bit", "fp32"), ("paged_adamw_8bit", "fp32"), ("lion_8bit", "fp32"),
-    ("adamw_8bit", "stochastic"),
+    pytest.param("adamw", "fp32", marks=pytest.mark.long), pytest.param("adamw_8bit", "fp32", marks=pytest.mark.slow),
+    pytest.param("paged_adamw_8bit", "fp32", marks=pytest.mark.long),
+    pytest.param("lion_8bit", "fp32", marks=pytest.mark.long),
+    pytest.param("adamw_8bit", "stochastic", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_run_that_is_resumed_twice_at_any_step_is_the_run_that_went_through(optimizer, masters, recipe, tmp_path):
     more = ["lora.rank=128", "lora.dropout=0.1", "train.accumulation=2", f"train.optimizer={optimizer}",
@@ -168,8 +169,10 @@ TASKS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(task, marks=pytest.mark.slow if task in ("kto", "sft") else pytest.mark.long) for task in TASKS],
+)
 def test_a_run_of_any_task_goes_on_to_the_bit(task, recipe, tmp_path):
     kind, settings = TASKS[task]
     rows = tmp_path / "task.jsonl"

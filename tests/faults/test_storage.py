@@ -171,7 +171,10 @@ class Page:
         return int(text[-1])
 
 
-EXPORTS = [pytest.param(kind, marks=pytest.mark.slow) for kind in (Export, Quantized, Gguf)]
+EXPORTS = [
+    pytest.param(kind, marks=mark)
+    for kind, mark in ((Export, pytest.mark.slow), (Quantized, pytest.mark.long), (Gguf, pytest.mark.long))
+]
 EACH = pytest.mark.parametrize("kind", [Checkpoint, AdapterFolder, Page, *EXPORTS])
 
 
