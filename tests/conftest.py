@@ -21,8 +21,8 @@ with suppress(ImportError):  # the tests on a GPU do without
     import hypothesis
 
     hypothesis.settings.register_profile("random", derandomize=False)
-    slow = [hypothesis.HealthCheck.too_slow]  # of a busy machine it says nothing of the examples
-    hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=slow)
+    unchecked = [hypothesis.HealthCheck.too_slow]  # of a busy machine it says nothing of the examples
+    hypothesis.settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=unchecked)
     hypothesis.settings.load_profile("same")
 
 

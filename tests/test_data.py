@@ -191,15 +191,34 @@ CLOSED = (  # in words behind the end token
 
 
 @pytest.mark.parametrize("content", ["the cat", "a </s></assistant>\n", "</s>"])
-def test_words_that_a_template_writes_behind_the_end_token_are_neither_learnt_nor_asked_for(content):
+@pytest.mark.parametrize("ending", ["", "<|im_start|>"])
+def test_words_that_a_template_writes_behind_the_end_token_are_neither_learnt_nor_asked_for(content, ending):
     tokenizer, chat = make_tokenizer(), Chat([TURNS[0], {"role": "assistant", "content": content}, *TURNS])
-    bare = CLOSED.replace(OPEN, "").replace(CLOSE, "")
-    marked, plain = (encode(chat, tokenizer, template=source) for source in (CLOSED, bare))
+    closed = CLOSED.replace("</{{ m.role }}>", "</{{ m.role }}>" + ending)
+    bare = closed.replace(OPEN, "").replace(CLOSE, "")
+    marked, plain = (encode(chat, tokenizer, template=source) for source in (closed, bare))
     assert marked == plain
     assert (plain.odd, marked.odd) == ((), ())
-    assert "</s></assistant>\n" in tokenizer.decode(plain.input_ids), "they are there"
+    assert f"</s></assistant>{ending}\n" in tokenizer.decode(plain.input_ids), "they are there"
     assert trained_text(plain, tokenizer) == [content + "</s>", "on the mat 🙂</s>", "then the cat ate</s>"]
     assert reference(tokenizer, plain) == "then the cat ate"
+    tokenizer.chat_template = closed
+    learnt = encode(chat, tokenizer, loss_on="all")
+    assert all(learnt.trained[1:])
+    assert reference(tokenizer, learnt) == "then the cat ate"
+
+
+def test_marks_around_all_that_is_written_reach_to_the_end_token_and_not_into_the_next_turn():
+    tokenizer = make_tokenizer()
+    wide = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}" + OPEN
+        + "{{ m.content + eos_token }}</assistant>\n" + CLOSE + "{% else %}{{ m.content }}</{{ m.role }}>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )  # fmt: skip
+    row = encode(CHAT, tokenizer, template=wide)
+    assert "</s></assistant>\n<|im_start|>user" in tokenizer.decode(row.input_ids)
+    assert trained_text(row, tokenizer) == ["on the mat 🙂</s>", "then the cat ate</s>"]
+    assert row.odd == ()
 
 
 @pytest.mark.parametrize("family", MARKED)

@@ -861,6 +861,18 @@ def test_what_is_kept_is_read_from_the_folder(run):
     assert (read_run(run).left_step, read_run(run).kept_steps) == (20, {20, 40})
 
 
+@pytest.mark.parametrize("count", [256, None, "x", [1]])
+def test_a_plan_says_of_how_many_logits_its_floor_speaks_or_is_refused(run, count):
+    plan = json.loads((run / "plan.json").read_text())
+    plan["floor"] = {"bytes": 10, "ratio": 1.0, "logits_tokens": count}
+    (run / "plan.json").write_text(json.dumps(plan))
+    if count == 256:
+        assert "logits of 256 tokens at once" in plan_text(plan)
+        return
+    with pytest.raises(RunError, match="floor"):
+        read_run(run)
+
+
 def told_by(losses):
     """The explosions that a watch tells of."""
     watch = LossWatch()
@@ -910,7 +922,9 @@ def test_overfitting_spikes_and_short_runs_are_no_explosion():
     assert told_by([1.0] * 20 + [0.5, 5.0] * 20) == [], "a mean of 2.75 of such numbers may be chance"
     assert told_by([1.0] * 10 + [20.0] * 10) == []
     assert told_by([0.5, *noise(3.0, 1.0, 500)]) == [], "a first row may be easy"
-    assert told_by([1.5, *noise(2.4, 0.1, 500)]) == [], "or a nat below the others at most"
+    assert told_by([0.1, *noise(2.0, 0.1, 500)]) == []
+    assert told_by([0.9, 2.60, 2.62, 2.64, *[2.2] * 300]) == []
+    assert told_by([*[0.9] * 5, *noise(6.0, 3.0, 500)]) == [], "a mean of such numbers says little"
     assert judge_explosion([]) == ""
 
 

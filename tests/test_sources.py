@@ -442,12 +442,20 @@ def test_what_is_wrong_with_few_rows_is_told_at_once_whether_reading_or_encoding
     chat = {"messages": [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]}
     calls = {**chat, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
     path = write(recipe.parent / "mixed.jsonl", chat, {"prompt": 3}, calls, chat)
-    monkeypatch.setattr(rows_module, "_QUICKLY_ENCODED", 0 if many else 10)
+    monkeypatch.setattr(rows_module, "_FEW_ROWS", 0 if many else 10)
     with pytest.raises(DataError) as told:
         prepared(recipe, f"data.train={path}", "data.template=plain")
     assert f"{path}:2: " in str(told.value)
     assert (f"{path}:3: " in str(told.value)) == (not many)
     assert str(told.value).startswith("2 rows cannot be used (data.on_error=skip leaves them out)") == (not many)
+
+
+def test_a_fault_of_few_rows_does_not_wait_for_many_that_are_held_out(recipe, monkeypatch):
+    path = write(recipe.parent / "bad.jsonl", *SMALL, {"prompt": 3})
+    monkeypatch.setattr(rows_module, "_FEW_ROWS", 10)
+    monkeypatch.setattr(rows_module, "encode_rows", lambda *_, **__: pytest.fail("rows are encoded"))
+    with pytest.raises(DataError, match=r"bad.jsonl:7: "):
+        prepared(recipe, f"data.train={path}", f"data.eval={recipe.parent / 'large.jsonl'}")
 
 
 def test_special_tokens_are_a_part_of_what_rows_are_kept_by(recipe, kept):

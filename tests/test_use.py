@@ -810,6 +810,7 @@ WRITTEN = {
     "trims": (TEMPLATE.replace("m.content", "m.content | trim"), " cat", " cat"),
     "none": (None, "cat", "cat"),
     "more": (None, "  cat", " cat"),
+    "two": (TEMPLATE.replace("m.content", "'\n\n' + m.content"), "\n\ncat", "cat"),
 }
 
 
@@ -823,7 +824,7 @@ def test_a_space_that_the_template_writes_itself_is_no_part_of_what_was_said(cas
     assert kept == wanted
     written = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": kept}], tokenize=False)
     begun = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    if case in ("plain", "own", "more"):
+    if case in ("plain", "own", "more", "two"):
         assert written.startswith(begun + said), "as it was said"
 
 

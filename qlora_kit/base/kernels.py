@@ -27,7 +27,7 @@ from qlora_kit.ops.rows import row_parts
 _C_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LARGEST_BLOCK = 1024
 """Weights of a constant up to which bitsandbytes decodes in C. Above, on AVX-512 processors, its C function errs, and
-its operator compiles Python for seconds at its first call. A constant twice, each for half of them, is the same.
+its operator compiles Python for seconds at its first call. A constant that stands for each part of them is the same.
 """
 ABSMAX_BLOCK = 256
 """Constants that share one second-level scale under double quantisation (QLoRA, section 3)."""
@@ -184,7 +184,8 @@ def _decode_4bit_fast(
 
 def _decode_4bit_bitsandbytes(codes: Tensor, absmax: Tensor, block_size: int, kind: str, out: Tensor) -> None:
     if block_size > _LARGEST_BLOCK:
-        absmax, block_size = absmax.repeat_interleave(block_size // _LARGEST_BLOCK), _LARGEST_BLOCK
+        parts = -(-out.numel() // _LARGEST_BLOCK)
+        absmax, block_size = absmax.repeat_interleave(block_size // _LARGEST_BLOCK)[:parts], _LARGEST_BLOCK
     rows, columns = out.shape
     if columns % max(64, block_size) != 0:
         # On AVX-512 processors bitsandbytes 0.50.2 decodes rows wrongly that are a multiple of 16 but not of 64, and

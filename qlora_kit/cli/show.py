@@ -279,7 +279,7 @@ def score_lines(score: "Score") -> str:
     """A score as text."""
     words = score_words(score.as_json()) | {"loss": f"{score.loss:.4f}" + (" nats a token" if score.perplexity else "")}
     lines = [f"{word:15}  {value}" for word, value in words.items()]
-    tokens = "" if "accuracy" in score.measures else f", {counted(score.tokens, 'trained token')}"
+    tokens = "" if "f1" in score.measures else f", {counted(score.tokens, 'trained token')}"
     return "\n".join([*lines, f"{'rows':15}  {score.rows:,}{tokens}"])
 
 

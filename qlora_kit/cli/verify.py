@@ -57,7 +57,7 @@ def verify(
 
 def _said(files: int, faults: list[str], differences: list[str] | None) -> list[str]:
     lines = [f"fault: {visible(fault)}" for fault in faults] or [
-        f"all {files:,} files have the bytes that were written"
+        f"{counted(files, 'file')}, with the bytes that were written"
     ]
     if differences is not None:
         lines += [f"resumed: {visible(difference)}" for difference in differences] or [

@@ -266,13 +266,13 @@ def through_end(said: str, behind: str, specials: tuple[str, ...]) -> str:
         specials: from `special_tokens`.
     """
     bare, end = said.rstrip(), end_token(behind, specials)
-    if bare.endswith(specials):
-        last = _run_at_the_end(specials).search(bare)
-        at = -1 if end is None or last is None else bare.rfind(end, last.start())
-        return bare if at < 0 or end is None else bare[: at + len(end)]
     if end is not None and said.endswith(behind):
         return said[: len(said) - len(behind) + behind.find(end) + len(end)]
-    return said
+    if not bare.endswith(specials):
+        return said
+    last = _run_at_the_end(specials).search(bare)
+    at = -1 if end is None or last is None else bare.rfind(end, last.start())
+    return bare if at < 0 or end is None else bare[: at + len(end)]
 
 
 @lru_cache(maxsize=8)

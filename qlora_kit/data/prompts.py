@@ -70,21 +70,22 @@ def ask(
 
 
 def content_of(said: str, turns: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What a turn has to hold for the chat template to write what was said: without a space that it writes itself.
+    """What a turn has to hold for the chat template to write what was said: without white space that it writes itself.
 
     Args:
         said: by a model, behind the prompt that the turns make.
         turns: so far.
         tokenizer: with the chat template of its run.
     """
-    if not said[:1].isspace():
-        return said
-    render = Renderer(tokenizer, tokenizer.get_chat_template())
+    render, spaces = Renderer(tokenizer, tokenizer.get_chat_template()), len(said) - len(said.lstrip())
     try:
-        whole = render([*turns, {"role": "assistant", "content": said[1:]}])
-        return said[1:] if whole.startswith(render(turns, prompt=True) + said) else said
+        written = render(turns, prompt=True) + said if spaces else ""
+        for content in (said[count:] for count in range(spaces, 0, -1)):
+            if render([*turns, {"role": "assistant", "content": content}]).startswith(written):
+                return content
     except DataError:  # it was asked in another form
-        return said
+        pass
+    return said
 
 
 def read_prompts(

@@ -186,7 +186,7 @@ def encode_chat(
     asked = _asked(messages, first, whole) if answers[-1] == len(messages) - 1 else (None, None)
     odd = tuple(unwritten(messages, text, render, said=() if loss_on == "all" else answers))
     if loss_on == "all":
-        odd = (*odd, "thoughts") if any(thought_of(message) not in text for message in messages) else odd
+        odd = (*odd, "thoughts") if any(thought_of(messages[i]) not in text for i in answers) else odd
         return [Encoded(whole.ids, all_but_bos(whole.ids, tokenizer), *asked, chat.where, odd=odd)]
 
     specials = special_tokens(tokenizer)
@@ -265,7 +265,8 @@ def _within(turns: list[Span], marked: list[Span]) -> list[Span]:
 def _through_end(text: str, span: Span, form: _Form) -> Span:
     """The span to its end token: marks that stop short of it would teach a model that never stops."""
     start, end = span
-    if not text[start:end].rstrip().endswith(form.specials):
+    is_whole = form.behind != "" and text[start:end].endswith(form.behind)
+    if not is_whole and not text[start:end].rstrip().endswith(form.specials):
         end += max((len(token) for token in form.specials if text.startswith(token, end)), default=0)
     return start, start + len(through_end(text[start:end], form.behind, form.specials))
 

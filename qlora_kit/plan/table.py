@@ -203,7 +203,8 @@ def _floor(config: PretrainedConfig, work: Workload, planned: dict[str, Any]) ->
         dense_width=work.dtype.itemsize,
     )
     step = max(planned["peak_by_phase"][phase] for phase in STEP)
-    return None if least is None else {"bytes": least, "ratio": round(step / least, 4), "logits_tokens": LOSS_ROWS}
+    at_once = min(LOSS_ROWS, work.tokens * work.micro_batch * TASKS[work.task].sequences)
+    return None if least is None else {"bytes": least, "ratio": round(step / least, 4), "logits_tokens": at_once}
 
 
 def _as_the_paper_counts(config: PretrainedConfig, work: Workload, after: Mapping[str, After] | None) -> dict[str, Any]:

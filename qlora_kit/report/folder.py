@@ -69,7 +69,7 @@ PLAN = {
     "micro_batch?": MAYBE_COUNT,
     "accumulation?": MAYBE_COUNT,
     "allocator?": Maybe({"*": MAYBE_COUNT}),
-    "floor?": Maybe({"bytes": COUNT, "ratio": COUNT}),
+    "floor?": Maybe({"bytes": COUNT, "ratio": COUNT, "logits_tokens?": COUNT}),
     "next?": Maybe({"settings": SCALAR, "peak_bytes": COUNT, "times_as_fast": COUNT}),
     "cards?": Maybe([CARD]),
     "planned_on?": SCALAR,

@@ -62,8 +62,9 @@ class LossWatch:
 
     It has when the mean of the last 20 is twice that of the lowest 20 in a row before them, a nat above it (so that the
     losses of rows long learnt, which are nearly zero, may double), and by six standard errors of the noisier stretch:
-    a lowest of many is low by chance. What explodes sooner is held against the first loss, which is the untrained
-    model's, and of one step: then by six standard deviations of a step.
+    a lowest of many is low by chance. Until there is such a stretch the first loss stands for it, which is of the model
+    as it started. It is of one step, whose rows may be easy: so it is three times that, two nats above it, and by six
+    standard deviations of a step.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,8 @@ class LossWatch:
             return None
         mean, spread = fmean(self._last), stdev(self._last)
         error = spread / math.sqrt(WATCHED)
-        if mean > max(2 * self._first, self._first + 1, self._first + 6 * spread):
+        is_early = self._seen < 2 * WATCHED
+        if is_early and mean > max(3 * self._first, self._first + 2, self._first + 6 * spread):
             self.exploded = Explosion(step, self._first, mean, since_first=True)
             return self.exploded
         if self._lowest is not None:

@@ -188,6 +188,21 @@ def _let_sample(job: Job, recipe: Recipe, prepared: Prepared, since: int | None,
     return log
 
 
+def check_not_passed(folder: Path, steps: int) -> None:
+    """See that a run that is resumed has not taken more steps than it is asked for.
+
+    Raises:
+        RunError: it has, or no checkpoint of it is sound.
+    """
+    newest, _ = newest_checkpoint(folder / CHECKPOINTS)
+    done = int(newest.name.rpartition("-")[2])
+    if done > steps:
+        raise RunError(
+            f"{newest} has taken {counted(done, 'step')}, and the recipe comes to {steps:,}: give train.steps={done} "
+            "or more, or set output to another folder and start there"
+        )
+
+
 def _go_on(job: Job, watch: Watch) -> None:
     """Put a job where its newest sound checkpoint was written."""
     folder = job.folder / CHECKPOINTS
@@ -195,12 +210,6 @@ def _go_on(job: Job, watch: Watch) -> None:
     for fault in faults:
         watch.note(f"left out a damaged checkpoint: {fault}")
     job.progress = load_checkpoint(newest, job.kept, job.optimizer)
-    done, steps = job.progress.step, job.pace.steps
-    if done > steps:
-        raise RunError(
-            f"{newest} has taken {counted(done, 'step')}, and the recipe comes to {steps:,}: give train.steps={done} "
-            "or more, or set output to another folder and start there"
-        )
     watch.note(f"continuing from {newest.name}")
     best = job.progress.best_step
     if best and verify_checkpoint(checkpoint_of(folder, best)):

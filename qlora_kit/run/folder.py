@@ -147,7 +147,8 @@ def files_of_run(folder: Path) -> list[Path]:
     lie beside them."""
     written = [folder / name for name in (ADAPTER, MODEL, *FILES) if name not in (RECIPE, PLAN)]
     logs = (folder / PROJECT).glob("*")
-    return [path for path in (*checkpoints(folder / CHECKPOINTS), *written, *logs) if path.exists()]
+    listed = folder / CHECKSUMS, *checkpoints(folder / CHECKPOINTS), *written, *logs  # no checksum outlives its file
+    return [path for path in dict.fromkeys(listed) if path.exists()]
 
 
 def clear_run_folder(folder: Path, earlier: Iterable[Path]) -> None:

@@ -174,9 +174,10 @@ def check_budget(plan: Mapping[str, Any]) -> None:
 
 def _largest_part(plan: Mapping[str, Any]) -> str:
     """The setting that most of a step's memory goes back to, the weights aside."""
-    held = plan["methods"][plan["method"]]["by_category"]
-    trained = sum(held[name] for name in ("adapters", "gradients", "optimizer_state"))
-    if plan["method"] == "qlora" and 2 * trained > sum(held.values()):
+    held = dict(plan["methods"][plan["method"]]["by_category"])
+    trained = sum(held.pop(name) for name in ("adapters", "gradients", "optimizer_state"))
+    others = sum(held.values()) - held["base_weights"] - held["quantization_state"]
+    if plan["method"] == "qlora" and trained > others:
         return f"lora.rank (adapters, gradients and optimizer take {format_bytes(trained)})"
     return f"data.max_tokens (longest row now {plan['tokens']:,})"
 

@@ -41,8 +41,8 @@ from qlora_kit.train.classes import classes_in, known_classes, name_classes
 from qlora_kit.train.pace import EVAL_TOKENS, ROWS_A_STEP
 from qlora_kit.watch import Watch
 
-_QUICKLY_ENCODED = 5_000
-"""Rows, in some seconds."""
+_FEW_ROWS = 2_000
+"""That are encoded in seconds, so that a fault may wait for the others."""
 
 Shapes = dict[int, tuple[int, int]]
 """Rows, and tokens of the longest, of a batch, by the tokens that may go together."""
@@ -113,7 +113,8 @@ def read_rows(
         found, eval_found = scan(readers), scan(eval_readers)
         unread = found.faults + eval_found.faults
         # Before the rows are encoded, which may take minutes; of few, all that is wrong is told at once.
-        is_quick = len(found.digests) <= _QUICKLY_ENCODED and not unread.hides_rows and recipe.train.task != "classify"
+        is_few = len(found.digests) + len(eval_found.digests) <= _FEW_ROWS
+        is_quick = is_few and not unread.hides_rows and recipe.train.task != "classify"
         if not is_quick and (data.on_error == "stop" or unread.hides_rows):
             unread.stop()
         if recipe.train.task == "classify":

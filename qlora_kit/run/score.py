@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_kit.data import Batch, Encoded
+from qlora_kit.data import Batch, Encoded, end_token_id
 from qlora_kit.lora import adapters_off
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.rows import eval_batches, positions_of
@@ -155,5 +155,8 @@ def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:
     if row.input_ids[: len(prompt)] != prompt:
         return row.answer or ""
     ends = max((place for place, is_trained in enumerate(row.trained) if is_trained), default=len(row.input_ids)) + 1
-    text = tokenizer.decode(row.input_ids[len(prompt) : ends], skip_special_tokens=True)  # a template may write on
-    return str(text)
+    said = row.input_ids[len(prompt) : ends]  # a template may write on
+    end = end_token_id(tokenizer)
+    if all(row.trained[1 : len(prompt)]) and end in said:  # all is learnt, and what stands behind its end is not said
+        said = said[: said.index(end)]
+    return str(tokenizer.decode(said, skip_special_tokens=True))

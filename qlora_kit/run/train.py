@@ -32,7 +32,7 @@ from qlora_kit.run.build import (
     take_base,
 )
 from qlora_kit.run.common import Common
-from qlora_kit.run.course import End, names_what_is_kept, run_course
+from qlora_kit.run.course import End, check_not_passed, names_what_is_kept, run_course
 from qlora_kit.run.folder import (
     RECIPE,
     RESULT,
@@ -119,6 +119,8 @@ def train(
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
     prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, common)
+    if resume:
+        check_not_passed(folder, prepared.pace.steps)
     recipe = settle(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
@@ -154,9 +156,11 @@ def train(
             scores = None
             if end.finished and prepared.eval.rows:
                 scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
-                write_json(folder / SCORES, scores)
+                with names_what_is_kept(folder):
+                    write_json(folder / SCORES, scores)
                 watch.scored(scores)
-            seal_records(folder)
+            with names_what_is_kept(folder):
+                seal_records(folder)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
         raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) continues from there")
     return Result(folder, end.finished, end.step, scores, time.monotonic() - started)

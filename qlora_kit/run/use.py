@@ -104,7 +104,8 @@ def _located(base: Base, run: Path, trust_remote_code: bool) -> Path:
     except ModelError:
         if Path(base.model).is_absolute() and not Path(base.model).exists():
             raise ModelError(
-                f"{base.model} is not there; if it was moved, correct base.model in {run / RECIPE}"
+                f"{base.model} is not there; if it was moved, correct base.model in {run / RECIPE} "
+                "(`verify` then tells it as changed)"
             ) from None
         raise
 

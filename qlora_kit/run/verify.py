@@ -45,7 +45,7 @@ class Verified:
         self._add(verify_checkpoint(folder) if manifest.name == MANIFEST else changed_files(folder, expected))
 
     def _add(self, faults: list[str]) -> None:
-        """Each once: a missing result.json is a record less, and the checksums of what was trained."""
+        """Each once: a missing result.json is told by checksums.json, and by what was trained."""
         self.faults += [fault for fault in faults if fault not in self.faults]
 
 

@@ -41,7 +41,7 @@ def test_a_sound_run_is_told_file_by_folder(run):
         f"{run}/checkpoints/step-000001  4 files",
         f"{run}/checkpoints/step-000002  4 files",
         f"{run}/adapter  2 files",
-        "all 18 files have the bytes that were written",
+        "18 files, with the bytes that were written",
     ]
 
 
