@@ -587,6 +587,17 @@ def test_nothing_but_bad_rows_is_an_error_even_where_they_are_skipped(recipe):
         assert len(others) == 2
 
 
+def test_where_all_rows_are_too_long_and_that_is_an_error_their_lengths_are_told(recipe):
+    write(recipe.parent / "rows.jsonl", *({"prompt": "the cat " * 90, "completion": "x"} for _ in range(3)))
+    for choice in ("stop", "skip"):
+        result = call("preview", recipe, "data.over_length=error", f"data.on_error={choice}")
+        assert result.exit_code == 2
+        first, *others = result.stderr.strip().splitlines()
+        assert "no row is left to train on: none of the 3 can be used: " in first
+        assert all("tokens, more than data.max_tokens=" in line for line in (first, *others))
+        assert len(others) == 2
+
+
 def test_a_set_of_rows_without_a_trained_token_is_an_error(recipe):
     write(recipe.parent / "rows.jsonl", *({"prompt": "the cat " * 90, "completion": "x"} for _ in range(3)))
     result = call("preview", recipe, "data.over_length=truncate")

@@ -167,6 +167,8 @@ class EncodedSet:
         """
         counts, given = self.counts, len(self.lengths_given) + self.faults.count
         see_length, see_loss = ("; see data.over_length", " (see data.loss_on)") if may_set else ("", "")
+        if not self.rows and 0 < given == self.faults.count:
+            raise DataError(self.faults.told(f"no row is left to {purpose}: none of the {given:,} can be used"))
         if not self.rows:
             raise DataError(self.faults.told(
                 f"no row is left to {purpose}: of {given:,}, {counts.dropped:,} have more than "
