@@ -183,9 +183,10 @@ def test_a_plan_says_how_far_from_its_floor_it_is():
     least = floor_bytes(config, counted(config), tokens=48, micro_batch=2, has_masters=True)
     phases = plan["methods"]["qlora"]["peak_by_phase"]
     step = max(phases[phase] for phase in ("forward", "loss", "backward", "optimizer"))
-    assert plan["floor"] == {"bytes": least, "ratio": round(step / least, 4)}
-    share = f"The step takes {step / least:.2f} times the minimum"
-    assert f"{share} that the mathematics needs ({format_bytes(least)})" in plan_text({"schema": 1, **plan})
+    assert plan["floor"] == {"bytes": least, "ratio": round(step / least, 4), "logits_tokens": 2 * 48}
+    text = " ".join(plan_text({"schema": 1, **plan}).split())
+    assert f"takes {step / least:.2f} times the least that its mathematics needs ({format_bytes(least)}), with " in text
+    assert "with nothing offloaded and logits of 96 tokens at once." in text
     assert other["floor"] is None
     assert "mathematics" not in plan_text({"schema": 1, **other})
     del plan["floor"]
