@@ -198,6 +198,7 @@ def behind_answers(render: Renderer) -> str:
     return behind if is_said else ""
 
 
+@lru_cache(maxsize=8)
 def end_token(behind: str, specials: tuple[str, ...]) -> str | None:
     """The special token that opens what a template writes behind an answer; None where none does."""
     return max((token for token in specials if behind.lstrip().startswith(token)), key=len, default=None)

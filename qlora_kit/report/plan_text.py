@@ -129,6 +129,7 @@ def _room(plan: dict[str, Any]) -> Iterator[str]:
         name = plan.get("device_profile") or ""
         yield f"Budget {format_bytes(budget)}{'' if name.startswith('CPU') or not name else f' ({name})'}: {verdict}."
     if floor := plan.get("floor"):
+        # Plans of earlier versions counted those of 256 tokens, and did not say so.
         how = f"with nothing offloaded and logits of {counted(floor.get('logits_tokens', 256), 'token')} at once"
         least = f"the least that its mathematics needs ({format_bytes(floor['bytes'])})"
         yield f"The step takes {floor['ratio']:.2f} times {least}, {how}."

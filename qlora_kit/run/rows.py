@@ -112,11 +112,9 @@ def read_rows(
         """Read the sources twice: what there is, and what becomes of it."""
         found, eval_found = scan(readers), scan(eval_readers)
         unread = found.faults + eval_found.faults
-        # Before the rows are encoded, which may take minutes; of few, all that is wrong is told at once.
-        is_few = len(found.digests) + len(eval_found.digests) <= _FEW_ROWS
-        is_quick = is_few and not unread.hides_rows and recipe.train.task != "classify"
-        if not is_quick and (data.on_error == "stop" or unread.hides_rows):
-            unread.stop()
+        is_few = len(found.digests) + len(eval_found.digests) <= _FEW_ROWS and recipe.train.task != "classify"
+        if unread.hides_rows or (data.on_error == "stop" and not is_few):
+            unread.stop()  # before the rows are encoded, which may take minutes, or classes are made of the others
         if recipe.train.task == "classify":
             train_rows.classes = _classes(recipe, found, config)
         if found.has_chats or eval_found.has_chats:
@@ -125,8 +123,6 @@ def read_rows(
         is_held = held_out(found.digests, least=least) if data.eval == "auto" else [False] * len(found.digests)
         told = _Told(watch, len(found.digests) + len(eval_found.digests))
         eval_rows = _encode_sets(readers, eval_readers, is_held, train_rows, recipe, tokenizer, config, told)
-        if unread.count and data.on_error == "stop":
-            (train_rows.faults + eval_rows.faults).stop()
         train_rows.check_left(data.max_tokens)
         if eval_readers:  # rows that the split chose may all be too long: then nothing is held out, as the counts say
             eval_rows.check_left(data.max_tokens, "hold out")

@@ -156,7 +156,7 @@ def reference(tokenizer: PreTrainedTokenizerBase, row: Encoded) -> str:
         return row.answer or ""
     ends = max((place for place, is_trained in enumerate(row.trained) if is_trained), default=len(row.input_ids)) + 1
     said = row.input_ids[len(prompt) : ends]  # a template may write on
-    end = end_token_id(tokenizer)
-    if all(row.trained[1 : len(prompt)]) and end in said:  # all is learnt, and what stands behind its end is not said
+    # Where all is learnt, what stands behind the end is, too, and yet is not said.
+    if all(row.trained[1 : len(prompt)]) and (end := end_token_id(tokenizer)) in said:
         said = said[: said.index(end)]
     return str(tokenizer.decode(said, skip_special_tokens=True))

@@ -119,8 +119,6 @@ def train(
     check_trackers(recipe.train.trackers)
     check_run_folder(folder, recipe, resume, overwrite, force)
     prepared, plan = _prepared(recipe, resume, force, watch, trust_remote_code, common)
-    if resume:
-        check_not_passed(folder, prepared.pace.steps)
     recipe = settle(recipe, plan)
     limit = Limit(device, plan["budget"])
     if not limit.can_be_kept:
@@ -156,10 +154,10 @@ def train(
             scores = None
             if end.finished and prepared.eval.rows:
                 scores = _scored(model, recipe, prepared, task, loss_chunk, base, watch, trust_remote_code, common)
-                with names_what_is_kept(folder):
-                    write_json(folder / SCORES, scores)
                 watch.scored(scores)
             with names_what_is_kept(folder):
+                if scores is not None:
+                    write_json(folder / SCORES, scores)
                 seal_records(folder)
     if end.interrupted and not end.finished:  # what stands behind this call in a program is not to go on
         raise KeyboardInterrupt(f"step {end.step} is done and saved; train(recipe, resume=True) continues from there")
@@ -204,6 +202,8 @@ def _prepared(
     )
     if resume and not force:
         check_unchanged(folder, _fingerprints(prepared))
+    if resume:
+        check_not_passed(folder, prepared.pace.steps)
     return plan_run(recipe, prepared, watch)
 
 
