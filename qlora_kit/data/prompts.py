@@ -80,7 +80,7 @@ def content_of(said: str, turns: list[dict[str, Any]], tokenizer: "PreTrainedTok
     render, spaces = Renderer(tokenizer, tokenizer.get_chat_template()), len(said) - len(said.lstrip())
     try:
         written = render(turns, prompt=True) + said if spaces else ""
-        for content in (said[count:] for count in range(spaces, 0, -1)):
+        for content in (said[count:] for count in range(min(spaces, 4), 0, -1)):  # no template writes more
             if render([*turns, {"role": "assistant", "content": content}]).startswith(written):
                 return content
     except DataError:  # it was asked in another form
