@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BENCHMARKS := quickstart exports learning_rate pick_rate full_finetune plans floor plan_time ledger quality step load merge requantize export_memory attention packing rows growth
 EXPERIMENTS := adapters capacity kinds rate layers batch embedding quantised flops masters larger_rate larger classes continual data rows methods
 
-.PHONY: help quickstart test setup lint types slow check long llamacpp gpu bench regret format clean
+.PHONY: help quickstart test setup lint types slow check extras long llamacpp gpu bench regret format clean
 
 help:  ## list these verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -45,6 +45,10 @@ slow: $(STAMP)  ## the tests that are too long for the default run
 
 check: lint types  ## all that continuous integration runs: lint, types, the default tests and the slow ones
 	@$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not long and not gpu'
+
+extras: $(STAMP)  ## install the extras `tracking` and `eval` (a minute), and run what needs them: trackers, lm-eval
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,tracking,eval]'
+	@$(BIN)/python -m pytest -n 2 tests/test_trackers.py tests/test_lm_eval.py -m 'not gpu' -rs
 
 llamacpp: $(STAMP)  ## build llama.cpp (6 to 15 minutes, once; needs cmake and a C++ compiler), and let it read exports
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null || \

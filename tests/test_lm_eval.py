@@ -10,7 +10,7 @@ from test_use import WORDS, trained
 
 import qlora_kit as qk
 
-lm_eval = pytest.importorskip("lm_eval")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: make extras")
 huggingface = pytest.importorskip("lm_eval.models.huggingface")
 
 PAIRS = [("say", " cat"), ("say", " dog"), ("say say", "elk"), ("", "bee")]  # lm-eval moves spaces that end a context

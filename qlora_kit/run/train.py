@@ -144,7 +144,7 @@ def train(
                 describe_run(recipe, prepared, plan, _fingerprints(prepared) | base, folder)
 
         with reported(folder):
-            with _tracking(recipe, prepared, folder, device) as track:
+            with _tracking(recipe, prepared, folder, device, watch) as track:
                 job = make_job(recipe, prepared, model, task, loss_chunk, limit)
                 planned = plan["methods"][plan["method"]]
                 end = run_course(job, recipe, prepared, planned, ledger, limit, watch, track, describe, resume=resume)
@@ -256,7 +256,9 @@ def _save(model: PreTrainedModel, recipe: Recipe, prepared: Prepared, folder: Pa
     write_json(folder / RESULT, {**ended, "files": files})
 
 
-def _tracking(recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device) -> AbstractContextManager[Track]:
+def _tracking(
+    recipe: Recipe, prepared: Prepared, folder: Path, device: torch.device, watch: Watch
+) -> AbstractContextManager[Track]:
     """The recipe's trackers, which are told its settings with the rate and the steps that it came to."""
     settled = {"train.lr": prepared.pace.lr, "train.steps": prepared.pace.steps}
-    return tracking(recipe.train.trackers, folder, settings_of(recipe) | settled, device)
+    return tracking(recipe.train.trackers, folder, settings_of(recipe) | settled, device, watch.note)

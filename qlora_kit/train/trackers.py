@@ -2,6 +2,7 @@
 
 A run is a run of the project `qlora-kit`, called by its folder. TensorBoard's files lie in that folder, below
 `qlora-kit/`. Metrics are called `train/loss`, `eval/loss` and so on; the recipe's settings are the hyperparameters.
+A tracker that cannot be started stops the run before its first step; one that fails later does not.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
+from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from qlora_kit.errors import RunError
 from qlora_kit.train.loop import make_accelerator
@@ -25,6 +26,8 @@ _CALLED = {"wandb": "name", "mlflow": "run_name", "trackio": "name"}
 """What each tracker calls the name of a run."""
 _FAULTS = {"wandb": ("wandb.errors", "Error"), "mlflow": ("mlflow.exceptions", "MlflowException")}
 """What trackers raise that is none of Python's own errors."""
+_INSTALLED_BY = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
+"""What to install for a tracker, where that is not its own name: of MLflow its client, and what its database needs."""
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
@@ -35,12 +38,17 @@ def check_trackers(trackers: Sequence[str]) -> None:
     """
     missing = sorted(set(trackers) - {str(known.value) for known in get_available_trackers()})
     if missing:
-        raise RunError(f"train.trackers asks for {', '.join(missing)}, not installed; pip install {' '.join(missing)}")
+        packages = " ".join(_INSTALLED_BY.get(tracker, tracker) for tracker in missing)
+        raise RunError(f"train.trackers asks for {', '.join(missing)}, not installed; pip install {packages}")
 
 
 @contextmanager
 def tracking(
-    trackers: Sequence[str], folder: Path, settings: Mapping[str, Any], device: torch.device
+    trackers: Sequence[str],
+    folder: Path,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    note: Callable[[str], None],
 ) -> Iterator[Track]:
     """Takes rows of metrics to trackers, which end with the block, however that ends.
 
@@ -49,6 +57,7 @@ def tracking(
         folder: of the run.
         settings: of the recipe, by dotted key.
         device: that trains.
+        note: is told of a tracker that fails on the way, and gets no more rows.
 
     Raises:
         RunError: one does not start; then nothing has been written.
@@ -59,10 +68,24 @@ def tracking(
     named = sorted(trackers, key="tensorboard".__eq__)  # it writes to the folder at once, so it starts last
     accelerator = make_accelerator(device, log_with=named, project_dir=str(folder))
     start_trackers(accelerator, named, folder, settings)
+    working = list(accelerator.trackers)
+
+    def have_each(do: Callable[[GeneralTracker], None]) -> None:
+        for tracker in list(working):
+            try:
+                do(tracker)
+            except _faults_of([tracker.name]) as error:  # a server is gone, a disk is full: no reason to stop training
+                working.remove(tracker)
+                note(f"train.trackers: {tracker.name} gets no more rows: {_reason(error)}; metrics.jsonl has them all")
+
+    def track(row: Mapping[str, Any]) -> None:
+        values = as_tracked(row)
+        have_each(lambda tracker: tracker.log(values, step=row["step"]))
+
     try:
-        yield lambda row: accelerator.log(as_tracked(row), step=row["step"])
+        yield track
     finally:
-        accelerator.end_training()
+        have_each(lambda tracker: tracker.finish())
 
 
 def start_trackers(
@@ -83,15 +106,27 @@ def start_trackers(
         key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
     }
     names = {tracker: {_CALLED[tracker]: folder.name} for tracker in trackers if tracker in _CALLED}
-    named = (_FAULTS[tracker] for tracker in trackers if tracker in _FAULTS)
-    faults = tuple(getattr(importlib.import_module(module), fault) for module, fault in named)
+    faults = _faults_of(trackers)
     try:
         accelerator.init_trackers(PROJECT, config=told, init_kwargs=names)
-    except (OSError, RuntimeError, ValueError, ImportError, *faults) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except faults as error:
         raise RunError(
-            f"train.trackers: {', '.join(trackers)} cannot be started: {reason[0]}; fix that, or set train.trackers=[]"
+            f"train.trackers: {', '.join(trackers)} cannot be started: {_reason(error)}; "
+            "fix that, or set train.trackers=[]"
         ) from error
+
+
+def _faults_of(trackers: Sequence[str]) -> tuple[type[Exception], ...]:
+    """What these trackers raise where something outside of the kit is at fault."""
+    named = (_FAULTS[tracker] for tracker in trackers if tracker in _FAULTS)
+    own = (getattr(importlib.import_module(module), fault) for module, fault in named)
+    return OSError, RuntimeError, ValueError, ImportError, *own
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def as_tracked(row: Mapping[str, Any]) -> dict[str, Any]:
