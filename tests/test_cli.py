@@ -1215,6 +1215,34 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path):
     assert "lora.rank" in call("recipes", "schema").stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train"], "error: missing argument 'recipe'; see qlora-kit train --help"),
+        (["trian"], "error: no such command 'trian'. Did you mean 'train'? see qlora-kit --help"),
+        (
+            ["plan", "quickstart", "--bugdet", "3"],
+            "error: no such option: --bugdet (Possible options: --budget); see qlora-kit plan --help",
+        ),
+        (["recipes", "show"], "error: missing argument 'name'; see qlora-kit recipes show --help"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_told_in_one_line(monkeypatch, capsys, words, told):
+    monkeypatch.setattr(sys, "argv", ["qlora-kit", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"{told}\n")
+
+
+def test_a_command_that_needs_another_word_shows_its_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["qlora-kit", "recipes"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "schema" in capsys.readouterr().err
+
+
 def test_help_needs_neither_torch_nor_transformers():
     code = (
         "import sys; sys.argv = ['qlora-kit', '--help']\n"

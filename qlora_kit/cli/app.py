@@ -26,7 +26,7 @@ from qlora_kit.cli.recipes import recipes_app
 from qlora_kit.cli.sweep import sweep
 from qlora_kit.cli.verify import verify
 from qlora_kit.cli.visible import visible
-from qlora_kit.errors import FitError, RecipeError
+from qlora_kit.errors import FitError, QloraKitError, RecipeError
 
 app = typer.Typer(
     name="qlora-kit",
@@ -54,7 +54,22 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
     signal.signal(signal.SIGTERM, _end)
-    app(args=arguments, prog_name="qlora-kit")
+    try:
+        sys.exit(app(args=arguments, prog_name="qlora-kit", standalone_mode=False))
+    except typer.TyperException as error:
+        typer.echo(visible(_misuse(error), keep="\n"), err=True)
+        sys.exit(QloraKitError.exit_code)
+
+
+def _misuse(error: typer.TyperException) -> str:
+    """What is told of a command line that cannot be read: one line, or help where a command stands alone."""
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        return message
+    context = getattr(error, "ctx", None)
+    command = "qlora-kit" if context is None else context.command_path
+    said = f"{message[0].lower()}{message[1:].rstrip('.')}"
+    return f"error: {said}{' ' if said.endswith('?') else '; '}see {command} --help"
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
