@@ -147,20 +147,9 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     Returns:
         names of the parameters that no gradient reached: the model does not use them on these rows.
     """
-    batch, pace = _longest(job), job.pace
-    stand = gradients_stand(pace.micro_batch, pace.accumulation, is_packed=job.packing is not None)
     devices = [job.device] if job.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        job.model.train()
-        accumulate_gradients(
-            job.model,
-            [batch] * (2 if stand else 1),
-            batch.count,
-            job.task,
-            phase=ledger.phase,
-            loss_chunk=job.loss_chunk,
-            before=partial(job.check_memory, job.progress.step + 1),
-        )
+        _rehearse_step(job, ledger)
         untouched = [name for name, parameter in job.parameters.items() if parameter.grad is None]
         for parameter in job.parameters.values():
             parameter.grad = None
@@ -172,15 +161,30 @@ def rehearse(job: Job, ledger: Ledger) -> list[str]:
     return untouched
 
 
-def _longest(job: Job) -> Batch:
-    """A micro-batch that none of the run exceeds."""
+def _rehearse_step(job: Job, ledger: Ledger) -> None:
+    pace, longest = job.pace, _longest(job)
+    # All of a step are there from its start.
+    batches = [collate_rows(longest, job.pad_id).to(job.device) for _ in range(pace.accumulation)]
+    stand = gradients_stand(pace.micro_batch, pace.accumulation, is_packed=job.packing is not None)
+    job.model.train()
+    accumulate_gradients(
+        job.model,
+        (batches * 2)[: 2 if stand else 1],
+        batches[0].count,
+        job.task,
+        phase=ledger.phase,
+        loss_chunk=job.loss_chunk,
+        before=partial(job.check_memory, job.progress.step + 1),
+    )
+
+
+def _longest(job: Job) -> list[list[Encoded]]:
+    """The packs of a micro-batch that none of the run exceeds."""
     if job.packing is not None:
-        packs = full_packs(job.rows, job.packing.sequences, job.packing.tokens)
-    else:
-        by_length = sorted(range(len(job.rows)), key=lengths_of(job.rows).__getitem__, reverse=True)
-        rows = [job.rows[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
-        packs = [[row] for row in as_stepped(rows)]
-    return collate_rows(packs, job.pad_id).to(job.device)
+        return full_packs(job.rows, job.packing.sequences, job.packing.tokens)
+    by_length = sorted(range(len(job.rows)), key=lengths_of(job.rows).__getitem__, reverse=True)
+    rows = [job.rows[row] for row in islice(cycle(by_length), job.pace.micro_batch)]  # few rows come round again
+    return [[row] for row in as_stepped(rows)]
 
 
 def train_loop(job: Job, metrics: MetricsLog, counter: PeakCounter, ledger: Ledger | None = None) -> bool:

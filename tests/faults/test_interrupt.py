@@ -101,8 +101,10 @@ def test_a_plain_program_that_is_interrupted_stops_there_and_goes_on_when_it_is_
         return process, *process.communicate(timeout=120)
 
     process, said, told = run("start", 100_000, wait_for=3)
-    assert process.returncode == -signal.SIGINT, told
-    assert "resume=True" in told.strip().splitlines()[-1]
+    assert process.returncode != 0, told  # -2, or 1 where a package (colorama) does something as Python ends
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("KeyboardInterrupt: step ")
+    assert "resume=True" in last
     assert said == ""
     newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
