@@ -717,15 +717,15 @@ def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_
     assert "data.over_length" not in result.stderr
 
 
-def test_a_run_whose_base_was_moved_says_where_it_names_it(chat_run, tmp_path):
+def test_a_run_whose_base_was_moved_says_how_to_note_where_to(chat_run, tmp_path):
     run = shutil.copytree(chat_run, tmp_path / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     there = recipe["base"]["model"]
     recipe["base"]["model"] = str(tmp_path / "elsewhere")
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    told = f"{tmp_path / 'elsewhere'} is not there; if it was moved, correct base.model in {run / 'recipe.yaml'}"
+    told = f"{tmp_path / 'elsewhere'} is not there", f"qlora-kit train {run / 'recipe.yaml'} --resume base.model=PLACE"
     for verb in (["generate", run, "--prompt", "hi"], ["eval", run], ["export", run, "--out", tmp_path / "out"]):
-        assert_mistake(call(*verb), told)
+        assert_mistake(call(*verb), *told)
     shutil.copytree(there, tmp_path / "elsewhere")
     assert call("eval", run).exit_code == 0
 

@@ -41,7 +41,9 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
         ModelError: with every fault, a line each.
     """
     if not folder.exists():
-        raise ModelError(f"{folder} does not exist: give a model folder, or a hub id such as Qwen/Qwen3-8B")
+        raise ModelError(
+            f"{folder} does not exist; set base.model to a model folder, or to a hub id such as Qwen/Qwen3-8B"
+        )
     if not folder.is_dir():
         raise ModelError(f"{folder} is a file: give the folder that holds {_CONFIG} and the weights")
     try:

@@ -54,8 +54,9 @@ _SETTLED = ("base.quantize_head=auto", "lora.rank=auto", "lora.added_tokens=[]")
 
 _MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.tokens", "train.steps", "train.eval_every",
                "train.save_every", "train.sample_every", "train.keep_checkpoints", "train.early_stopping",
-               "train.trackers")  # fmt: skip
-"""Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
+               "train.trackers", "base.model", "base.revision", "data.train", "data.eval")  # fmt: skip
+"""Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place. The
+base and the rows may have moved: their fingerprints tell whether they are still the same."""
 
 
 def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, force: bool = False) -> None:

@@ -104,8 +104,8 @@ def _located(base: Base, run: Path, trust_remote_code: bool) -> Path:
     except ModelError:
         if Path(base.model).is_absolute() and not Path(base.model).exists():
             raise ModelError(
-                f"{base.model} is not there; if it was moved, correct base.model in {run / RECIPE} "
-                "(`verify` then tells it as changed)"
+                f"{base.model} is not there; if it was moved, let the run note where to: "
+                f"qlora-kit train {run / RECIPE} --resume base.model=PLACE"
             ) from None
         raise
 

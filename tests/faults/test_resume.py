@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from qlora_kit.data import cache
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import read_recipe
-from qlora_kit.run import train
+from qlora_kit.run import train, verify
 from qlora_kit.train.checkpoint import newest_checkpoint
 from qlora_kit.watch import Watch
 
@@ -103,12 +103,26 @@ def test_a_run_does_not_go_on_with_other_rows_or_weights_unless_it_is_forced(cha
     assert train(begun(6), resume=True).step == 6, "what was forced is what the run has now"
 
 
-def test_rows_in_another_file_of_the_same_content_are_the_same_rows(begun, tmp_path):
-    (tmp_path / "rows.jsonl").rename(tmp_path / "renamed.jsonl")
-    moved = begun(4, "run", f"data.train={tmp_path}/renamed.jsonl")
-    with pytest.raises(RunError, match=r"data.train was .*rows.jsonl, is .*renamed.jsonl"):
-        train(moved, resume=True)
-    assert train(moved, resume=True, force=True).step == 4
+def test_a_base_and_rows_that_only_moved_are_the_same_and_the_run_notes_where_they_are(recipe, begun, tmp_path):
+    assert train(recipe(4, "alone")).finished
+    for name in ("rows.jsonl", "held.jsonl", "base"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    places = f"base.model={tmp_path}/moved-base", f"data.train={tmp_path}/moved-rows.jsonl"
+    moved = begun(4, "run", *places, f"data.eval={tmp_path}/moved-held.jsonl")
+    assert train(moved, resume=True).step == 4
+    assert read_recipe(tmp_path / "run" / "recipe.yaml").base.model == f"{tmp_path}/moved-base"
+    assert verify(tmp_path / "run").faults == []
+    alone, resumed = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("alone", "run"))
+    assert resumed.keys() == alone.keys()
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in alone.items())
+
+
+def test_another_base_in_the_place_of_one_that_moved_is_refused(begun, tmp_path):
+    other = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "base", other / "base")
+    change_a_weight("lm_head.weight")(other)
+    with pytest.raises(RunError, match="with different weights of the base than are there now"):
+        train(begun(4, "run", f"base.model={other}/base"), resume=True)
 
 
 def test_a_resume_without_anything_to_resume_is_one_line(tmp_path):
