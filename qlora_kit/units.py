@@ -1,5 +1,6 @@
 """Bytes, tokens and seconds: how numbers with units are read and written. GiB is 2**30 bytes, GB is 10**9."""
 
+import math
 import re
 import sys
 
@@ -17,16 +18,23 @@ _FACTORS = {
 }
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: float, *, is_enough: bool = False) -> str:
     """`count` bytes with three significant digits and a binary unit.
+
+    Args:
+        count: of bytes.
+        is_enough: round up, so that what is read there is not less than `count`.
 
     >>> format_bytes(5_368_709_120), format_bytes(1536), format_bytes(12)
     ('5.00 GiB', '1.50 KiB', '12 B')
+    >>> format_bytes(20_913_800), format_bytes(20_913_800, is_enough=True)
+    ('19.9 MiB', '20.0 MiB')
     """
     for unit, factor in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(count) >= factor:
             value = count / factor
-            return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f} {unit}"
+            digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+            return f"{math.ceil(value * 10**digits) / 10**digits if is_enough else value:.{digits}f} {unit}"
     return f"{count:.0f} B"
 
 

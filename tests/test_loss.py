@@ -204,12 +204,29 @@ def test_in_16_bits_slices_are_hardly_further_from_the_truth_than_whole_logits_a
 
 def test_a_head_read_by_slices_never_has_more_logits_than_it_may(monkeypatch):
     """However narrow the head; nothing is larger than they are in fp32."""
-    monkeypatch.setattr(by_slices, "LOGITS", 30 * TOKENS)
+    monkeypatch.setattr(by_slices, "ROWS", 30)
     h, labels, *head = problem(torch.bfloat16)
     ledger = Ledger()
     with ledger:
         of_input(sliced(labels, LogitRule()), h, *head)
     assert max(each.nbytes for each, _ in ledger.history.events()) == 30 * TOKENS * 4 < VOCAB * TOKENS * 4
+
+
+def test_no_batch_takes_more_for_a_head_read_by_slices_than_a_longer_one(monkeypatch):
+    """Or the rehearsal of the longest rows would not be one of them all."""
+    monkeypatch.setattr(by_slices, "ROWS", 30)
+    monkeypatch.setattr(by_slices, "TOKENS", 16)
+
+    def peak(tokens):
+        h, labels, *head = problem(torch.bfloat16)
+        ledger = Ledger()
+        with ledger, ledger.phase("loss"):
+            of_input(sliced(labels[:tokens], LogitRule()), h[:tokens], *head)
+        return ledger.peak()
+
+    peaks = [peak(tokens) for tokens in range(1, TOKENS + 1)]
+    assert peaks == sorted(peaks)
+    assert peaks[-1] > peaks[0]
 
 
 @pytest.mark.parametrize("rule", RULES)

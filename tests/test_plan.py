@@ -86,7 +86,7 @@ def real_model(config, work, ledger):
     ledger.ignore(model.parameters())
     also = work.lora.also_train
     with ledger.watch("load"):
-        freeze_and_quantize(model, work.quantization, work.dtype, CPU, work.skip)
+        freeze_and_quantize(model, work.quantization, work.dtype, CPU, work.skip, quantize_head=work.quantize_head)
         add_lora(model, rank=work.lora.rank, alpha=work.lora.alpha, dropout=work.lora.dropout, also_train=also)
     ledger.adopt(model, activation_blocks(model))
     set_activation_policy(model, work.activations)
@@ -188,6 +188,16 @@ def test_a_planned_step_takes_the_bytes_of_the_real_one(kind, activations, micro
 def test_other_families_and_settings_agree_too(family, changes, tmp_path):
     work = replace(WORK, **changes)
     assert_agrees(dry_run(CONFIGS[family], work), real_step(CONFIGS[family], work, tmp_path)[0])
+
+
+def test_a_step_with_a_quantised_head_and_embedding_takes_the_bytes_of_the_real_one(tmp_path):
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.vocab_size = 8192
+    work = replace(WORK, quantize_head=True, activations="recompute", eval_shape=None)  # which would let buffers go
+    planned, (measured, _) = dry_run(config, work), real_step(config, work, tmp_path)
+    whole = config.vocab_size * config.hidden_size * 4
+    assert whole > 0.3 * measured["peak_bytes"], "a buffer for one of them would be seen"
+    assert_agrees(planned, measured)
 
 
 @pytest.mark.parametrize(

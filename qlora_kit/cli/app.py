@@ -55,7 +55,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error does: what it cannot write is spelt
     signal.signal(signal.SIGTERM, _end)
     try:
-        sys.exit(app(args=arguments, prog_name="qlora-kit", standalone_mode=False))
+        sys.exit(app(args=arguments, prog_name="qlora-kit", standalone_mode=False) or 0)
     except typer.TyperException as error:
         typer.echo(visible(_misuse(error), keep="\n"), err=True)
         sys.exit(QloraKitError.exit_code)

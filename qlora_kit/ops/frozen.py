@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.rows import as_rows
+from qlora_kit.ops.wide import linear, linear_back
 
 Decode = Callable[[torch.dtype], Tensor]
 """Gives the frozen weight, (out, in), in the dtype asked for."""
@@ -39,11 +39,11 @@ def times(x: Tensor, decode: Decode, bias: Tensor | None, dtype: torch.dtype) ->
     """x W^T + bias, (..., in) -> (T, out), in `dtype`."""
     x_TI, bias = as_rows(x).to(dtype), None if bias is None else bias.to(dtype)
     made = decode.multiply(x_TI, bias) if isinstance(decode, Stored) else None
-    return F.linear(x_TI, decode(dtype), bias) if made is None else made
+    return linear(x_TI, decode(dtype), bias) if made is None else made
 
 
 def back_through(g: Tensor, decode: Decode) -> Tensor:
     """g W, (..., out) -> (T, in), in the dtype of g."""
     g_TO = as_rows(g)
     made = decode.multiply(g_TO, is_back=True) if isinstance(decode, Stored) else None
-    return g_TO @ decode(g.dtype) if made is None else made
+    return linear_back(g_TO, decode(g.dtype)) if made is None else made

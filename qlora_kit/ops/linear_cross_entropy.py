@@ -28,6 +28,7 @@ from torch import Tensor
 
 from qlora_kit.ops.lora_linear import compute_dtype
 from qlora_kit.ops.softmax_gradient import IGNORED, PLAIN, SLICE_ELEMENTS, LogitRule, loss_and_gradient, wide_dtype
+from qlora_kit.ops.wide import linear, linear_back
 
 
 def linear_cross_entropy(
@@ -123,13 +124,10 @@ class _DenseHead(torch.autograd.Function):
         for rows in token_chunks(len(h_ND), chunk):
             h_CD = h_ND[rows].to(dtype)
             logits_CV = memory_CV[: len(h_CD)]
-            if bias is None:
-                torch.mm(h_CD, w_VD.t(), out=logits_CV)
-            else:
-                torch.addmm(bias, h_CD, w_VD.t(), out=logits_CV)
+            linear(h_CD, w_VD, bias, out=logits_CV)
             losses.append(loss_and_gradient(logits_CV, labels_N[rows], rule, weight))
             if dh_ND is not None:
-                dh_ND[rows] = logits_CV @ w_VD
+                dh_ND[rows] = linear_back(logits_CV, w_VD)
             if dw_VD is not None:
                 dw_VD.addmm_(logits_CV.t(), h_CD)
             if db_V is not None:

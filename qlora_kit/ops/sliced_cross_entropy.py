@@ -20,19 +20,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.linear_cross_entropy import scaled_gradients, split_factor, token_chunks
 from qlora_kit.ops.lora_linear import compute_dtype
 from qlora_kit.ops.slices import DecodeRows, row_slices
 from qlora_kit.ops.softmax_gradient import IGNORED, PLAIN, LogitRule, apply_rule, apply_rule_backward, wide_dtype
+from qlora_kit.ops.wide import linear, linear_back
 
 TOKENS = 1024
 """Tokens for which the head is decoded twice. With 152 k rows of 3,584 that is a ninth of the time of its products."""
-LOGITS = 2**21
-"""Logits of a slice: 8 MiB in fp32, with product, gradient and the slope of a cap up to 24. Four times as many take a
-tenth more time on a CPU, whose cache does not hold them."""
+ROWS = 2**11
+"""Rows of the head in a slice, so that its logits are 8 MiB in fp32, with product, gradient and the slope of a cap up to
+24: four times as many take a tenth more time on a CPU, whose cache does not hold them. For fewer tokens there are no
+more rows: no batch takes more memory than a longer one."""
 
 
 def sliced_cross_entropy(
@@ -78,9 +79,8 @@ class _SlicedHead(torch.autograd.Function):
         dtype = compute_dtype(h_ND)
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         head = _Head(decode_rows, shape, bias_V, rule)
-        count = max(1, -(-len(h_ND) // TOKENS))
         losses = []
-        for rows in token_chunks(len(h_ND), max(1, -(-len(h_ND) // count))):
+        for rows in token_chunks(len(h_ND), TOKENS):
             h_CD, labels_C1 = h_ND[rows].to(dtype), labels_N[rows, None]
             is_ignored_C1 = labels_C1 == IGNORED
             label_C1 = labels_C1.masked_fill(is_ignored_C1, 0)  # any that is there, since its weight is zero
@@ -134,17 +134,17 @@ class _Head:
             z_CS.sub_(top_C1).exp_().mul_(share_C1)
             z_CS.scatter_add_(1, place_C1, weight_C1.neg().mul_(is_here_C1))
             apply_rule_backward(z_CS, slope_CS, self.rule)
-            dh_CD.add_(z_CS.to(h_CD.dtype) @ w_SD)
+            dh_CD.add_(linear_back(z_CS.to(h_CD.dtype), w_SD))
         return dh_CD
 
     def _slices(self, h_CD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        for rows in row_slices(self.shape, h_CD, at_most=max(1, LOGITS // max(1, len(h_CD)))):
+        for rows in row_slices(self.shape, h_CD, at_most=ROWS):
             yield rows, self.decode_rows(rows, h_CD.dtype)
 
     def _logits(self, h_CD: Tensor, w_SD: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
         """In fp32 or wider, from a product in the compute dtype; and the slope of a cap."""
         bias_S = None if self.bias_V is None else self.bias_V[rows].to(h_CD.dtype)
-        product_CS = F.linear(h_CD, w_SD, bias_S)  # which adds the bias before it rounds
+        product_CS = linear(h_CD, w_SD, bias_S)  # which adds the bias before it rounds
         z_CS = product_CS.to(wide_dtype(product_CS.dtype))
         return z_CS, apply_rule(z_CS, self.rule)
 

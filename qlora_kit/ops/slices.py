@@ -6,15 +6,15 @@ Backward decodes them once more, dx = sum over slices of g_slice W_slice.
 Axes: T tokens, I in, O out (the vocabulary).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qlora_kit.ops.lora_linear import compute_dtype
-from qlora_kit.ops.rows import as_rows
+from qlora_kit.ops.rows import as_rows, parts_alike
+from qlora_kit.ops.wide import linear, linear_back
 
 DecodeRows = Callable[[slice, torch.dtype], Tensor]
 """Gives some rows of the frozen weight, (rows, in), in the dtype asked for."""
@@ -39,18 +39,11 @@ def sliced_linear(x: Tensor, decode_rows: DecodeRows, shape: tuple[int, int], bi
 
 
 def row_slices(shape: tuple[int, int], x: Tensor, at_most: int | None = None) -> Iterator[slice]:
-    """Rows of a weight, (out, in), that are decoded at one time: of `SLICE_ELEMENTS`, and no more than `at_most`.
-
-    Slices are alike: where `x` is a fake tensor, with which nothing is computed, three of them show what all allocate.
-    """
+    """Rows of a weight, (out, in), that are decoded at one time: of `SLICE_ELEMENTS`, and no more than `at_most`; of a
+    fake `x` three such slices."""
     out, width = shape
     step = max(1, SLICE_ELEMENTS // width)
-    step = step if at_most is None else min(step, at_most)
-    begins: Sequence[int] = range(0, out, step)
-    if isinstance(x, FakeTensor) and len(begins) > 3:
-        begins = (begins[0], begins[1], begins[-1])
-    for begin in begins:
-        yield slice(begin, min(begin + step, out))
+    return parts_alike(out, step if at_most is None else min(step, at_most), x)
 
 
 class _SlicedLinear(torch.autograd.Function):
@@ -60,7 +53,7 @@ class _SlicedLinear(torch.autograd.Function):
         y = x.new_empty(*x.shape[:-1], shape[0])
         x_TI, y_TO = as_rows(x), as_rows(y)
         for rows in row_slices(shape, x_TI):
-            torch.mm(x_TI, decode_rows(rows, x.dtype).t(), out=y_TO[:, rows])
+            linear(x_TI, decode_rows(rows, x.dtype), out=y_TO[:, rows])
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     @staticmethod
@@ -73,5 +66,5 @@ class _SlicedLinear(torch.autograd.Function):
         dtype = torch.promote_types(grad.dtype, torch.float32)
         dx_TI = torch.zeros(len(g_TO), ctx.shape[1], dtype=dtype, device=grad.device)
         for rows in row_slices(ctx.shape, g_TO):
-            dx_TI.add_(g_TO[:, rows] @ ctx.decode_rows(rows, grad.dtype))
+            dx_TI.add_(linear_back(g_TO[:, rows], ctx.decode_rows(rows, grad.dtype)))
         return dx_TI.to(grad.dtype).view(*grad.shape[:-1], ctx.shape[1]), None, None, None

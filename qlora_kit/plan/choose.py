@@ -106,13 +106,15 @@ class Workloads:
         return any(self._needs(self._step(setting)["peak_bytes"]) <= room for setting in extremes)
 
     def evaluating_within(self, room: int, setting: Setting) -> "Workloads":
-        """The largest batches of held-out rows that fit, by the other half; the smallest where none does."""
-        made = self
+        """The largest batches of held-out rows that fit, by the other half; those that need least where none does."""
+        needs = {}
         for tokens in self.eval_shapes:
             made = replace(self, eval_tokens=tokens, _runs={})
-            if self._needs(made._rest(setting)["peak_by_phase"]["evaluate"]) <= room:
-                break
-        return made
+            needs[tokens] = self._needs(made._rest(setting)["peak_by_phase"]["evaluate"]), made
+            if needs[tokens][0] <= room:
+                return made
+        least = min(needs, key=lambda tokens: needs[tokens][0], default=None)
+        return self if least is None else needs[least][1]
 
     def _step(self, setting: Setting) -> dict[str, Any]:
         if setting not in self._runs:

@@ -27,6 +27,7 @@ from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
 from qlora_kit.base.stand_in import as_on_card
 from qlora_kit.base.text import text_parameters
+from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data.pack import SHORT
 from qlora_kit.errors import ModelError
 from qlora_kit.lora import (
@@ -139,7 +140,8 @@ def use_it(after: Mapping[str, After], run: FakeRun) -> None:
     """An evaluation, a checkpoint, and what comes after the run, when nothing is left of the optimizer."""
     work, ledger = run.work, run.ledger
     for module in run.model.modules():
-        if isinstance(module, QuantizedLinear) and module.workspace is not None:
+        is_looked_up = isinstance(module, QuantizedTable)  # an embedding, of which rows are decoded
+        if isinstance(module, QuantizedLinear) and module.workspace is not None and not is_looked_up:
             module.lent(work.dtype)  # a step leaves its buffer behind
     if work.eval_shape is not None:
         rows = _rows(work.eval_shape, replace(work, layout="apart", is_padded=work.eval_shape[0] > 1))

@@ -166,7 +166,7 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     way_on = "raise the budget" if budget is not None else "plan for another machine with --gpu or --budget"
     setting = f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}"
     raise FitError(
-        f"{found}; the least that the recipe allows is {format_bytes(peak)}, with {setting}{_smaller(plan, room)}"
+        f"{found}; the least that the recipe allows is {format_bytes(peak, is_enough=True)}, with {setting}{_smaller(plan, room)}"
         f"{_without_evaluation(plan)}; "
         f"lower {_largest_part(plan)}, or {way_on}"
     )
@@ -186,12 +186,12 @@ def _smaller(plan: Mapping[str, Any], room: int) -> str:
     """What else would take less, of what the recipe rules out."""
     if plan["method"] != "qlora":
         adapters = plan["methods"]["qlora"]["peak_bytes"]
-        return f", or {format_bytes(adapters)} with train.full_finetune=false"
+        return f", or {format_bytes(adapters, is_enough=True)} with train.full_finetune=false"
     small = plan["with_quantized_head"]
     head = ""
     if small is not None:
         still = "" if small <= room else ", still too much"
-        head = f" ({format_bytes(small)} with base.quantize_head=true{still})"
+        head = f" ({format_bytes(small, is_enough=True)} with base.quantize_head=true{still})"
     kept = plan["blocks"]["keep"] or plan["blocks"]["selective"]
     return f"{head}; memory.activations=recompute takes less" if kept else head
 
@@ -205,7 +205,7 @@ def _without_evaluation(plan: Mapping[str, Any]) -> str:
         return ""
     least = others + plan["needs_bytes"] - method["peak_bytes"]
     mend = "hold out shorter rows, leave memory.eval_tokens at auto, or set data.eval=null"
-    return f"; evaluation needs that, training {format_bytes(least)}: {mend}"
+    return f"; evaluation needs that, training {format_bytes(least, is_enough=True)}: {mend}"
 
 
 def _rows_are_missing(recipe: Recipe) -> bool:
