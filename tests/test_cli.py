@@ -37,6 +37,7 @@ from qlora_kit.export import merge
 from qlora_kit.memory import counter
 from qlora_kit.recipe import read_recipe
 from qlora_kit.run import Asked, load_run, verify
+from qlora_kit.storage import checksums
 from qlora_kit.train import loop as train_loop
 from qlora_kit.train.optim import AdapterOptimizer
 from qlora_kit.watch import Watch
@@ -1103,6 +1104,8 @@ def with_nan(run):
     next(iter(weights.values()))[0, 0] = float("nan")
     with safe_open(run / "adapter/adapter_model.safetensors", "pt") as file:
         save_file(weights, run / "adapter/adapter_model.safetensors", file.metadata())
+    result = json.loads((run / "result.json").read_text())  # as a run writes it that ended so
+    (run / "result.json").write_text(json.dumps(result | {"files": checksums(run / "adapter")}))
 
 
 def on_another_base(run):

@@ -780,8 +780,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     with (tmp_path / "e.csv").open("w", newline="") as file:
         file.write('prompt,completion\r\n2 + 2 =,4\r\n"NA\u2028,\n","say ""NA"""\r\n')
+    (tmp_path / "g.csv").write_text('prompt;completion\n2 + 2 =;4\n"NA\u2028,\n";"say ""NA"""\n')
     (tmp_path / "f.tsv").write_text('prompt\tcompletion\n2 + 2 =\t4\n"NA\u2028,\n"\t"say ""NA"""\n')
-    for name in ("a.jsonl", "b.json", "c.json", "d.parquet", "e.csv", "f.tsv"):
+    for name in ("a.jsonl", "b.json", "c.json", "d.parquet", "e.csv", "f.tsv", "g.csv"):
         assert load_rows(tmp_path / name) == expected, name
     assert load_rows(tmp_path / "d.parquet")[1].where.endswith("d.parquet row 2")
     (tmp_path / "bad.parquet").write_bytes(b"not a table")

@@ -694,8 +694,8 @@ def test_every_kind_of_source_gives_the_same_rows(recipe, name):
         ("a.json", '{\n "version": 1,\n}', r"a.json:3: not JSON"),
         (
             "a.csv",
-            "prompt;completion\nthe;cat\n",
-            ":2: missing .*found columns: prompt;completion; .* separated by ';': save",
+            "prompt|completion\nthe|cat\n",
+            ":2: missing .*found columns: prompt.completion; .* separated by '.': save",
         ),
         ("a.csv", "prompt,prompt\nthe,cat\n", ":1: the column 'prompt' appears twice"),
         ("a.csv", 'prompt,completion\n"the,cat\n', ":2: not CSV: unexpected end"),

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from qlora_kit.cli.app import app
 from qlora_kit.errors import RunError
 from qlora_kit.report import (
+    GradientWatch,
     LossWatch,
     PhaseBar,
     Series,
@@ -871,6 +872,15 @@ def test_a_plan_says_of_how_many_logits_its_floor_speaks_or_is_refused(run, coun
         return
     with pytest.raises(RunError, match="floor"):
         read_run(run)
+
+
+def test_gradients_that_become_zero_are_told_once_and_a_single_zero_is_not():
+    watch = GradientWatch()
+    told = [
+        watch.see(step, norm) for step, norm in enumerate([1.0, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0], 1)
+    ]
+    assert [bool(each) for each in told] == [False] * 5 + [True] + [False] * 5
+    assert "zero since step 4" in told[5]
 
 
 def told_by(losses):

@@ -717,6 +717,19 @@ def test_bad_rows_that_a_run_is_scored_on_name_no_setting_that_would_leave_them_
     assert "data.over_length" not in result.stderr
 
 
+def test_an_adapter_that_has_other_bytes_than_its_run_wrote_is_refused_until_it_is_written_again(chat_run, tmp_path):
+    run = shutil.copytree(chat_run, tmp_path / "run")
+    path = run / "adapter" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 64]) + whole[-39:])
+    told = f"{path} does not have the bytes that were written", f"qlora-kit train {run / 'recipe.yaml'} --resume"
+    asked = ["generate", run, "--prompt", "hi"]
+    for verb in (asked, ["eval", run], ["export", run, "--to", "adapter", "--out", tmp_path / "out"], ["chat", run]):
+        assert_mistake(call(*verb), *told)
+    assert call(*asked, "--force").exit_code == 0
+    assert call("generate", run, "--base", "--prompt", "hi").exit_code == 0
+
+
 def test_a_run_whose_base_was_moved_says_how_to_note_where_to(chat_run, tmp_path):
     run = shutil.copytree(chat_run, tmp_path / "run")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())

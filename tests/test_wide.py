@@ -29,7 +29,9 @@ def products(monkeypatch):
     for name in ("mm", "addmm_"):
         there = torch.Tensor if name == "addmm_" else torch
         real = getattr(there, name)
-        monkeypatch.setattr(there, name, lambda *args, _real=real, **kw: (asked.append(args[-1].dtype), _real(*args, **kw))[1])
+        monkeypatch.setattr(
+            there, name, lambda *args, _real=real, **kw: (asked.append(args[-1].dtype), _real(*args, **kw))[1]
+        )
     return asked
 
 

@@ -139,7 +139,7 @@ def _unmatched(row: Columns, candidates: Sequence[Format], known: Sequence[Forma
     """What is wrong with a row that no candidate can be made of."""
     none_fits = f"missing the columns of any format; found columns: {named(row)}"
     if found := "" if is_mapped else hint(row, known):
-        return f"{none_fits}{found}"
+        return f"{none_fits}{_other_tasks(row, known)}{found}"
     wanted = max(candidates, key=lambda each: _likeness(each, row))
     missing = [name for name in wanted.required if name not in row]
     near = "".join(nearest(name, set(row) - set(wanted.required), likeness=0.75) for name in missing)

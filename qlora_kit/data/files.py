@@ -113,8 +113,9 @@ def _json_file(path: Path, faults: Faults) -> Iterator[RawRow]:
         faults.add(error, hides_rows=True)
 
 
-def _csv(path: Path, faults: Faults, between: str = ",") -> Iterator[RawRow]:
+def _csv(path: Path, faults: Faults, between: str | None = None) -> Iterator[RawRow]:
     """Every value as text: `datasets` would read an answer of 4 as a number and one of NA as nothing."""
+    between = between or _separator(path)
     csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))  # otherwise a cell ends at 128 KiB
     columns: list[str] = []
     start = 1  # the line in which a row begins: its cells may hold line breaks
@@ -134,6 +135,13 @@ def _csv(path: Path, faults: Faults, between: str = ",") -> Iterator[RawRow]:
         faults.add(error, hides_rows=True)
     except csv.Error as error:
         faults.add(f"{path}:{start}: not {path.suffix[1:].upper()}: {error}", hides_rows=True)
+
+
+def _separator(path: Path) -> str:
+    """A comma, or where the first line has none what spreadsheets write in countries whose numbers have one."""
+    with path.open("rb") as file:
+        header = file.readline()
+    return ";" if b";" in header and b"," not in header else ","
 
 
 def _tsv(path: Path, faults: Faults) -> Iterator[RawRow]:

@@ -31,8 +31,8 @@ from qlora_kit.ops.wide import linear, linear_back
 TOKENS = 1024
 """Tokens for which the head is decoded twice. With 152 k rows of 3,584 that is a ninth of the time of its products."""
 ROWS = 2**11
-"""Rows of the head in a slice, so that its logits are 8 MiB in fp32, with product, gradient and the slope of a cap up to
-24: four times as many take a tenth more time on a CPU, whose cache does not hold them. For fewer tokens there are no
+"""Rows of the head in a slice, so that its logits are 8 MiB in fp32, up to 24 with product, gradient and the slope of a
+cap: four times as many take a tenth more time on a CPU, whose cache does not hold them. For fewer tokens there are no
 more rows: no batch takes more memory than a longer one."""
 
 

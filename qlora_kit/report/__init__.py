@@ -14,7 +14,7 @@ from qlora_kit.report.compare import (
 from qlora_kit.report.facts import report_facts
 from qlora_kit.report.folder import RunFolder, read_run
 from qlora_kit.report.html import render, write_report
-from qlora_kit.report.judge import LossWatch, judge_curve
+from qlora_kit.report.judge import GradientWatch, LossWatch, judge_curve
 from qlora_kit.report.lines import Series, line_chart
 from qlora_kit.report.plan_text import memory_table, plan_text
 from qlora_kit.report.rates import rates_text
@@ -23,6 +23,7 @@ from qlora_kit.report.sweep import SWEEP, read_outcomes, read_sweep, sweep_facts
 
 __all__ = [
     "SWEEP",
+    "GradientWatch",
     "LossWatch",
     "PhaseBar",
     "RunFolder",

@@ -19,6 +19,8 @@ TOLERANCE = 0.01
 STRETCHES = 10
 WATCHED = 20
 """Steps of a stretch whose mean training loss is watched."""
+_SILENT = 3
+"""Steps in a row without any gradient."""
 
 
 class _Trend(NamedTuple):
@@ -96,6 +98,25 @@ class LossWatch:
         if self._seen % WATCHED == 0 and (self._lowest is None or mean < self._lowest[0]):
             self._lowest = mean, error
         return None
+
+
+class GradientWatch:
+    """Tells, once, that gradients have become zero, from their norms as they come: three in a row."""
+
+    def __init__(self) -> None:
+        self._zeros: list[float] = []
+        self._has_told = False
+
+    def see(self, step: float, norm: float) -> str:
+        """Take the norm of a step; the sentence if this is the step that tells, else ""."""
+        self._zeros = [*self._zeros, step] if norm == 0 else []
+        if len(self._zeros) < _SILENT or self._has_told:
+            return ""
+        self._has_told = True
+        return (
+            f"The gradient has been zero since step {self._zeros[0]:,.0f}: nothing more is learnt; unless the loss is "
+            "zero as well, start again with a lower train.lr."
+        )
 
 
 def best_evaluation(rows: Sequence[dict[str, Any]]) -> Best | None:

@@ -13,7 +13,7 @@ from qlora_kit.errors import RunError
 from qlora_kit.interrupt import first_interrupt
 from qlora_kit.memory import Ledger, Limit
 from qlora_kit.recipe import Recipe
-from qlora_kit.report import LossWatch
+from qlora_kit.report import GradientWatch, LossWatch
 from qlora_kit.run.folder import CHECKPOINTS, SAMPLES, write_memory
 from qlora_kit.run.prepare import Prepared
 from qlora_kit.run.rows import positions_of
@@ -153,13 +153,15 @@ def _check_disk(job: Job) -> None:
 
 
 def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch, track: Track = lambda row: None) -> Track:
-    """Shows and tracks each row, and says once if the training loss explodes; `rows` are those before a resume."""
-    losses = LossWatch()
+    """Shows and tracks each row, and says once if the training loss explodes, and if gradients become zero; `rows` are
+    those before a resume."""
+    losses, gradients = LossWatch(), GradientWatch()
 
     def see(row: Mapping[str, Any]) -> str:
-        loss = row.get("loss")
+        loss, norm = row.get("loss"), row.get("grad_norm")
         exploded = None if loss is None else losses.see(row["step"], loss)
-        return "" if exploded is None else str(exploded)
+        silent = "" if norm is None else gradients.see(row["step"], norm)
+        return " ".join([*([] if exploded is None else [str(exploded)]), *([silent] if silent else [])])
 
     for row in rows:
         see(row)

@@ -165,8 +165,9 @@ def check_budget(plan: Mapping[str, Any]) -> None:
     found = f"{format_bytes(room)} is free here" if budget is None else f"memory.budget is {format_bytes(budget)}"
     way_on = "raise the budget" if budget is not None else "plan for another machine with --gpu or --budget"
     setting = f"memory.activations={plan['activations']} train.micro_batch={plan['micro_batch']}"
+    least = format_bytes(peak, is_enough=True)
     raise FitError(
-        f"{found}; the least that the recipe allows is {format_bytes(peak, is_enough=True)}, with {setting}{_smaller(plan, room)}"
+        f"{found}; the least that the recipe allows is {least}, with {setting}{_smaller(plan, room)}"
         f"{_without_evaluation(plan)}; "
         f"lower {_largest_part(plan)}, or {way_on}"
     )

@@ -11,7 +11,8 @@ from qlora_kit.errors import RunError
 from qlora_kit.export.sealed import MANIFEST
 from qlora_kit.recipe import Recipe
 from qlora_kit.report.folder import FLAG, NUMBER, TEXT, Leaf, document
-from qlora_kit.run.folder import DATA, PLAN
+from qlora_kit.run.folder import ADAPTER, DATA, PLAN, RECIPE, RESULT
+from qlora_kit.storage import changed_files, read_checksums, read_json
 from qlora_kit.train.pace import Rate
 
 _RECORDED = {
@@ -70,6 +71,23 @@ def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
         raise RunError(
             f"{folder} was started with different {' and '.join(changed)} than are there now; put the files back as "
             "they were, continue anyway with --force, or start again with --overwrite"
+        )
+
+
+def check_adapter(run: Path) -> None:
+    """See that a run's adapter has the bytes that were written, as far as the run has told which.
+
+    Raises:
+        RunError: it has others.
+    """
+    result = run / RESULT
+    if not result.is_file() or read_json(result).get("folder") != ADAPTER:
+        return
+    faults = changed_files(run / ADAPTER, read_checksums(result))
+    if faults:
+        raise RunError(
+            f"{faults[0]}; qlora-kit train {run / RECIPE} --resume writes it again from its checkpoint, and --force "
+            "takes it as it is"
         )
 
 

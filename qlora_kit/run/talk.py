@@ -20,6 +20,7 @@ from qlora_kit.lora.several import adapter_names
 from qlora_kit.recipe import Recipe, read_recipe
 from qlora_kit.run.ask import Speaker, load_speaker, speaker_of
 from qlora_kit.run.folder import RECIPE, trained_folder
+from qlora_kit.run.recorded import check_adapter
 from qlora_kit.run.rows import positions_of
 from qlora_kit.run.use import load_run_tokenizer, run_of
 from qlora_kit.train.generate import Sampling, stream_text
@@ -125,6 +126,8 @@ class Conversation:
         if name in self._voices:
             raise AdapterError(f"there is already an adapter called {name}; rename the folder {folder}")
         adapter, speaker = f"adapter_{len(self._voices)}", self._speaker
+        if run is not None and not self._force:
+            check_adapter(run)
         load_adapter(self.model, folder if run is None else _adapter_of(run), name=adapter, force=self._force)
         if run is not None:  # an adapter's own files do not say how it was asked: then as who speaks now is
             tokenizer = load_run_tokenizer(run, trust_remote_code=self._trust)

@@ -16,6 +16,7 @@ from qlora_kit.lora import adapter_constants, adapter_parameters, add_recipe_lor
 from qlora_kit.recipe import Base, Data, Recipe, Train, base_as_held, read_recipe
 from qlora_kit.run.folder import CHECKPOINTS, RECIPE, trained_folder
 from qlora_kit.run.recorded import (
+    check_adapter,
     exported_way_to_ask,
     recorded_classes,
     recorded_data,
@@ -75,6 +76,8 @@ def load_run(
     trained = trained_folder(run, recipe)
     if not bare_base and is_end and not trained.is_dir():
         raise RunError(f"{run} has no {trained.name} yet; let the run finish with `qlora-kit train ... --resume`")
+    if not bare_base and is_end and not force:
+        check_adapter(run)
     is_whole = recipe.train.full_finetune and not bare_base and is_end
     source = trained if is_whole else _located(recipe.base, run, trust_remote_code)
     tokenizer = load_run_tokenizer(run, source, trust_remote_code=trust_remote_code)
