@@ -1213,9 +1213,21 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path):
     assert call("recipes", "show", "default").stdout.startswith("#")
     assert call("recipes", "copy", "default", tmp_path / "mine.yaml").exit_code == 0
     assert_mistake(call("recipes", "copy", "default", tmp_path / "mine.yaml"), "already exists")
+    assert call("recipes", "copy", "quickstart", tmp_path / "its-own.yaml").exit_code == 0
+    copied, shipped = (read_recipe(name, ["output=runs/one"]) for name in (tmp_path / "its-own.yaml", "quickstart"))
+    assert copied == shipped, "with base and rows where they are"
     assert_mistake(call("recipes", "copy", "default", tmp_path / "none" / "mine.yaml"), "cannot be written")
     assert_mistake(call("recipes", "show", "defalt"), "defalt", "default")
     assert "lora.rank" in call("recipes", "schema").stdout
+
+
+def test_a_run_folder_that_was_moved_goes_on_where_it_is_now(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "moved")
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(finished[0]), f"{tmp_path}/before"))
+    told = f"{run} was moved from {tmp_path}/before", f"add output={run}"
+    assert_mistake(call("train", run / "recipe.yaml", "--resume"), *told)
+    assert call("train", run / "recipe.yaml", "--resume", f"output={run}").exit_code == 0
+    assert verify(run).faults == []
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,8 @@ def train(
     if force and not resume:
         raise RecipeError("--force is for resuming a run; add --resume, or leave --force out")
     checked = read_recipe(recipe, overrides or [])
+    if resume and not any(override.startswith("output=") for override in overrides or []):
+        _check_place(Path(recipe), Path(checked.output))
     screen = Screen()
     with screen.catching_signals(), screen.showing():
         import_libraries()
@@ -191,6 +193,13 @@ def train(
     screen.ended(result, checked.train.task)
     if screen.signal is not None and not result.finished:
         raise typer.Exit(128 + screen.signal)
+
+
+def _check_place(recipe: Path, output: Path) -> None:
+    """Refuse to go on elsewhere than in the run folder that a recipe lies in: it was moved, or copied."""
+    folder = recipe.absolute().parent
+    if recipe.name == "recipe.yaml" and (folder / "plan.json").is_file() and not output.exists():
+        raise RecipeError(f"{folder} was moved from {output}: to go on with it where it is now, add output={folder}")
 
 
 @app.command("eval")

@@ -1,6 +1,6 @@
 """`qlora-kit recipes`: list, show and copy the shipped recipes, and print every key that a recipe may hold."""
 
-import shutil
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +40,14 @@ def show(name: Name) -> None:
 def copy(
     name: Name, to: Annotated[Path | None, typer.Argument(help="File to write; default: NAME.yaml.")] = None
 ) -> None:
-    """Copy a shipped recipe to a new file that you can edit."""
+    """Copy a shipped recipe to a new file that you can edit; what it names beside itself is named where it is."""
     target = to or Path(f"{name}.yaml")
     source = recipe.find(name)
     if target.exists():
         raise RecipeError(f"{target} already exists; name another file")
+    text = re.sub(r"(?<=[ \[])\./", f"{source.parent}/", source.read_text(encoding="utf-8"))
     try:
-        shutil.copyfile(source, target)
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{target} cannot be written: {error.strerror}; name another file") from error
     typer.echo(visible(f"{target} written; run it with: qlora-kit train {target}"))
