@@ -23,6 +23,8 @@ SHAPES = {
     "qlora-8b-12gb": "qwen3-8b",
     "qlora-8b-24gb": "qwen3-8b",
 }
+CARDS = {"8gb": "RTX 4060", "12gb": "RTX 3060", "24gb": "RTX 4090"}
+"""That each is planned for, by the end of its name: a plan for a CPU has that processor's own ways to multiply."""
 
 
 def plan_row(name: str) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def plan_row(name: str) -> dict[str, Any]:
     recipe = read_recipe(
         find(name), [f"base.model={HERE / 'models' / SHAPES[name]}", "data.train=/rows/not/needed.jsonl"]
     )
-    plan = plan_memory(recipe)
+    plan = plan_memory(recipe, gpu=CARDS[name.rpartition("-")[2]])
     methods = plan["methods"]
     return {
         "recipe": name,

@@ -10,7 +10,7 @@ from test_plan import CONFIGS, WORK
 from torch.nn import functional as F
 
 from qlora_kit.base.attention import may_share_heads
-from qlora_kit.base.stand_in import as_on_card
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.plan.dry_run import dry_step
 
 

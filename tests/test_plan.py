@@ -25,7 +25,7 @@ from transformers.models.llama import modeling_llama
 from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.architecture import build_model
 from qlora_kit.base.freeze import freeze_and_quantize
-from qlora_kit.base.stand_in import as_on_card
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.errors import ModelError
 from qlora_kit.export import rehearse_merge

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kit.memory import Ledger
 from qlora_kit.ops import wide
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.ops.wide import linear, linear_back
 
 T, OUT, IN = 70, 48, 40
@@ -94,6 +95,12 @@ def test_few_rows_other_dtypes_and_other_processors_are_left_to_torch(rows, dtyp
         wanted = torch.mm(x, w.t()) if given is None else torch.addmm(given, x, w.t())
         assert torch.equal(place, wanted)
     assert torch.equal(linear_back(g, w), g @ w)
+
+
+def test_a_plan_for_a_card_has_the_cards_products(products):
+    with as_on_card(True):
+        linear(made(T, IN), made(OUT, IN, seed=1), out=torch.empty(T, OUT, dtype=torch.bfloat16))
+    assert products == [torch.bfloat16]
 
 
 def test_no_rows_and_one_slice_are_no_special_cases():

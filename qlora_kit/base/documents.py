@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kit.base.stand_in import stands_for_card
+from qlora_kit.ops.stand_in import stands_for_card
 from qlora_kit.ops import attend, can_attend
 
 FAMILIES = frozenset((

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlora_kit.ops.rows import parts_alike
+from qlora_kit.ops.stand_in import stands_for_card
 
 _ELEMENTS = 2**20
 """Weights that are widened at a time: 4 MiB."""
@@ -54,7 +55,7 @@ def _slices(w_OI: Tensor) -> Iterator[slice]:
 
 
 def _is_widened(x_TI: Tensor) -> bool:
-    is_narrow = x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu"
+    is_narrow = x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and not stands_for_card()
     return is_narrow and len(x_TI) >= _ROWS and not torch.compiler.is_compiling() and multiplies_fp32_faster()
 
 

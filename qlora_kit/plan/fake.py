@@ -25,7 +25,7 @@ from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
-from qlora_kit.base.stand_in import as_on_card
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.base.text import text_parameters
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data.pack import SHORT
