@@ -317,7 +317,7 @@ def test_a_budget_below_the_evaluation_says_what_training_alone_takes(tmp_path):
     phases = held["methods"]["qlora"]["peak_by_phase"]
     others = max(peak for phase, peak in phases.items() if phase != "evaluate")
     assert phases["evaluate"] > others, "16 held-out rows stand side by side"
-    with pytest.raises(FitError, match=f"training {format_bytes(others)}: .*set data.eval=null"):
+    with pytest.raises(FitError, match=f"training {format_bytes(others, is_enough=True)}: .*set data.eval=null"):
         check_budget({**held, "budget": 1000})
     with pytest.raises(FitError) as told:
         check_budget({**none, "budget": 1000})
