@@ -7,10 +7,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kit.base import documents
 from qlora_kit.base.documents import reading
-from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.memory import Ledger
 from qlora_kit.ops import attend, attend_plain, can_attend
 from qlora_kit.ops import attention as native
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.train.activations import set_activation_policy
 
 pytestmark = pytest.mark.skipif(not native._is_compiled(), reason="this processor multiplies no tiles")

@@ -1224,8 +1224,10 @@ def test_recipes_can_be_listed_shown_and_copied(tmp_path):
 def test_a_run_folder_that_was_moved_goes_on_where_it_is_now(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "moved")
     (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(finished[0]), f"{tmp_path}/before"))
-    told = f"{run} was moved from {tmp_path}/before", f"add output={run}"
+    told = f"{run} was moved or copied from {tmp_path}/before", f"add output={run}"
     assert_mistake(call("train", run / "recipe.yaml", "--resume"), *told)
+    original = shutil.copytree(run, tmp_path / "before")
+    assert_mistake(call("train", run / "recipe.yaml", "--resume"), *told, f"output={original}")
     assert call("train", run / "recipe.yaml", "--resume", f"output={run}").exit_code == 0
     assert verify(run).faults == []
 

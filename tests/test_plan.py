@@ -25,7 +25,6 @@ from transformers.models.llama import modeling_llama
 from qlora_kit.base import Quantization, kernels
 from qlora_kit.base.architecture import build_model
 from qlora_kit.base.freeze import freeze_and_quantize
-from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.data import Encoded, collate, collate_texts
 from qlora_kit.errors import ModelError
 from qlora_kit.export import rehearse_merge
@@ -33,6 +32,7 @@ from qlora_kit.export.plain import export_merged
 from qlora_kit.export.stream import SLICE_ELEMENTS
 from qlora_kit.lora import adapter_parameters, add_lora
 from qlora_kit.memory import CATEGORIES, Ledger, PeakCounter
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.plan import Workload, available_bytes, devices, dry_run, plan_methods
 from qlora_kit.plan.devices import device_name, estimated_tokens_per_s, matmul_rate
 from qlora_kit.recipe import Base, Data, Lora, Memory, Recipe, Train

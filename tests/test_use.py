@@ -726,6 +726,7 @@ def test_an_adapter_that_has_other_bytes_than_its_run_wrote_is_refused_until_it_
     asked = ["generate", run, "--prompt", "hi"]
     for verb in (asked, ["eval", run], ["export", run, "--to", "adapter", "--out", tmp_path / "out"], ["chat", run]):
         assert_mistake(call(*verb), *told)
+    assert_mistake(call("train", run / "recipe.yaml", f"lora.from={run}", f"output={tmp_path / 'next'}"), told[0])
     assert call(*asked, "--force").exit_code == 0
     assert call("generate", run, "--base", "--prompt", "hi").exit_code == 0
 

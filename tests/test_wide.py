@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_kit.memory import Ledger
-from qlora_kit.ops import wide
+from qlora_kit.ops import linear_cross_entropy, lora_linear, sliced_cross_entropy, sliced_linear, wide
 from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.ops.wide import linear, linear_back
 
@@ -25,15 +25,20 @@ def _widened(monkeypatch):
 
 @pytest.fixture
 def products(monkeypatch):
-    """How many products of each dtype torch has been asked for."""
-    asked = []
-    for name in ("mm", "addmm_"):
-        there = torch.Tensor if name == "addmm_" else torch
-        real = getattr(there, name)
-        monkeypatch.setattr(
-            there, name, lambda *args, _real=real, **kw: (asked.append(args[-1].dtype), _real(*args, **kw))[1]
-        )
-    return asked
+    """The dtypes of the products that torch has given."""
+    given = []
+
+    def noted(real):
+        def product(*args, **named):
+            made = real(*args, **named)
+            given.append(made.dtype)
+            return made
+
+        return product
+
+    monkeypatch.setattr(torch, "mm", noted(torch.mm))
+    monkeypatch.setattr(torch.Tensor, "addmm_", noted(torch.Tensor.addmm_))
+    return given
 
 
 def made(*shape, seed=0):
@@ -73,10 +78,34 @@ def test_a_product_back_is_summed_in_fp32_and_rounded_once(products):
 
 def test_autocast_does_not_narrow_what_was_widened(products):
     x, w = made(T, IN), made(OUT, IN, seed=1)
-    alone = linear(x, w), linear_back(x @ w.t(), w)
+    g = x @ w.t()
+    alone = linear(x, w), linear_back(g, w)
     with torch.autocast("cpu", torch.bfloat16):
-        under = linear(x, w), linear_back(x @ w.t(), w)
+        under = linear(x, w), linear_back(g, w)
+    assert products == [torch.float32] * 12
     assert all(torch.equal(one, other) for one, other in zip(alone, under, strict=True))
+
+
+def test_layers_and_heads_take_their_products_so(products):
+    """Whatever multiplies with a frozen matrix, forth and back, quantised or not."""
+    w, labels = made(OUT, IN, seed=1), torch.arange(T) % OUT
+
+    def whole(dtype):
+        return w.to(dtype)
+
+    def some(rows, dtype):
+        return w[rows].to(dtype)
+
+    for taken in (
+        lambda x: lora_linear(x, whole).sum(),
+        lambda x: sliced_linear(x, some, (OUT, IN)).sum(),
+        lambda x: linear_cross_entropy(x, labels, w, chunk=T),
+        lambda x: sliced_cross_entropy(x, labels, some, (OUT, IN)),
+    ):
+        products.clear()
+        taken(made(T, IN).requires_grad_()).backward()
+        assert products.count(torch.float32) >= 6, "three slices each way"
+        assert set(products) == {torch.float32}
 
 
 @pytest.mark.parametrize(

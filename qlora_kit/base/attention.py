@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import use_gqa_in_sdpa
 from transformers.utils import is_flash_attn_2_available
 
 from qlora_kit.base.documents import is_listed
-from qlora_kit.ops.stand_in import stands_for_card
 from qlora_kit.errors import DeviceError
+from qlora_kit.ops.stand_in import stands_for_card
 
 Attention = Literal["sdpa", "eager", "flex", "flash"]
 

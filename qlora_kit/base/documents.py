@@ -26,8 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kit.ops.stand_in import stands_for_card
 from qlora_kit.ops import attend, can_attend
+from qlora_kit.ops.stand_in import stands_for_card
 
 FAMILIES = frozenset((
     "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma3_text", "glm",

@@ -57,11 +57,21 @@ class BaseRecord:
         Returns:
             What differs of fingerprint, weights, body, head and config.
         """
-        words = told.split()
-        known = dict(zip(_UNNAMED, (word for word in words if "=" not in word), strict=False))
-        known |= dict(word.split("=", 1) for word in words if "=" in word)
+        known = _read(told)
         odd = [name for name, mark in known.items() if self.marks.get(name, mark) != mark]
         return list(dict.fromkeys(name.partition("-")[0] for name in odd))
+
+    def is_told_by(self, told: str) -> bool:
+        """Whether a line, as for `differences`, has all the marks of this base: one that is stored in another form has
+        others, and what only one knows cannot differ."""
+        return self.marks.keys() <= _read(told).keys()
+
+
+def _read(told: str) -> dict[str, str]:
+    """The marks in a line, by their names."""
+    words = told.split()
+    known = dict(zip(_UNNAMED, (word for word in words if "=" not in word), strict=False))
+    return known | dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def keep_record(

@@ -57,17 +57,20 @@ def main() -> None:
     try:
         sys.exit(app(args=arguments, prog_name="qlora-kit", standalone_mode=False) or 0)
     except typer.TyperException as error:
-        typer.echo(visible(_misuse(error), keep="\n"), err=True)
-        sys.exit(QloraKitError.exit_code)
+        typer.echo(visible(_misuse(error, arguments), keep="\n"), err=True)
+    except typer.Abort:
+        typer.echo("error: the input ended before an answer was read", err=True)
+    sys.exit(QloraKitError.exit_code)
 
 
-def _misuse(error: typer.TyperException) -> str:
+def _misuse(error: typer.TyperException, arguments: list[str]) -> str:
     """What is told of a command line that cannot be read: one line, or help where a command stands alone."""
     message = error.format_message()
     if message.startswith("Usage:"):
         return message
     context = getattr(error, "ctx", None)
-    command = "qlora-kit" if context is None else context.command_path
+    verb = f"qlora-kit {arguments[0]}"  # of an option without its value typer does not say
+    command = verb if context is None else context.command_path
     said = f"{message[0].lower()}{message[1:].rstrip('.')}"
     return f"error: {said}{' ' if said.endswith('?') else '; '}see {command} --help"
 
@@ -198,8 +201,12 @@ def train(
 def _check_place(recipe: Path, output: Path) -> None:
     """Refuse to go on elsewhere than in the run folder that a recipe lies in: it was moved, or copied."""
     folder = recipe.absolute().parent
-    if recipe.name == "recipe.yaml" and (folder / "plan.json").is_file() and not output.exists():
-        raise RecipeError(f"{folder} was moved from {output}: to go on with it where it is now, add output={folder}")
+    is_of_run = recipe.name == "recipe.yaml" and (folder / "plan.json").is_file()
+    if is_of_run and folder.resolve() != output.resolve():
+        raise RecipeError(
+            f"{folder} was moved or copied from {output}: add output={folder} to go on where it is now"
+            + (f", or output={output} to go on there" if output.exists() else "")
+        )
 
 
 @app.command("eval")

@@ -1,5 +1,6 @@
 """`qlora-kit recipes`: list, show and copy the shipped recipes, and print every key that a recipe may hold."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +46,8 @@ def copy(
     source = recipe.find(name)
     if target.exists():
         raise RecipeError(f"{target} already exists; name another file")
-    text = re.sub(r"(?<=[ \[])\./", f"{source.parent}/", source.read_text(encoding="utf-8"))
+    beside = re.compile(r"(?<=: )\./\S+")
+    text = beside.sub(lambda found: json.dumps(str(source.parent / found[0])), source.read_text(encoding="utf-8"))
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:

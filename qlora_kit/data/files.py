@@ -138,10 +138,11 @@ def _csv(path: Path, faults: Faults, between: str | None = None) -> Iterator[Raw
 
 
 def _separator(path: Path) -> str:
-    """A comma, or where the first line has none what spreadsheets write in countries whose numbers have one."""
+    """A comma, or where no name has one what spreadsheets write in countries whose numbers do."""
     with path.open("rb") as file:
-        header = file.readline()
-    return ";" if b";" in header and b"," not in header else ","
+        header = next((line for line in file if line.strip()), b"").strip()
+    names = header.split(b";")
+    return ";" if len(names) > 1 and b"," not in header and all(name.strip() for name in names) else ","
 
 
 def _tsv(path: Path, faults: Faults) -> Iterator[RawRow]:

@@ -2,7 +2,8 @@
 
 Without AMX an Intel processor multiplies bf16 at half the rate of fp32, and one without bf16 instructions at a fifth
 (benchmarks/LOG.md). There both factors are widened, the matrix a slice at a time so that it stays in a cache; sums are
-fp32 and rounded once, as those of any bf16 product. Of few rows it would cost more than it gains.
+fp32 and rounded once, as those of any bf16 product. Of few rows it would cost more than it gains: so a row's last place
+may be another alone than among 63 others.
 
 Axes: T tokens, O out, I in.
 """

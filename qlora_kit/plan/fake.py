@@ -25,7 +25,6 @@ from qlora_kit.base.attention import implementation
 from qlora_kit.base.dense import QuantizedLinear, QuantizedWeight
 from qlora_kit.base.freeze import body_linears, freeze_and_quantize
 from qlora_kit.base.record import keep_record
-from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.base.text import text_parameters
 from qlora_kit.base.vocabulary import QuantizedTable
 from qlora_kit.data.pack import SHORT
@@ -40,6 +39,7 @@ from qlora_kit.lora import (
 )
 from qlora_kit.lora.layer import LoraLinear
 from qlora_kit.memory import Ledger
+from qlora_kit.ops.stand_in import as_on_card
 from qlora_kit.plan.depths import (
     count_layers,
     role,

@@ -29,6 +29,7 @@ from qlora_kit.storage import (
     check_writable,
     clear_abandoned,
     make_folder,
+    read_json,
     remove_folder,
     sha256_file,
     staged_for,
@@ -54,9 +55,10 @@ _SETTLED = ("base.quantize_head=auto", "lora.rank=auto", "lora.added_tokens=[]")
 
 _MAY_CHANGE = ("base.cache", "memory.", "train.epochs", "train.tokens", "train.steps", "train.eval_every",
                "train.save_every", "train.sample_every", "train.keep_checkpoints", "train.early_stopping",
-               "train.trackers", "base.model", "base.revision", "data.train", "data.eval")  # fmt: skip
-"""Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place. The
-base and the rows may have moved: their fingerprints tell whether they are still the same."""
+               "train.trackers")  # fmt: skip
+"""Keys that a resumed run may have otherwise. More steps stretch the schedule: the rate goes on at its new place."""
+_MAY_MOVE = {"base.model": "base", "base.revision": "base", "data.train": "train", "data.eval": "eval"}
+"""Keys that may name another place, by the fingerprint that tells whether the same lies there."""
 
 
 def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool, force: bool = False) -> None:
@@ -87,7 +89,7 @@ def check_run_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool
     if _things_in(folder) and not (_is_described(folder) or _ended_at_its_start(folder)):
         raise RunError(f"{folder} is not empty and holds no run; set output to another folder")
     check_writable(folder, "set output to another folder")
-    changes = _changes(read_recipe(folder / RECIPE), recipe) if resume and not force else []
+    changes = _changes(folder, recipe) if resume and not force else []
     if changes:
         raise RunError(
             f"{folder} was made with another recipe: {'; '.join(changes)}. Resume it as it was "
@@ -168,14 +170,33 @@ def _things_in(folder: Path) -> bool:
     return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
-def _changes(before: Recipe, now: Recipe) -> list[str]:
+def _changes(folder: Path, now: Recipe) -> list[str]:
     """What a resumed run would compute otherwise."""
-    old, new = settings_of(before), settings_of(now)
+    old, new = settings_of(read_recipe(folder / RECIPE)), settings_of(now)
+    told = read_json(folder / DATA).get("fingerprints") if (folder / DATA).is_file() else None
+    known = told if isinstance(told, dict) else {}
+
+    def has_moved(key: str) -> bool:
+        is_place = key.startswith("base.") or _without_places(old[key]) == _without_places(new[key])
+        return bool(known.get(_MAY_MOVE.get(key, ""))) and is_place
+
     return [
         f"{key} was {old[key]}, is {new[key]}"
         for key in new
-        if old[key] != new[key] and not key.startswith(_MAY_CHANGE) and f"{key}={new[key]}" not in _SETTLED
+        if old[key] != new[key]
+        and not key.startswith(_MAY_CHANGE)
+        and not has_moved(key)
+        and f"{key}={new[key]}" not in _SETTLED
     ]
+
+
+def _without_places(sources: Any) -> Any:
+    """What a recipe says of rows beside where they are: how many sources, their weights, splits, formats, columns."""
+    if isinstance(sources, list):
+        return [_without_places(each) for each in sources]
+    if isinstance(sources, dict):
+        return sources | {"path": ""}
+    return sources if sources in ("auto", None) else ""
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

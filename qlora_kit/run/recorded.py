@@ -81,13 +81,14 @@ def check_adapter(run: Path) -> None:
         RunError: it has others.
     """
     result = run / RESULT
-    if not result.is_file() or read_json(result).get("folder") != ADAPTER:
+    told = read_json(result) if result.is_file() else {}
+    if told.get("folder") != ADAPTER or "files" not in told:
         return
     faults = changed_files(run / ADAPTER, read_checksums(result))
     if faults:
         raise RunError(
-            f"{faults[0]}; qlora-kit train {run / RECIPE} --resume writes it again from its checkpoint, and --force "
-            "takes it as it is"
+            f"{faults[0]}; qlora-kit train {run / RECIPE} --resume writes it again from its checkpoint (generate, "
+            "chat, eval and export take it as it is with --force)"
         )
 
 

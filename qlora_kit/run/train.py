@@ -51,6 +51,7 @@ from qlora_kit.run.folder import (
 from qlora_kit.run.plan import one_line_if_it_does_not_fit
 from qlora_kit.run.prepare import Prepared, prepare
 from qlora_kit.run.recorded import (
+    check_adapter,
     check_unchanged,
     recorded_data,
     recorded_date,
@@ -114,6 +115,8 @@ def train(
     """
     started, watch, common, folder = time.monotonic(), watch or Watch(), common or Common(), Path(recipe.output)
     device = resolve_device(recipe.base.device)
+    if recipe.lora.from_ is not None and not resume:
+        check_adapter(Path(recipe.lora.from_))
     recipe = as_it_starts(recipe)
     check_attention(recipe.base.attention, device, resolve_dtype(recipe.base.compute_dtype, device))
     check_trackers(recipe.train.trackers)
@@ -132,7 +135,7 @@ def train(
         model = take_base(recipe, prepared, ledger, watch, trust_remote_code, common)
         base = {"base": base_record(model).mark}
         if resume and not force:
-            _check_base(folder, base_record(model))
+            _check_base(folder, base_record(model), recipe)
         recipe, plan = learn_marks(model, recipe, prepared, plan, watch)
         _make_trainable(model, recipe, prepared, plan, ledger, watch)
         task, loss_chunk = loss_of(recipe, prepared, plan, model, watch)
@@ -207,14 +210,17 @@ def _prepared(
     return plan_run(recipe, prepared, watch)
 
 
-def _check_base(folder: Path, record: BaseRecord) -> None:
-    """See that a run goes on with its base, as far as the version that began it told which one that was.
+def _check_base(folder: Path, record: BaseRecord, recipe: Recipe) -> None:
+    """See that a run goes on with its base, as far as the version that began it told which one that was; one from
+    another place must be told as fully.
 
     Raises:
         RunError: it is another.
     """
     recorded = recorded_data(folder).get("fingerprints", {}).get("base", "")
-    if record.differences(recorded):
+    before = read_recipe(folder / RECIPE).base
+    has_moved = (before.model, before.revision) != (recipe.base.model, recipe.base.revision)
+    if record.differences(recorded) or (has_moved and not record.is_told_by(recorded)):
         check_unchanged(folder, {"base": record.mark})
 
 

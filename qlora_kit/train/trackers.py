@@ -50,7 +50,7 @@ def tracking(
     device: torch.device,
     note: Callable[[str], None],
 ) -> Iterator[Track]:
-    """Takes rows of metrics to trackers, which end with the block, however that ends.
+    """Takes rows of metrics to trackers; those that work to its end end with the block, however that ends.
 
     Args:
         trackers: their names; with none there is nothing to take rows to.

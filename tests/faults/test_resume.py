@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.data import cache
 from qlora_kit.errors import RunError
@@ -123,6 +124,44 @@ def test_another_base_in_the_place_of_one_that_moved_is_refused(begun, tmp_path)
     change_a_weight("lm_head.weight")(other)
     with pytest.raises(RunError, match="with different weights of the base than are there now"):
         train(begun(4, "run", f"base.model={other}/base"), resume=True)
+
+
+def as_it_is_stored_in_nf4(folder):
+    """Another body, in a form whose marks the run does not know."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=nf4)
+    kept = {name: (folder / "base" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    shutil.rmtree(folder / "base")
+    model.save_pretrained(folder / "base")
+    for name, content in kept.items():
+        (folder / "base" / name).write_bytes(content)
+
+
+def without_fingerprints(folder):
+    path = folder.parent / "run" / "data.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "fingerprints": {}}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [as_it_is_stored_in_nf4, without_fingerprints])
+def test_a_base_elsewhere_of_which_less_is_known_is_not_taken_for_the_same(change, begun, tmp_path):
+    other = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "base", other / "base")
+    change(other)
+    with pytest.raises(RunError, match=r"with different weights of the base|base.model was"):
+        train(begun(4, "run", f"base.model={other}/base"), resume=True)
+
+
+def test_sources_that_moved_keep_their_weights(recipe, tmp_path):
+    def sources(place, weight):
+        each = (f"{{path: {tmp_path}/{name}.jsonl, weight: {n}}}" for name, n in ((place, 1), ("held", weight)))
+        return f"data.train=[{', '.join(each)}]"
+
+    train(recipe(2, "run", sources("rows", 1)))
+    (tmp_path / "rows.jsonl").rename(tmp_path / "moved.jsonl")
+    with pytest.raises(RunError, match=r"made with another recipe: data.train was"):
+        train(recipe(4, "run", sources("moved", 3)), resume=True)
+    assert train(recipe(4, "run", sources("moved", 1)), resume=True).step == 4
 
 
 def test_a_resume_without_anything_to_resume_is_one_line(tmp_path):
