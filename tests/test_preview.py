@@ -471,6 +471,13 @@ def test_an_output_that_takes_ascii_alone_gets_the_rest_spelt(recipe, monkeypatc
     assert b"\\u27e6sat on 0</s>\\u27e7" in out.buffer.getvalue()
 
 
+def test_no_more_tokens_are_advised_than_the_model_takes(recipe):
+    write(recipe.parent / "rows.jsonl", {"prompt": "the cat ", "completion": "sat " * 5000})
+    text = drawn(recipe, "data.over_length=truncate")
+    assert "keeps 99 %" not in text
+    assert "longer rows can be cut or split (data.over_length)" in text
+
+
 def test_line_breaks_are_seen_and_still_break_the_line(recipe):
     write(recipe.parent / "rows.jsonl", {"prompt": "the\ncat", "completion": "\nsat"})
     assert "\nthe⏎\ncat⟦⏎\nsat</s>⟧\n" in drawn(recipe)

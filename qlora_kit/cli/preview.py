@@ -63,7 +63,10 @@ def _summary(preview: Preview) -> Iterator[str]:
         f"tokens    half of the rows have up to {lengths.median:,}, 95 % {lengths.p95:,}, 99 % {lengths.p99:,}, the "
         f"longest {lengths.longest:,}"
     )
-    yield f"          data.max_tokens={lengths.p99} keeps 99 % of them whole (now {preview.max_tokens})"
+    if preview.positions is None or lengths.p99 <= preview.positions:
+        yield f"          data.max_tokens={lengths.p99} keeps 99 % of them whole (now {preview.max_tokens})"
+    else:
+        yield f"          the model takes {preview.positions:,}: longer rows can be cut or split (data.over_length)"
     apart, packed = preview.apart, preview.packed
     yield f"padding   {_padding(apart)} of {counted(apart.micro_batch, 'row')}{_now(preview.layout == 'apart')}"
     if packed is not None:

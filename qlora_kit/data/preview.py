@@ -120,6 +120,7 @@ class Preview:
         rows: the first rows that are trained on.
         classes: of texts that are classified, the number of training rows of each, the most first; of others empty.
         read_as: by source, how its first row is read, which need not be how all are.
+        positions: the most tokens that the model takes; None where it has no such limit.
     """
 
     max_tokens: int
@@ -134,6 +135,7 @@ class Preview:
     rows: list[ShownRow]
     classes: dict[str, int] = field(default_factory=dict)
     read_as: dict[str, ReadAs] = field(default_factory=dict)
+    positions: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain lists and numbers."""

@@ -5,7 +5,7 @@ from typing import Literal
 from qlora_kit.data import Filling, Preview, count_classes, measure_lengths, remarks_on, show_rows
 from qlora_kit.recipe import TASKS, Recipe
 from qlora_kit.run.prepare import fill_batches, gather, pace_of
-from qlora_kit.run.rows import columns_read
+from qlora_kit.run.rows import columns_read, positions_of
 from qlora_kit.run.start import as_it_starts
 from qlora_kit.train.classes import classes_in
 from qlora_kit.watch import Watch
@@ -45,4 +45,5 @@ def preview(recipe: Recipe, watch: Watch | None = None, *, rows: int = 3, trust_
         rows=show_rows(train, tokenizer, rows, classes),
         classes={} if classes is None else count_classes(train, classes),
         read_as=columns_read(recipe),
+        positions=positions_of(prepared.config),
     )
