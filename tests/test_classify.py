@@ -367,6 +367,7 @@ def test_a_classifier_goes_on_with_the_classes_of_its_adapter_and_with_no_others
     assert classes_in(prepared.config).names == ("owl", "dog", "cat")
     recipe = recipe_in(tmp_path, model_folder, [*rows(), {"text": "a fox", "label": "fox"}])
     assert_mistake(call("train", recipe, *start), "owl, dog, cat", "fox", "lora.from")
+    assert_mistake(call("train", recipe, *start, "train.task=sft"), "owl, dog, cat", "train.task=classify")
 
 
 def test_a_new_pooler_that_is_a_linear_layer_itself_is_trained_and_not_quantised(tmp_path):

@@ -4,7 +4,7 @@ adapter that it holds to is still what it was."""
 from collections.abc import Mapping
 
 from qlora_kit.data import Classes
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, RecipeError, listed
 from qlora_kit.export.trained_against import read_added_tokens, read_classes
 from qlora_kit.lora import adapter_folder, shaped
 from qlora_kit.lora.adapters import CONFIG, WEIGHTS
@@ -28,11 +28,17 @@ def as_it_starts(recipe: Recipe) -> Recipe:
 
     Raises:
         AdapterError: there is no adapter, or what it is made of cannot be told.
-        RecipeError: the recipe asks for another shape.
+        RecipeError: the recipe asks for another shape, or does not classify as that adapter does.
     """
     start = recipe.lora.from_
     if start is None or recipe.train.full_finetune:
         return recipe
+    classes = classes_at_start(recipe)
+    if classes is not None and recipe.train.task != "classify":
+        raise RecipeError(
+            f"lora.from={start} tells texts apart ({listed(classes.names)}), and train.task={recipe.train.task} does "
+            "not; set train.task=classify, or start from another adapter"
+        )
     return recipe.model_copy(update={"lora": shaped(recipe.lora, read_added_tokens(adapter_folder(start)))})
 
 
