@@ -8,7 +8,6 @@ import json
 import random
 import re
 from collections import Counter
-from dataclasses import replace
 from functools import cache
 
 import hypothesis
@@ -391,10 +390,27 @@ def test_shipped_templates_train_answers_with_their_ends(name, trim_offsets):
     assert row.trained == encode(chat, tokenizer, template=bare).trained
 
 
-def test_shipped_templates_refuse_tools_which_they_would_lose():
-    for name in ("chatml", "plain"):
-        with pytest.raises(DataError, match="no form for tools"):
-            encode(replace(CHAT, tools=[{"name": "clock"}]), make_tokenizer(), template=find_template(name))
+@pytest.mark.parametrize("name", ["chatml", "plain"])
+def test_shipped_templates_write_tools_and_train_calls(name, tmp_path):
+    clock = {"name": "clock", "description": "<time> & more"}
+    calls = [
+        {"type": "function", "function": {"name": "clock", "arguments": json.dumps({"city": each})}} for each in "ab"
+    ]
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "noon?"},
+             {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "12"},
+             {"role": "assistant", "content": "so it is", "tool_calls": calls[:1]}]  # fmt: skip
+    rows = {"messages": turns, "tools": [{"type": "function", "function": clock}]}
+    (chat,) = load_rows(write(tmp_path / "a.jsonl", rows))
+    tokenizer = make_tokenizer(bos=True)
+    row = encode(chat, tokenizer, template=find_template(name))
+    call = 'Call: {"name": "clock", "arguments": {"city": "%s"}}'
+    end = {"chatml": "<|im_end|>", "plain": "</s>"}[name]
+    wanted = [f"{call % 'a'}\n{call % 'b'}{end}", f"so it is\n{call % 'a'}{end}"]
+    assert [text.strip() for text in trained_text(row, tokenizer)] == wanted
+    said = tokenizer.decode(row.input_ids)
+    assert f"Tools:\n{json.dumps(clock)}" in said
+    assert all(each in said for each in ("be brief", "noon?", "12"))
+    assert said.index("Tools:") < said.index("be brief") < said.index("noon?") < said.index("Call: ")
 
 
 def test_chat_without_template_says_what_to_set():

@@ -106,7 +106,7 @@ def check_turn_tokens(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
     missing = [token for token in _CHATML if token not in tokenizer.get_vocab()]
     if name == "chatml" and missing:
         raise DataError(f"data.template=chatml needs the tokens {', '.join(missing)}, which this tokenizer lacks: "
-                        "set data.template=plain")  # fmt: skip
+                        "set data.template=plain, or teach them with lora.added_tokens")  # fmt: skip
     if name == "plain" and tokenizer.eos_token is None:
         raise DataError(
             "the template plain ends answers with the tokenizer's end token (eos_token), and it has none: name a "
