@@ -28,6 +28,7 @@ from qlora_kit.data import (
     RowTable,
     cache,
     encode_rows,
+    find_template,
     full_packs,
     lengths_of,
     load_rows,
@@ -442,9 +443,11 @@ def test_what_is_wrong_with_few_rows_is_told_at_once_whether_reading_or_encoding
     chat = {"messages": [{"role": "user", "content": "say cat "}, {"role": "assistant", "content": "cat"}]}
     calls = {**chat, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
     path = write(recipe.parent / "mixed.jsonl", chat, {"prompt": 3}, calls, chat)
+    template = recipe.parent / "toolless.jinja"
+    template.write_text("{% if tools %}{{ raise_exception('no form for tools') }}{% endif %}" + find_template("plain"))
     monkeypatch.setattr(rows_module, "_FEW_ROWS", 0 if many else 10)
     with pytest.raises(DataError) as told:
-        prepared(recipe, f"data.train={path}", "data.template=plain")
+        prepared(recipe, f"data.train={path}", f"data.template={template}")
     assert f"{path}:2: " in str(told.value)
     assert (f"{path}:3: " in str(told.value)) == (not many)
     assert str(told.value).startswith("2 rows cannot be used (data.on_error=skip leaves them out)") == (not many)
