@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_plan import CONFIGS, WORK, evenly, real_classification, real_step
+from test_plan import CONFIGS, WORK, real_classification, real_step
 
 from qlora_kit.base import Quantization, experts
 from qlora_kit.plan import dry_run
@@ -41,6 +41,11 @@ def work_of(family, kind, policy, layout, batch, length):
         on_card=policy == "offload", dtype=torch.bfloat16 if family == "mixtral" else torch.float32, eval_shape=(1, 8),
         loss_chunk=None if length == LENGTHS[0] else 32,
     )  # fmt: skip
+
+
+def evenly(top_k_index, count):
+    each, rest = divmod(top_k_index.numel(), count)
+    return [each + (expert < rest) for expert in range(count)]
 
 
 def causal_gap(case, folder):

@@ -107,14 +107,14 @@ class Workloads:
 
     def evaluating_within(self, room: int, setting: Setting) -> "Workloads":
         """The largest batches of held-out rows that fit, by the other half; those that need least where none does."""
-        needs = {}
+        tried = []
         for tokens in self.eval_shapes:
             made = replace(self, eval_tokens=tokens, _runs={})
-            needs[tokens] = self._needs(made._rest(setting)["peak_by_phase"]["evaluate"]), made
-            if needs[tokens][0] <= room:
+            needs = self._needs(made._rest(setting)["peak_by_phase"]["evaluate"])
+            if needs <= room:
                 return made
-        least = min(needs, key=lambda tokens: needs[tokens][0], default=None)
-        return self if least is None else needs[least][1]
+            tried.append((needs, made))
+        return min(tried, key=lambda each: each[0], default=(0, self))[1]
 
     def _step(self, setting: Setting) -> dict[str, Any]:
         if setting not in self._runs:

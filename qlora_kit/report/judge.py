@@ -104,17 +104,20 @@ class GradientWatch:
     """Tells, once, that gradients have become zero, from their norms as they come: three in a row."""
 
     def __init__(self) -> None:
-        self._zeros: list[float] = []
+        self._since, self._count = 0.0, 0
         self._has_told = False
 
     def see(self, step: float, norm: float) -> str:
         """Take the norm of a step; the sentence if this is the step that tells, else ""."""
-        self._zeros = [*self._zeros, step] if norm == 0 else []
-        if len(self._zeros) < _SILENT or self._has_told:
+        if norm != 0:
+            self._count = 0
+            return ""
+        self._since, self._count = (self._since if self._count else step), self._count + 1
+        if self._count < _SILENT or self._has_told:
             return ""
         self._has_told = True
         return (
-            f"The gradient has been zero since step {self._zeros[0]:,.0f}: nothing more is learnt; unless the loss is "
+            f"The gradient has been zero since step {self._since:,.0f}: nothing more is learnt; unless the loss is "
             "zero as well, start again with a lower train.lr."
         )
 

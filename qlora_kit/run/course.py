@@ -161,7 +161,7 @@ def _watched(rows: Sequence[Mapping[str, Any]], watch: Watch, track: Track = lam
         loss, norm = row.get("loss"), row.get("grad_norm")
         exploded = None if loss is None else losses.see(row["step"], loss)
         silent = "" if norm is None else gradients.see(row["step"], norm)
-        return " ".join([*([] if exploded is None else [str(exploded)]), *([silent] if silent else [])])
+        return silent if exploded is None else f"{exploded} {silent}".rstrip()
 
     for row in rows:
         see(row)
